@@ -1,4 +1,4 @@
-"""Lightning callbacks. They are imported as `hybrid_lightning.callbacks`, which is a link to this folder."""
+"""Lightning callbacks, imported as `hybrid_lightning.callbacks` (a link to this folder)."""
 
 from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport

@@ -1,4 +1,4 @@
-"""`compare`: what several runs differ in and what came out of each, as text and as a page."""
+"""`compare`: shows how several runs differ and what each achieved, as text and as a page."""
 
 import math
 from collections.abc import Sequence
@@ -26,18 +26,19 @@ from hybrid_lightning.reports.page import (
 from hybrid_lightning.reports.verdict import compare_validations
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_COLUMNS = 40  # of a curve as text
+_COLUMNS = 40  # width of a curve as text
 
 
 def compare(folders: Sequence[str], html: str | None = None) -> None:
-    """Print how runs differ: in options, accuracies and rewards (in pairs where problems are the same), sizes, times and curves.
+    """Print how runs differ: options, accuracies and rewards (paired where the problems are the same), sizes, times and curves.
 
     Args:
         folders: At least two run folders. Each other run is compared with the first one.
-        html: A new file for the same as a page; None writes none.
+        html: A new file for the same comparison as a page; None writes no page.
 
     Raises:
-        ConfigError: If there are fewer than two, one is no folder of a run that has begun, or `html` exists or cannot be written.
+        ConfigError: If there are fewer than two folders, if a folder does not hold a run that has begun, or if `html` exists or
+            cannot be written.
     """
     if len(folders) < 2:
         raise ConfigError(
@@ -69,7 +70,7 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Rows with the differences of accuracy and reward at the last validation from those of the first run, with intervals."""
+    """Rows with each run's accuracy and reward at its last validation, as differences from the first run, with intervals."""
     rows, first = [], runs[0]
     for label, name in first.measures.items():
         same = [_same(first, run) for run in runs[1:]]
@@ -82,7 +83,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def notes_on(runs: Sequence[Run], options: Sequence[tuple[str, ...]]) -> list[str]:
-    """What to know when reading the numbers of runs, of which these options differ."""
+    """What to know when reading the numbers of runs that differ in these options."""
     notes = []
     if not all(_same(runs[0], run) for run in runs):
         notes.append("Validation problems differ: their intervals are unpaired, and accuracies are not of the same problems")
@@ -94,7 +95,7 @@ def notes_on(runs: Sequence[Run], options: Sequence[tuple[str, ...]]) -> list[st
 
 
 def differing_options(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Rows with the options that are not the same in all runs; those of a logger or strategy that only some have are left out."""
+    """Rows with the options that differ between runs; options of a logger or strategy that only some runs have are left out."""
     settings = [run.report["settings"] for run in runs]
     names = dict.fromkeys(name for found in settings for name in found)
     rows = ((name, *(shown_value(found[name]) if name in found else "-" for found in settings)) for name in names)
@@ -102,7 +103,7 @@ def differing_options(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[float, float]], str]]:
-    """The curves of a metric as text, all on the same axes: number of the run, its points, and a character for each part."""
+    """The curves of a metric as text on shared axes: the run's number, its points, and one character for each interval."""
     curves = {number: points for number, run in enumerate(runs) if (points := thinned(run.curves.get(name, ([], []))))}
     points = [point for curve in curves.values() for point in curve]
     if not points:
@@ -111,7 +112,7 @@ def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[fl
     found = []
     for number, curve in curves.items():
         steps, known = zip(*curve, strict=True)
-        values = np.interp(np.linspace(first, end, _COLUMNS), steps, known, math.nan, math.nan)  # nothing outside of the run
+        values = np.interp(np.linspace(first, end, _COLUMNS), steps, known, math.nan, math.nan)  # nothing outside the run
         heights = (8 * (values - low) / ((high - low) or 1)).tolist()
         line = "".join(" " if math.isnan(height) else _BLOCKS[min(7, int(height))] for height in heights)
         found.append((number, curve, line))

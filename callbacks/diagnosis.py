@@ -1,7 +1,7 @@
-"""`Diagnosis` and `Doctor`: say what keeps a run from learning, while it trains and without it; `StepLines` says each step.
+"""`Diagnosis` and `Doctor` report what keeps a run from learning, during training and before it; `StepLines` prints each step.
 
-What calibration and the first validation show is said before the first step, and what goes wrong later once it is seen. What
-counts as a finding is in `reports/findings.py`.
+Findings from calibration and the first validation are printed before the first step; later problems are printed as soon as they
+are seen. `reports/findings.py` defines what counts as a finding.
 """
 
 import math
@@ -25,24 +25,24 @@ from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
 
-_REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`
+_REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers tried before the first step, and by `Doctor`
 _NORMS = ("grad_norm/full", "grad_norm/lora")
-_PROMPTS, _COMPLETIONS = 4, 2  # that `Doctor` shows: prompts, and completions of each
-_ASKED = 32  # prompts that it lets a teacher complete
-_ROWS = 64  # completions on which it measures the change of the policy
-_TEXT = 1_500  # characters of a prompt or completion that it shows
+_PROMPTS, _COMPLETIONS = 4, 2  # what `Doctor` shows: prompts, and completions per prompt
+_ASKED = 32  # prompts that a teacher completes for `Doctor`
+_ROWS = 64  # completions on which `Doctor` measures the change of the policy
+_TEXT = 1_500  # characters of a prompt or completion that `Doctor` shows
 
 
 class Diagnosis(OncePerRollout):
-    """Says what keeps a `PolicyModule` from learning, each thing once, with its remedy and a section of the docs.
+    """Reports what keeps a `PolicyModule` from learning, each finding once, with its remedy and a section of the docs.
 
     Before the first step: completions of calibration (or of the first rollout) and of the first validation that are cut or all
-    earn the same, and reference answers for which the reward pays nothing. Later: rollouts without a gradient, a reward that
-    falls below that of the start, a policy whose ratio or entropy collapses. The run summary ends with `verdict`.
+    earn the same reward, and reference answers for which the reward pays nothing. Later: rollouts without a gradient, a reward
+    that falls below its start, a policy with a collapsing ratio or entropy. The run summary ends with `verdict`.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, Finding] = {}  # what was said, by its kind: each once
+        self.found: dict[str, Finding] = {}  # reported findings by kind: each kind once
         self._monitor: TrainingMonitor | None = None
         self._begun = False
         self._cut = True  # whether completions were cut at the last validation
@@ -55,12 +55,12 @@ class Diagnosis(OncePerRollout):
             self._say(trainer, *_cut_in_validation(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what a validation still shows."""
+        """Record what the validation still shows."""
         if isinstance(pl_module, PolicyModule):
             self._cut = bool(_cut_in_validation(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the completions of calibration, if they were made."""
+        """Look at the completions of calibration, if there are any."""
         if not isinstance(pl_module, PolicyModule) or not trainer.is_global_zero:
             return
         calibration, pl_module.task.last_calibration = pl_module.task.last_calibration, None
@@ -68,7 +68,7 @@ class Diagnosis(OncePerRollout):
             self._begin(trainer, pl_module, *calibration, "the calibration")
 
     def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
-        """Look at the first completions that there are, and ask the reward for reference answers."""
+        """Look at the first available completions, and score reference answers with the reward."""
         self._begun = True
         credited, limits = policy.task.credited(rollouts, rewards), policy.task.generation.limits
         self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, limits, credited))
@@ -120,7 +120,7 @@ class Diagnosis(OncePerRollout):
                     say(f"Warning: {finding}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen and said, so that a resumed run goes on from there."""
+        """Findings and observations so far, so that a resumed run continues from there."""
         found = {kind: vars(finding) for kind, finding in self.found.items()}
         return {
             **super().state_dict(),
@@ -144,8 +144,9 @@ class Diagnosis(OncePerRollout):
     ) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try (see `reports.verdict`).
 
-        `losses` are those on held-out examples before training and at its end, which decide if nothing else was measured;
-        `one_answer` says that most problems get one answer at the end (see `most_frequent`), which decides before all.
+        `losses` are the losses on held-out examples before and after training; they decide if nothing else was measured.
+        `one_answer` states that most problems get the same answer at the end (see `most_frequent`); it takes precedence over
+        everything else.
         """
         text, direction = verdict(accuracy, reward)
         if direction is None and losses is not None:
@@ -166,7 +167,7 @@ class Diagnosis(OncePerRollout):
         return text, tries
 
     def _gone(self, learned: bool) -> set[str]:
-        """Kinds of findings that the end of the run does not show any more."""
+        """Kinds of findings that no longer hold at the end of the run."""
         gone = {"worse", "reference"} if learned else set()
         gone |= set() if self._cut else {"cut"}
         learnable = self._monitor is not None and self._monitor.rollouts and not self._monitor.equal
@@ -174,28 +175,28 @@ class Diagnosis(OncePerRollout):
 
 
 def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
-    """Whether completions of the last validation are cut; of episodes, which also end for other reasons, the greedy ones."""
+    """Whether completions of the last validation are cut; for episodes, which also end for other reasons, greedy ones."""
     evaluation, limits = policy.evaluation, policy.task.generation.limits
     if policy.task.generation.episodes is not None:
         greedy = [] if evaluation.greedy is None else findings.of_rollouts(*evaluation.greedy, "the validation", limits)
         return [finding for finding in greedy if finding.kind == "cut"]
     values = evaluation.last.get("", {})
     share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}", 0.0)
-    return findings.of_cut(share, share - right, "the first validation", limits)  # at least so many are wrong
+    return findings.of_cut(share, share - right, "the first validation", limits)  # at least this share is wrong
 
 
 class StepLines(Callback):
-    """A line for each optimizer step, where the screen is a file that has no progress bar; in a notebook one that changes.
+    """Prints a line for each optimizer step where the screen is a file without a progress bar; in a notebook, one changing line.
 
-    Before it, a line that says what begins: a validation, the first step. While completions are made, one a minute.
+    Before the steps it prints what begins: a validation or the first step. During generation it prints one line a minute.
     """
 
     def __init__(self) -> None:
-        self._shown: Any = None  # the line of a notebook
+        self._shown: Any = None  # display handle of the line in a notebook
         self._advance = minute_lines("Generating, tokens")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen to the generation of completions."""
+        """Start listening to the generation of completions."""
         if isinstance(pl_module, LanguageModule) and trainer.is_global_zero and self._listen not in pl_module.run.listeners:
             pl_module.run.listeners.append(self._listen)
 
@@ -208,24 +209,24 @@ class StepLines(Callback):
         self._advance(decoded, total)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that it begins."""
+        """Print that validation begins."""
         _begin(trainer, "Validation before training" if trainer.sanity_checking else "Validation")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that it begins."""
+        """Print that the test begins."""
         _begin(trainer, "Test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that it begins."""
+        """Print that prediction begins."""
         _begin(trainer, "Predictions")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that the first step begins."""
+        """Print that the first step begins."""
         self._shown = None
         _begin(trainer, f"Step {trainer.global_step + 1}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Say the step, after `StepTimer` has measured it."""
+        """Print the step, after `StepTimer` has measured it."""
         if not ends_step(trainer) or not trainer.is_global_zero:
             return
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
@@ -251,25 +252,25 @@ def _shown(pl_module: LightningModule) -> tuple[str, ...]:
 
 
 def _logged(trainer: Trainer, names: Iterable[str]) -> dict[str, float]:
-    """What the last optimizer step has logged under these names."""
+    """Values that the last optimizer step logged under these names."""
     values = trainer.callback_metrics
     return {name: float(values[name]) for name in names if name in values}
 
 
 class Doctor(Callback):
-    """Examines a `PolicyModule` in a `fit` of one optimizer step, of a copy of the model that the command has loaded.
+    """Examines a `PolicyModule` in a `fit` of one optimizer step, on a copy of the model that the command has loaded.
 
-    The rollout and the step are those of training, at the full learning rates, and nothing is written (see `Trainer.doctor`).
+    The rollout and the step are the same as in training, at the full learning rates. Nothing is written (see `Trainer.doctor`).
 
     Attributes:
-        found: The findings, of the first rank.
+        found: The findings of the first rank.
     """
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
-        self._rollout: ScoredRollout | None = None  # of the step
+        self._rollout: ScoredRollout | None = None  # the step's rollout
         self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
-        self._differs = False  # whether a group of the step has a difference: those of one minibatch may all be equal by chance
+        self._differs = False  # whether any group of the step has a difference: one minibatch may have none by chance
         self._change: Change | None = None
         self._metrics: dict[str, float] = {}
         self._taught: tuple[float, float] | None = None  # accuracy of teacher and policy on the same prompts
@@ -290,7 +291,7 @@ class Doctor(Callback):
                 self._taught = right, float(own.float().mean())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure it again after the step; all ranks compute, since they may hold parts of the model."""
+        """Measure the policy again after the step; all ranks compute, since each may hold part of the model."""
         if not ends_step(trainer):
             return
         assert isinstance(pl_module, PolicyModule) and self._before is not None
@@ -306,13 +307,14 @@ class Doctor(Callback):
         self._change = Change.between(before, after, mask, measured)
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
-    # ---- what is said
+    # ---- report
 
     def report(self, policy: PolicyModule, data: PromptDataModule, steps: float, validations: int, scored_prompts: int) -> None:
-        """Say everything that was seen, and collect the findings.
+        """Print everything that was seen, and collect the findings.
 
-        The run that is meant has so many optimizer `steps`, infinitely many without a limit, and `validations`, the one before
-        training included. `scored_prompts` are those whose completions score its modules, 0 if it does not score.
+        `steps` is the number of optimizer steps of the intended run, infinite without a limit. `validations` is its number of
+        validations, including the one before training. Completions of `scored_prompts` prompts score its modules, 0 if it does
+        not score.
         """
         assert self._rollout is not None and self._change is not None
         rollouts, rewards, _ = self._rollout
@@ -358,7 +360,7 @@ class Doctor(Callback):
         self.found += findings.of_change(change, steps, precision) if any(norms.values()) else []
 
     def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
-        """Seconds of a step, and of the run by what one of the rollout's completions took."""
+        """Seconds of a step, and of the run, estimated from the time per completion of the rollout."""
         m, schedule = self._metrics, policy.task.schedule
         step, minibatches = m.get("time/step_s", 0.0), schedule.minibatches_per_rollout
         made = (m.get("time/generate_s", 0.0) + m.get("time/reward_s", 0.0)) * minibatches * schedule.epochs_per_rollout
@@ -370,12 +372,12 @@ class Doctor(Callback):
 
 
 def _unneeded(policy: PolicyModule) -> tuple[str, ...]:
-    """Kinds of findings that are none with a teacher, from which a policy learns where rewards do not differ."""
+    """Kinds of findings that do not count with a teacher, from which a policy learns even where rewards do not differ."""
     return () if policy.task.teaching.teacher is None else ("equal", "gradient")
 
 
 def _accuracy(rewards: Rewards) -> float:
-    """Share of right completions among those that count; 0 without any."""
+    """Share of right completions among the counted ones; 0 if there are none."""
     right = rewards.of_counted().correct
     return float(right.float().mean()) if len(right) else 0.0
 
@@ -387,7 +389,7 @@ def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
 
 
 def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers: list[str | None]) -> Iterator[str]:
-    """Some prompts as tokenised, and completions with what the reward found in them and paid, by part."""
+    """Some prompts as tokenised, each with completions, the answers found in them, and their rewards by part."""
     samples, sequences = rollouts.samples_per_prompt, rollouts.sequences
     for number, prompt in enumerate(rollouts.prompts[:_PROMPTS]):
         row = number * samples
@@ -415,7 +417,7 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
 
 
 def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:
-    """Whether prompts begin with the same special token twice, as where a template and the tokenizer both write it."""
+    """Check whether prompts begin with the same special token twice, as when a template and the tokenizer both write it."""
     ids, begin = rollouts.sequences.prompt_ids[0][rollouts.sequences.prompt_mask[0]].tolist(), policy.tokenizer.bos_token_id
     if begin is None or ids[:2] != [begin, begin]:
         return []
@@ -429,5 +431,5 @@ def _cut(text: Any, length: int = _TEXT) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Example: 90 s, 12 min, 3.4 h."""
+    """A duration as text, such as 90 s, 12 min or 3.4 h."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

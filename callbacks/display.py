@@ -1,4 +1,4 @@
-"""What callbacks share for output: the console, commands for the user to type, and a progress bar."""
+"""Output shared by callbacks: the console, commands for the user to type, and a progress bar."""
 
 import json
 import os
@@ -27,24 +27,24 @@ _MINUTE_S = 60.0
 
 
 def console() -> Console:
-    """The global console. Progress bars use the same one, so that lines appear above a bar and not in it."""
+    """The global console. Progress bars use it too, so that lines appear above a bar instead of inside it."""
     return get_console()
 
 
 def say(text: str) -> None:
-    """Print text without markup, which paths may look like, and without wrapping, so that commands can be copied."""
+    """Print text without markup, since paths may look like markup, and without wrapping, so that commands can be copied."""
     console().print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def show_table(table: Table) -> None:
-    """Print a table; in a file or pipe it does not have to fit a screen."""
+    """Print a table; in a file or pipe its width is not limited to a screen."""
     (console() if console().is_terminal else Console(width=10_000)).print(table)
 
 
 def command_line(*arguments: str | Path) -> str:
     """A command of this package with its arguments, quoted for a shell.
 
-    It begins with `python`, or its path if its virtual environment is not activated, such as `.venv/bin/python`.
+    It begins with `python`, or with its path, such as `.venv/bin/python`, if its virtual environment is not activated.
     """
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     python = "python" if activated else from_here(Path(sys.executable))
@@ -52,16 +52,16 @@ def command_line(*arguments: str | Path) -> str:
 
 
 def saved_config(trainer: Trainer) -> Path | None:
-    """The config that a run of the command line has saved; None for a run from Python, which no command can continue.
+    """The config that a command-line run has saved; None for a run from Python, which no command can continue.
 
-    This makes no run folder, and does not communicate with other ranks.
+    This does not make a run folder, and does not communicate with other ranks.
     """
     folder = known_folder(trainer)
     return folder / "config.yaml" if folder is not None and (folder / "config.yaml").is_file() else None
 
 
 def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:
-    """The command that continues from a checkpoint; for a run from Python, the argument to give.
+    """The command that resumes from a checkpoint; for a run from Python, the argument to pass.
 
     This does not communicate with other ranks.
     """
@@ -72,9 +72,9 @@ def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:
 
 
 def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
-    """The command that evaluates a checkpoint: on the test problems, or if there are none on the validation problems.
+    """The command that evaluates a checkpoint on the test problems, or on the validation problems if there are no test problems.
 
-    It can be run as it is; "" if there is none, because the run was started from Python or the data has neither.
+    It can be run as it is. It is "" if the run was started from Python or the data has neither kind of problems.
     """
     config = saved_config(trainer)
     if config is None or not Path(checkpoint).exists():
@@ -88,7 +88,8 @@ def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
 def export_command(run: Path, folder: str | Path, validated: bool) -> str:
     """The command that evaluates an exported policy like its run, with the reward, format and data of the run's config.
 
-    It can be run as it is; "" if there is no config, or nothing to evaluate with. `validated` says whether the run was.
+    It can be run as it is. It is "" if there is no config, or no data to evaluate on. `validated` is whether the run was
+    validated.
     """
     config, summary = run / "config.yaml", run / "summary.json"
     if not config.is_file():
@@ -98,16 +99,16 @@ def export_command(run: Path, folder: str | Path, validated: bool) -> str:
     given: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
     arguments = given["model"].get("init_args", {})
     compares_alone = given["model"]["class_path"].endswith("PreferenceModule") and not arguments.get("reward")
-    if command is None or compares_alone:  # preferences are compared with the start policy, which an export does not have
+    if command is None or compares_alone:  # an export has no start policy to compare preferences with
         return ""
-    # Options that are about the model before training, and not about the export.
+    # Options about the model before training, not about the export.
     gone = [f"--model.{name}=null" for name in ("revision", "quantization") if arguments.get(name) is not None]
     gone += ["--adapter.plan=null"] if given.get("adapter", {}).get("plan") is not None else []
     return command_line(command, "--config", config, f"--model.model={folder}", *gone)
 
 
 def _has(datamodule: Any, command: str, loader: str) -> bool:
-    """Whether a data module has the data that a command needs, found out in the same way as by the command."""
+    """Whether a data module has the data that a command needs, determined in the same way as by the command."""
     if not isinstance(datamodule, PromptDataModule):
         return datamodule is not None and is_overridden(loader, datamodule)
     try:
@@ -118,7 +119,7 @@ def _has(datamodule: Any, command: str, loader: str) -> bool:
 
 
 def minute_lines(description: str) -> Advance:
-    """A function that says how far something is, once a minute: for a screen without a bar."""
+    """Return a function that prints progress once a minute, for a screen without a progress bar."""
     last = time.monotonic()
 
     def advance(done: int, total: int | None) -> None:
@@ -132,10 +133,12 @@ def minute_lines(description: str) -> Advance:
 
 @contextmanager
 def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
-    """Show a progress bar that disappears at the end; in a file lines; nothing on other ranks, or where no bars are wanted.
+    """Show a progress bar that disappears at the end.
+
+    In a file, lines take its place. Other ranks show nothing, nor does a run without progress bars.
 
     Yields:
-        A function to call with (steps done, total), where None keeps the total, which may be known only then.
+        A function to call with (steps done, total). None as total keeps the previous one; the total may become known only then.
     """
     if trainer.is_global_zero and not console().is_terminal and not console().is_jupyter:
         say(f"{description} ...")

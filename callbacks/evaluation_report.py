@@ -1,4 +1,4 @@
-"""`EvaluationReport`: how good the policy is on each set of problems, as a table and as JSON."""
+"""`EvaluationReport`: scores of the policy on each set of problems, as a table and as JSON."""
 
 import json
 import re
@@ -24,16 +24,16 @@ _OVERALL_TITLE = "mean of sets"
 class EvaluationReport(Callback):
     """Prints a table after `validate` and `test`, and in `fit` if sets have names; writes `evaluation.json` to the run folder.
 
-    The numbers are the same as in TensorBoard, under the names that they have there after `val/` or `test/`. `overall` is the
-    mean over named sets, each with the same weight, or the only set if none has a name. Shares have 95% confidence intervals over
-    problems (see `hybrid_lightning.metrics.problem_means`). The file holds the last evaluation of the run.
+    The numbers and names are the same as in TensorBoard, without `val/` or `test/`. `overall` is the mean over named sets, each
+    with the same weight, or the only set if no set has a name. Shares have 95% confidence intervals over problems (see
+    `hybrid_lightning.metrics.problem_means`). The file holds the last evaluation of the run.
 
     The module provides the numbers as `last_evaluation`: set -> metric -> value, with "" for all sets together.
 
     Raises:
         ConfigError: If a checkpoint or another callback monitors a metric that the validation before training does not measure.
             Lightning reports that only at the first checkpoint, which may be hours later. (`Trainer.check` reports it even before
-            that validation, if only code of this project and of Lightning can log metrics.)
+            that validation, if only this project's code and Lightning's code can log metrics.)
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class EvaluationReport(Callback):
     on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the scores, and before training check what is monitored."""
+        """Report the scores, and before training check the monitored metrics."""
         self._report(trainer, pl_module, "validation")
         if trainer.sanity_checking:
             check_monitors(trainer, trainer.callback_metrics)
@@ -89,7 +89,7 @@ class EvaluationReport(Callback):
 
 
 def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-    """What besides the policy determines its scores: the reward, the format of the problems, the dtypes of the passes."""
+    """What determines the scores besides the policy: the reward, the format of the problems, the dtypes of the passes."""
     reward = pl_module.task.reward if isinstance(pl_module, LanguageModule) else None
     parts = {"reward": reward, "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
     names = {name: type(part).__name__ for name, part in parts.items() if part is not None}
@@ -100,8 +100,8 @@ def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
 def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collection[str] | None = None) -> None:
     """Refuse callbacks that monitor a metric which neither validation nor training logs.
 
-    `measured` are names that validation logs, among which there may be others; `trained` are the first parts of the names that
-    training logs. Where they are not known, only names that sound like results of validation are refused.
+    `measured` holds names that validation logs; there may be others. `trained` holds the first parts of the names that training
+    logs. If these are not known, only names that sound like validation results are refused.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
@@ -130,7 +130,7 @@ def score_table(scores: Scores, title: str) -> Table:
 
 
 def _cell(values: Mapping[str, float], metric: str) -> str:
-    if metric not in values:  # the loss on given completions is only known for all sets together
+    if metric not in values:  # the loss on given completions is known only for all sets together
         return "-"
     value = values[metric]
     if metric == "problems":

@@ -1,4 +1,4 @@
-"""`GracefulStop`: ends a run after a signal, or after a reward has failed, so that it can be resumed bit for bit."""
+"""`GracefulStop`: ends a run after a signal or a failed reward so that it can be resumed bit for bit."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ from hybrid_lightning.training.module import LanguageModule
 
 # Messages of gloo, NCCL and torch's watchdog about a lost connection.
 _SIGNS = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL|gloo|heartbeat", re.IGNORECASE)
-# Key in a checkpoint for a validation that was due and had not ended: the step and epoch under which it is to be logged.
+# Checkpoint key for a validation that was due and had not ended: the step and epoch under which to log it.
 _VALIDATION_DUE = "validation_due"
 
 
@@ -38,36 +38,35 @@ class GracefulStop(Callback):
 
     It must come before `HybridAdapterSetup`, so that signals are handled while modules are scored.
 
-    The checkpoint `checkpoints/stopped.ckpt` is that of the last finished optimizer step. What was begun after it is undone: a
-    rollout that is being generated will be drawn again in the same way, the gradients of an unfinished step are dropped and its
-    micro-batches go back to the loader, and a validation is made by the resumed run. So the curves of both runs together are
-    those of a run that was not stopped. Before the first rollout there is no checkpoint: a run that is stopped while it scores
-    the modules begins anew. If a rollout engine fails, a checkpoint is saved as well, and if a reward fails, after at least one
-    step of a run with one process.
+    The checkpoint `checkpoints/stopped.ckpt` is the state after the last finished optimizer step. Anything begun after that step
+    is undone: a rollout in progress will be drawn again in the same way, the gradients of an unfinished step are dropped and its
+    micro-batches go back to the loader, and the resumed run makes a pending validation. So the curves of both runs together equal
+    the curves of a run that was not stopped. Before the first rollout there is no checkpoint: a run that is stopped while it
+    scores the modules begins anew. If a rollout engine fails, a checkpoint is saved as well. If a reward fails, one is saved
+    after at least one step of a run with one process.
 
-    Several processes agree on where they stop: a signal to one of them is enough, and all save together. A second signal ends a
+    Several processes agree on where they stop: a signal to any of them is enough, and all save together. A second signal ends a
     process at once. A process that loses contact with another one prints which one died, if that is known, and what to do.
-
     Args:
-        signals: The signal handlers of this process if they are already installed; None installs them while the Trainer runs.
+        signals: This process's signal handlers if they are already installed; None installs them while the Trainer runs.
     """
 
     def __init__(self, signals: StopSignals | None = None) -> None:
         self.signals = signals or StopSignals()
-        self._mine = False  # whether this callback has installed the signal handlers, and must remove them
+        self._mine = False  # whether this callback installed the signal handlers and must remove them
         self._training = False
-        self._deferred = ExitStack()  # of contexts in which signals wait
-        self._taken = 0  # number of micro-batches of the unfinished optimizer step
+        self._deferred = ExitStack()  # contexts in which signals wait
+        self._taken = 0  # number of micro-batches taken in the unfinished optimizer step
         self._progress: dict[str, Any] | None = None  # progress of Lightning's loops after the last finished step
-        self._due: dict[str, int] | None = None  # step and epoch for logging a validation that is due after that step
+        self._due: dict[str, int] | None = None  # step and epoch under which to log a validation that is due after that step
         self._begun = False  # whether this run has taken a micro-batch
         self._rolled_back = False  # whether an unfinished step has been undone
-        self._processes: list[tuple[str, int]] = []  # of each rank: its machine, and its id there
+        self._processes: list[tuple[str, int]] = []  # machine and process id of each rank
 
     # ---- signals
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Handle the signals; a module with an attribute `signals` gets them, to say itself where it can be stopped."""
+        """Handle the signals; a module with an attribute `signals` gets them, so that it decides where it can be stopped."""
         if stage == "fit":
             self._training, self._begun, self._rolled_back = False, False, False
             self._taken, self._progress, self._due = 0, None, None
@@ -84,14 +83,14 @@ class GracefulStop(Callback):
         self._defer()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin training, after a validation that the stopped run still had to make."""
+        """Begin training, after a pending validation of the stopped run."""
         self._defer()
         self._training = True
         loaded, self._progress = self._progress, _progress(trainer)
         if loaded is not None:
             self._progress["epoch_progress"] = loaded["epoch_progress"]  # Lightning has already advanced its own
             if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
-                trainer.fit_loop.epoch_loop.restarting = False  # else it would continue as if after a validation
+                trainer.fit_loop.epoch_loop.restarting = False  # without this it would continue as if after a validation
         if self._due is not None and trainer.enable_validation:
             self._validate(trainer, self._due)
 
@@ -107,14 +106,14 @@ class GracefulStop(Callback):
         self._training = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop if a signal came while the run was summed up."""
+        """Stop if a signal came during the run summary."""
         self.signals.check()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
         self._deferred.close()
         if self._mine:
-            restore_signal_handlers(trainer)  # done now: later it would restore the handlers of this run
+            restore_signal_handlers(trainer)  # now: later it would restore this run's handlers
             self.signals.give_back()
             self._mine = False
 
@@ -122,14 +121,14 @@ class GracefulStop(Callback):
         self.signals.take_over()
         self._deferred.enter_context(self.signals.deferred())
 
-    # ---- where the run is
+    # ---- progress
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the micro-batches of the step."""
         self._taken, self._begun = self._taken + 1, True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Record where the run is after a finished step, and stop for modules that do not handle signals themselves."""
+        """Record the progress after a finished step, and stop for modules that do not handle signals themselves."""
         if not ends_step(trainer):
             return
         self._taken, self._progress = 0, _progress(trainer)
@@ -138,7 +137,7 @@ class GracefulStop(Callback):
             check_stop(self.signals, trainer.strategy.root_device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record that no validation is due any more."""
+        """Record that no validation is pending any more."""
         if not trainer.sanity_checking:
             self._due = None
 
@@ -148,7 +147,7 @@ class GracefulStop(Callback):
         return self._due is not None
 
     def _validate(self, trainer: Trainer, due: dict[str, int]) -> None:
-        """Make the validation that the stopped run had begun or was about to begin, logged under the step of that run."""
+        """Make the validation that the stopped run had begun or was about to begin, logged under that run's step."""
         loop, epochs, before = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current, _place(trainer)
         log_under(trainer, due["step"])
         epochs.completed = due["epoch"]
@@ -161,7 +160,7 @@ class GracefulStop(Callback):
     # ---- saving and loading
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the progress after the last finished step, if something has been begun since."""
+        """Save the progress after the last finished step if anything has begun since then."""
         begun_since = self._rolled_back or not self._begun or self._due is not None
         if self._training and self._progress is not None and begun_since:
             checkpoint["loops"]["fit_loop"].update(copy.deepcopy(self._progress))
@@ -169,7 +168,7 @@ class GracefulStop(Callback):
             checkpoint[_VALIDATION_DUE] = self._due
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the progress from the checkpoint, for a resumed run that is stopped before its first step."""
+        """Take over the progress from the checkpoint, in case the resumed run is stopped before its first step."""
         if trainer.state.fn == "fit":
             loops = checkpoint["loops"]["fit_loop"]
             self._progress = copy.deepcopy({name: value for name, value in loops.items() if name != "state_dict"})
@@ -179,9 +178,9 @@ class GracefulStop(Callback):
         """Save a checkpoint if a signal or a failed reward stopped the run, and print how to resume."""
         if trainer.world_size > 1 and (message := lost_contact(trainer, exception)) is not None:
             sys.stderr.write(message + "\n")
-            exception.add_note(message)  # in Python the last line of the traceback, above which the line written here may be lost
+            exception.add_note(message)  # Python prints it last; the line written here may be lost above the traceback
             exception.explained = True  # type: ignore[attr-defined]  # so that the command line prints no traceback
-        saves = self._training and isinstance(exception, (RunStopped, RolloutError))  # both are raised on all ranks together
+        saves = self._training and isinstance(exception, (RunStopped, RolloutError))  # all ranks raise these together
         if isinstance(exception, RewardError) and trainer.training:
             saves = trainer.global_step > 0 and trainer.world_size == 1
         if saves:
@@ -193,7 +192,7 @@ class GracefulStop(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def gone_ranks(self) -> list[int]:
-        """The ranks on this machine whose processes have ended; a connection breaks a moment before its process is gone."""
+        """Ranks on this machine with ended processes; a connection breaks a moment before its process is gone."""
         here = {rank: process for rank, (machine, process) in enumerate(self._processes) if machine == platform.node()}
         for _ in range(10):
             if gone := [rank for rank, process in here.items() if not _lives(process)]:
@@ -226,9 +225,9 @@ class GracefulStop(Callback):
 
 
 def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
-    """Error message for when another process of the run has gone, with the checkpoint to resume from, on one line.
+    """One-line error message for a lost process of the run, with the checkpoint to resume from.
 
-    None if the exception that ended the run in this process has another cause. This does not communicate with other ranks.
+    None if another cause ended the run in this process. This does not communicate with other ranks.
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None
@@ -241,7 +240,7 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this machine runs; one that its parent has not asked for its exit code does not."""
+    """Whether a process of this machine runs; a zombie (its parent has not read its exit code) does not."""
     with suppress(OSError):
         if sys.platform == "linux":
             return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -272,5 +271,5 @@ def _go_on_from(trainer: Trainer) -> str:
 
 def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """The checkpoint to resume from; falsy if there is none."""
-    # Not `last_model_path`, which Lightning sets before it writes a file: the writing of that file may have been interrupted.
+    # Not `last_model_path`: Lightning sets it before it writes the file, and that write may have been interrupted.
     return getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path

@@ -1,6 +1,6 @@
 """`HybridAdapterSetup`: finds the adapter plan of a run, applies it before training starts, and shows it.
 
-The plan is that of the checkpoint, else one of a file, else a new one (`planning.py`).
+The plan comes from the checkpoint, or from a file, or is made anew (`planning.py`), in this order.
 """
 
 from collections.abc import Sequence
@@ -28,18 +28,18 @@ from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkp
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, new_state
 from hybrid_lightning.training.module import LanguageModule
 
-_SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
+_SHOWN_OTHERS = 10  # number of printed modules of a plan, besides the fully trained ones
 
 
 class HybridAdapterSetup(Configurable, Callback):
-    """Chooses the modules that are trained fully and gives LoRA to all other candidates.
+    """Chooses the modules to train fully and gives LoRA to all other candidates.
 
-    The plan is taken from the checkpoint that is being loaded, else from `plan`, else it is made by scoring. It is written to the
-    run folder as `plan.json` and `plan.png`. Scoring that a stop interrupts begins anew when the command is started again.
-    Evaluation without a checkpoint and without `plan` leaves the model unchanged.
+    The plan comes from the checkpoint being loaded, or else from `plan`, or else from scoring. It is written to the run folder as
+    `plan.json` and `plan.png`. Interrupted scoring begins anew when the command is started again. Evaluation without a checkpoint
+    and without `plan` leaves the model unchanged.
 
-    Checkpoints hold the settings of the run. When a run is resumed, they are compared with the new ones, and what was changed is
-    applied or refused (see `callbacks/resume.py`).
+    Checkpoints hold the run's settings. At a resume they are compared with the new settings, and each change is applied or
+    refused (see `callbacks/resume.py`).
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
@@ -50,14 +50,14 @@ class HybridAdapterSetup(Configurable, Callback):
         dropout: LoRA dropout.
         use_dora: Weight-decomposed LoRA.
         use_rslora: Scale by alpha / sqrt(rank).
-        rank_pattern: Ranks of modules that have not `rank`, such as `{mlp: 8, attention: 1}`: by `attention` or `mlp`, or by the
-            end of their names, such as `q_proj`, where the longest name decides. alpha / rank stays the same (with `use_rslora`
-            alpha does). Rank 0 freezes a module that is not fully trained. Experts are candidates only if they are named, as in
-            `{experts: 4}`; each expert has the whole rank.
+        rank_pattern: Ranks of modules that differ from `rank`, such as `{mlp: 8, attention: 1}`: by `attention` or `mlp`, or by
+            the end of their names, such as `q_proj`, where the longest name decides. alpha / rank stays the same (with
+            `use_rslora` alpha does). Rank 0 freezes a module that is not fully trained. Experts are candidates only if they are
+            named, as in `{experts: 4}`; each expert has the whole rank.
         target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
             decoder blocks.
-        calibration_prompts: Number of prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes
-            as many as one rollout has, so that scoring costs about as much as a training step.
+        calibration_prompts: Number of prompts in the rollouts that score the modules; None lets the module choose.
+            `PolicyModule` takes the number of prompts in one rollout, so that scoring costs about the same as a training step.
         plan: Path of a `plan.json` to use instead of scoring.
         keep_start_weights: Keep the frozen originals of fully trained modules, which a KL term needs. False saves their memory.
 
@@ -100,15 +100,15 @@ class HybridAdapterSetup(Configurable, Callback):
         self.resume = Resume()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the plan and apply it, at every stage anew.
+        """Find the plan and apply it, at every stage.
 
-        An adapter that is already applied stays unchanged. A plan file that is not its plan, or not that of the checkpoint, is
-        refused, and so are settings that differ from the checkpoint's and cannot be changed.
+        An adapter that is already applied stays unchanged. A plan file that differs from the applied plan or from the
+        checkpoint's plan is refused, and so are settings that differ from the checkpoint's and cannot be changed.
         """
         folder = run_folder(trainer) if stage == "fit" else None
-        path = trainer.ckpt_path  # if there is no such file, Lightning says so later
+        path = trainer.ckpt_path  # Lightning reports a missing file later
         checkpoint = read_checkpoint(path) if path and checkpoint_exists(path) else None
-        # First, so that the message for another plan is not about the settings behind it.
+        # First, so that for another plan the message is about the plan, not about the settings it implies.
         saved = None
         if checkpoint is not None and (content := adapter_state(checkpoint)["plan"]) is not None:
             saved = AdapterPlan.from_dict(content, source=str(trainer.ckpt_path))
@@ -135,9 +135,9 @@ class HybridAdapterSetup(Configurable, Callback):
             checkpoint[CHECKPOINT_KEY] = new_state(self.plan, self.plan.model_digest)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Apply what was changed at a resume."""
+        """Apply the changes of a resume."""
         if trainer.state.fn == "fit":
-            self.resume.compare(checkpoint, trainer)  # under Lightning's own Trainer `setup` does not see the checkpoint
+            self.resume.compare(checkpoint, trainer)  # under Lightning's own Trainer, `setup` does not see the checkpoint
             self.resume.apply(checkpoint, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,7 +149,7 @@ class HybridAdapterSetup(Configurable, Callback):
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
     def check(self, pl_module: LanguageModule) -> None:
-        """Check that start weights are kept if the loss needs them, that the sampler takes such an adapter, and names of modules.
+        """Check that start weights are kept if the loss needs them, that the sampler takes such an adapter, and module names.
 
         This is done before weights are loaded.
         """
@@ -168,7 +168,7 @@ class HybridAdapterSetup(Configurable, Callback):
             check_lora_modules(plan.lora_modules)
 
     def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
-        """Refuse a plan file that is not the plan that the model already has or gets."""
+        """Refuse a plan file that differs from the plan that the model has or gets."""
         given = self.given_plan
         if given is not None and given.digest != plan.digest:
             raise error(
@@ -184,7 +184,7 @@ class HybridAdapterSetup(Configurable, Callback):
         if isinstance(pl_module, LanguageModule):
             pl_module.task.check_start_weights(self.keep_start_weights)
             if plan is None:
-                pl_module.check_settings()  # on every rank, so that each ends with the cause, and none waits for the scores
+                pl_module.check_settings()  # on every rank, so that each ends with the cause and none waits for the scores
         if plan is None:
             with time_charged_to(trainer, "scoring"):
                 plan = Planner(self.planning, trainer, pl_module).plan()
@@ -194,7 +194,7 @@ class HybridAdapterSetup(Configurable, Callback):
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
         model = model_of(pl_module)
-        if plan is self.given_plan:  # not for the plan of a checkpoint, whose weights are loaded afterwards
+        if plan is self.given_plan:  # not for a checkpoint's plan: its weights are loaded afterwards
             plan.check_weights(model)
         setattr(pl_module, str(pl_module.adapter_attribute), apply_plan(model, plan, self.keep_start_weights))
         pl_module.plan = plan  # type: ignore[assignment]
@@ -213,7 +213,7 @@ class HybridAdapterSetup(Configurable, Callback):
             count = f"{len(frozen)} module{'' if len(frozen) == 1 else 's'}"
             say(f"Frozen besides: {count} such as {frozen[0]}, whose weight kernels of state space layers read past LoRA")
         rest = 0
-        if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # else a table of them says nothing
+        if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # without either a table has nothing to show
             table = plan_table(plan, _SHOWN_OTHERS)
             table.title = None
             console().print(table)

@@ -1,7 +1,7 @@
-"""Everything that differs between loggers: TensorBoard, CSV, Weights & Biases, MLflow and Trackio.
+"""Code specific to each logger: TensorBoard, CSV, Weights & Biases, MLflow and Trackio.
 
-Scalars and hyperparameters reach every logger through Lightning, and other loggers get nothing else. Here are tables, pictures
-and texts, under names that each logger accepts, and the folders in which loggers keep their files.
+Scalars and hyperparameters reach every logger through Lightning; loggers of other kinds get nothing else. This file adds tables,
+pictures and texts, under names that each logger accepts, and finds the folders in which loggers keep their files.
 """
 
 import csv
@@ -42,21 +42,21 @@ def keeps_files_in_a_version(logger: Logger) -> bool:
 
 
 def given_version(logger: Logger) -> int | str | None:
-    """The version that was given to a logger which has versions; its property `version` would choose one."""
+    """The version that was given to a logger with versions; its property `version` would choose one."""
     return logger._version if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger) else None
 
 
 def logger_root(logger: Logger, fallback: Path) -> Path:
-    """The folder with one folder for each run of a logger; below `fallback` if it has no folder on this machine."""
+    """The folder that holds one folder per run of a logger; below `fallback` if the logger has no folder on this machine."""
     if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger):
         return Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
     root = logger.save_dir
     local = fallback if root in (None, ".") or "://" in str(root) else Path(str(root))  # "." is the default of WandbLogger
     if isinstance(logger, MLFlowLogger):
-        name: Any = logger._experiment_name  # the property `name` is a number, for which the logger asks the store
+        name: Any = logger._experiment_name  # the property `name` is a number and queries the store
     else:
         name = logger.name
-        if isinstance(logger, WandbLogger) and name == "lightning_logs":  # the default if no project is given
+        if isinstance(logger, WandbLogger) and name == "lightning_logs":  # the default without a project
             name = logger._name or name
     return local / (name if name and isinstance(name, str) else "default").replace("/", "_")
 
@@ -67,21 +67,21 @@ def has_begun(logger: Logger) -> bool:
 
 
 def write_into_version(loggers: Sequence[Logger], version: int | str) -> None:
-    """Let loggers that have not begun to write use the folder of a version, which exists and is empty."""
+    """Make loggers that have not begun to write use the folder of a version, which exists and is empty."""
     new = [logger for logger in loggers if keeps_files_in_a_version(logger) and not has_begun(logger)]
     for logger in new:
         logger._version = version  # type: ignore[attr-defined]
         if isinstance(logger, CSVLogger):
-            _ = logger.experiment  # begin now: it warns if there are files of other loggers in its folder
+            _ = logger.experiment  # begin now: it warns if its folder holds files of other loggers
 
 
-# ---- what loggers are given
+# ---- what loggers receive
 
 
 def log_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     """Add a page of rows to the table of each logger, on the first process only.
 
-    TensorBoard shows the page as Markdown. A logger that has no steps for tables gets a column `step` in front.
+    TensorBoard shows the page as Markdown. A logger without steps for tables gets a leading column `step`.
     """
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
@@ -102,12 +102,12 @@ def log_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequenc
                 csv.writer(file).writerows([*head, *([step, *row] for row in rows)])
 
 
-# Escapes for every character that Markdown or HTML would take for markup, and for line breaks, since a row must be one line.
+# Escapes for every character that Markdown or HTML would read as markup, and for line breaks, since a row must be one line.
 _AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"}, "\n": "<br>", "\r": None})
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown, with numbers in three digits, and texts as they are whatever markup is in them."""
+    """A table in Markdown: numbers with three digits, texts verbatim, whatever markup they contain."""
 
     def shown(cell: Any) -> str:
         text = "" if cell is None else str(cell).translate(_AS_TEXT)
@@ -118,7 +118,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 
 def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None:
-    """Log a picture; CSV has none."""
+    """Log a picture; the CSV logger has none."""
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(name, figure, step, close=False)
@@ -146,12 +146,12 @@ def log_histogram(trainer: Trainer, name: str, values: torch.Tensor, step: int) 
 
 
 def log_config(trainer: Trainer, path: Path) -> None:
-    """Log the config file of the run; for a CSV log it is already in the same folder."""
+    """Log the config file of the run; a CSV log already has it in its folder."""
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", f"```yaml\n{path.read_text(encoding='utf-8')}\n```", 0)
         elif isinstance(logger, (WandbLogger, TrackioLogger)):
-            # Not as a file, because W&B itself writes a file of this name.
+            # Not as a file: W&B itself writes a file of this name.
             logger.log_hyperparams({"config": yaml.safe_load(path.read_text(encoding="utf-8"))})
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_artifact(logger.run_id, str(path))
@@ -168,8 +168,8 @@ def show_hyperparameters(
 ) -> None:
     """Write TensorBoard's page of hyperparameters.
 
-    `compared` are plain values for the first columns, which take the places of `others` with their names, which may be nested.
-    `metrics` are the scalars that are the results, which the page must know in advance.
+    `compared` holds plain values for the first columns; they replace `others` of the same name, which may be nested. `metrics`
+    are the scalars shown as results, which the page must know in advance.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -205,7 +205,7 @@ def _hint(logger: Logger, folder: Path) -> str | None:
 
 
 def from_here(path: Path) -> str:
-    """A path as it is typed, which is short below the working directory."""
+    """A path as the user types it: short below the working directory."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -220,7 +220,7 @@ def _loggers(trainer: Trainer) -> Sequence[Logger]:
 class NamingMLFlowLogger(MLFlowLogger):
     """Lightning's `MLFlowLogger` with names that every store of MLflow accepts, and a store that MLflow still supports.
 
-    The command line makes it wherever a config names `MLFlowLogger`. In names `@` becomes `_at_`. Some stores keep a metric as a
+    The command line makes it wherever a config names `MLFlowLogger`. In names, `@` becomes `_at_`. Some stores keep a metric as a
     file, so that `val/x` and `val/x/ci_low` cannot both exist: the ends of an interval become `val/x_ci_low` and `val/x_ci_high`.
     Without a `tracking_uri` (or `MLFLOW_TRACKING_URI`) runs go into `SAVE_DIR/mlflow.db`, because MLflow refuses Lightning's
     default, a plain folder.
@@ -230,7 +230,7 @@ class NamingMLFlowLogger(MLFlowLogger):
             variable at the time of import, since MLflow later sets the variable to the store in use.
         save_dir: A local folder.
         artifact_location: Folder for artifacts; None takes the folder `mlartifacts` beside a SQLite file.
-        arguments: The other arguments of `MLFlowLogger`.
+        arguments: The other arguments of Lightning's `MLFlowLogger`.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class NamingMLFlowLogger(MLFlowLogger):
         # Absolute: MLflow keeps the store of a relative path open after the folder has changed, and `mlflow ui` works anywhere.
         given["tracking_uri"] = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
         given["artifact_location"] = artifact_location or (self._folder.absolute() / "mlartifacts").as_uri()
-        # Processes may start at the same time, such as the ranks of a run. The lock lets one of them make tables and experiment.
+        # Processes may start at the same time, such as the ranks of a run. The lock lets only one make the tables and experiment.
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -287,12 +287,12 @@ def _mlflow_name(name: str) -> str:
 
 
 class TrackioLogger(Logger):
-    """Logs to Trackio: into its data base on this machine, in the folder TRACKIO_DIR, or to a Space of the Hugging Face hub.
+    """Logs to Trackio: its database on this machine, in the folder TRACKIO_DIR, or a Space of the Hugging Face hub.
 
     Args:
-        project: The project, in which runs are compared.
-        run_name: Name of the run; None for one that Trackio makes up.
-        space_id: Space that shows the runs, such as `me/runs`, and is made if it is not there; None keeps them on this machine.
+        project: The project that groups runs for comparison.
+        run_name: Name of the run; None lets Trackio make one up.
+        space_id: Space that shows the runs, such as `me/runs`, created if it does not exist; None keeps them on this machine.
             The token comes from HF_TOKEN or `hf auth login`.
 
     Raises:
@@ -311,12 +311,12 @@ class TrackioLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Trackio's run, which begins, or continues after its end, when it is first used."""
+        """Trackio's run. The first access begins it, or continues it if it has ended."""
         if self._experiment is None:
             import trackio
 
             given: dict[str, Any] = {"space_id": self.space_id, "config": self._config, "embed": False}
-            with redirect_stdout(StringIO()):  # the end of the screen says how to see the run
+            with redirect_stdout(StringIO()):  # the end of the screen shows how to see the run
                 self._experiment = trackio.init(self._project, self._run_name, resume=self._resume, **given)
             self._run_name, self._resume = self._experiment.name, "allow"
         return self._experiment
@@ -328,7 +328,7 @@ class TrackioLogger(Logger):
 
     @property
     def version(self) -> str | None:
-        """The run's name; None before it has begun, if none was given."""
+        """The run's name; None before the run has begun, if no name was given."""
         return self._run_name
 
     @rank_zero_only
@@ -338,14 +338,14 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Log hyperparameters. Trackio takes a config when a run begins, or is continued."""
-        # Trackio keeps names with a leading underscore, such as one of LightningCLI's, to itself.
+        """Log hyperparameters. Trackio takes a config when a run begins or is continued."""
+        # Trackio reserves names with a leading underscore; LightningCLI has one.
         self._config |= {name: value for name, value in _convert_params(params).items() if not name.startswith("_")}
         self.finalize("running")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is not yet written."""
+        """Write pending data."""
         if self._experiment is not None:
             with redirect_stdout(StringIO()):
                 self._experiment.finish()

@@ -2,7 +2,8 @@
 
     candidates -> losses at the start policy -> scores -> what the budget trains fully -> plan
 
-Ranks of FSDP2 score together; otherwise the first rank scores, and the others get its plan or its error, so that none waits.
+Ranks of FSDP2 score together. With other strategies the first rank scores, and the others get its plan or its error, so that none
+waits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -30,28 +31,28 @@ from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.sharded_scoring import ShardedScoring, split_copy
 
-# Of the losses of scoring in float16: gradients below 1.5e-11 are 0 then, and not those below 6e-8. One that a larger scale took
-# out of float16's range would be refused as not finite.
+# Scale of scoring's losses in float16: gradients below 1.5e-11 become 0, instead of those below 6e-8. A gradient that a larger
+# scale took out of float16's range would be refused as not finite.
 _LOSS_SCALE = 2.0**12
 
 
 @runtime_checkable
 class Adaptable(Protocol):
-    """What a LightningModule must have to be adapted, be it a policy or a module for supervised or preference training."""
+    """What a LightningModule must have to be adapted: a policy, or a module for supervised or preference training."""
 
     adapter_attribute: str  # name of the attribute that holds the model
 
     def calibration_losses(self, num_prompts: int | None) -> Iterable[Tensor]:
-        """Scalar losses of the start policy, computed as they are iterated over: the mean of their gradients scores the modules.
+        """Scalar losses of the start policy, computed during iteration: the mean of their gradients scores the modules.
 
-        None leaves the number of prompts (or examples) to the module, which should take about as many as one training step has.
+        With None the module chooses the number of prompts (or examples); it should be about the number in one training step.
         If the iterable has an attribute `info` (a dict of plain values), it is kept in the plan.
         """
         ...
 
 
 def check_adaptable(pl_module: LightningModule) -> None:
-    """Check that a module follows the protocol, and build its model if that is done in `configure_model`."""
+    """Check that a module follows the protocol, and build its model if `configure_model` does that."""
     name = type(pl_module).__name__
     if not isinstance(pl_module, Adaptable):
         raise ConfigError(
@@ -60,7 +61,7 @@ def check_adaptable(pl_module: LightningModule) -> None:
         )
     attribute = pl_module.adapter_attribute
     if not isinstance(getattr(pl_module, attribute, None), nn.Module):
-        pl_module.configure_model()  # only if there is no model yet: this hook may also split a model over processes
+        pl_module.configure_model()  # only without a model: this hook may also split a model over processes
     if not isinstance(getattr(pl_module, attribute, None), nn.Module):
         raise ConfigError(
             f"{name}.adapter_attribute is {attribute!r}, but there is no such module; give the name of the attribute that holds "
@@ -69,36 +70,36 @@ def check_adaptable(pl_module: LightningModule) -> None:
 
 
 def model_of(pl_module: LightningModule) -> nn.Module:
-    """The model of a module that follows the protocol: what its `adapter_attribute` names."""
+    """The model of a module that follows the protocol, found by its `adapter_attribute`."""
     model = getattr(pl_module, str(pl_module.adapter_attribute))
     assert isinstance(model, nn.Module)
     return model
 
 
 def applied_plan(pl_module: LightningModule) -> AdapterPlan | None:
-    """The plan by which a module is adapted; a module that knows none gets the attribute from `HybridAdapterSetup`."""
+    """The plan of an adapted module; `HybridAdapterSetup` sets the attribute on a module that has none."""
     plan = getattr(pl_module, "plan", None)
     return plan if isinstance(plan, AdapterPlan) else None
 
 
 @dataclass(frozen=True)
 class Planning:
-    """How a plan is made."""
+    """The settings that determine a plan."""
 
     budget: Budget  # chooses the fully trained modules by their scores
     scorer: Scorer
     gradients: GradientMode  # how gradients are held while scoring
-    lora: LoraSettings  # of the modules that are not fully trained
-    rank_pattern: Mapping[str, int]  # ranks of modules that have not that of `lora`
+    lora: LoraSettings  # for modules that are not fully trained
+    rank_pattern: Mapping[str, int]  # ranks of modules that differ from the rank of `lora`
     target_modules: Sequence[str] | None  # candidates by the end of their names; None takes all
     calibration_prompts: int | None  # None lets the module choose
 
     def candidates(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """The modules that may be trained: full dotted name -> module; ModelError if there are none."""
+        """The trainable candidates: full dotted name -> module; ModelError if there are none."""
         return find_candidates(model, self.target_modules, self.rank_pattern)
 
     def ranks(self, candidates: Mapping[str, nn.Module]) -> dict[str, int]:
-        """Rank of each candidate as LoRA; ModelError if `rank_pattern` matches none, ConfigError if experts cannot have it."""
+        """LoRA rank of each candidate; ModelError if `rank_pattern` matches none, ConfigError if experts cannot have the rank."""
         ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
         if self.budget.share < 1 and any(ranks[name] and has_named_parameters(module) for name, module in candidates.items()):
             self.lora.check_experts()
@@ -113,16 +114,16 @@ class Planner:
 
     planning: Planning
     trainer: Trainer
-    module: LightningModule  # what is trained, not adapted yet (see `Adaptable`)
+    module: LightningModule  # the module to train, not adapted yet (see `Adaptable`)
 
     @property
     def _language(self) -> LanguageModule | None:
         return self.module if isinstance(self.module, LanguageModule) else None
 
     def plan(self) -> AdapterPlan:
-        """Score the modules where the budget needs that, and choose. All ranks have to call it, and get the same plan.
+        """Score the modules if the budget needs it, and choose. All ranks must call this, and get the same plan.
 
-        Modules that cannot be scored are a CalibrationError on all, and a signal to one of them stops all.
+        Modules that cannot be scored raise a CalibrationError on all ranks, and a signal to one rank stops all.
         """
         trainer = self.trainer
         content: Any
@@ -137,7 +138,7 @@ class Planner:
                 try:
                     return self._make().to_dict() if trainer.is_global_zero else None
                 except RunStopped as stopped:
-                    signals.requested = stopped.number  # the module may not have the signals that have stopped it
+                    signals.requested = stopped.number  # the module may not have the signals that stopped it
                     raise
 
             content = on_all_ranks(make, signals, "score the modules")[0]
@@ -163,9 +164,9 @@ class Planner:
         from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
         scorer, language = self.planning.scorer, self._language
-        if splits is None or language is None or not scorer.needs_gradient:  # the weights alone, which every rank has
+        if splits is None or language is None or not scorer.needs_gradient:  # only weights are needed, which every rank has
             model = model_of(self.module)
-            # Fused layers as in training, since rollouts and passes of scoring are as large as those of training.
+            # Fused layers as in training, since the rollouts and passes of scoring are just as large.
             use_fused_layers(model, Backend() if language is None else language.policy.engine.backend)
             return self._scored_by(Scoring, model, candidates, ranks)
         with split_copy(language.task, splits) as model:
@@ -197,7 +198,7 @@ class Planner:
         return ModuleScores(scores, scorer, info, self.module.hparams.get("seed"))
 
     def _losses(self) -> Any:
-        """The module's calibration losses; the progress bar shows how a language model makes the rollouts behind them."""
+        """The module's calibration losses; for a language model the progress bar shows how their rollouts are made."""
         count, language = self.planning.calibration_prompts, self._language
         if language is None:
             assert isinstance(self.module, Adaptable)

@@ -22,16 +22,16 @@ from hybrid_lightning.export.write import write_policy, written_message
 class PolicyExport(Callback):
     """Exports the policy at the end of training, and optionally every n steps, each time into a folder `step=N`.
 
-    An export does not change the training; its time is counted as that of a checkpoint. It must come after `RunSummary`, so that
+    An export does not change the training; its time counts as checkpoint time. The callback must come after `RunSummary`, so that
     the model card has the last validation.
 
     Args:
         form: What to write; None takes `MergedModel()`, which reads the base model again, into the memory of the CPU.
         folder: Folder for the folders `step=N`; None takes `export/FORM` in the run folder.
         every_n_steps: Optimizer steps between exports; None for one export at the end.
-        push_to: Repository on the Hugging Face hub that each export is pushed to, as a commit in place of the one before, such as
-            `me/my-model`; a new one is private. The token comes from HF_TOKEN or `hf auth login`. A run that cannot push is
-            refused before it begins; a push that fails later is a warning.
+        push_to: Repository on the Hugging Face hub, such as `me/my-model`; each export is pushed to it as a commit that replaces
+            the one before. A new repository is private. The token comes from HF_TOKEN or `hf auth login`. A run that cannot push
+            is refused before it begins; a push that fails later is a warning.
 
     Raises:
         ConfigError: If `every_n_steps` is below 1.
@@ -52,7 +52,7 @@ class PolicyExport(Callback):
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.push_to = push_to
-        self._repository: str | None = None  # the name of `push_to` with its owner, once it is known that it can be pushed to
+        self._repository: str | None = None  # the name of `push_to` with its owner, set after pushing was found possible
         self._exported_step = -1
 
     def open_repository(self) -> None:
@@ -107,13 +107,13 @@ class PolicyExport(Callback):
                 if self._repository is not None:
                     try:
                         say(f"Pushed to {push_folder(target, self._repository, f'Step {trainer.global_step}')}")
-                    except ConfigError as error:  # training goes on
+                    except ConfigError as error:  # training continues
                         rank_zero_warn(str(error))
             trainer.strategy.barrier("PolicyExport")
 
 
 def policy_in_training(trainer: Trainer, pl_module: LightningModule) -> TrainedPolicy | None:
-    """The policy as it is now; None on processes that do not write it. Every process must call this."""
+    """The policy in its current state; None on processes that do not write it. Every process must call this."""
     summary = find_callback(trainer, RunSummary)
     return policy_of_module(
         pl_module,

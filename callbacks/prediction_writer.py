@@ -15,19 +15,19 @@ from hybrid_lightning.errors import ConfigError
 
 
 class PredictionWriter(Callback):
-    """Writes one line per prompt, with its set, index, text, answer and completions, and as `columns` the row that it came from.
+    """Writes one line per prompt: its set, index, text, answer and completions, and the row that it came from as `columns`.
 
-    For each completion, the one under `greedy` and those in lists, it has the text, the answer, the length in tokens, whether it
-    is finished, the rewards (total and parts), and whether it is correct. With an environment there is one line per episode, the
-    greedy one without a number as `sample`: its messages, how it ended, rewards of each turn and in all, and its token ids, which
-    of them were sampled, and with which log-probabilities.
+    Each completion, both the one under `greedy` and the ones in lists, has the text, the answer, the length in tokens, whether it
+    is finished, the rewards (total and parts), and whether it is correct. With an environment there is one line per episode; the
+    greedy episode has no number as `sample`. The line has the messages, how the episode ended, the rewards of each turn and in
+    total, and the token ids: which of them were sampled, and with which log-probabilities.
 
     Args:
         path: A new file; None takes `predictions.jsonl` in the run folder, or `predictions-v1.jsonl` if the Trainer
             predicts again. With several processes each writes its own file, with the rank before the suffix.
 
     Raises:
-        ConfigError: If `path` is a folder, or exists when predicting begins.
+        ConfigError: If `path` is a folder, or if it exists when predicting begins.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -37,7 +37,7 @@ class PredictionWriter(Callback):
         self._file: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse files that exist or cannot be written, of any process on all, so that none waits for another."""
+        """Refuse files that exist or cannot be written; all processes check all files, so that none waits for another."""
         paths = _of_ranks(Path(self.path), trainer.world_size) if stage == "predict" and self.path is not None else []
         for path in paths:
             if path.exists():
@@ -61,13 +61,13 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Write at once, so that an interrupted run keeps what it has."""
+        """Write immediately, so that an interrupted run keeps what it has."""
         if self._file is not None and isinstance(outputs, Sequence):
             write_lines(self._file, outputs)
             self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file and say where it is."""
+        """Close the file and print its path."""
         if self._file is not None:
             say(f"Predictions written to {self._file.name}")
         self._close()
@@ -83,19 +83,19 @@ class PredictionWriter(Callback):
 
 
 def new_file(folder: Path, name: str, trainer: Trainer) -> Path:
-    """`NAME.jsonl` in a folder, or `NAME-v1.jsonl` and so on if that exists; of several processes each has its own."""
+    """`NAME.jsonl` in a folder, or `NAME-v1.jsonl` and so on if that exists; with several processes each has its own file."""
     versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
     paths = (_of_ranks(folder / f"{name}{version}.jsonl", trainer.world_size)[trainer.global_rank] for version in versions)
     return next(path for path in paths if not path.exists())
 
 
 def write_lines(file: TextIO, records: Iterable[Any]) -> None:
-    """Write records as JSON, one a line."""
+    """Write records as JSON, one per line."""
     file.writelines(json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records)
 
 
 def _plain(cell: Any) -> Any:
-    """A cell of a table that JSON has no form for: an array as a list, a date or a decimal number as text."""
+    """Convert a table cell that JSON cannot represent: an array to a list, a date or a decimal number to text."""
     return cell.tolist() if hasattr(cell, "tolist") else str(cell)
 
 

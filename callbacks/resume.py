@@ -1,8 +1,8 @@
-"""Changed settings at a resume: a change is refused, or the rollout in progress is given up and the epoch begins anew.
+"""Changed settings at a resume: each change is refused, or the rollout in progress is given up and the epoch begins anew.
 
 A checkpoint holds the settings of the run that wrote it as plain data (see `run_settings.py`, which collects and flattens them).
-At a resume they are compared, name by name, with those of the new run, before anything is scored or sampled. Settings that have
-no part in rollouts and updates, such as `trainer.max_steps`, a logger or a callback, simply take effect.
+At a resume they are compared, name by name, with the new run's settings, before anything is scored or sampled. Settings that do
+not affect rollouts and updates, such as `trainer.max_steps`, a logger or a callback, simply take effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,40 +21,40 @@ from hybrid_lightning.training.example_module import ExampleModule
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
-# Arguments with which an optimizer needs other state than the checkpoint has.
+# Optimizer arguments that need different state than the checkpoint has.
 _OPTIMIZER_STATE = ("amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping")
-# Settings that cannot change, besides those of the adapter.
+# Settings that cannot change, besides the adapter's.
 _FIXED = {
     *("seed_everything", "trainer.fast_dev_run", "model", "model.dtype", "model.quantization", "model.seed", "model.optimizer"),
     *(f"model.optimizer.{name}" for name in _OPTIMIZER_STATE),
 }
-# What may change of the adapter: plans are compared by their digests, and start weights are loaded with the model.
+# Adapter settings that may change: plans are compared by their digests, and start weights are loaded with the model.
 _FREE_OF_ADAPTER = ("adapter.plan", "adapter.keep_start_weights")
-# Flags that decide which micro-batches there are, or how they are made.
+# Flags that determine which micro-batches exist, or how they are made.
 _OF_BATCHES = ("accumulate_grad_batches", "overfit_batches", "limit_train_batches", "precision")
-# Options of `model` that say where the model is, which is compared by its weights, and where and how fast completions are made.
+# Options of `model` for where the model is (it is compared by its weights), and for where and how fast completions are made.
 _PLACES = {
     "model.model",
     *(f"model.sampler.{name}" for name in ("urls", "address", "timeout", "give_up_after")),
     *(f"model.sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len", "sleep", "engine_args")),
     *(f"model.episodes.{name}" for name in ("workers", "step_timeout_s", "max_failed_share")),
 }
-# What accuracies depend on besides the policy: those measured with another value are not comparable.
+# What accuracies depend on besides the policy: accuracies measured with another value are not comparable.
 _MEASURED_BY = (
     *("validation prompts", "trainer.limit_val_batches", "model.reward", "model.sampler", "model.eval_samples"),
     *("model.environment", "model.episodes", "model.turn_template", "model.chat_template", "model.chat_template_kwargs"),
 )
 _RATE_OF_FULL = "model.lr_full"
-_OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect, because each group of weights has its own learning rate
+_OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect: each group of weights has its own learning rate
 
 
 @dataclass(frozen=True)
 class Change:
     """A change of a setting."""
 
-    step: int  # optimizer step from which the new value holds
+    step: int  # optimizer step from which the new value applies
     name: str  # name as on the command line
-    before: Any  # old value; None if it was null, or if there was none
+    before: Any  # old value; None if it was null or absent
     after: Any  # new value
 
     def __str__(self) -> str:
@@ -74,9 +74,9 @@ class Resume:
         self.changes, self._settings, self._new = [], settings_of(trainer, pl_module, adapter), None
 
     def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-        """Compare the settings with those in a checkpoint, the first time that this is called, and print what differs.
+        """Compare the settings with those in a checkpoint, on the first call only, and print the differences.
 
-        A change that cannot be applied is a CheckpointError.
+        A change that cannot be applied raises a CheckpointError.
         """
         if self._new is not None:
             return
@@ -88,16 +88,16 @@ class Resume:
             say(f"changed at this resume: {change}")
 
     def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Remove from a checkpoint that is being restored what the changes have made invalid."""
+        """Remove the entries that the changes have made invalid from a checkpoint that is being restored."""
         changed = [change.name for change in self._new or ()]
         states = checkpoint.get("callbacks", {})
         if any(_gives_up_rollout(name) for name in changed):
             if trainer.is_global_zero:
                 say("what is left of the rollout in progress is given up, and the epoch begins anew")
             for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
-                if isinstance(state, dict) and "ranks" in state:  # of `RolloutLoader`
+                if isinstance(state, dict) and "ranks" in state:  # state of `RolloutLoader`
                     state["given_up"] = True
-        held_out = ("model.loss",) if isinstance(trainer.lightning_module, ExampleModule) else ()  # what its loss is measured by
+        held_out = ("model.loss",) if isinstance(trainer.lightning_module, ExampleModule) else ()  # its loss is measured by this
         measured_by = (*_MEASURED_BY, *held_out)
         measured = any(_is(option, name) for option in measured_by for name in changed if name not in _PLACES)
         if measured and "RunSummary" in states:
@@ -109,7 +109,7 @@ class Resume:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = states.get(callback.state_key)
             if state and isinstance(callback, EarlyStopping):
-                state["patience"] = callback.patience  # otherwise Lightning would take it from the checkpoint
+                state["patience"] = callback.patience  # Lightning would take it from the checkpoint
             if state and isinstance(callback, ModelCheckpoint) and (measured or any(_is("checkpoint", name) for name in changed)):
                 state.update(best_model_score=None, best_model_path="", best_k_models={}, current_score=None)
                 state.update(kth_best_model_path="", kth_value=callback.kth_value)
@@ -124,7 +124,7 @@ class Resume:
 
 
 def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> None:
-    """Refuse settings of the adapter that contradict a checkpoint which is to be evaluated or exported."""
+    """Refuse adapter settings that contradict a checkpoint to be evaluated or exported."""
     changes = changes_of(checkpoint, {"adapter": describe_part(adapter, adapter._init_args)})
     _refuse([change for change in changes if change.name != "adapter"])
 
@@ -133,8 +133,8 @@ def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> Non
 
 
 def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Change]:
-    """All settings that differ from those of the run that wrote a checkpoint, in the sections that both have."""
-    old = checkpoint.get(SETTINGS_KEY, {}).get("settings", {})  # none if the run had no HybridAdapterSetup
+    """All settings that differ from the settings of the run that wrote a checkpoint, in the sections that both have."""
+    old = checkpoint.get(SETTINGS_KEY, {}).get("settings", {})  # empty if the run had no HybridAdapterSetup
     sections = old.keys() & settings.keys()
     if "seed_everything" not in settings and settings["adapter"]["init_args"].get("plan"):
         sections -= {"adapter"}  # made in Python from a plan alone, and plans are compared by their digests
@@ -144,14 +144,14 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
             before.pop(name, None)
             after.pop(name, None)
     differing = [name for name in {**before, **after} if _differ(name, before.get(name), after.get(name))]
-    # If a part has another class, the arguments of the old class are not listed.
+    # If a part has another class, the old class's arguments are not listed.
     classes = [name for name in differing if any(_is(name, other) for other in after if other != name)]
     gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
     step = checkpoint.get("global_step", 0)
     changed = [name for name in differing if name not in gone]
     changes = [Change(step, name, before.get(name), after.get(name)) for name in changed]
     lora = next((change for change in changes if change.name == "model.lr_lora"), None)
-    if lora is not None and before.get(_RATE_OF_FULL) is None and after.get(_RATE_OF_FULL) is None:  # it follows that of LoRA
+    if lora is not None and before.get(_RATE_OF_FULL) is None and after.get(_RATE_OF_FULL) is None:  # it follows the rate of LoRA
         for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
             if group.get("name") == "full":
                 rate, new = group["initial_lr"], group["initial_lr"] * lora.after / lora.before
@@ -160,7 +160,7 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
 
 
 def _differ(name: str, before: Any, after: Any) -> bool:
-    # The type matters: a limit of 1 is one batch, and a limit of 1.0 is all batches.
+    # The type matters: a limit of 1 means one batch, a limit of 1.0 means all batches.
     return before != after or (name.startswith("trainer.") and type(before) is not type(after))
 
 
@@ -171,7 +171,7 @@ def _is_refused(name: str) -> bool:
 
 
 def _gives_up_rollout(name: str) -> bool:
-    """Whether micro-batches made before the change of a setting may differ from those made after it."""
+    """Whether micro-batches made before and after the change of a setting may differ."""
     section, _, option = name.partition(".")
     return option in _OF_BATCHES if section == "trainer" else section == "model" and name not in _PLACES
 
@@ -214,7 +214,7 @@ def _is(name: str, other: str) -> bool:
 
 
 def _given(value: Any) -> str:
-    """A value as it is given on the command line, where only our classes have short names."""
+    """A value as given on the command line, where only classes of this package have short names."""
     return value if isinstance(value, str) and not value.startswith(f"{__name__.partition('.')[0]}.") else _shown(value)
 
 

@@ -1,7 +1,7 @@
-"""What a run shows of its rollouts.
+"""How a run shows its rollouts.
 
-`RolloutProgress` shows them on the screen while they are generated, `RolloutSamples` puts pages of them into the loggers and all
-of them into a file, and `RewardDivergence` warns when a part of the reward rises while correctness falls (reward hacking).
+`RolloutProgress` shows them on the screen while they are generated, `RolloutSamples` logs pages of them and writes all of them to
+a file, and `RewardDivergence` warns when a part of the reward rises while correctness falls (reward hacking).
 """
 
 import math
@@ -60,7 +60,7 @@ class RolloutProgress(RichProgressBar):
         return metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Text before the training bar. Lightning's would be "Epoch 0/-2" if `max_steps` ends the run."""
+        """Text before the training bar. Lightning's text would be "Epoch 0/-2" if `max_steps` ends the run."""
         return f"Training (epoch {current_epoch})"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,7 +70,7 @@ class RolloutProgress(RichProgressBar):
             pl_module.run.listeners.remove(self._show_generation)
 
     def _stop_progress(self) -> None:
-        """Take the bar away, so that what the run says at its end is the end of the screen."""
+        """Remove the bar, so that the run's last messages are at the end of the screen."""
         if self.progress is not None:
             self.progress.live.transient = True
         super()._stop_progress()
@@ -85,12 +85,12 @@ class RolloutProgress(RichProgressBar):
 
 
 class OncePerRollout(Callback, ABC):
-    """Base of callbacks that look at each rollout once, when it is trained on, though several batches may be made of it."""
+    """Base of callbacks that look at each rollout once, when it is trained on, even if it is split into several batches."""
 
-    _last: int | None = None  # number of the rollout that was seen last
+    _last: int | None = None  # number of the last rollout seen
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at the rollout of the batch if it is a new one."""
+        """Look at the rollout of the batch if it is new."""
         rollout = getattr(batch, "rollout", None)
         if rollout is not None and batch.rollout_number != self._last:
             self._last = batch.rollout_number
@@ -101,25 +101,25 @@ class OncePerRollout(Callback, ABC):
         """Look at a rollout."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rollout was seen, so that a run that is resumed within it does not look at it again."""
+        """The last rollout seen, so that a run resumed within it does not look at it again."""
         return {"last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore which rollout was seen."""
+        """Restore the last rollout seen."""
         self._last = state_dict["last"]
 
 
 class RolloutSamples(OncePerRollout):
     """Logs pages of sampled completions with rewards and advantages, and histograms of the rewards.
 
-    Of an episode a page has the messages with their roles; the first one of a page is shown on the screen, too.
+    For an episode, a page has the messages with their roles; the first episode of a page is also shown on the screen.
 
     Args:
         every_n_rollouts: Number of rollouts from one page to the next.
         prompts: Number of prompts on a page; None for all of the first process.
         completions: Number of completions shown for each prompt; None for all.
-        write_rows: Whether all completions of every rollout are written to `rollouts.jsonl` in the run folder, one a line, when
-            training begins with the rollout: step, rollout, prompt, completion, rewards (total and parts), advantage, and more.
+        write_rows: Whether to write all completions of every rollout to `rollouts.jsonl` in the run folder, one per line, when
+            training on the rollout begins: step, rollout, prompt, completion, rewards (total and parts), advantage, and more.
             With several processes each writes its own file, with the rank before the suffix.
     """
 
@@ -132,7 +132,7 @@ class RolloutSamples(OncePerRollout):
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
         self.write_rows = write_rows
         self._seen = 0
-        self._path: Path | None = None  # of the rows of this fit
+        self._path: Path | None = None  # rows of this fit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose a new file for the rows."""
@@ -140,7 +140,7 @@ class RolloutSamples(OncePerRollout):
         self._path = new_file(folder, "rollouts", trainer) if self.write_rows and folder is not None else None
 
     def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
-        """Log a page of the rollout if it is time for one, and write its rows."""
+        """Log a page of the rollout if one is due, and write its rows."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 write_lines(file, self._rows(trainer, rollouts, rewards, advantages))
@@ -165,7 +165,7 @@ class RolloutSamples(OncePerRollout):
         self._seen = state_dict["seen"]
 
     def _rows(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Iterator[dict[str, Any]]:
-        """A record of each completion, ready for JSON; one that is left out has no rewards."""
+        """A JSON-ready record of each completion; a completion that is left out has no rewards."""
         policy: Any = trainer.lightning_module
         texts = [policy.policy.pretrained.encoder.render(prompt) for prompt in rollouts.prompts]
         counted = [True] * len(advantages) if rewards.counted is None else rewards.counted.tolist()
@@ -194,7 +194,7 @@ class RolloutSamples(OncePerRollout):
             }
 
     def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
-        """The first prompts and completions as a table: names of the columns, and rows of texts and numbers."""
+        """The first prompts and completions as a table: column names, and rows of texts and numbers."""
         names = list(rewards.parts) if len(rewards.parts) > 1 else []
         samples = rollouts.samples_per_prompt
         rows: list[list[Any]] = []
@@ -215,7 +215,7 @@ def shown_prompt(prompt: Prompt) -> str:
 
 
 def shown_text(completion: Completion) -> str:
-    """The text of a completion; of an episode its messages with their roles, from the policy's first."""
+    """The text of a completion; for an episode its messages with their roles, starting with the policy's first."""
     episode = completion.episode
     if episode is None:
         return str(completion)
@@ -226,7 +226,7 @@ def shown_text(completion: Completion) -> str:
 
 
 def say_completions(pl_module: LightningModule) -> None:
-    """Show the greedy completions of the first prompts of a validation, one a line as wide as the screen; in notebooks none."""
+    """Print the greedy completions of a validation's first prompts, one per line of the screen's width; in notebooks none."""
     greedy = pl_module.evaluation.greedy if isinstance(pl_module, LanguageModule) else None
     if greedy is None or console().is_jupyter:
         return
@@ -239,19 +239,19 @@ def say_completions(pl_module: LightningModule) -> None:
 
 
 def _ending(text: str, width: int) -> str:
-    """The end of a text in one line, at most so many columns wide."""
+    """The end of a text in one line of at most `width` columns."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if cell_len(line) <= width else "..." + set_cell_size(line[::-1], width - 3)[::-1].lstrip()
 
 
 class RewardDivergence(OncePerRollout):
-    """Compares the older with the newer half of the last rollouts, and warns once for each part that is paid for.
+    """Compares the older with the newer half of the last rollouts, and warns once for each part of the reward with a weight.
 
     For example, a reward of 0.1 for ending a completion can make a policy end at once: the reward rises, the accuracy falls.
 
     Args:
-        window: Number of rollouts that are compared; an even number.
-        standard_errors: How many standard errors both changes must have.
+        window: Number of rollouts to compare; an even number.
+        standard_errors: Minimum size of both changes, in standard errors.
     """
 
     def __init__(self, window: int = 20, standard_errors: float = 2.0) -> None:
@@ -268,7 +268,7 @@ class RewardDivergence(OncePerRollout):
         rewards = rewards.of_counted()
         if not len(rewards.total):
             return
-        paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # neither metrics nor penalties
+        paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # excludes metrics and penalties
         means = {f"rewards/{name}": float(rewards.parts[name].mean()) for name in paid}
         self._history.append({"accuracy": float(rewards.correct.float().mean()), **means})
         for name in self.diverging():
@@ -280,13 +280,13 @@ class RewardDivergence(OncePerRollout):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, so that a resumed run warns where a run that was not stopped would."""
+        """The history, so that a resumed run warns in the same place as a run that was not stopped."""
         return {**super().state_dict(), "history": list(self._history), "warned": sorted(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history."""
         super().load_state_dict(state_dict)
-        self._history.extend(state_dict["history"])  # if the window is smaller now, the newest entries stay
+        self._history.extend(state_dict["history"])  # a smaller window keeps the newest entries
         self._warned.update(state_dict["warned"])
 
     def diverging(self) -> list[str]:

@@ -1,9 +1,9 @@
-"""`RunFolder`: the folder of a run, which it shares with no other run.
+"""`RunFolder`: a run's own folder, which no other run shares.
 
     ROOT/NAME/version_N      such as runs/gspo/version_0
 
-ROOT and NAME are those of the first logger. The first process claims the folder with one `mkdir`, which succeeds for only one of
-several runs, and tells the other processes; from then on all processes know it.
+ROOT and NAME come from the first logger. The first process claims the folder with one `mkdir`, which succeeds for only one of
+several runs, and broadcasts it; from then on all processes know the folder.
 """
 
 import itertools
@@ -31,19 +31,19 @@ _LOGS = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 class RunFolder(Callback):
     """Holds the folder of a run, and makes loggers and `ModelCheckpoint` write into it.
 
-    Our Trainer adds this callback at the start, and claims the folder before loggers make theirs. Lightning's own Trainer gets it
-    from the first callback that asks for the folder. Its loggers have their folders by then, and the folder of the first logger
-    is taken over if it contains only a log.
+    Our Trainer adds this callback at the start, and claims the folder before loggers make theirs. Under Lightning's own Trainer,
+    the first callback that needs the folder adds it. By then the loggers have their folders, and the first logger's folder is
+    taken over if it contains only a log.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self._own: list[Path] = []  # the folder, and the folders of loggers that keep their files elsewhere
+        self._own: list[Path] = []  # the folder, and folders of loggers that keep their files elsewhere
         self._above: list[Path] = []  # parent folders that had to be made
         self._in_use = False  # whether the run has done anything that should be kept
 
     def keep(self, *given: Any, **named: Any) -> None:
-        """Keep the folder, whatever is in it, since something has been done in it, or the user is told to continue from there."""
+        """Keep the folder, whatever it contains: something has been done in it, or the user is told to continue from there."""
         self._in_use = True
 
     on_train_batch_end = on_validation_end = on_test_end = on_predict_batch_end = keep
@@ -55,7 +55,7 @@ class RunFolder(Callback):
             try:
                 self._own, version = _taken_over(trainer.loggers) or _new_folders(trainer, self._above)
                 answer = (self._own[0], version)
-            except OSError as error:  # the others wait for an answer
+            except OSError as error:  # the other processes wait for an answer
                 _remove_empty(self._above)
                 answer = _cannot_be_made(trainer, error)
         answer = trainer.strategy.broadcast(answer)
@@ -69,7 +69,7 @@ class RunFolder(Callback):
         return self.path
 
     def give_back(self) -> None:
-        """Remove the folder if the run ended before it had done anything, and its content can quickly be made again."""
+        """Remove the folder if the run ended before it did anything, and the folder's content can quickly be made again."""
         if self.path is None or self._in_use or not self.path.is_dir():
             return
         if all(_is_no_work(path.relative_to(folder), path.is_dir()) for folder in self._own for path in folder.rglob("*")):
@@ -79,7 +79,7 @@ class RunFolder(Callback):
 
 
 def check_run_folder(trainer: Trainer) -> None:
-    """Check that the folders of this run can be made and written to, before anything takes long; all is removed again.
+    """Check that this run's folders can be made and written to, before anything takes long; all are removed again.
 
     This does not communicate with other ranks.
     """
@@ -105,8 +105,8 @@ def check_run_folder(trainer: Trainer) -> None:
 def run_folder(trainer: Trainer) -> Path | None:
     """The folder for the files of this run; None under `fast_dev_run`, which writes nothing.
 
-    The first call makes the folder, and must be made by all processes together. Under our Trainer it is a call of Lightning's
-    before anything is set up, else it is that of the first `setup` hook. Later calls do not communicate.
+    The first call makes the folder, and all processes must make it together. Under our Trainer, Lightning makes this call before
+    anything is set up; under Lightning's own Trainer, the first `setup` hook makes it. Later calls do not communicate.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -117,18 +117,18 @@ def run_folder(trainer: Trainer) -> Path | None:
 
 
 def known_folder(trainer: Trainer) -> Path | None:
-    """The folder of this run if it has been made; this makes none, and does not communicate with other ranks."""
+    """The folder of this run if it exists; this does not make one, and does not communicate with other ranks."""
     holder = find_callback(trainer, RunFolder)
     return None if holder is None else holder.path
 
 
 def find_callback(trainer: Trainer, kind: type[_C]) -> _C | None:
-    """The Trainer's first callback of a class, if it has one."""
+    """The Trainer's first callback of a class, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
 def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
-    """The parents of the folders of this run, that of the first logger first; and the version that was given, if any."""
+    """The parents of this run's folders, the first logger's first, and the version that was given, if any."""
     root = Path(trainer.default_root_dir)
     root = Path("runs") if root == Path.cwd() else root
     own = [logger for number, logger in enumerate(trainer.loggers) if number == 0 or keeps_files_in_a_version(logger)]
@@ -138,7 +138,7 @@ def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
 
 
 def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Version]:
-    """Make folders of one version: the run folder, and one for each logger elsewhere. `made` gets parents that had to be made."""
+    """Make folders of one version: the run folder, and one for each logger elsewhere. New parents are added to `made`."""
     parents, asked = _parents(trainer)
     for parent in parents:
         _make(parent, made)
@@ -148,7 +148,7 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
             while len(new) < len(parents):
                 folder = parents[len(new)] / name
                 _make(folder.parent, made)
-                with suppress(FileNotFoundError):  # another run that had done nothing has removed the empty parent folder
+                with suppress(FileNotFoundError):  # another run that did nothing has removed the empty parent folder
                     folder.mkdir()
                     new.append(folder)
             return new, version
@@ -160,14 +160,14 @@ def _make(folder: Path, made: list[Path]) -> None:
     """Make a folder and its parents; those that did not exist are added to `made`."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
-        with suppress(FileExistsError):  # another run may have made it meanwhile
+        with suppress(FileExistsError):  # another run may have made it in the meantime
             path.mkdir()
             made.append(path)
-    folder.mkdir(exist_ok=True)  # raises if there is a file of this name
+    folder.mkdir(exist_ok=True)  # raises if a file has this name
 
 
 def _try_out(folder: Path) -> None:
-    """Make a folder, write something into it, and remove everything that was made."""
+    """Make a folder, write something into it, and remove everything again."""
     made: list[Path] = []
     try:
         _make(folder, made)
@@ -179,7 +179,7 @@ def _try_out(folder: Path) -> None:
 
 
 def _remove_empty(made: list[Path]) -> None:
-    """Remove those of the folders that are empty, the last one first."""
+    """Remove the empty folders among these, last one first."""
     for folder in reversed(made):
         with suppress(OSError):
             folder.rmdir()
@@ -191,14 +191,14 @@ def _cannot_be_made(trainer: Trainer, error: OSError) -> str:
 
 
 def _is_no_work(path: Path, is_folder: bool) -> bool:
-    """Whether losing something in a run folder costs nothing: config, logs, a plan, empty folders."""
+    """Whether losing this entry of a run folder costs nothing: config, logs, a plan, empty folders."""
     if is_folder:
         return path.name == "checkpoints"
     return any(path.match(name) for name in (*_LOGS, "config.yaml", "plan.json", "plan.png"))
 
 
 def _names(asked: Version | None, parents: Iterable[Path]) -> Iterator[tuple[str, Version]]:
-    """Possible names of the folder: the version that was given, then with numbers, as Lightning names its checkpoints."""
+    """Possible names of the folder: first the given version, then with numbers, as Lightning names its checkpoints."""
     if isinstance(asked, str):
         yield asked, asked
         yield from ((name := f"{asked}-v{number}", name) for number in itertools.count(1))
@@ -210,7 +210,7 @@ def _names(asked: Version | None, parents: Iterable[Path]) -> Iterator[tuple[str
 
 
 def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
-    """The folder that the first logger has already made, if it contains only a log; otherwise it may be another run's."""
+    """The folder that the first logger has made, if it contains only a log; with other content it may be another run's."""
     if not loggers or not keeps_files_in_a_version(loggers[0]) or not has_begun(loggers[0]):
         return None
     version = given_version(loggers[0])
@@ -218,6 +218,6 @@ def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
     folder = logger_root(loggers[0], fallback=Path()) / (version if isinstance(version, str) else f"version_{version}")
     if folder.is_dir() and all(any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
         with suppress(FileExistsError):
-            (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
+            (folder / "checkpoints").mkdir()  # succeeds for only one of two runs with loggers that share a folder
             return [folder], version
     return None

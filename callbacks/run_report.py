@@ -1,6 +1,6 @@
-"""`RunReport`: keeps what a run shows of itself, and writes it as `report.html` and `report.json` into the run folder.
+"""`RunReport`: collects a run's results, and writes them as `report.html` and `report.json` into the run folder.
 
-The page is drawn in `reports/page.py`; `compare` reads `report.json` of several runs (`compare_runs.py`).
+`reports/page.py` draws the page; `compare` reads `report.json` of several runs (`compare_runs.py`).
 """
 
 import json
@@ -36,7 +36,7 @@ from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 
-# The metrics whose curves are kept, in the order of the page.
+# The metrics with curves in the report, in page order.
 CURVES = (
     r"val/(.+/)?reward",
     r"val/(.+/)?avg@\d+",
@@ -56,19 +56,19 @@ CURVES = (
 )
 _PART = re.compile("rewards/.+/mean")
 _KEPT = re.compile(f"({'|'.join(CURVES)})(/ci_low|/ci_high)?")
-_SAMPLES = 6  # problems whose completions are shown
-_CHARACTERS = 4_000  # of a completion
+_SAMPLES = 6  # problems with shown completions
+_CHARACTERS = 4_000  # characters shown of a completion
 _PACKAGES = ("hybrid-lightning", "torch", "lightning", "transformers", "peft", "vllm")
 
 
 class RunReport(Callback):
-    """Writes `report.html`, one file without a network, and the data behind it as `report.json`, which `compare` reads.
+    """Writes `report.html`, one file that needs no network, and its data as `report.json`, which `compare` reads.
 
-    They are written after each validation, where a run is stopped or fails after it has begun, and by `RunSummary` at its end. In
-    them are curves, the greedy completions of the same problems at the first and at the last validation, the plan, the options
-    that differ from their defaults, the machine, the verdict and the next commands. A resumed run has the curves of both parts.
+    Both are written after each validation, when a run that has begun is stopped or fails, and by `RunSummary` at the end. They
+    hold curves, the greedy completions of the same problems at the first and at the last validation, the plan, the options that
+    differ from their defaults, the machine, the verdict and the next commands. A resumed run has the curves of both parts.
 
-    It must come after `GracefulStop`, whose checkpoint a stopped run names.
+    The callback must come after `GracefulStop`: the report of a stopped run names its checkpoint.
     """
 
     def __init__(self) -> None:
@@ -76,18 +76,18 @@ class RunReport(Callback):
         self._first: dict[str, Any] | None = None  # the first validation of all problems, and the last one
         self._last: dict[str, Any] | None = None
         self._peaks: dict[str, float] = {}
-        self._about: dict[str, Any] | None = None  # settings and machine, which do not change
+        self._about: dict[str, Any] | None = None  # settings and machine; they do not change
 
     def state_dict(self) -> dict[str, Any]:
-        """What was kept, for a resumed run."""
+        """The data collected so far, for a resumed run."""
         return {"curves": self._curves, "first": self._first, "last": self._last, "peaks": self._peaks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the run that is resumed."""
+        """Continue from the resumed run's data."""
         self._curves, self._peaks = state_dict["curves"], state_dict["peaks"]
         self._first, self._last = state_dict["first"], state_dict["last"]
 
-    # ---- keeping
+    # ---- collecting
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the metrics of an optimizer step."""
@@ -95,7 +95,7 @@ class RunReport(Callback):
             self._keep(trainer, validation=False)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the validation before training, if it was one of all problems."""
+        """Keep the validation before training, if it covered all problems."""
         if trainer.num_sanity_val_batches == trainer.num_val_batches:
             self._validated(trainer, pl_module)
 
@@ -113,7 +113,7 @@ class RunReport(Callback):
             self.write(trainer)
 
     def _keep(self, trainer: Trainer, validation: bool) -> None:
-        """Keep the metrics of a validation, or those of a step; before training none that compare with the start policy."""
+        """Keep the metrics of a validation or of a step; before training, skip metrics that compare with the start policy."""
         found = trainer.callback_metrics if trainer.is_global_zero else {}
         parts = {name for name in found if _PART.fullmatch(name)}
         without = shares_ahead(trainer.lightning_module) if trainer.global_step == 0 else set()
@@ -125,7 +125,7 @@ class RunReport(Callback):
                 values.append(float(f"{float(value):.6g}"))
 
     def change(self, metric: str) -> Difference | None:
-        """The change of a metric from the first to the last validation; None if there are not two that have it by problem."""
+        """The change of a metric from the first to the last validation; None unless both validations have it by problem."""
         if self._first is None or self._last is None or self._first["step"] == self._last["step"]:
             return None
         return compare_validations(self._first, self._last, metric)
@@ -133,7 +133,7 @@ class RunReport(Callback):
     # ---- writing
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write how far the run came, and how to go on."""
+        """Write how far the run came, and how to resume it."""
         folder = known_folder(trainer)
         if trainer.state.fn != "fit" or folder is None:
             return
@@ -147,15 +147,15 @@ class RunReport(Callback):
     def write(self, trainer: Trainer, state: str = "not finished", commands: list[str] | None = None) -> Path | None:
         """Write the page, on the first process. This does not communicate with other ranks.
 
-        `state` is "finished", "not finished", or "stopped: " and why; `commands` are what to type next. Returns None if the run
-        has not begun, leaves no files, or the page cannot be written, which is said.
+        `state` is "finished", "not finished", or "stopped: " and the reason; `commands` are the next commands to type. Returns
+        None if the run has not begun, leaves no files, or the page cannot be written, which prints a warning.
         """
         folder = known_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self._curves:
             return None
         try:
             return self._write(trainer, folder, state, commands or [])
-        except Exception as error:  # whatever it is: a run must not fail by its report
+        except Exception as error:  # any error: a run must not fail because of its report
             say(f"Warning: {folder / 'report.html'} could not be written: {type(error).__name__}: {error}")
             return None
 
@@ -181,13 +181,13 @@ class RunReport(Callback):
 
 
 def shares_ahead(pl_module: LightningModule) -> set[str]:
-    """Metrics that compare with the start policy, and so mean nothing before training."""
+    """Metrics that compare with the start policy, and are meaningless before training."""
     loss = pl_module.task.loss if isinstance(pl_module, LanguageModule) else None
     return {f"val/{name}" for name in getattr(loss, "shares_ahead", ())}
 
 
 def _replace(path: Path, text: str) -> Path:
-    """Write a file that is complete at every moment, for those who look at it meanwhile."""
+    """Write a file that is complete at every moment, for anyone who reads it in the meantime."""
     part = unfinished_path(path)
     part.write_text(text, encoding="utf-8")
     return part.replace(path)
@@ -223,7 +223,7 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
-    """All options, and those that differ from their defaults: of the config, or as a run from Python is resumed."""
+    """All options, and the ones that differ from their defaults: of the config, or for a run from Python as for its resume."""
     adapter = find_callback(trainer, HybridAdapterSetup)
     saved: dict[str, Any] = {} if adapter is None else adapter.resume.state()["settings"]
     found, defaults = {name: value for name, value in saved.items() if name in ("model", "data", "adapter")}, {}
@@ -236,7 +236,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def machine(trainer: Trainer) -> dict[str, str]:
-    """The machine of this process and the versions of what computes."""
+    """The machine of this process, and the versions of the packages that compute."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -254,11 +254,11 @@ def machine(trainer: Trainer) -> dict[str, str]:
 
 
 def _peaks(trainer: Trainer) -> Mapping[str, float]:
-    """The most memory that the first process has had, in GiB: on its device, and on the machine where the system says it."""
+    """Peak memory of the first process in GiB: on its device, and on the machine if the system reports it."""
     peaks, device = {}, trainer.strategy.root_device
     if device.type == "cuda":
         peaks["GPU"] = torch.cuda.max_memory_allocated(device) / 2**30
-    with suppress(ImportError):  # Windows
+    with suppress(ImportError):  # absent on Windows
         import resource
 
         unit = 1 if sys.platform == "darwin" else 2**10

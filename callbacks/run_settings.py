@@ -15,16 +15,16 @@ from hybrid_lightning.configurable import Configurable, constructor_defaults, im
 from hybrid_lightning.rollout.prompt_order import prompts_digest
 from hybrid_lightning.training.module import LanguageModule
 
-# Settings that are dicts and are given as a whole: what one key means depends on the others.
+# Settings that are dicts and are replaced as a whole: the meaning of one key depends on the others.
 _UNDIVIDED = ("adapter.rank_pattern",)
 
 
 def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configurable) -> dict[str, Any]:
-    """All settings of a run: of module, data, adapter and Trainer, and for a run of the command line everything in its config."""
+    """All settings of a run: of module, data, adapter and Trainer, and for a command-line run everything in its config."""
     settings: dict[str, Any] = {"adapter": describe_part(adapter, adapter._init_args)}
     if isinstance(pl_module, LanguageModule):
         settings["model"] = describe_part(pl_module, arguments_of(pl_module))
-    data = getattr(trainer, "datamodule", None)  # which Lightning's Trainer has not before it runs
+    data = getattr(trainer, "datamodule", None)  # Lightning's Trainer does not have it before it runs
     if isinstance(data, Configurable):
         settings["data"] = describe_part(data, data._init_args)
     for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
@@ -45,45 +45,45 @@ def arguments_of(pl_module: LightningModule) -> dict[str, Any]:
 
 
 def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The class and the arguments of an object; for an argument that is None, the object that the constructor chose."""
+    """The class and arguments of an object; an argument that is None becomes the object that the constructor chose."""
     arguments = {**constructor_defaults(type(instance)), **arguments}
-    # By `vars` and not by getattr: the data module has properties of such names, which would format the test split.
+    # By `vars` instead of getattr: the data module has properties of such names, which would format the test split.
     chosen = {name: vars(instance).get(name) for name, value in arguments.items() if value is None}
     arguments |= {name: part for name, part in chosen.items() if isinstance(part, Configurable)}
     return {"class_path": public_path(type(instance)), "init_args": _plain(arguments)}
 
 
 def _flags(trainer: Trainer) -> dict[str, Any]:
-    """Flags of the Trainer that are plain values, with the values in effect: a limit that was not given has its default."""
+    """Trainer flags that are plain values, with the values in effect: a limit that was not given has its default."""
     names = inspect.signature(Trainer.__init__).parameters.keys() - {"default_root_dir"}
     values = {name: getattr(trainer, name, None) for name in sorted(names)}
     values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     flags = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):  # it changes the flag from epoch to epoch
+        if isinstance(callback, GradientAccumulationScheduler):  # changes the flag from epoch to epoch
             flags["accumulate_grad_batches"] = str(callback.scheduling)
     return flags
 
 
 def _plain(value: Any) -> Any:
-    """A value as numbers, text, lists and dicts; any other object as its class."""
+    """A value as numbers, text, lists and dicts; any other object becomes its class."""
     return to_plain(
         value, lambda other: {"class_path": public_path(other if isinstance(other, type) else type(other)), "init_args": {}}
     )
 
 
 def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested settings: name on the command line -> value; the value of an object is its class."""
+    """Flatten nested settings: name on the command line -> value; an object's value is its class."""
     return {name: value for section in settings.items() for name, value, _ in _flattened(*section)}
 
 
 def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Settings that differ from their defaults: name on the command line -> [value, default], of an object its class.
+    """Settings that differ from their defaults: name on the command line -> [value, default]; an object's value is its class.
 
-    `defaults` are those of the command line; the arguments of a class that they do not name have those of the constructor.
+    `defaults` are the command line's defaults; class arguments missing there have the constructor's defaults.
     """
     expected, found = flatten_settings(defaults), dict[str, list[Any]]()
-    others: tuple[str, ...] = ()  # what the names of arguments of another class than the default one begin with
+    others: tuple[str, ...] = ()  # prefixes of the arguments of classes that differ from the default class
     for section in settings.items():
         for name, value, usual in _flattened(*section):
             default = usual if name.startswith(others) else expected.get(name, usual)
@@ -94,7 +94,7 @@ def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
 
 
 def _flattened(name: str, value: Any, usual: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value, and default by the constructor of the class that has it (None without one) of everything in a setting."""
+    """Yield name, value and default for everything in a setting; the default comes from the class's constructor, else None."""
     if name in _UNDIVIDED:
         yield name, value or None, usual
     elif isinstance(value, Mapping):

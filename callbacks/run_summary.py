@@ -1,4 +1,4 @@
-"""`RunSummary`: summarizes a run: accuracy and reward before and after, what was trained, its time, and what to type next."""
+"""`RunSummary`: summarizes a run: accuracy and reward before and after, trained modules, time, and the next commands."""
 
 import json
 import math
@@ -31,24 +31,24 @@ from hybrid_lightning.training.policy_module import PolicyModule
 class RunSummary(Callback):
     """Prints a summary at the end of `fit` and writes it as `summary.json`.
 
-    With `num_sanity_val_steps: -1` Lightning's sanity check covers all validation data, and gives the values before training; a
+    With `num_sanity_val_steps: -1` Lightning's sanity check covers all validation data and gives the values before training; a
     resumed run takes them from the checkpoint. If training does not end with a validation, one is made. Without validation both
     are null. A metric that compares the policy with the start policy, DPO's `rewards/accuracies`, is null before training, where
-    loggers get 0 as in TRL. The times by phase are there if a `StepTimer` comes before this callback, a verdict if there is a
-    `Diagnosis`, and intervals of what changed if there is a `RunReport`, which keeps the results of each problem.
+    loggers get 0 as in TRL. The summary has times by phase if a `StepTimer` comes before this callback, a verdict if there is a
+    `Diagnosis`, and intervals of the changes if there is a `RunReport`, which keeps the results of each problem.
 
-    `next_command` is a command that can be run as it is, or empty, as for a run from Python, which has no config.
+    `next_command` is a command that can be run as it is. It is empty for a run from Python, which has no config.
 
     Loggers get the accuracy (for supervised and preference training the loss) before and after as separate scalars,
-    `summary/accuracy_before` and so on: with the reward, they are the results on TensorBoard's page of hyperparameters.
+    `summary/accuracy_before` and so on. With the reward, they are the results on TensorBoard's page of hyperparameters.
     """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._earlier_seconds = 0.0  # time of the runs that this one resumes
+        self._earlier_seconds = 0.0  # time of the earlier runs that this one resumes
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
-        self._answers: dict[str, Any] = {}  # the most frequent ones of the last validation
+        self._answers: dict[str, Any] = {}  # the most frequent answers of the last validation
         self._validated_step = -1
         self._train_start = self._start
 
@@ -69,7 +69,7 @@ class RunSummary(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the measurements and the time of the run that is resumed."""
+        """Take over the measurements and the time of the resumed run."""
         self._before, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
         self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
         self._answers = state_dict.get("answers", {})
@@ -85,7 +85,7 @@ class RunSummary(Callback):
             self._print_validation(trainer, "start", self._before)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record when scoring and sanity check are over, and log the hyperparameters with the results to expect."""
+        """Record when scoring and sanity check have ended, and log the hyperparameters with the expected results."""
         self._train_start = time.perf_counter()
         results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
         results += ["reward"] if isinstance(pl_module, PolicyModule) else []
@@ -114,7 +114,7 @@ class RunSummary(Callback):
         folder = run_folder(trainer)
         if folder is None or trainer.global_step == 0:
             return
-        summary = self._summary(trainer, pl_module)  # on every process, because parameters may be split over them
+        summary = self._summary(trainer, pl_module)  # on every process, because parameters may be split over processes
         if trainer.is_global_zero:
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             curves, report = curve_hints(trainer, folder), find_callback(trainer, RunReport)
@@ -189,7 +189,7 @@ class RunSummary(Callback):
         if "val/loss" in after:
             first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
             table.add_row("held-out loss", f"{first} -> {after['val/loss']:.4f}")
-        if "val/rewards/accuracies" in after:  # a comparison with the start policy, which has no value before training
+        if "val/rewards/accuracies" in after:  # a comparison with the start policy, without a value before training
             preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
             table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
@@ -219,7 +219,7 @@ class RunSummary(Callback):
 
 
 def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What people compare runs by, the first columns of TensorBoard's page of hyperparameters."""
+    """What people compare runs by: the first columns of TensorBoard's page of hyperparameters."""
     plan = applied_plan(pl_module)
     lora = plan.lora if plan is not None and plan.lora_modules else None
     rates = pl_module.rates if isinstance(pl_module, LanguageModule) else {}
@@ -265,7 +265,7 @@ def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -
 
 
 def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float]:
-    """Metrics for one line: over all sets together, without intervals, and of each `METRIC@k` only the largest k."""
+    """Metrics for one line: over all sets together, without intervals, and only the largest k of each `METRIC@k`."""
     hidden = tuple(f"{name}/" for name in sets if name)
     names = (name.removeprefix("val/") for name in metrics)
     overall = [name for name in names if not name.startswith(hidden) and not name.endswith((f"/{LOWER}", f"/{UPPER}"))]

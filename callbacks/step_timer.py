@@ -1,4 +1,4 @@
-"""`StepTimer`: measures where the time of a run goes, and its tokens per second."""
+"""`StepTimer`: measures where a run spends its time, and its tokens per second."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from hybrid_lightning.types import PolicyBatch, ScoredRollout
 # Phases of a rollout, before its first optimizer step; the module marks them on its `clock`.
 ROLLOUT_PHASES = ("generate", "reward", "logprobs")
 STEP_PHASES = (*ROLLOUT_PHASES, "update", "other")
-# The phases after STEP_PHASES are outside of steps: they are not in `time/step_s`.
+# The phases after STEP_PHASES are outside steps: `time/step_s` does not include them.
 RUN_PHASES = (*STEP_PHASES, "validation", "checkpoint", "scoring", "startup")
 _ROLLOUT_TOKENS = ("generated_tokens", "tokens")
 _SECONDS_FOR = {"generated_tokens": ("generate",), "trained_tokens": ("logprobs", "update"), "tokens": STEP_PHASES}
 
 
 class StepTimer(Callback):
-    """Logs the time of every optimizer step by phase and the tokens per second, and adds both up over the run.
+    """Logs the time of every optimizer step by phase and the tokens per second, and sums both over the run.
 
-    It must come before all other callbacks, so that their time is counted as `other`, and the scoring is measured.
+    It must come before all other callbacks, so that their time counts as `other`, and scoring is measured.
 
     For each optimizer step it logs, in seconds:
 
@@ -34,22 +34,22 @@ class StepTimer(Callback):
       time is spent once per rollout, and divided evenly among the optimizer steps of the rollout.
     - `time/update_s`: forward, backward and optimizer step of all micro-batches.
     - `time/other_s`: everything else since the last step: data, logging, callbacks, waiting for slower processes.
-    - `time/step_s`: the sum. Validation, checkpoints, scoring and startup are in none of these.
+    - `time/step_s`: the sum. Validation, checkpoints, scoring and startup are not part of any of these.
 
-    So the values of all steps add up to the time spent, except for the rest of a rollout in whose middle the run ended, and for
-    what follows the last step. It also logs the tokens per second of all processes in the same steps:
+    So the values of all steps add up to the time spent, except for the rest of an unfinished rollout at the end of the run, and
+    for the time after the last step. It also logs the tokens per second of all processes in the same steps:
 
     - `throughput/generated_tokens_per_second`: sampled tokens per second of generation; not with `rollouts_ahead`, where
       `time/generate_s` is the time that training waits.
     - `throughput/trained_tokens_per_second`: sampled tokens of the optimizer step (`PolicyBatch.num_tokens`) per second of
       update and log-probabilities. Rows without advantage count, whether or not the update computes anything for them.
-    - `throughput/tokens_per_second`: prompt and completion tokens of the rollout (`num_tokens`), each counted once however often
-      the rollout is trained on, per second of the rollout's steps: the total speed.
+    - `throughput/tokens_per_second`: prompt and completion tokens of the rollout (`num_tokens`) per second of the rollout's
+      steps: the total speed. Each token counts once, however often the rollout is trained on.
 
-    Times are averages over processes; `totals` are those of this process. The clock waits for an accelerator once at the end of
-    each rollout phase and of each optimizer step.
+    Times are averages over processes; `totals` are this process's times. The clock synchronizes with an accelerator once at the
+    end of each rollout phase and of each optimizer step.
 
-    A module with an attribute `clock` marks on it the phases of its rollouts and the beginning of the update. For other modules
+    A module with an attribute `clock` marks the phases of its rollouts and the beginning of the update on it. For other modules
     the update begins with this callback's `on_train_batch_start`.
     """
 
@@ -58,10 +58,10 @@ class StepTimer(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._earlier_seconds: dict[str, float] = {}  # times of the runs that this one resumes
-        self._tokens: dict[str, float] = defaultdict(float)  # of all processes and steps, including those of earlier runs
-        self._amortized = Amortized()  # divides what a rollout costs among its steps
-        self._rollout: int | None = None  # number of the rollout that is trained on
+        self._earlier_seconds: dict[str, float] = {}  # times of the earlier runs that this one resumes
+        self._tokens: dict[str, float] = defaultdict(float)  # all processes and steps, including earlier runs
+        self._amortized = Amortized()  # divides a rollout's cost among its steps
+        self._rollout: int | None = None  # number of the rollout being trained on
         self._stamp: dict[str, float] = {}  # the clock at the end of the last optimizer step
 
     def totals(self) -> dict[str, float]:
@@ -91,7 +91,7 @@ class StepTimer(Callback):
         return {"seconds": self.totals(), "tokens": dict(self._tokens), "spread": spread, "rollout": self._rollout}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the times and tokens of the run that is resumed."""
+        """Take over the times and tokens of the resumed run."""
         self._earlier_seconds, self._tokens = state_dict["seconds"], defaultdict(float, state_dict["tokens"])
         self._amortized, self._rollout = Amortized(**state_dict["spread"]), state_dict["rollout"]
 
@@ -101,7 +101,7 @@ class StepTimer(Callback):
         self._stamp = self.clock.seconds()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure validation separately: it is not part of a step or, before training, of the startup."""
+        """Measure validation separately: it does not count as a step, or before training as startup."""
         if trainer.state.fn == "fit":
             self.clock.enter("validation")
 
@@ -118,7 +118,7 @@ class StepTimer(Callback):
             self.clock.switch("update")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the update of a micro-batch, and with the last one the step."""
+        """End the update of a micro-batch, and with the last micro-batch the step."""
         last = ends_step(trainer)
         self.clock.switch("other", synchronize=last)
         if last:
@@ -130,7 +130,7 @@ class StepTimer(Callback):
         self._stamp = now
         schedule = pl_module.task.schedule if isinstance(pl_module, LanguageModule) else None
         tokens, begins = dict.fromkeys(_ROLLOUT_TOKENS, 0.0), spent["generate"] > 0
-        if schedule is not None and schedule.rollouts_ahead:  # in whose time others were generated
+        if schedule is not None and schedule.rollouts_ahead:  # its time includes generating other rollouts
             begins, self._rollout = batch.rollout_number != self._rollout, batch.rollout_number
             tokens["tokens"] = batch.metrics["num_tokens"] / trainer.world_size if begins else 0.0
         elif begins:
@@ -151,20 +151,20 @@ class StepTimer(Callback):
 
 
 def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None]:
-    """Count the time within this context for a phase of the Trainer's `StepTimer`, if it has one."""
+    """Charge the time within this context to a phase of the Trainer's `StepTimer`, if it has one."""
     timer = find_callback(trainer, StepTimer)
     return nullcontext() if timer is None else timer.clock.phase(phase)
 
 
 def _rollout_tokens(rollout: ScoredRollout) -> dict[str, float]:
-    """Tokens of a rollout of this process: those that were sampled, and all with prompts and what was added."""
+    """Tokens of this process's rollout: the sampled ones, and all tokens with prompts and added ones."""
     sequences = rollout.rollouts.sequences
     tokens = float(sequences.completion_mask.sum()) + float(sequences.prompt_mask.sum())
     return {"generated_tokens": float(sequences.sampled_mask.sum()), "tokens": tokens}
 
 
 def _mean_over_processes(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
-    """Means over processes, with one reduction for all values; a single process needs none."""
+    """Means over processes, with one reduction for all values; a single process does not need one."""
     if trainer.world_size == 1:
         return dict(values)
     summed = trainer.strategy.reduce(torch.tensor(list(values.values()), device=trainer.strategy.root_device), reduce_op="mean")
@@ -173,6 +173,6 @@ def _mean_over_processes(trainer: Trainer, values: Mapping[str, float]) -> dict[
 
 
 def _rates(tokens: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second, for tokens that have been counted and phases that have taken time."""
+    """Tokens per second, for tokens that were counted and phases that took time."""
     spent = {name: sum(seconds[phase] for phase in phases) for name, phases in _SECONDS_FOR.items()}
     return {f"{name}_per_second": tokens[name] / spent[name] for name in spent if tokens.get(name) and spent[name] > 0}

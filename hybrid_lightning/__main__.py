@@ -12,7 +12,7 @@ from hybrid_lightning.process import prepare_process
 from hybrid_lightning.sharding.starter import end_with_starter
 from hybrid_lightning.stopping import RunStopped, StopSignals
 
-_CLEAN_UP_S = 600.0  # seconds that a process has for its end, in which loggers may still send what they have
+_CLEAN_UP_S = 600.0  # time for a process to end; loggers may still send pending data
 
 
 def run() -> None:
@@ -34,13 +34,13 @@ def run() -> None:
         together = signals.started_by_rank and stop is not None and stop.together
         os._exit(0 if together else 128 + number if number else status)
 
-    def given_up() -> None:  # Python waits for threads of `concurrent.futures`, such as those of an environment, without end
+    def given_up() -> None:  # Python waits forever for threads of `concurrent.futures`, such as an environment's
         os.write(2, f"ended although threads or exit handlers still ran {_CLEAN_UP_S:g} s after the command was done\n".encode())
         end()
 
     # Called last, and ends the process at once: Python's own clean-up takes a second or two, without handling signals.
     atexit.register(end)
-    gc.disable()  # until a command runs: all that is made before lasts, and looking through it took 2 of 11 seconds
+    gc.disable()  # until a command runs: earlier objects stay alive, and collecting them took 2 of 11 seconds
     try:
         prepare_process()  # before torch is loaded
         from hybrid_lightning.cli import main

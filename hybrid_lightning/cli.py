@@ -1,8 +1,8 @@
 """The command line: LightningCLI with further commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
 
-This file has the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
-`cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds to
-other libraries' error messages what to do.
+This file defines the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
+`cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds
+remedies to error messages of other libraries.
 """
 
 import gc
@@ -66,7 +66,7 @@ _METHOD_ARGUMENTS = (
     *("form", "folder", "push_to"),
     *("prompt_tokens", "device_gib"),
 )
-# Flags for commands that need no device. For an export one process reads what any number of processes wrote; a plan may be for
+# Flags for commands that need no device. An export reads in one process what any number of processes wrote; a plan may be for
 # devices that this machine does not have.
 _TRAINER_WITHOUT_DEVICE = {
     "accelerator": "cpu",
@@ -85,7 +85,7 @@ def _program() -> str:
 
 
 def main(signals: StopSignals | None = None) -> None:
-    """Run the command line. A mistake of the user is reported in the last line, without a traceback.
+    """Run the command line. A user's mistake is reported in the last line, without a traceback.
 
     Args:
         signals: Signal handlers of this process; None installs them only when the command trains, validates, tests or predicts.
@@ -98,13 +98,13 @@ def main(signals: StopSignals | None = None) -> None:
     except Exception as error:
         cause = cause_of(error)
         if cause is None and not signals.requested:
-            if getattr(error, "explained", False):  # another rank has died, as has been said
+            if getattr(error, "explained", False):  # another rank has died, which was already printed
                 sys.exit(1)
             raise unwrapped(error)  # noqa: B904  (an unexpected error, which needs the traceback of the original exception)
         print_error(with_remedy(str(cause or error)))
         for note in getattr(error, "__notes__", ()):
             say(note)
-        signals.check()  # a signal may be the reason: another rank has gone, or a library gave up
+        signals.check()  # a signal may be the cause: another rank has ended, or a library gave up
         sys.exit(1)
 
 
@@ -114,7 +114,7 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        # Building the options of a command takes long, so only those of a command that is given are built.
+        # Building the options of a command takes long, so only the given command's options are built.
         self._made = set(self.subcommands())
         if isinstance(arguments, list):
             check_whole_configs(arguments)
@@ -138,7 +138,7 @@ class HybridLightningCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Name of each command, which is a method of the Trainer -> its arguments that come from the config."""
+        """Name of each command (a method of the Trainer) -> its arguments that come from the config."""
         given = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags", "fit"}, "doctor": given}
 
@@ -193,7 +193,7 @@ class HybridLightningCLI(LightningCLI):
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Answer --help after all other arguments, because these decide which classes the help is about."""
+        """Handle --help after all other arguments, because these decide which classes the help is about."""
         given = sys.argv[1:] if args is None else args
         asked = help_asked_last(given) if isinstance(given, list) and self._made else given
         if asked == given:
@@ -206,7 +206,7 @@ class HybridLightningCLI(LightningCLI):
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Answer the commands for which nothing is made."""
+        """Run the commands that need no objects."""
         if self.subcommand == "compare":
             compare(self.config["compare"]["folders"], self.config["compare"]["html"])
         if self.subcommand == "configs":
@@ -216,7 +216,7 @@ class HybridLightningCLI(LightningCLI):
             sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Say in a whole sentence what each command does: Lightning takes the first line of its docstring."""
+        """Describe each command in a whole sentence; Lightning takes the first line of its docstring."""
         said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
         for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
@@ -235,13 +235,13 @@ class HybridLightningCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:
-            return self.init_parser(**kwargs)  # no options, just a name among the choices
+            return self.init_parser(**kwargs)  # no options, only a name among the choices
         parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
         parser.add_argument("-h", "--help", action=ShowHelp)
         if subcommand == "plan":
             parser.add_argument("--fit", action="store_true", help="look for the fewest changes with which it fits")
         if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # no table of Lightning's: EvaluationReport shows the same
+            parser.set_defaults({"verbose": False})  # no table by Lightning: EvaluationReport shows the same
         return parser
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -259,12 +259,12 @@ class HybridLightningCLI(LightningCLI):
                 self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.policy.load()
         gc.collect()
-        gc.freeze()  # what libraries and the policy are made of lasts, and is not looked through each time
+        gc.freeze()  # objects of libraries and the policy stay alive; each collection skips them
         gc.enable()
         super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
-        """Replace the MLflow logger by ours."""
+        """Replace Lightning's MLflow logger with ours."""
         super()._add_instantiators()
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
         self.parser.add_instantiator(_made, Configurable, subclasses=True)
@@ -276,7 +276,7 @@ class HybridLightningCLI(LightningCLI):
         return arguments
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would silently let the arguments in a checkpoint override the command line."""
+        """Do nothing: Lightning would silently let a checkpoint's arguments override the command line."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -289,14 +289,14 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def save_config(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the saved config to the loggers. Lightning calls this after it has written the file."""
+        """Pass the saved config to the loggers. Lightning calls this after it has written the file."""
         folder = run_folder(trainer)
         if folder is not None:
             log_config(trainer, folder / self.config_filename)
 
 
 def _made(kind: type[Configurable], *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
-    """An object of a class that may be the user's."""
+    """An object of a class, possibly the user's."""
     with nullcontext() if is_ours(kind) else in_user_code(kind, "__init__"):
         return kind(*given, **named)
 

@@ -1,6 +1,6 @@
-"""The help of the command line: options and docstrings of the classes that a command's config names, and of any other class.
+"""Help of the command line: options and docstrings of the classes that a command's config names, and of any other class.
 
-    --help  ->  config (all other arguments)  ->  sections (one for each class)  ->  text
+    --help  ->  config (all other arguments)  ->  sections (one per class)  ->  text
 
 It describes correct arguments; `cli_parser.py` reads arguments and reports mistakes in them.
 """
@@ -34,7 +34,7 @@ A config has them by the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e
 
 
 def help_asked_last(arguments: Sequence[str]) -> list[str]:
-    """Move a request for help to the end, as one `--help=KEY=CLASS`, so that it is answered when the config is known.
+    """Move a request for help to the end, as one `--help=KEY=CLASS`, so that it is handled when the config is known.
 
     Example:
         >>> help_asked_last(["fit", "--model.loss.help", "GRPOLoss", "--config", "a.yaml"])
@@ -56,7 +56,7 @@ def help_asked_last(arguments: Sequence[str]) -> list[str]:
 
 
 class ShowHelp(argparse.Action):
-    """Prints the help on all options, or on `KEY` or `KEY=CLASS`."""
+    """Prints the help for all options, or for `KEY` or `KEY=CLASS`."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, help="Show this help.")
@@ -68,7 +68,7 @@ class ShowHelp(argparse.Action):
             text = _help_on(parser, config, values) if values else _overview(parser, config)
         except ConfigError as error:
             parser.error(str(error))
-        with suppress(BrokenPipeError):  # the reader may stop reading, as head does
+        with suppress(BrokenPipeError):  # the reader may stop reading, as `head` does
             print(text, flush=True)
         parser.exit()
 
@@ -80,14 +80,14 @@ class Section:
     key: str  # such as model.loss
     part: type
     values: Mapping[str, Any]  # argument -> value in the config
-    kind: Any = None  # type of the option that it is given for
+    kind: Any = None  # type of the option that takes it
 
     def options(self) -> list[argparse.Action]:
-        """One option for each argument of the class, by its whole name."""
+        """One option for each argument of the class, by its full name."""
         return self.add_to(ArgumentParser(), "")
 
     def add_to(self, parser: ArgumentParser, title: str, description: str = "", base: Any = None) -> list[argparse.Action]:
-        """Add the options to a parser as a group. With a `base` the group begins with the option that names another class."""
+        """Add the options to a parser as a group. With a `base`, the group begins with the option that selects another class."""
         group = parser.add_argument_group(title, description)
         if base is not None:
             group.add_argument(f"--{self.key}", type=base, help="Its class.")
@@ -134,7 +134,7 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
     found = sections(parser, config)
     shown = _new_parser(parser, config, f"{parser.description}\n\n{_HOW}")
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
-    for action in parser._actions:  # those of the command alone
+    for action in parser._actions:  # the command's own options
         if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
             action.help = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
             own._add_action(action)
@@ -143,7 +143,7 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
         named = section.part is not base
         title = f"{section.key} ({section.part.__name__})" if named else section.key
         actions = section.add_to(shown, title, _paragraphs(section.part)[0], base if named else None)
-        if _is_of_a_library(section.part):  # they have pages of their own
+        if _is_of_a_library(section.part):  # libraries have pages of their own
             for action in actions:
                 action.help = first_sentence(action.help)
     return shown.format_help()
@@ -201,7 +201,7 @@ def _new_parser(parser: Parser, config: Mapping[str, Any], description: str = ""
 
 
 def _values(keys: Iterable[str], values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Option -> value for everything that a config gives, as pairs."""
+    """Option -> value for every value in a config, as pairs."""
     for key in keys:
         value = values.get(key)
         yield above + key, value
@@ -271,7 +271,7 @@ def _paragraphs(part: type) -> list[str]:
 
 
 def _whole(text: str, part: type, name: str) -> str:
-    """The description of an argument. If there is none, or it begins with `As in Base`, that of a base class is inserted."""
+    """The description of an argument. A base class's text fills it in if it is missing or begins with `As in Base`."""
     match = re.match(r"(?:As in|See) `(\w+)`", text)
     bases = part.__mro__[1:] if match is None else [base for base in part.__mro__ if base.__name__ == match[1]]
     if (text and match is None) or not bases:
@@ -283,14 +283,14 @@ def _whole(text: str, part: type, name: str) -> str:
 
 
 def first_sentence(text: str | None) -> str:
-    """The first sentence of a text that does not tell a default, on one line."""
+    """The first sentence of a text that does not state a default, on one line."""
     text = " ".join((text or "").replace("``", "`").split())
     sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)
 
 
 def _is_of_a_library(part: type) -> bool:
-    """Whether the constructor of a class is a library's, like that of our Trainer, which is Lightning's."""
+    """Whether a class has a library's constructor; our Trainer has Lightning's."""
     maker = next(base for base in part.__mro__ if "__init__" in vars(base))
     return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 

@@ -1,7 +1,7 @@
 """The parser of the command line: reads values, and reports a mistake in arguments or configs in one line.
 
-What jsonargparse says about a mistake is reworded here, with the file or option it is in and the name that was probably meant.
-Mistakes that are found later, when a run is set up, are reworded by `remedies.py`.
+It rewords jsonargparse's messages, and adds the file or option of the mistake and the name that was probably meant. `remedies.py`
+rewords mistakes that are found later, when a run is set up.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from hybrid_lightning.configurable import constructor_defaults, imported_class, 
 from hybrid_lightning.errors import HybridLightningError, shorten
 from hybrid_lightning.remedies import config_paths, is_machine_error, with_remedy
 
-# Messages of jsonargparse that name no remedy -> what is said instead; above them, what would stand in front of the reason.
+# Messages of jsonargparse that name no remedy -> replacement; above them, text to remove in front of the reason.
 _REWRITES = (
     (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:\s+- ", ""),
     (r"-\s+Expected a path but \S+ either not accessible or invalid\s+(?:- )?", ""),
@@ -58,7 +58,7 @@ def _load_value(text: str) -> Any:
     """Read YAML.
 
     Two texts need care, because jsonargparse reads the strings of a config as YAML a second time. `answer_pattern:
-    '####\\s*(.+)'` would become null, since YAML takes it for a comment. And a null for an argument of a nested class arrives
+    '####\\s*(.+)'` would become null, since YAML reads it as a comment. And a null for an argument of a nested class arrives
     here as Python's None: `--data.format.system_prompt=null` would put the word None in front of every prompt.
     """
     value = _load_yaml(text)
@@ -67,10 +67,10 @@ def _load_value(text: str) -> Any:
     return text if value is None and text.lstrip().startswith("#") else value
 
 
-_MODE = "hybrid_lightning"  # of our parsers alone: others in this process read YAML as jsonargparse does
+_MODE = "hybrid_lightning"  # for our parsers only: others in this process read YAML as jsonargparse does
 
 
-# What TRL's GRPOConfig and PEFT's LoraConfig call otherwise -> our option.
+# Names in TRL's GRPOConfig and PEFT's LoraConfig that differ from ours -> our option.
 TRL_NAMES = {
     "num_generations": "model.samples_per_prompt",
     "num_iterations": "model.epochs_per_rollout",
@@ -102,12 +102,11 @@ TRL_NAMES = {
 
 
 class Refusal(SystemExit):
-    """Raised by the parser of a class for an option that the class does not have, or with a value that does not fit (`misfit`).
+    """Raised by a class's parser for an option that the class does not have, or with a value that does not fit (`misfit`).
 
-    The command's parser adds where it was given.
+    The command's parser adds where the option was given.
 
-    It is a `SystemExit`, because at an ordinary error jsonargparse would try the other types of the option, and report all of
-    them.
+    It is a `SystemExit`, because after an ordinary error jsonargparse would try the option's other types, and report all of them.
     """
 
     def __init__(self, part: type, name: str, names: list[str], misfit: str = "") -> None:
@@ -116,7 +115,7 @@ class Refusal(SystemExit):
 
 
 def _unchecked(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `dump` and `save`, by which nothing is checked; Lightning still uses the former name of one."""
+    """Options of `dump` and `save` that switch off checks; Lightning still uses the former name of one."""
     return {"skip_unset" if name == "skip_none" else name: value for name, value in options.items()} | {"skip_validation": True}
 
 
@@ -124,34 +123,34 @@ class Parser(LightningArgumentParser):
     """Refuses abbreviated options, and reports every error in one line.
 
     Attributes:
-        parts: Key -> class whose options it has; for `model` and `data` a base class of the classes that can be named.
+        parts: Key -> class that defines its options; for `model` and `data` a base class of the classes that can be named.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         jsonargparse.set_loader(_MODE, _load_value, exceptions=(yaml.YAMLError,))
-        # With abbreviations --trainer.max_epoch=3 would silently be taken for max_epochs.
+        # With abbreviations --trainer.max_epoch=3 would silently be read as max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, "parser_mode": _MODE, **kwargs})
         self.parts: dict[str, type] = {}
-        self.part: type | None = None  # the class, if it parses the arguments of one class only
+        self.part: type | None = None  # the class, if this parses the arguments of one class only
 
     @property
     def command(self) -> str:
-        """The command as it is typed, such as `python -m hybrid_lightning fit`."""
+        """The command as typed, such as `python -m hybrid_lightning fit`."""
         return self.prog.replace(" [options]", "")
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the options of a class, and remember it."""
+        """Add the options of a class, and record it."""
         self.parts[nested_key] = lightning_class
         return super().add_lightning_class_args(lightning_class, nested_key, *args, **kwargs)
 
     def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the options of a class. Without a key this is the parser that jsonargparse makes for a class named in a config."""
+        """Add the options of a class. Without a key, this is the parser that jsonargparse makes for a class named in a config."""
         if nested_key is None:
             self.part = class_type
         return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse arguments; the error for an option that a class does not have says where it was given."""
+        """Parse arguments; the error for an unknown option of a class names where it was given."""
         try:
             return super().parse_args(*args, **kwargs)
         except Refusal as refusal:
@@ -160,9 +159,9 @@ class Parser(LightningArgumentParser):
             self.error(self._placed(refusal))
 
     def dump(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
-        """Make a text of a config, with the public paths of our classes, where jsonargparse has the shortest ones.
+        """Convert a config to text, with the public paths of our classes in place of jsonargparse's shortest ones.
 
-        The config was checked as it was parsed; jsonargparse would check all of its parts once more.
+        Parsing has already checked the config; jsonargparse would check all of its parts once more.
         """
         text = super().dump(*args, **_unchecked(kwargs))
         return re.sub(r"(?<=class_path: )hybrid_lightning\.[\w.]+", lambda found: _public(found[0]), text)
@@ -172,7 +171,7 @@ class Parser(LightningArgumentParser):
         super().save(*args, **_unchecked(kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong in one line and exit with 2."""
+        """Print the mistake in one line and exit with 2."""
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
@@ -209,7 +208,7 @@ class Parser(LightningArgumentParser):
         return message
 
     def _misfit(self, message: str) -> str:
-        """Option, value and what it takes, for a value of another type; empty if that is not the mistake."""
+        """For a value of another type: the option, the value and the accepted types; empty for other mistakes."""
         unknown = _MISFIT.fullmatch(message)
         wanted = _wanted(unknown[2]) if unknown else ""
         if not unknown or not wanted:
@@ -238,8 +237,8 @@ class Parser(LightningArgumentParser):
             with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
                 keys = _keys(yaml.safe_load(text))
                 places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
-        places |= given  # an option wins over a file
-        if len(places) > 1:  # elsewhere the same name may be right
+        places |= given  # an option overrides a file
+        if len(places) > 1:  # elsewhere the same name may be valid
             known = set(self._names())
             places = {key: place for key, place in places.items() if _plain(key) not in known} or places
         return next(iter(places.values()), "")
@@ -249,7 +248,7 @@ class Parser(LightningArgumentParser):
         return [*own, *_of_known_classes(self.parts)]
 
     def _near(self, name: str) -> str:
-        """A hint at the option that was meant, which is spelled or ends similarly."""
+        """A hint at the option that was meant, which has a similar spelling or ending."""
         if theirs := _of_trl(name.rpartition(".")[2]):
             return theirs
         names = self._names()
@@ -269,7 +268,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def _wanted(expected: str) -> str:
-    """What an option takes, from jsonargparse's list of types; empty if that has others than plain ones."""
+    """The values that an option takes, from jsonargparse's list of types; empty unless all types are plain."""
     kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|\S+)", expected)
     found = []
     for kind in kinds:
@@ -288,7 +287,7 @@ def _public(path: str) -> str:
 
 
 def _of_trl(name: str) -> str:
-    """What TRL's name is called here, and where the others are; empty if it is none."""
+    """Our name for a TRL option, and where to find the others; empty if it is not a TRL option."""
     return f"; TRL's {name} is --{TRL_NAMES[name]} here (docs/trl.md)" if name in TRL_NAMES else ""
 
 
@@ -323,12 +322,12 @@ def _keys(config: Any, above: str = "") -> Iterator[str]:
 
 
 def type_of(action: Any) -> Any:
-    """The type hint of an option, for which jsonargparse has no public attribute; None for its own `--KEY.help`."""
+    """The type hint of an option, which jsonargparse does not make public; None for its own `--KEY.help`."""
     return None if action is None or action.dest.endswith(".help") else getattr(action, "_typehint", None)
 
 
 def known_classes(kind: Any) -> dict[str, type]:
-    """Name -> class for all imported classes that an option of a type accepts, without private and abstract ones."""
+    """Name -> class for all imported classes that an option of this type accepts, without private and abstract ones."""
     found: dict[str, type] = {}
     waiting = [kind]
     while waiting:
@@ -344,7 +343,7 @@ def known_classes(kind: Any) -> dict[str, type]:
 
 
 def _is_internal(part: type) -> bool:
-    """Whether a class of ours is only a base class: not in `__all__` of its module or package or, without one, derived from."""
+    """Whether a class of ours is only a base class: missing in `__all__` of its module or package or, without one, subclassed."""
     places = [sys.modules.get(name) for name in (part.__module__, part.__module__.rpartition(".")[0])]
     named = next((place.__all__ for place in places if hasattr(place, "__all__")), None)  # type: ignore[union-attr]
     return is_ours(part) and (any(map(is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
@@ -356,7 +355,7 @@ def is_ours(part: type) -> bool:
 
 
 def suggestion(name: str, names: Iterable[str], shown: str = "{}") -> str:
-    """`; did you mean X?` if a name is similar to another one, else an empty text."""
+    """`; did you mean X?` if a name is similar to another one, else ""."""
     near = get_close_matches(name, sorted(set(names)), n=1, cutoff=0.7)
     return f"; did you mean {shown.format(near[0])}?" if near else ""
 
@@ -371,7 +370,7 @@ def cause_of(error: BaseException | None) -> BaseException | None:
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """What a constructor raised, without jsonargparse's error for a union around it, whose last line is the whole config."""
+    """The error that a constructor raised, without jsonargparse's union error around it, which ends with the whole config."""
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
         error = error.__cause__
     return error

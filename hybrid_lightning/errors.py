@@ -2,7 +2,7 @@
 
 Each class also derives from the built-in class that a Python user would expect, so that `except ValueError` works. A message is
 one line with the cause, the value received and the remedy; the command line prints it as its last line. `one_line` and `shorten`
-bring what others wrote into that form.
+convert messages of other code to that form.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ class HybridLightningError(Exception):
 
 
 class ConfigError(HybridLightningError, ValueError):
-    """A configuration value is wrong or two of them contradict each other."""
+    """A configuration value is wrong, or two values contradict each other."""
 
 
 class DataError(HybridLightningError, ValueError):
@@ -33,11 +33,11 @@ class RewardError(HybridLightningError, RuntimeError):
 
 
 class RolloutError(HybridLightningError, RuntimeError):
-    """A rollout engine does not answer, fails, or has other weights than the policy."""
+    """A rollout engine does not answer, fails, or has different weights than the policy."""
 
 
 class EpisodeError(RolloutError):
-    """The environment of too many episodes has failed by its own fault."""
+    """The environment itself failed in too many episodes."""
 
 
 class SandboxError(HybridLightningError, RuntimeError):
@@ -45,7 +45,7 @@ class SandboxError(HybridLightningError, RuntimeError):
 
 
 class CalibrationError(HybridLightningError, RuntimeError):
-    """The calibration rollouts carry no signal from which modules could be scored."""
+    """The calibration rollouts carry no signal for scoring modules."""
 
 
 class CheckpointError(HybridLightningError, RuntimeError):
@@ -57,7 +57,7 @@ class TrainingError(HybridLightningError, RuntimeError):
 
 
 class DiagnosisError(HybridLightningError, RuntimeError):
-    """`doctor` has found that nothing can be learned."""
+    """`doctor` found that nothing can be learned."""
 
 
 def one_line(error: BaseException, length: int = 300) -> str:

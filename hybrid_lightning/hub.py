@@ -1,7 +1,7 @@
 """The Hugging Face hub: whether it can be reached, and what its errors mean for a user.
 
-Other libraries load models and data sets from the hub. They wrap its errors in texts of their own and, without a network, wait
-half a minute for each file. So this file asks once whether the hub answers; if it does not, the cache is used at once.
+Other libraries load models and data sets from the hub. They wrap its errors in their own messages and, without a network, wait
+half a minute for each file. So this file checks once whether the hub answers; if not, the cache is used immediately.
 """
 
 import functools
@@ -28,13 +28,13 @@ from hybrid_lightning.errors import one_line
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers. It is asked once, with a warning if it does not answer. False under HF_HUB_OFFLINE."""
+    """Whether the hub answers. This is checked once, with a warning if it does not. False under HF_HUB_OFFLINE."""
     return not constants.HF_HUB_OFFLINE and hub_answers()
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """Ask the hub once in this process whether it gives any answer at all."""
+    """Check once in this process whether the hub answers at all."""
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # huggingface_hub's versions use different libraries for HTTP
@@ -49,7 +49,7 @@ def hub_answers() -> bool:
 def offline_if_unreachable() -> Iterator[None]:
     """Within this context other libraries use the cache at once if the hub cannot be reached, instead of waiting for each file.
 
-    They have no argument for this that all their requests obey, but all read the value that HF_HUB_OFFLINE had at their import.
+    They have no argument that covers all their requests, but all read the value that HF_HUB_OFFLINE had at their import.
     """
     switches: list[Any] = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
     before = [switch.HF_HUB_OFFLINE for switch in switches]
@@ -74,10 +74,10 @@ class HubRepository:
     cache: str  # folder of the cache
 
     def explain(self, error: BaseException) -> str | None:
-        """What an error while reading it means; None if the error has nothing to do with the hub."""
+        """What an error while reading it means; None if the error is unrelated to the hub."""
         for cause in _chain(error):
             if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-                continue  # libraries also ask for files that need not exist
+                continue  # libraries also request files that need not exist
             if isinstance(cause, HfHubHTTPError):
                 return self._refused(cause)
             if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -112,14 +112,14 @@ class HubRepository:
         )
 
     def gated(self) -> str:
-        """Message: its terms must be accepted first, by who is logged in."""
+        """Message: the logged-in user must accept its terms first."""
         return (
             f"the {self.kind} {self.id!r} is gated, and you have no access to it; accept its terms at {self._page} and log in by "
             "'hf auth login' or HF_TOKEN; a fine-grained token must be allowed to read gated repositories"
         )
 
     def no_revision(self) -> str:
-        """Message: it has no such revision."""
+        """Message: it does not have this revision."""
         return (
             f"the {self.kind} {self.id!r} has no revision {self.revision!r}; give {self.revision_option} a branch, tag or commit "
             f"of {self._page}/commits/main, or leave it out for the newest"

@@ -1,7 +1,7 @@
-"""`lazy_names`: public names that are imported when they are first used, from the one list of them: the stub of the package.
+"""`lazy_names`: imports public names on first use, from the package's stub, their only list.
 
 The stub, such as `engine/__init__.pyi`, has the line `from MODULE import NAME as NAME` for each name. Type checkers and editors
-read it, too. So classes have short paths that do not change when files move, and code that needs only torch does not wait for
+also read it. So classes have short paths that do not change when files move, and code that needs only torch does not wait for
 PEFT. Every process imports this module, so it imports little itself.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 
 
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make `__getattr__` and `__dir__` of a package from the stub beside its file. `__all__` is then the names in the stub."""
-    modules: dict[str, str] = {}  # name -> module that has it; empty until a name is first used
+    """Make `__getattr__` and `__dir__` of a package from the stub beside its file. `__all__` then holds the stub's names."""
+    modules: dict[str, str] = {}  # name -> module that has it; empty until the first use of a name
 
     def read() -> dict[str, str]:
         if not modules:

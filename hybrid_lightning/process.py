@@ -1,8 +1,8 @@
-"""Settings of a process for torch: on a CPU how threads wait, whether freed memory is kept, and how many compiled products are
-kept; on a GPU how memory is allocated, and which kernels attend.
+"""Process settings for torch: on a CPU how threads wait, whether freed memory is kept, and how many compiled products are
+kept; on a GPU how memory is allocated, and which kernels compute attention.
 
-A program should choose those of a CPU, and not a library, so `python -m hybrid_lightning` sets them. A script that builds a
-Trainer itself can call `prepare_process()` before anything imports torch. Those of a GPU a policy sets when its run begins.
+A program should choose the CPU settings, not a library, so `python -m hybrid_lightning` sets them. A script that builds a Trainer
+itself can call `prepare_process()` before anything imports torch. A policy chooses the GPU settings when its run begins.
 """
 
 import ctypes
@@ -10,19 +10,19 @@ import os
 import sys
 
 # How often a thread looks for work before it sleeps. With OpenMP's default of 300,000, waiting threads take time from working
-# ones if something else runs on the same cores: a step of the embedded policy beside a busy process took 20 s instead of 0.4 s.
+# threads if something else runs on the same cores: a step of the embedded policy beside a busy process took 20 s, not 0.4 s.
 # Small numbers are slow on idle cores: SmolLM2-135M generated for 6.5 s with 1,000, for 5.7 s with 4,000, for 5.5 s with 20,000
 # and for 5.3 s with the default. With the first three the embedded policy beside a busy process generated for 0.25, 0.37 and 1.0
 # s.
 _SPINS = "20000"
 
-# Number of compiled matrix products that oneDNN keeps, one for each size of matrices, with half a MiB each; when it is exceeded,
-# oneDNN frees half of them. Its default of 1,024 is more than are used again if completions have different lengths: with 128 such
-# steps of SmolLM2-135M peaked at 1.62 GiB instead of 1.73 and took no longer, since compiling a product takes a quarter of a
-# millisecond. With 64 the peak was 1.59 GiB, but a step of the embedded policy took 4% longer.
+# Number of compiled matrix products that oneDNN keeps, one per matrix size, with half a MiB each; above it, oneDNN frees half of
+# them. Its default of 1,024 is more than are used again if completions have different lengths: with 128, such steps of
+# SmolLM2-135M peaked at 1.62 GiB instead of 1.73 and took no longer, since compiling a product takes a quarter of a millisecond.
+# With 64 the peak was 1.59 GiB, but a step of the embedded policy took 4% longer.
 KEPT_PRODUCTS = 128
 
-# Parameters of glibc's `mallopt` by their numbers, and values in bytes. Older versions accept at most 32 MiB for the second one.
+# Parameters of glibc's `mallopt` by number, and values in bytes. Older versions accept at most 32 MiB for the second one.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER_TRIM, _NEVER_MAP = 2**31 - 1, (2**30, 2**25)
 
@@ -30,28 +30,27 @@ _NEVER_TRIM, _NEVER_MAP = 2**31 - 1, (2**30, 2**25)
 def prepare_process() -> None:
     """Let waiting threads sleep after a short time, keep freed memory, and keep fewer compiled products.
 
-    Must be called before torch is loaded, which reads the first and the last setting. Settings in the environment, by
-    `GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_` or `ONEDNN_PRIMITIVE_CACHE_CAPACITY`,
-    take precedence.
+    Call it before torch is loaded, which reads the first and the last setting. Environment variables take precedence:
+    `GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_` or `ONEDNN_PRIMITIVE_CACHE_CAPACITY`.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     keep_freed_memory()
 
-    import warnings  # not before: what is allocated earlier lies between the blocks that are kept
+    import warnings  # not before: earlier allocations lie between the kept blocks
 
-    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's advice to each notebook in which it is imported
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's advice in each notebook that imports it
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next allocation, instead of giving it back to the system.
+    """Let glibc keep freed memory for the next allocation, instead of returning it to the system.
 
-    Activations are freed and allocated again in every pass, and each of their pages would cost a page fault. With kept memory an
-    update of SmolLM2-135M on two cores took 0.89 of the time, with 1% more memory.
+    Every pass frees and allocates activations again, and each of their pages would cost a page fault. With kept memory an update
+    of SmolLM2-135M on two cores took 0.89 of the time, with 1% more memory.
 
     Returns:
-        Whether freed memory is kept now; False without glibc, or if the environment says otherwise.
+        Whether freed memory is kept now; False without glibc, or if the environment decides differently.
     """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return False
@@ -62,16 +61,16 @@ def keep_freed_memory() -> bool:
 
 
 def prepare_gpu(own_allocator: bool) -> None:
-    """Let torch allocate GPU memory in segments that can grow, keep cuDNN from attention, and add up 16-bit products in float32.
+    """Let torch allocate GPU memory in growing segments, keep cuDNN from attention, and add up 16-bit products in float32.
 
-    Passes have other sizes at every step. Segments of fixed sizes fall to pieces under that, so that memory that is free cannot
-    be used; and cuDNN makes a plan for each new size of attention, which takes 23 to 37 ms. By default torch lets cuBLAS round
-    partial sums of 16-bit products to 16 bits, in splits that depend on the number of rows, so that sampling and training would
-    round in other places. Products of float32 are not computed in TF32, as torch has it.
+    Passes have different sizes at every step. Segments of fixed sizes then fragment, so that free memory cannot be used. cuDNN
+    makes a plan for each new size of attention, which takes 23 to 37 ms. By default torch lets cuBLAS round partial sums of
+    16-bit products to 16 bits, in splits that depend on the number of rows, so that sampling and training would round in
+    different places. Products of float32 are not computed in TF32, which is torch's default.
 
     Args:
-        own_allocator: Whether something else in this process allocates GPU memory in a way of its own, as vLLM does in order to
-            sleep, which segments that grow do not go with.
+        own_allocator: Whether something else in this process allocates GPU memory in its own way. vLLM does, in order to sleep;
+            growing segments do not work with that.
     """
     import torch
 
@@ -80,6 +79,6 @@ def prepare_gpu(own_allocator: bool) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     chosen = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     allocate = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    allocate = allocate or getattr(torch.cuda.memory, "_set_allocator_settings", None)  # in older versions
+    allocate = allocate or getattr(torch.cuda.memory, "_set_allocator_settings", None)  # name in older versions
     if allocate is not None and not chosen and not own_allocator:
         allocate("expandable_segments:True")

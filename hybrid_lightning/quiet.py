@@ -1,4 +1,4 @@
-"""Which advice of libraries is not shown. It is hidden when a model is loaded or a Trainer is made, and not by an import."""
+"""Hides advice of libraries. It is hidden when a model is loaded or a Trainer is made, not by an import."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ import warnings
 import huggingface_hub
 import transformers
 
-# Where Lightning writes lines, and those that go: advice, lists of devices, and what was typed or the summary says.
+# Where Lightning logs, and which lines are hidden: advice, lists of devices, and repetitions of the command or the summary.
 _LIGHTNING_LOGS = (
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.rank_zero",
@@ -29,29 +29,29 @@ _SAYS_NOTHING = re.compile(
 _NOT_MEANT = (
     "overridden `transfer_batch_to_device`",  # LightningModule and data module share this hook by design
     "LeafSpec.*is deprecated",
-    "dirpath has changed from",  # every run has a folder of its own: a resumed run reads a checkpoint from another one
+    "dirpath has changed from",  # every run has its own folder: a resumed run reads a checkpoint from another one
     "callbacks used to create the checkpoint need to be provided",  # after their options were changed, which the resume reports
     "does not have many workers",  # the loaders hold prompts or make rollouts: worker processes would not help
-    "Using `DistributedSampler` with the dataloaders",  # prompts that the sampler gives to two ranks are counted once
-    "keys did not match any targeted module and were ignored",  # PEFT's, of ranks of parameters, which it does apply
-    "module.s. in eval mode at the start of training",  # the policy is loaded so; the adapter decides what is trained
+    "Using `DistributedSampler` with the dataloaders",  # prompts that the sampler deals to two ranks are counted once
+    "keys did not match any targeted module and were ignored",  # PEFT's warning for ranks of parameters, which it does apply
+    "module.s. in eval mode at the start of training",  # the policy is loaded in eval mode; the adapter decides what to train
 )
 
 
 def quiet_libraries() -> None:
-    """Hide advice of libraries that does not apply to a run: tips, deprecations between libraries, bars of loading weights.
+    """Hide library advice that does not apply to a run: tips, deprecations between libraries, progress bars for loading weights.
 
     The command line calls this, a language model when it is loaded, and our Trainer when it is made. Importing changes nothing.
     """
     transformers.utils.logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        huggingface_hub.utils.enable_progress_bars()  # bars of downloads, which the line above has switched off as well
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar for each page of samples
+        huggingface_hub.utils.enable_progress_bars()  # download bars, which the line above has also switched off
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar per page of samples
     # Deprecations between libraries, which their next versions will resolve.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
     for message in _NOT_MEANT:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
-    # Advice about 4-bit kernels, which bitsandbytes gives to everybody who has it installed when peft imports it.
+    # Advice about 4-bit kernels, which bitsandbytes logs when PEFT imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in _LIGHTNING_LOGS:
         logging.getLogger(name).addFilter(_informs)

@@ -1,4 +1,4 @@
-"""Problems of the library reasoning-gym: made again, in any process, from the columns of `ReasoningGymSource`."""
+"""Problems of the library reasoning-gym, rebuilt in any process from the columns of `ReasoningGymSource`."""
 
 import json
 from functools import lru_cache
@@ -10,7 +10,7 @@ from hybrid_lightning.types import Prompt
 
 
 def library(user: str) -> ModuleType:
-    """The module of reasoning-gym that makes data sets, for a class of the name `user`.
+    """The reasoning-gym module that makes data sets; `user` is the name of the class that needs it.
 
     Raises:
         ConfigError: If the library is not installed.
@@ -25,10 +25,10 @@ def library(user: str) -> ModuleType:
 
 
 def made_again(user: str, prompt: Prompt) -> tuple[Any, dict[str, Any]]:
-    """The data set of a prompt's task, which has the verifier, and the entry that the prompt asks; `user` is the asking class.
+    """The data set of a prompt's task, which has the verifier, and the prompt's entry; `user` is the calling class.
 
     Raises:
-        ConfigError: If the prompt is none of `ReasoningGymSource`, or its task makes another problem each time.
+        ConfigError: If the prompt is not from `ReasoningGymSource`, or its task makes a different problem each time.
     """
     try:
         task, config, item = (prompt.columns[name] for name in ("task", "config", "item"))

@@ -1,6 +1,6 @@
-"""Remedies: add what to do to error messages of other libraries, and refuse configs whose mistake nothing else would notice.
+"""Adds remedies to error messages of other libraries, and refuses configs with a mistake that nothing else would notice.
 
-`cli_parser.py` words mistakes in arguments; this file is about messages of Lightning and of the operating system.
+`cli_parser.py` words mistakes in arguments; this file covers messages of Lightning and of the operating system.
 """
 
 import errno
@@ -14,7 +14,7 @@ import yaml
 
 from hybrid_lightning.errors import ConfigError
 
-# Pattern in a message about the Trainer's flags, a disk or a file -> what to do, which is put behind the message.
+# Pattern in a message about the Trainer's flags, a disk or a file -> remedy, which is appended to the message.
 _REMEDIES = (
     (
         r"No supported gpu backend|can not run on your system|Requirement 'torch_xla",
@@ -35,16 +35,16 @@ _REMEDIES = (
         "give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER",
     ),
 )
-# Errors that no change of the code would fix: of a disk, which name no file, and of a file or folder.
+# Errors that no code change would fix: about a disk, which name no file, and about a file or folder.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-# Modules for different kinds of training: a config is for one of them only.
+# Our modules for different kinds of training: a config is for only one of them.
 _KINDS = ("PolicyModule", "SupervisedModule", "PreferenceModule")
 _WHOLE = {"model", "data", "trainer"}  # a config with these sections is complete by itself
 
 
 def with_remedy(message: str) -> str:
-    """Add to an error message, as its library words it, what to do, if it does not say so itself."""
+    """Append a remedy to a library's error message, unless the message has one."""
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, message) and remedy not in message:
             return f"{message.strip().rstrip('.!')}; {remedy}"
@@ -52,7 +52,7 @@ def with_remedy(message: str) -> str:
 
 
 def is_machine_error(error: BaseException) -> bool:
-    """Whether an error is about a file or folder that cannot be written or read, because a disk is full or a folder read-only."""
+    """Whether an error is about a file or folder that cannot be written or read: the disk is full, or the folder is read-only."""
     if not isinstance(error, OSError):
         return False
     return error.errno in _FULL or (error.errno in _OF_THE_MACHINE and error.filename is not None)
@@ -76,17 +76,17 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
 
 
 def config_paths(arguments: Sequence[str]) -> list[str]:
-    """Paths of the configs among arguments of the command line."""
+    """Paths of the configs among command-line arguments."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[], nargs="?")
     return [path for path in parser.parse_known_args(arguments)[0].config if path]
 
 
 def _kind(path: str) -> str | None:
-    """Which of our modules a config is for; None for an overlay, for a user's own module, and for a file that cannot be read."""
+    """The module of ours that a config is for; None for an overlay, for a user's own module, and for an unreadable file."""
     try:
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # the parser will report what is wrong with it
+    except (OSError, ValueError, yaml.YAMLError):  # the parser will report the error
         return None
     model = content.get("model") if isinstance(content, Mapping) else None
     if isinstance(model, str):

@@ -1,4 +1,4 @@
-"""Configs that come with the package, by name: `--config gspo` and `--config loss/dapo`, in whatever folder a command runs."""
+"""Configs that come with the package, by name: `--config gspo` and `--config loss/dapo`, from any working directory."""
 
 import re
 import sys
@@ -12,13 +12,13 @@ FOLDER = Path(__file__).parent / "configs"  # a link to configs/ in a source tre
 
 
 def config_names() -> list[str]:
-    """Names of all configs, those that are complete first: `gspo`, and `loss/dapo` for an overlay over one."""
+    """Names of all configs, complete ones first: `gspo`, and `loss/dapo` for an overlay."""
     paths = [path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml")]
     return [path.as_posix() for path in sorted(paths, key=lambda path: (len(path.parts), path))]
 
 
 def read_config(name: str) -> str:
-    """The text of a config; ConfigError if there is none of that name."""
+    """The text of a config; ConfigError if there is no config of that name."""
     if name not in config_names():
         near = get_close_matches(name, config_names(), n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "the command 'configs' lists those that there are"
@@ -38,10 +38,10 @@ def config_list() -> str:
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Arguments of a command with a path in the place of each config that is named; what was taken is shown.
+    """Replace each config name in a command's arguments by a path, and print the chosen files.
 
-    `gspo` is the file `gspo` or `gspo.yaml` of the folder, or else the config of that name. A path such as `configs/gspo.yaml`
-    which is not there is that config, too.
+    `gspo` means the file `gspo` or `gspo.yaml` in the working directory, or else the config of that name. A missing path such as
+    `configs/gspo.yaml` also means that config.
 
     Raises:
         ConfigError: If there is neither such a file nor such a config.
@@ -59,10 +59,10 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
 def _path(given: str) -> str:
     name = re.sub(r"\A(?:configs/)?(.+?)(?:\.yaml)?\Z", r"\1", given)
     there = next((path for path in (given, f"{given}.yaml") if Path(path).is_file()), None)
-    if there == given != name:  # a path, as it is written
+    if there == given != name:  # a path as written
         return given
     if there is None and name not in config_names():
-        if re.search(r"[.\n]|\A[/~]", given):  # a path, or text: the parser says what is wrong with it
+        if re.search(r"[.\n]|\A[/~]", given):  # a path, or text: the parser reports the mistake
             return given
         read_config(name)
     path = there or str(FOLDER / f"{name}.yaml")

@@ -1,4 +1,4 @@
-"""How a signal ends a run: at once if nothing can be lost, else at the next moment from which the run can be resumed.
+"""How a signal ends a run: at once if nothing can be lost, else at the next point from which the run can resume.
 
 This file needs only Python, so that a process can handle signals before it imports torch, which takes seconds.
 """
@@ -11,15 +11,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-# In this order from: Ctrl-C; schedulers, `kill` and torchrun; SLURM before its time limit (`--signal=USR1@120`); a closed
-# terminal. Windows has not all of them.
+# Sources, in this order: Ctrl-C; schedulers, `kill` and torchrun; SLURM before its time limit (`--signal=USR1@120`); a closed
+# terminal. Windows does not have all of them.
 _SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")]
 
 NOTHING_MADE = "nothing that a run could go on from has been made; start the command again"
 
 
 class RunStopped(SystemExit):
-    """Ends a run that a signal asked to stop. The process exits with 128 + the number of the signal, as is usual in shells.
+    """Ends a run after a stop signal. The process exits with 128 + the number of the signal, as is usual in shells.
 
     Args:
         number: Number of the signal.
@@ -29,7 +29,7 @@ class RunStopped(SystemExit):
     def __init__(self, number: int, together: bool = False) -> None:
         super().__init__(128 + number)
         self.number, self.together = number, together
-        self.explained = False  # whether the user has been told how to resume
+        self.explained = False  # whether the user has been shown how to resume
 
 
 class StopSignals:
@@ -39,24 +39,24 @@ class StopSignals:
     ends the process at once.
     """
 
-    # Whether another rank of the same command started this process. That rank passes its signals on, and a terminal sends them to
-    # all its processes as well: a second signal is then not a second request.
+    # Whether another rank of the same command started this process. That rank passes its signals on, and a terminal also sends
+    # them to all its processes: a second signal is then not a second request.
     started_by_rank = False
 
     def __init__(self) -> None:
         self.requested = 0  # number of the first signal; 0 if there was none
-        self.started_ranks: Sequence[int] = ()  # ids of processes that this one started, to which signals are passed on
+        self.started_ranks: Sequence[int] = ()  # ids of processes that this one started; signals are passed on to them
         self.last_words: Callable[[], str] = lambda: NOTHING_MADE
         self._deferred = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def taken_over(self) -> bool:
-        """Whether signals are handled here."""
+        """Whether this object handles the signals."""
         return bool(self._previous)
 
     def take_over(self) -> None:
-        """Handle the signals of this process, also if another library has installed its handlers meanwhile.
+        """Handle the signals of this process, even if another library has installed its handlers in the meantime.
 
         Only the main thread may do so; in other threads nothing happens.
         """
@@ -64,8 +64,8 @@ class StopSignals:
             return
         for number in _SIGNALS:
             current = signal.getsignal(number)
-            # Under `nohup` SIGHUP stays ignored. A shell without job control makes programs in the background ignore SIGINT, too,
-            # but that is handled all the same: a SIGINT that is sent to such a program is sent on purpose.
+            # Under `nohup`, SIGHUP stays ignored. A shell without job control also makes background programs ignore SIGINT, but
+            # SIGINT is still handled: if it is sent to such a program, it is sent on purpose.
             if number.name == "SIGHUP" and current == signal.SIG_IGN:
                 continue
             if current != self._handle:
@@ -73,7 +73,7 @@ class StopSignals:
                 signal.signal(number, self._handle)
 
     def give_back(self) -> None:
-        """Restore the previous handlers, and forget a signal that has been dealt with."""
+        """Restore the previous handlers, and forget a handled signal."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous, self.requested, self.started_ranks = {}, 0, ()
@@ -84,12 +84,12 @@ class StopSignals:
             raise RunStopped(self.requested)
 
     def defer(self) -> None:
-        """From now on, let signals wait for the next `check` or `interruptible`."""
+        """From now on, make signals wait for the next `check` or `interruptible`."""
         self._deferred += 1
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this context, whose code must not be interrupted, a signal waits for the next `check` or `interruptible`."""
+        """Within this context, where code must not be interrupted, a signal waits for the next `check` or `interruptible`."""
         self.defer()
         try:
             yield
@@ -98,7 +98,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within this context a signal raises at once, even inside of `deferred`, since the code here changes no state."""
+        """Within this context a signal raises at once, even inside `deferred`, since the code here changes no state."""
         self.check()
         outside, self._deferred = self._deferred, 0
         try:

@@ -49,10 +49,10 @@ from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.optim import ConstantSchedule
 from hybrid_lightning.training.policy_module import PolicyModule
 
-# What a run has if nothing else is said: of the Trainer, of its checkpoints, and of its logger.
+# Defaults: of the Trainer, of its checkpoints, and of its logger.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,
-    "enable_model_summary": False,  # the plan shows what is trained
+    "enable_model_summary": False,  # the plan shows the trained modules
     "num_sanity_val_steps": -1,  # all validation data: this measures the accuracy before training
 }
 CHECKPOINT_DEFAULTS: dict[str, Any] = {"save_last": True, "filename": "step={step}", "auto_insert_metric_name": False}
@@ -60,9 +60,9 @@ LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": "default", "defau
 
 
 def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> list[Callback]:
-    """The callbacks without options that the command line gives to each run; those that measure time come first.
+    """The callbacks without options that the command line adds to each run; callbacks that measure time come first.
 
-    `signals` are those of `GracefulStop`; `logged` says whether the Trainer has a logger.
+    `signals` are passed to `GracefulStop`; `logged` is whether the Trainer has a logger.
 
     Example:
         >>> [type(callback).__name__ for callback in run_callbacks(logged=False)]
@@ -73,20 +73,20 @@ def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> li
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which also scores modules, exports and plans. It has Lightning's arguments, all given by name.
+    """Lightning's Trainer, which also scores modules, exports and plans. It takes Lightning's arguments, all by name.
 
-    What is not given is as on the command line: TensorBoard's logger in `runs/default` (or below `default_root_dir`), a
+    Defaults are the same as on the command line: TensorBoard's logger in `runs/default` (or below `default_root_dir`), a
     checkpoint of the last step, `log_every_n_steps=1`, `num_sanity_val_steps=-1`, no table of modules, and a progress bar in a
-    terminal alone, elsewhere a line a step. Making it hides advice of libraries (see `quiet_libraries`).
+    terminal; elsewhere one line per step. Making a Trainer hides advice of libraries (see `quiet_libraries`).
 
-    `setup` hooks can see the checkpoint that is about to be loaded. `StepTimer` is told the time that checkpoints take, for which
-    it has no hook. Whatever the loggers, a run has a folder of its own, `log_dir`, in which loggers, checkpoints and callbacks
-    keep their files (see `RunFolder`).
+    `setup` hooks can see the checkpoint that is about to be loaded. The Trainer reports the time of checkpoints to `StepTimer`,
+    which has no hook for it. Whatever the loggers, each run has its own folder, `log_dir`, in which loggers, checkpoints and
+    callbacks keep their files (see `RunFolder`).
     """
 
-    command = "fit"  # the command that the user has given, where Lightning runs `fit`: "fit", "score" or "doctor"
+    command = "fit"  # the user's command for which Lightning runs `fit`: "fit", "score" or "doctor"
 
-    @wraps(LightningTrainer.__init__)  # type: ignore[misc]  # whose signature says which options there are
+    @wraps(LightningTrainer.__init__)  # type: ignore[misc]  # for the signature, which lists the options
     def __init__(self, **flags: Any) -> None:
         quiet_libraries()
         flags = {**TRAINER_DEFAULTS, **flags}
@@ -97,7 +97,7 @@ class Trainer(LightningTrainer):
         if flags.get("enable_checkpointing") is not False and not _any(callbacks, Checkpoint):
             callbacks.append(ModelCheckpoint(**CHECKPOINT_DEFAULTS))
         if flags.get("enable_progress_bar") is None and not _any(callbacks, ProgressBar) and not console().is_terminal:
-            flags["enable_progress_bar"] = False  # a file would get its last state, after all else
+            flags["enable_progress_bar"] = False  # in a file it would show its last state after everything else
             callbacks.append(StepLines())
         if flags.get("enable_progress_bar") is not False and not _any(callbacks, ProgressBar):
             callbacks.append(RolloutProgress())
@@ -106,8 +106,8 @@ class Trainer(LightningTrainer):
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
             require_checkpoint(ckpt_path)
-        # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
-        # them, or it would score the modules again.
+        # Lightning sets `trainer.ckpt_path` only after the setup hooks, but in them HybridAdapterSetup must know the checkpoint's
+        # plan, or it would score the modules again.
         name_checkpoint(self, ckpt_path)
         if find_callback(self, RunFolder) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
@@ -117,8 +117,8 @@ class Trainer(LightningTrainer):
         """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
 
         Raises:
-            CheckpointError: If there is no such checkpoint, or if the path is a word by which Lightning means a checkpoint of an
-                earlier `fit` with the same Trainer, which a command does not have: it would begin from the start policy.
+            CheckpointError: If the checkpoint does not exist, or the path is Lightning's keyword for a checkpoint of an earlier
+                `fit` with the same Trainer, which a command does not have: it would begin from the start policy.
         """
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
@@ -131,8 +131,8 @@ class Trainer(LightningTrainer):
 
     def _teardown(self) -> None:
         if self.interrupted and isinstance(self.lightning_module, LanguageModule):
-            # Lightning calls no teardown hook then, and the process may live on, as that of a notebook.
-            with suppress(Exception):  # what ended the run is what is to be seen
+            # Lightning calls no teardown hook then, and the process may live on, as in a notebook.
+            with suppress(Exception):  # the user must see the error that ended the run
                 self.lightning_module.task.generation.shut_down()
         super()._teardown()
         folder = find_callback(self, RunFolder)
@@ -143,7 +143,7 @@ class Trainer(LightningTrainer):
     def log_dir(self) -> str | None:
         """The folder of the run, whatever the loggers; None under `fast_dev_run`.
 
-        The first time all processes must ask for it together, as Lightning does before loggers begin to write.
+        The first access must be made by all processes together, as Lightning does before loggers begin to write.
         """
         folder = run_folder(self)
         return None if folder is None else str(folder)
@@ -151,12 +151,12 @@ class Trainer(LightningTrainer):
     def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
         """Save a checkpoint as Lightning does, and measure the time."""
         with time_charged_to(self, "checkpoint"):
-            super().save_checkpoint(filepath, bool(weights_only), storage_options)  # None is said on the screen
+            super().save_checkpoint(filepath, bool(weights_only), storage_options)  # Lightning prints a line for None
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()
-        # A run that was stopped in its last validation has no steps left, so that Lightning does not start the training loop, in
-        # whose hooks the validation is made.
+        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, but
+        # its hooks make the validation.
         stop = find_callback(self, GracefulStop)
         if self.state.fn == "fit" and stop is not None and stop.validation_due:
             self.fit_loop.on_run_start()
@@ -166,18 +166,18 @@ class Trainer(LightningTrainer):
     def check(self, model: LanguageModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
         """Check settings, data, reward and monitors before a model is loaded.
 
-        A module loads its weights when they are first needed, so that none are loaded here. The data module keeps the data that
-        it reads here. A data module that overrides how data is prepared or set up is not asked before its time.
+        A module loads its weights on first use, so this loads none. The data module keeps the data that it reads here. A data
+        module that overrides how data is prepared or set up is not read before its time.
 
         Args:
-            model: The module that is going to be run.
+            model: The module to run.
             datamodule: Its data.
             command: "fit", "score", "doctor", "validate", "test" or "predict".
 
         Raises:
             ModelError: If there is no such model.
-            ConfigError: If settings cannot work, or a callback monitors what will not be measured.
-            DataError: If there is no data for the command, or it is malformed.
+            ConfigError: If settings cannot work, or if a callback monitors a metric that will not be measured.
+            DataError: If there is no data for the command, or if it is malformed.
             RewardError: If the reward cannot score it.
         """
         if command == "doctor":
@@ -188,7 +188,7 @@ class Trainer(LightningTrainer):
         self.state.fn = TrainerFn.FITTING if fits else TrainerFn(command)
         try:
             model.check_settings()
-            model.policy.pretrained.check()  # asks the hub for the model, before the data is downloaded
+            model.policy.pretrained.check()  # looks up the model on the hub before the data is downloaded
             if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
                 self._check_data(model, datamodule, command)
             adapter = find_callback(self, HybridAdapterSetup)
@@ -214,9 +214,9 @@ class Trainer(LightningTrainer):
         model.task.generation.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
 
     def _check_memory(self, model: LanguageModule, adapter: HybridAdapterSetup, datamodule: LightningDataModule | None) -> None:
-        """Refuse a rollout engine that takes more of the GPU than training leaves, by the plan of the run's memory."""
+        """Refuse a rollout engine that takes more GPU memory than training leaves, by the plan of the run's memory."""
         launcher = self.strategy.launcher
-        forks = launcher is not None and launcher.is_interactive_compatible  # and a process that has asked a GPU cannot fork
+        forks = launcher is not None and launcher.is_interactive_compatible  # a process that has queried a GPU cannot fork
         if not isinstance(model, PolicyModule) or not isinstance(model.task.generation.sampler, VLLMSampler) or forks:
             return
         flags = TrainerFlags.of_trainer(self)
@@ -260,12 +260,12 @@ class Trainer(LightningTrainer):
         """Write the trained policy as a folder that plain PEFT or transformers loads.
 
         Args:
-            model: The module; with a checkpoint only its arguments are used, which say where the base model is.
+            model: The module; with a checkpoint only its arguments are used, which name the base model.
             datamodule: Its data, for the model card.
             ckpt_path: Checkpoint to export, a file or a sharded folder; None exports the module as it is after `fit`.
             form: `MergedModel` (the default), `AdapterFolder` or `LoraFolder`.
-            push_to: Repository on the Hugging Face hub that the folder is pushed to, such as `me/my-model`; a new one is private.
-                The token is that of HF_TOKEN or `hf auth login`.
+            push_to: Repository on the Hugging Face hub to push the folder to, such as `me/my-model`; a new one is private.
+                The token comes from HF_TOKEN or `hf auth login`.
             folder: Folder to write, which must be new or empty.
 
         Raises:
@@ -295,13 +295,12 @@ class Trainer(LightningTrainer):
                     say(f"Next: {command}")
 
     def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Say what will keep a run from learning, by one rollout and one optimizer step, without training and writing nothing.
+        """Report what will keep a run from learning, from one rollout and one optimizer step; nothing is trained or written.
 
-        Modules are not scored for it: those that would be trained fully are chosen at random. Module and Trainer are spent
-        afterwards.
+        Modules are not scored: the fully trained ones are chosen at random. Module and Trainer cannot be used again.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, or the module does not sample what it is trained on.
+            ConfigError: If there is no callback HybridAdapterSetup, or if the module does not sample its training data.
             DiagnosisError: If nothing can be learned.
         """
         adapter = _adapter_of(self, "doctor")
@@ -323,7 +322,7 @@ class Trainer(LightningTrainer):
         if not self.is_global_zero:
             return
         adapter.planning = planning
-        if steps < 0:  # epochs alone
+        if steps < 0:  # limited by epochs alone
             rollouts = len(data.train_prompts) // schedule.prompts_per_rollout
             epoch = rollouts * schedule.minibatches_per_rollout * schedule.epochs_per_rollout
             steps = float("inf") if (self.max_epochs or -1) < 0 else float((self.max_epochs or 0) * epoch)
@@ -338,7 +337,7 @@ class Trainer(LightningTrainer):
         say("Nothing was found that keeps this run from learning" if first is None else f"The run may fail: {first}")
 
     def _memory_of_run(self, model: PolicyModule, adapter: HybridAdapterSetup, datamodule: PromptDataModule) -> list[Finding]:
-        """Say what the run takes at its peak and what there is."""
+        """Print the run's peak memory and the available memory."""
         try:
             settings = RunSettings.of(model, adapter, datamodule, TrainerFlags.of_trainer(self))
             method = plan_method(settings)
@@ -362,16 +361,16 @@ class Trainer(LightningTrainer):
         """Print how much memory a run will take, and whether it fits, from the model's config alone: no weights are loaded.
 
         Args:
-            model: The policy, whose weights need not be loaded.
-            datamodule: Its data, which is read only to find the length of prompts.
+            model: The policy; its weights need not be loaded.
+            datamodule: Its data, read only to find the length of prompts.
             flags: Flags of the Trainer that the run will have.
-            fit: Look for the fewest changes with which it fits.
+            fit: Find the fewest changes that make the run fit.
             prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest training prompt.
-            device_gib: Memory of each device in GiB: a GPU, unless trainer.accelerator=cpu; None takes what is here.
+            device_gib: Memory of each device in GiB: a GPU, unless trainer.accelerator=cpu; None takes this machine's.
 
         Raises:
             ConfigError: If there is no callback HybridAdapterSetup, the model is not a PolicyModule, a value is impossible, or no
-                changes are enough.
+                changes are sufficient.
             ModelError: If there is no such model.
         """
         adapter, show = _adapter_of(self, "plan"), partial(console().print, soft_wrap=True)
@@ -420,7 +419,7 @@ def _adapter_of(trainer: LightningTrainer, command: str) -> HybridAdapterSetup:
 
 
 def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModule]:
-    """What `doctor` examines; ConfigError if it cannot examine these."""
+    """The module and data for `doctor`; ConfigError if it cannot examine them."""
     if not isinstance(model, PolicyModule) or not isinstance(datamodule, PromptDataModule):
         raise ConfigError(
             f"doctor examines rollouts of a PolicyModule on a PromptDataModule, and model is a {type(model).__name__}; what is "
@@ -436,6 +435,6 @@ def _prepares_itself(datamodule: PromptDataModule) -> bool:
 
 
 def _all_ours(model: LanguageModule, trainer: LightningTrainer) -> bool:
-    """Whether only code of this project and of Lightning can log something in a validation."""
+    """Whether a validation logs only metrics of this project's code and of Lightning's code."""
     parts = [model, model.task.loss, *trainer.callbacks]  # type: ignore[attr-defined]
     return all(type(part).__module__.partition(".")[0] in ("hybrid_lightning", "lightning") for part in parts)

@@ -1,7 +1,7 @@
 """Calls of the user's code: `async` functions on one event loop, ordinary ones in threads of one pool, with time limits.
 
     run_async(work)                  from any thread: run a coroutine on the event loop of this process
-    await call(function, timeout_s)  any function, awaited if it is `async`, otherwise in a thread
+    await call(function, timeout_s)  any function, awaited if it is `async`, else run in a thread
 
 A thread cannot be stopped: an ordinary function that takes too long continues in the background, and its result is ignored.
 `user_code.py` finds the functions.
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-_SLICE_S = 0.1  # in which a caller looks whether the event loop still runs
+_SLICE_S = 0.1  # interval in which a caller checks that the event loop still runs
 _SIDE_BY_SIDE = 64  # ordinary functions that run at the same time
 
-Outcome = tuple[Any, BaseException | None]  # what a call returned, or else what it raised
+Outcome = tuple[Any, BaseException | None]  # result of a call, or the exception that it raised
 
 
 class TookTooLongError(TimeoutError):
@@ -35,18 +35,18 @@ class LoopLostError(RuntimeError):
 
 
 def outcome_of(function: Callable[[], Any]) -> Outcome:
-    """Call a function, whatever it raises."""
+    """Call a function and return its outcome, whatever it raises."""
     try:
         return function(), None
-    except BaseException as error:  # SystemExit and StopIteration, which mean something to event loops, included
+    except BaseException as error:  # including SystemExit and StopIteration, which have a meaning for event loops
         return None, error
 
 
 def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), on_wait: Callable[[], None] = lambda: None) -> Any:
     """Run a coroutine to its end on the event loop that all calls in this process share.
 
-    The loop is shared because HTTP clients and the like belong to the loop on which they were first used. It runs in a thread
-    of its own, so that this also works where the calling thread already has a loop, as in a notebook.
+    The loop is shared because HTTP clients and similar objects belong to the loop that first used them. It runs in its own
+    thread, so that this also works if the calling thread already has a loop, as in a notebook.
 
     Args:
         work: The coroutine.
@@ -93,15 +93,15 @@ async def call(
 
     Args:
         function: An `async` function is called on the event loop of this process, any other one in a thread.
-        timeout_s: Seconds for all of it, from when the function is called; None for no limit. What is awaited for longer is
-            cancelled, and not waited for if it ignores that.
+        timeout_s: Seconds for all of it, from when the function is called; None for no limit. An awaitable that takes longer is
+            cancelled, and abandoned if it ignores that.
         then: Applied where the function ran, so that reading a strange value can neither raise here nor take too long.
         threads: Where an ordinary function runs; by default in the threads of the `async` function that calls it, or else in
-            those that all share.
-        alone: Whether an ordinary function must not run beside others that are called so.
+            the shared threads.
+        alone: Whether an ordinary function must not run beside others that are also called with `alone`.
 
     Returns:
-        The outcome; its error is `TookTooLongError` if the time was over.
+        The outcome; its error is `TookTooLongError` if the time ran out.
     """
     shared = _shared()
     if asyncio.get_running_loop() is not shared.loop:
@@ -127,7 +127,7 @@ async def call(
 
 
 async def await_all(calls: list[Callable[[], Any]], timeout_s: float | None, concurrency: int) -> list[Any | BaseException]:
-    """Call several functions, `concurrency` at a time, each with a time limit of its own; None for no limit.
+    """Call several functions, `concurrency` at a time, each with its own time limit; None for no limit.
 
     Returns:
         For each function its result, or the exception that it raised: `TimeoutError` if it took too long.
@@ -161,7 +161,7 @@ async def _awaited(
 ) -> Outcome:
     async def whole() -> Outcome:
         if threads is not None:
-            _threads.set(threads)  # in the context of this task alone
+            _threads.set(threads)  # only in the context of this task
         try:
             return then(await work), None
         except BaseException as error:  # SystemExit would end the event loop
@@ -169,7 +169,7 @@ async def _awaited(
 
     task = asyncio.create_task(whole())
     try:
-        # Not `asyncio.wait_for`, which waits for as long as the code ignores that it is cancelled.
+        # Not `asyncio.wait_for`: it waits as long as the code ignores its cancellation.
         await asyncio.wait({task}, timeout=timeout_s)
         return task.result() if task.done() else (None, TookTooLongError())
     finally:
@@ -181,19 +181,19 @@ class _Call:
     function: Callable[[], Any]
     outcome: "asyncio.Future[Outcome]"
     has_ended: bool = False
-    given_up: bool = False  # the event loop waits for it no more
+    given_up: bool = False  # the event loop no longer waits for it
 
 
 class CallThreads:
-    """Threads in which ordinary functions run, as many as there are calls under way. They do not hold up the end of the process.
+    """Threads that run ordinary functions, one per call in progress. They do not hold up the end of the process.
 
-    Calls that follow each other run in one thread, until one of them takes too long: so objects that belong to a thread work.
+    Successive calls run in one thread, until one of them takes too long: so objects that belong to a thread work.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._under_way = self._threads = 0  # without calls that were given up, and their threads
+        self._under_way = self._threads = 0  # without abandoned calls and their threads
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
         """Await a call that runs in one of the threads."""
@@ -218,7 +218,7 @@ class CallThreads:
                     self._threads -= 1
 
     def close(self) -> None:
-        """End the threads; there are no later calls."""
+        """End the threads; no calls may follow."""
         with self._lock:
             for _ in range(self._threads):
                 self._calls.put(None)
@@ -231,9 +231,9 @@ class CallThreads:
                     return
                 call.has_ended = True
                 self._under_way -= 1
-            with suppress(RuntimeError):  # the event loop has been closed meanwhile
+            with suppress(RuntimeError):  # the event loop has been closed in the meantime
                 call.outcome.get_loop().call_soon_threadsafe(_settle, call.outcome, outcome)
-            del call, outcome  # while it waits for the next one
+            del call, outcome  # do not keep them while waiting for the next call
 
 
 def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
@@ -242,7 +242,7 @@ def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
 
 
 class _Shared:
-    """The event loop of a process, the threads of ordinary calls, and how many of these run at the same time."""
+    """The event loop of a process, the threads of ordinary calls, and the limit on how many run at the same time."""
 
     def __init__(self) -> None:
         self.loop, self.threads = asyncio.new_event_loop(), CallThreads()
@@ -251,7 +251,7 @@ class _Shared:
         self.thread.start()
 
 
-_threads: ContextVar[CallThreads | None] = ContextVar("threads", default=None)  # of the `async` function that runs
+_threads: ContextVar[CallThreads | None] = ContextVar("threads", default=None)  # threads of the running `async` function
 _shared_by: dict[int, _Shared] = {}  # by process id: a forked process has no thread that runs the loop
 _lock = threading.Lock()
 

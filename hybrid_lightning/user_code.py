@@ -1,4 +1,4 @@
-"""The user's code: functions by their names, regular expressions, and on one line what was raised. `user_calls.py` calls it."""
+"""The user's code: functions by name, regular expressions, and exceptions on one line. `user_calls.py` calls the functions."""
 
 import hashlib
 import importlib
@@ -17,13 +17,13 @@ from typing import Any
 from hybrid_lightning.errors import ConfigError, HybridLightningError, one_line
 from hybrid_lightning.stopping import RunStopped
 
-# Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
+# Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside these.
 _NOT_THEIRS = tuple({str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib"))})
 
 
 @cache
 def load_function(path: str, option: str = "function") -> Callable[..., Any]:
-    """Import the module or run the file, once in a process, and return the function that is named.
+    """Import the module or run the file, once per process, and return the named function.
 
     Args:
         path: `package.module.function`, `package.module:function` or `path/to/file.py:function`.
@@ -34,7 +34,7 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
     """
     if path.endswith(".py"):
         raise ConfigError(f"{option}={path!r} is a file without a function; name one of it, as in {path}:function")
-    if "<" in path:  # as Python writes functions within others, and those without a name
+    if "<" in path:  # Python's notation for nested functions and lambdas
         raise ConfigError(f"{option}={path!r} has no name by which it could be found")
     place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not place or not name.isidentifier():
@@ -62,13 +62,13 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
 def _file(path: str, option: str, file: Path) -> ModuleType:
     if not file.is_file():
         raise ConfigError(f"{option}={path!r}: there is no file {file.absolute()}; correct the path")
-    # The module gets a name that no other module has, and that is the same in every process.
+    # The module gets a unique name that is the same in every process.
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickle look modules up there
+        sys.modules[name] = module  # dataclasses and pickle look up modules there
         try:
             spec.loader.exec_module(module)
         except BaseException:
@@ -80,16 +80,16 @@ def _file(path: str, option: str, file: Path) -> ModuleType:
 def compile_pattern(
     pattern: str, groups: int | None = None, option: str = "pattern", flags: re.RegexFlag = re.DOTALL
 ) -> re.Pattern[str]:
-    """Compile a regular expression, in which by default `.` also matches line breaks.
+    """Compile a regular expression; by default `.` also matches line breaks.
 
     Args:
         pattern: The regular expression.
-        groups: How many groups it must have; None for any number.
+        groups: Required number of groups; None for any number.
         option: Where the config has it, for messages.
         flags: As in `re.compile`.
 
     Raises:
-        ConfigError: If it is not a regular expression, or has another number of groups.
+        ConfigError: If it is not a regular expression, or has a different number of groups.
     """
     try:
         compiled = re.compile(pattern, flags)
@@ -105,11 +105,11 @@ def compile_pattern(
 
 @contextmanager
 def in_user_code(owner: Any, method: str) -> Iterator[None]:
-    """Within this context a method of `owner`, an object or a class, runs that may be the user's own.
+    """Context for running a method of `owner`, an object or a class, that may be the user's own.
 
     Raises:
-        ConfigError: Whatever it raises, on one line.
-        HybridLightningError, RunStopped: If it raises that.
+        ConfigError: If the method raises anything else, on one line.
+        HybridLightningError, RunStopped: If the method raises one of these.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def in_user_code(owner: Any, method: str) -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line about an exception in the user's code, with the line of that code which led to it."""
+    """One line about an exception in the user's code, with the line of code that led to it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
     line = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
     return f"{kind_and_text(error, 200)}{line}"

@@ -1,14 +1,14 @@
-"""Environments: what a policy acts in over several turns, such as tools that it may call, or a game.
+"""Environments that a policy acts in over several turns, such as callable tools or a game.
 
 environment.py        the contract: `start`, `step`, `close`
 running.py            the environments of a rollout, side by side, with their bounds
-running_episode.py    one of them, which is begun again after a fault
-objects.py            where they are: in this process
-workers.py            or in others
-answers.py            checks what they answer
+running_episode.py    one episode, which is begun again after a fault
+objects.py            environments in this process
+workers.py            environments in other processes
+answers.py            checks the answers of environments
 by_set.py             an environment for each set of the data
 tool_environment.py   an environment of tools that the policy may call
-tool.py               what a tool is, and how its arguments are checked
+tool.py               the base class of tools, and the checks of their arguments
 calls.py              how the policy writes calls: the contract of formats
 json_calls.py         formats that are JSON or plain text
 tagged_calls.py       formats between tags, and which one a chat template teaches
@@ -16,7 +16,7 @@ mcp_tools.py          the tools of an MCP server
 tools.py              a calculator, Python with a session, search over documents
 foreign.py            environments of other packages: Gymnasium's form, OpenEnv
 trl_environment.py    TRL's environment classes
-games.py              a number to be guessed, several attempts at a problem
+games.py              guessing a number, several attempts at a problem
 """
 
 from hybrid_lightning.environments.by_set import EnvironmentBySet

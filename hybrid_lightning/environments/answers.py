@@ -1,6 +1,6 @@
-"""Check what an environment answers, which is often the user's own code: roles and texts, a finite reward, whether it is over.
+"""Checks the answers of an environment, often the user's own code: roles and texts, a finite reward, whether the episode is over.
 
-What passes is plain data, copied: the environment may change its objects afterwards.
+Valid answers are copied as plain data: the environment may change its objects afterwards.
 """
 
 import json
@@ -16,17 +16,17 @@ from hybrid_lightning.environments.environment import CUT_MARK, Step
 from hybrid_lightning.errors import one_line, shorten
 from hybrid_lightning.types import Message
 
-MAX_CHARS = 1_000_000  # of all messages of an answer: what is beyond is cut before it is made into tokens
-_MESSAGE_CHARS = 1_000  # that a message counts for besides its text
+MAX_CHARS = 1_000_000  # in all messages of an answer: the rest is cut before tokenization
+_MESSAGE_CHARS = 1_000  # charged per message besides its text
 _LARGEST = torch.finfo(torch.float32).max  # rewards are summed up in float32
 
 
 class OddAnswerError(Exception):
-    """An answer of another form; the text says what it is, and what it has to be."""
+    """An answer of the wrong form; the text states what it is, and what it has to be."""
 
 
 def checked_messages(value: Any) -> tuple[Message, ...]:
-    """What `start` returned, as messages.
+    """The return value of `start`, as messages.
 
     Raises:
         OddAnswerError: If it is something else.
@@ -47,7 +47,7 @@ def checked_messages(value: Any) -> tuple[Message, ...]:
 
 
 def checked_step(value: Any) -> Step:
-    """What `step` returned, as a `Step`.
+    """The return value of `step`, as a `Step`.
 
     Raises:
         OddAnswerError: If it is something else.
@@ -68,7 +68,7 @@ def checked_step(value: Any) -> Step:
 
 
 def checked_reward(value: Any) -> float:
-    """What `final_reward` returned, as a number.
+    """The return value of `final_reward`, as a number.
 
     Raises:
         OddAnswerError: If it is something else.
@@ -80,7 +80,7 @@ _EXAMPLE = '{"role": "user", "content": "..."}'
 
 
 def _copied(entry: Any, most: int) -> Message:
-    """A message as plain data, its text cut to `most` characters and a mark."""
+    """A message as plain data; its text is cut to `most` characters and a mark."""
     message = {"role": "user", "content": entry} if isinstance(entry, str) else entry
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise OddAnswerError(f"returned the message {shorten(entry)}; a message has a role and a content, as {_EXAMPLE}")
@@ -93,7 +93,7 @@ def _copied(entry: Any, most: int) -> Message:
         content = content[:most] + CUT_MARK
     try:
         text = json.dumps({**message, "content": content}, ensure_ascii=False)
-        text.encode()  # what is no character, such as half of one, cannot be made into tokens
+        text.encode()  # invalid characters, such as half of one, cannot be tokenized
     except (TypeError, ValueError, RecursionError) as error:
         raise OddAnswerError(
             f"returned a message that cannot be written as JSON ({one_line(error)}); make it of texts, numbers, lists and dicts, "
@@ -105,7 +105,7 @@ def _copied(entry: Any, most: int) -> Message:
 
 
 def _scalar(value: Any) -> Any:
-    """A number itself; that of a NumPy or torch scalar."""
+    """A number itself, or the number in a NumPy or torch scalar."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 

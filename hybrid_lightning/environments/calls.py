@@ -12,22 +12,22 @@ from typing import Any
 
 from hybrid_lightning.configurable import Configurable
 
-MAX_CALLS = 100  # in a message; a JSON error takes time that grows with the length of the text before it
-Schema = Mapping[str, Any]  # of a tool: {"type": "function", "function": {"name", "description", "parameters"}}
+MAX_CALLS = 100  # per message; a JSON error takes time that grows with the length of the text before it
+Schema = Mapping[str, Any]  # schema of a tool: {"type": "function", "function": {"name", "description", "parameters"}}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a tool, as the policy wrote it: names and types are not checked yet."""
+    """A tool call as the policy wrote it: names and types are not checked yet."""
 
-    name: str | None  # None where a form without names is for the only tool
+    name: str | None  # None for a form without names, which calls the only tool
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    text: str | None = None  # instead of `arguments` where a form has no names for them
+    text: str | None = None  # replaces `arguments` for a form without argument names
 
 
 @dataclass(frozen=True)
 class MalformedCall:
-    """Something that was meant to be a call and cannot be read."""
+    """Something that was meant as a call but cannot be read."""
 
     reason: str  # one line, for the policy
 
@@ -49,13 +49,13 @@ class CallFormat(Configurable, ABC):
 
     @abstractmethod
     def describe(self, tools: Sequence[Schema]) -> str:
-        """Text that tells a policy which tools there are and how they are called, where its chat template does not."""
+        """Text that tells a policy which tools exist and how to call them, for chat templates that do not."""
 
     def check(self, tools: Sequence[Schema]) -> None:
         """Check that these tools can be called.
 
         Raises:
-            ConfigError: If not.
+            ConfigError: If they cannot be called.
         """
 
 
@@ -75,7 +75,7 @@ def parsed_json(text: str) -> Any:
 
 
 def typed_value(text: str, schema: Schema) -> Any:
-    """The value that a text stands for: the text where the schema accepts one, else what it is as JSON or a Python constant.
+    """The value that a text stands for: the text itself if the schema accepts one, else its value as JSON or a Python constant.
 
     A text that is neither stays a text, which the schema then refuses.
 
@@ -95,13 +95,13 @@ def typed_value(text: str, schema: Schema) -> Any:
 
 
 def typed_arguments(name: str, texts: Mapping[str, str], tools: Sequence[Schema]) -> dict[str, Any]:
-    """The arguments of a call, given as texts, with the types of the tool's schema."""
+    """The arguments of a call, given as texts, converted to the types of the tool's schema."""
     schemas = (tool["function"].get("parameters", {}).get("properties", {}) for tool in tools if tool["function"]["name"] == name)
     known: Schema = next(schemas, {})
     return {key: typed_value(text, known[key]) if key in known else text for key, text in texts.items()}
 
 
 def described(tools: Sequence[Schema], form: str, rest: str = "for each call") -> str:
-    """Text that shows the schemas of tools, and how a call is written."""
+    """Text that shows the schemas of tools and how to write a call."""
     schemas = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     return f"You may call these tools, which are described as JSON:\n{schemas}\nTo call a tool, write {form} {rest}."

@@ -1,11 +1,11 @@
-"""Environments of other packages, taken as they are: an object is made for each episode, and used by its methods.
+"""Environments of other packages, used unchanged: an object is made for each episode, and used through its methods.
 
     GymEnvironment      reset(seed), step(text) -> observation, reward, terminated, truncated, info    Gymnasium, GEM
     OpenEnvEnvironment  a client: reset(seed), step(action) -> observation, reward, done               OpenEnv
 
-No package is imported here. `make` names what makes the object: a function or class, with `arguments`; it also gets the seed
-of the episode if it has a parameter `seed`. Objects are made within an episode. Other forms are short classes of your own: see
-`examples/` for TextArena, SkyRL Gym and TextWorld.
+This file imports none of these packages. `make` names a function or class that makes the object, with `arguments`; it also gets
+the episode's seed if it has a parameter `seed`. Objects are made within an episode. Other forms are short classes of your own:
+see `examples/` for TextArena, SkyRL Gym and TextWorld.
 """
 
 import inspect
@@ -20,12 +20,12 @@ from hybrid_lightning.errors import ConfigError, one_line, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import load_function
 
-# Types of the blocks that multimodal messages and results of MCP are made of.
+# Types of the blocks in multimodal messages and MCP results.
 _BLOCKS = {"text", "image", "image_url", "audio", "input_audio", "video", "video_url", "resource", "resource_link"}
 
 
 class ForeignEnvironment(Environment):
-    """Base of environments whose game is an object of another package.
+    """Base of environments that wrap an object of another package.
 
     Args:
         make: Function or class that makes the object: `package.module.function` or `path/to/file.py:function`.
@@ -57,11 +57,11 @@ class ForeignEnvironment(Environment):
 
 
 class GymEnvironment(ForeignEnvironment):
-    """An environment of Gymnasium's form whose observations and actions are texts, such as those of GEM.
+    """An environment of Gymnasium's form with texts as observations and actions, such as GEM's.
 
-    The action is the text of the policy's message. `reset` gets the seed if it takes one, and returns an observation, or that and
-    a dict. `step` returns observation, reward, terminated, truncated and a dict, or as in the older Gym observation, reward, done
-    and a dict. Observations that are no texts are written as JSON.
+    The action is the text of the policy's message. `reset` gets the seed if it takes one, and returns an observation, or an
+    observation and a dict. `step` returns observation, reward, terminated, truncated and a dict, or as in the older Gym
+    observation, reward, done and a dict. Observations that are not texts are written as JSON.
 
     Args:
         make: As in `ForeignEnvironment`, such as `gem.make`.
@@ -88,18 +88,18 @@ class GymEnvironment(ForeignEnvironment):
 class OpenEnvEnvironment(ForeignEnvironment):
     """An environment on a server that speaks OpenEnv, such as a space of the Hugging Face hub.
 
-    An action that is refused as not valid is the policy's fault: the policy is told, and it is counted (`refused_actions`). Where
-    all actions are refused, `action` is not the field that takes a text, or the action needs others.
+    An invalid action that is refused is the policy's fault: the policy gets a message, and it is counted (`refused_actions`). If
+    all actions are refused, `action` is not the field that takes a text, or the action needs other fields.
 
-    The server must make the same task for the same seed. Steps of several episodes run at the same time, each in a session of its
-    own: raise the server's `max_concurrent_envs` to at least the episodes of a rollout.
+    The server must make the same task for the same seed. Steps of several episodes run at the same time, each in its own session:
+    raise the server's `max_concurrent_envs` to at least the number of episodes in a rollout.
 
     Args:
         url: Address of the server, such as `http://localhost:8000`.
-        client: Class of the client; the default knows every environment, with actions and observations as dicts.
+        client: Class of the client; the default supports every environment, with actions and observations as dicts.
         action: Field of the action that gets the text of the policy's message.
         action_class: Class of the actions that `client` wants; None for a dict.
-        observation: Field of the observation that is shown; None for all of it, as JSON where it is no text.
+        observation: Field of the observation to show; None for all of it, as JSON if it is not text.
         arguments: Further arguments of the client, such as `{message_timeout_s: 30}`.
     """
 
@@ -128,7 +128,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
 
     def step(self, message: Message) -> Step:
         """Act with the text of the message."""
-        if self._over:  # from the start
+        if self._over:  # already over at the start
             return Step(over=True)
         try:
             result = self.game.step(self._action_class(**{self._action: message["content"]}))
@@ -153,7 +153,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
 
 
 def said(observation: Any) -> list[Message]:
-    """An observation as messages: none if there is nothing to say, the messages themselves if it is a conversation.
+    """An observation as messages: none if it is empty, the messages themselves if it is a conversation.
 
     Example:
         >>> said("higher"), said([{"type": "text", "text": "a board"}]), said(None)
@@ -167,14 +167,15 @@ def said(observation: Any) -> list[Message]:
 
 
 def content_text(value: Any, otherwise: Callable[[Any], str] | None = None) -> str:
-    """The text of an observation or of a tool's result, which may be blocks of text, as of multimodal messages and MCP.
+    """The text of an observation or of a tool's result, which may be blocks of text, as in multimodal messages and MCP.
 
     Args:
-        value: A text as it is; nothing for None and empty lists; data classes, models of pydantic, arrays and tensors as JSON.
-        otherwise: Writes what cannot be written as JSON.
+        value: A text stays as it is; None and empty lists become an empty text; data classes, pydantic models, arrays and tensors
+            become JSON.
+        otherwise: Converts values that cannot be written as JSON.
 
     Raises:
-        ConfigError: If a block is not text, or something cannot be written as JSON and `otherwise` is not given.
+        ConfigError: If a block is not text, or if a value cannot be written as JSON and `otherwise` is not given.
 
     Example:
         >>> content_text({"board": (1, 2)}), content_text({"content": [{"type": "text", "text": "done"}]})
@@ -209,7 +210,7 @@ def _as_text(value: Any, otherwise: Callable[[Any], str] | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Data classes, models of pydantic, arrays and tensors as dicts, lists and numbers; anything else as it is."""
+    """Data classes, pydantic models, arrays and tensors as dicts, lists and numbers; anything else unchanged."""
     if hasattr(value, "model_dump"):
         return value.model_dump()
     if is_dataclass(value) and not isinstance(value, type):
@@ -225,7 +226,7 @@ def _plain_or_error(value: Any) -> Any:
 
 
 def takes(function: Callable[..., Any], name: str, by_name: bool = False) -> bool:
-    """Whether a function has a parameter `name`, or takes any by `**kwargs` (if that counts: `by_name` False)."""
+    """Whether a function has a parameter `name`, or takes any by `**kwargs` (which counts unless `by_name`)."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # written in C

@@ -1,4 +1,4 @@
-"""Games of our own: a number to be guessed, several attempts at a problem of reasoning-gym."""
+"""Games of this package: guessing a number, and several attempts at a reasoning-gym problem."""
 
 import random
 import re
@@ -16,19 +16,19 @@ _NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
 
 
 class GuessNumber(Environment):
-    """A number to be guessed; each guess is answered with higher or lower. The reward is 1 in the turn in which it is found.
+    """A number-guessing game; each guess is answered with higher or lower. The reward is 1 in the turn that finds the number.
 
     A guess is the last whole number in the message. A message without one, or with one out of range, gets the answer `invalid`
-    and is counted as `invalid_guesses`. Halving the range finds one of n numbers in at most floor(log2 n) + 1 guesses.
+    and counts as `invalid_guesses`. Halving the range finds one of n numbers in at most floor(log2 n) + 1 guesses.
 
     Args:
         low: Smallest number.
         high: Largest number.
-        rules: Said before the first turn; `{low}` and `{high}` are filled in. Empty if the prompt says it all.
+        rules: Message before the first turn; `{low}` and `{high}` are filled in. Empty if the prompt has the rules.
         higher: Answer to a guess that is too low.
         lower: Answer to a guess that is too high.
         right: Answer to the number itself, which ends the episode; the policy does not read it.
-        invalid: Answer to what is no guess; `{low}` and `{high}` are filled in.
+        invalid: Answer to a message that is not a guess; `{low}` and `{high}` are filled in.
 
     Raises:
         ConfigError: If there is no number to guess, or the answers to low and high guesses are the same.
@@ -70,7 +70,7 @@ class GuessNumber(Environment):
     def step(self, message: Message) -> Step:
         """Answer a guess."""
         numbers = _NUMBER.findall(message["content"])
-        # A number of thousands of digits is out of range, and Python does not convert it.
+        # A number with thousands of digits is out of range, and Python does not convert it.
         guess = int(numbers[-1]) if numbers and len(numbers[-1]) < 20 else None
         valid = guess is not None and self.low <= guess <= self.high
         if guess is None or not valid:
@@ -84,19 +84,19 @@ class GuessNumber(Environment):
 
 
 class ReasoningGymEnvironment(Environment):
-    """A problem of reasoning-gym with several attempts: the policy is told that an answer is wrong, and may try again.
+    """A reasoning-gym problem with several attempts: the policy gets a message after a wrong answer, and may try again.
 
     The episode ends with a score of 1, or when the attempts are used up. The reward is the verifier's score of the last attempt,
-    from 0.0 to 1.0. For prompts of `ReasoningGymSource`. Attempts are counted as `attempts`.
+    from 0.0 to 1.0. Use it with prompts of `ReasoningGymSource`. Attempts are counted as `attempts`.
 
     Args:
         attempts: How often the policy may answer.
-        pattern: Regular expression with one group, which is the answer, such as `<answer>(.*?)</answer>`; the last match counts.
+        pattern: Regular expression with one group for the answer, such as `<answer>(.*?)</answer>`; the last match counts.
             None takes the whole message.
-        wrong: Said after a wrong answer; `{left}` is the number of attempts that are left.
+        wrong: Message after a wrong answer; `{left}` is the number of attempts left.
 
     Raises:
-        ConfigError: If there is no attempt, the pattern is none with one group, or reasoning-gym is missing.
+        ConfigError: If there is no attempt, the pattern does not have exactly one group, or reasoning-gym is missing.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ReasoningGymEnvironment(Environment):
         self._problem: tuple[Any, dict[str, Any]]
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Make the problem again that the prompt asks."""
+        """Rebuild the prompt's problem."""
         self._problem = made_again(type(self).__name__, prompt)
         self.left = self.attempts
         return []
@@ -122,7 +122,7 @@ class ReasoningGymEnvironment(Environment):
         dataset, entry = self._problem
         try:
             score = min(float(dataset.score_answer(answers[-1], deepcopy(entry))), 1.0) if answers else 0.0
-        except Exception:  # verifiers do not expect answers of another form
+        except Exception:  # verifiers do not expect answers of a different form
             score = 0.0
         if score >= 1.0 or not self.left:
             return Step((), score, over=True, end="answered", counts={"attempts": 1.0})

@@ -20,7 +20,7 @@ _SPACE = re.compile(r"\s*")
 
 
 class HermesCalls(CallFormat):
-    """The form of Qwen's and Hermes' chat templates: JSON with a name and arguments between tags.
+    """The form in chat templates of Qwen and Hermes: JSON with a name and arguments between tags.
 
     Example:
         >>> HermesCalls().parse('Let me see. <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>')
@@ -30,7 +30,7 @@ class HermesCalls(CallFormat):
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A tag that is not closed is a malformed call."""
+        """See `CallFormat.parse`. An unclosed tag is a malformed call."""
         calls = first_calls(self._calls(text))
         if not calls and any(text.endswith(self.OPEN[:length]) for length in range(6, len(self.OPEN))):
             calls.append(MalformedCall(f"it ends within {self.OPEN}"))
@@ -53,7 +53,7 @@ class HermesCalls(CallFormat):
 
 
 class LlamaCalls(CallFormat):
-    """The form of Llama 3's chat templates: a message is JSON with a name and parameters, or several with `;` between them.
+    """The form in chat templates of Llama 3: a message is JSON with a name and parameters, or several separated by `;`.
 
     Example:
         >>> LlamaCalls().parse('{"name": "add", "parameters": {"x": 1}}; {"name": "add", "parameters": {"x": 2}}')
@@ -63,7 +63,7 @@ class LlamaCalls(CallFormat):
     TAG = "<|python_tag|>"
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A message is a call if it begins as one, or behind the tag."""
+        """See `CallFormat.parse`. A message is a call if it begins as one, or after the tag."""
         _, tag, behind = text.partition(self.TAG)
         text = (behind if tag else text).strip()
         if not tag and not re.match(r'\{\s*"(name|parameters|arguments|type)"\s*:', text):
@@ -88,14 +88,14 @@ class LlamaCalls(CallFormat):
 class PlainCalls(CallFormat):
     r"""A form for base models, such as `[calculator: 12*3]`.
 
-    Behind the name is the only argument of the tool, or JSON such as {"x": 1, "y": 2}. Brackets within it come in pairs.
+    After the name follows the only argument of the tool, or JSON such as {"x": 1, "y": 2}. Brackets within it come in pairs.
 
     Args:
-        pattern: Regular expression for another form. Its groups `name` and `argument` hold these; where it has no such groups,
+        pattern: Regular expression for another form. Its groups `name` and `argument` hold these; without such groups,
             group 1 is the argument of the only tool. It has to match in time linear in the text: write `[^>]*` rather than `.*`.
 
     Raises:
-        ConfigError: If the pattern is no regular expression, or has no group for the argument.
+        ConfigError: If the pattern is not a regular expression, or has no group for the argument.
 
     Example:
         >>> PlainCalls().parse("12*3 is [calculator: 12*3]")
@@ -115,7 +115,7 @@ class PlainCalls(CallFormat):
             )
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A bracket that is not closed is a malformed call."""
+        """See `CallFormat.parse`. An unclosed bracket is a malformed call."""
         return first_calls(self._calls(text))
 
     def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
@@ -126,13 +126,13 @@ class PlainCalls(CallFormat):
         end = 0
         while begin := _HEAD.search(text, end):
             end = _closing(text, begin.end())
-            if end < 0:  # nor is any other behind it
+            if end < 0:  # nor is any later one
                 yield MalformedCall(f"the ] of [{begin[1][:40]}: is missing")
                 return
             yield _plain_call(begin[1], text[begin.end() : end])
 
     def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`; of another pattern your prompts have to tell the form."""
+        """See `CallFormat.describe`; with another pattern your prompts have to describe the form."""
         lines = [f"{tool['function']['name']}: {tool['function']['description']}" for tool in tools]
         how = ["To call a tool, write its name and argument in brackets:"] if self._pattern is None else []
         example = [f"[{tools[0]['function']['name']}: ...]"] if how and tools else []
@@ -151,13 +151,13 @@ def _skip_space(text: str, begin: int) -> int:
 
 
 def _read_json(text: str, begin: int) -> tuple[Call | MalformedCall, int]:
-    """The call that JSON at a position of a text describes, and the position behind it."""
+    """The call described by JSON at a position of a text, and the position after it."""
     begin = _skip_space(text, begin)
     try:
         value, end = _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError as error:
         return MalformedCall(f"the JSON is wrong: {error.msg} at character {error.pos - begin} of it"), begin
-    except (ValueError, RecursionError):  # a number of too many digits; brackets in brackets
+    except (ValueError, RecursionError):  # a number with too many digits; nested too deeply
         return MalformedCall("the JSON has a number that is too long, or is too deep"), begin
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str):

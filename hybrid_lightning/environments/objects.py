@@ -1,4 +1,4 @@
-"""`Objects`: the environments of one process, an object for each episode, and calls of their methods."""
+"""`Objects`: the environments of one process, an object for each episode, and calls to their methods."""
 
 import random
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.user_calls import CallThreads, TookTooLongError, call
 from hybrid_lightning.user_code import describe_error
 
-CLOSE_S, CLOSE_AGAIN_S = 10.0, 0.1  # seconds that a `close` may take, and after one that took longer
+CLOSE_S, CLOSE_AGAIN_S = 10.0, 0.1  # time limit of `close`, and after a `close` that took longer
 _CHECKS: dict[str, Callable[[Any], Any]] = {"start": checked_messages, "step": checked_step, "final_reward": checked_reward}
 
 
@@ -27,7 +27,7 @@ class LateError(FaultError):
 
 
 class LostError(FaultError):
-    """The object was lost with its process, which is no fault of its episode."""
+    """The object was lost with its process, which is not its episode's fault."""
 
 
 class Objects:
@@ -35,15 +35,15 @@ class Objects:
 
     Args:
         environment: The object of the config.
-        step_timeout_s: What each object is told.
-        turn_rewards: Likewise.
+        step_timeout_s: Passed to each object.
+        turn_rewards: Passed to each object.
     """
 
     def __init__(self, environment: Environment, step_timeout_s: float, turn_rewards: bool) -> None:
         self.name, self.close_s = type(environment).__name__, CLOSE_S
         self._environment, self._step_timeout_s, self._turn_rewards = environment, step_timeout_s, turn_rewards
         self._objects: dict[int, Environment] = {}
-        self._threads: dict[int, CallThreads] = {}  # a thread of its own for each object, unless the class is `thread_safe`
+        self._threads: dict[int, CallThreads] = {}  # each object's own thread, unless the class is `thread_safe`
 
     def has(self, number: int) -> bool:
         """Whether there is an object for an episode."""
@@ -56,14 +56,14 @@ class Objects:
             self._threads.pop(number).close()
 
     async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float | None) -> Any:
-        """Call a method of the object of an episode, which is made for a "start".
+        """Call a method of an episode's object; "start" makes the object.
 
         Returns:
-            What it answers, checked.
+            Its answer, checked.
 
         Raises:
             FaultError, LateError: Why it does not answer.
-            HybridLightningError: Whatever of that kind it raises, which is no fault of the environment.
+            HybridLightningError: If it raises one; that is not the environment's fault.
         """
         made: list[Environment] = []
 
@@ -71,7 +71,7 @@ class Objects:
             made.append(self._new())
             return made[0].start(*arguments)
 
-        if method == "close" and number not in self._objects:  # it could not be made
+        if method == "close" and number not in self._objects:  # making it failed
             return None
         function = start if method == "start" else partial(getattr(self._objects[number], method), *arguments)
         check = _CHECKS.get(method, lambda value: value)
@@ -102,7 +102,7 @@ class Objects:
 
 
 def late_message(name: str, method: str, timeout_s: float | None) -> str:
-    """What is said about a call that took too long."""
+    """Message about a call that took too long."""
     return f"{name}.{method} took more than {'' if method in ('close', 'import') else 'episodes.step_timeout_s='}{timeout_s:g} s"
 
 
@@ -118,7 +118,7 @@ def same_random_states(one: tuple[Any, Any, torch.Tensor], other: tuple[Any, Any
 
 
 def restore_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:
-    """Let the global generators continue from these states."""
+    """Set the global generators to these states."""
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])

@@ -20,8 +20,8 @@ from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import LoopLostError, run_async
 
 logger = logging.getLogger(__name__)
-_BLOCKED_S = 2.0  # for which the event loop may get no processor time on a busy machine
-_HOPELESS = 8  # answers of a rollout: where the first ones are all late, the others will be, too
+_BLOCKED_S = 2.0  # time without processor for the event loop on a busy machine
+_HOPELESS = 8  # answers in a rollout: if the first ones are all late, the others will be late, too
 _Answer = Started | Step | TimedOut | float
 
 
@@ -30,16 +30,16 @@ class EpisodeLimits(Configurable):
 
     Args:
         max_turns: Messages of the policy in an episode; it then ends with the reason "turns".
-        max_tokens: Tokens of an episode behind its prompt, sampled and added; it then ends with the reason "tokens".
+        max_tokens: Tokens of an episode after its prompt, sampled and added; it then ends with the reason "tokens".
         step_timeout_s: Seconds for each call of an environment. A step that takes longer ends its episode with the reason "time".
-            If the first eight steps of a rollout all do, the run stops.
-        too_long: What happens to an answer of the environment that would not fit into `max_tokens`: "cut" ends it in a mark,
+            If this happens to the first eight steps of a rollout, the run stops.
+        too_long: How to treat an answer of the environment that would not fit into `max_tokens`: "cut" ends it in a mark,
             "end" leaves it out and ends the episode with the reason "tokens".
-        max_failed_share: Share of the episodes of a rollout that may be left out since their environment failed; with more the
-            run stops.
-        workers: Number of processes in which environments run, each one at a time: for those that draw from global random
-            generators, change other global state, take much processor time or hang. 0: in this process. Each rollout that is
-            under way (`rollouts_ahead`) has the same number of its own.
+        max_failed_share: Share of a rollout's episodes that may be left out because their environment failed; above it the run
+            stops.
+        workers: Number of processes for environments, each running one at a time: for environments that draw from global random
+            generators, change other global state, take much processor time or hang. 0: in this process. Each rollout in
+            progress (`rollouts_ahead`) has this number of its own.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -70,18 +70,18 @@ class EpisodeLimits(Configurable):
 class RunningEpisodes:
     """The environments of the episodes of a rollout.
 
-    Each episode has an object of its own. Episodes are independent of each other: what one of them does, and in which order they
-    are done, changes nothing for another. An environment that fails by its own fault (it raises, or answers something odd) is
-    begun again with the same seed, at most twice, and gets the policy's messages again.
+    Each episode has its own object. Episodes are independent: the actions and the order of some do not affect the others. An
+    environment that fails by its own fault (it raises, or returns a malformed answer) is begun again with the same seed, at most
+    twice, and gets the policy's messages again.
 
-    In this process `async` methods are awaited together, and ordinary ones run in threads, one for each episode (see
-    `Environment.thread_safe`). The states of the global random generators and the working folder are as before afterwards, but
-    shared by the episodes: what draws from global generators repeats itself with `limits.workers` alone.
+    In this process `async` methods are awaited together, and ordinary ones run in threads, one per episode (see
+    `Environment.thread_safe`). The states of the global random generators and the working folder are restored afterwards, but the
+    episodes share them: draws from global generators are repeatable only with `limits.workers`.
 
     Args:
         environment: The object of the config, prepared for the model.
         limits: Bounds of the episodes.
-        on_wait: Called from time to time while environments are waited for; an exception from it ends them.
+        on_wait: Called from time to time while waiting for environments; an exception from it ends them.
         turn_rewards: Whether the reward of each turn counts by itself (see `Environment.turn_rewards`).
 
     Example:
@@ -110,24 +110,24 @@ class RunningEpisodes:
         told = limits.step_timeout_s, turn_rewards
         self._workers = workers_for(environment, limits.workers, *told) if limits.workers else []
         self._places: Sequence[Objects | Worker] = self._workers or [Objects(environment, *told)]
-        self._episodes: dict[int, RunningEpisode] = {}  # those that have not ended
-        self._count = 0  # episodes of the rollout
+        self._episodes: dict[int, RunningEpisode] = {}  # episodes that have not ended
+        self._count = 0  # episodes in the rollout
         self._failures: list[Failure] = []
-        self._answered: Counter[str] = Counter()  # starts, steps and final rewards of the rollout
-        self._late: Counter[str] = Counter()  # those that took too long
+        self._answered: Counter[str] = Counter()  # answered starts, steps and final rewards of the rollout
+        self._late: Counter[str] = Counter()  # calls that took too long
         self._warned: set[str] = set()
 
     def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
-        """Begin the episodes of a rollout, which are numbered from 0; those of the rollout before are over.
+        """Begin the episodes of a rollout, which are numbered from 0; the previous rollout's episodes are over.
 
         The seeds are in [0, 2^31), and the same for all episodes of a group.
 
         Returns:
-            For each episode the messages after those of its prompt, or why it is left out.
+            For each episode the messages after its prompt's messages, or why it is left out.
 
         Raises:
             EpisodeError: If more than `max_failed_share` of the episodes have failed, or the first ones all took too long.
-            HybridLightningError: Whatever of that kind an environment raises.
+            HybridLightningError: If an environment raises one.
         """
         assert len(prompts) == len(seeds), f"{len(seeds)} seeds for {len(prompts)} prompts"
         self.finish()
@@ -141,7 +141,7 @@ class RunningEpisodes:
         return [answers[number] for number in range(len(prompts))]
 
     def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Failure | TimedOut]:
-        """Let the environments answer messages of the policy, by number of the episode. Those that fail or are late are ended.
+        """Pass the policy's messages to the environments, by episode number. Episodes end if the environment fails or is late.
 
         Raises:
             EpisodeError, HybridLightningError: See `start`.
@@ -150,10 +150,10 @@ class RunningEpisodes:
         return {number: answers[number] for number in messages}
 
     def conclude(self, numbers: Iterable[int]) -> dict[int, float | Failure]:
-        """End episodes, as far as they have not ended, and close their environments.
+        """End episodes that have not ended, and close their environments.
 
         Returns:
-            By number what each earns at its end, besides the rewards of its turns, or why it is left out after all.
+            By number, the reward of each at its end, besides the rewards of its turns, or why it is left out after all.
 
         Raises:
             EpisodeError, HybridLightningError: See `start`.
@@ -166,7 +166,7 @@ class RunningEpisodes:
         return earned
 
     def finish(self, numbers: Iterable[int] | None = None) -> None:
-        """Close the environments of these episodes, as far as they are not yet closed; None for all."""
+        """Close the environments of these episodes that are not yet closed; None for all."""
         ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
         episodes = [self._episodes.pop(number) for number in ended]
         if episodes and type(self.environment).close is not Environment.close:
@@ -187,11 +187,11 @@ class RunningEpisodes:
             worker.kill()
 
     def _ask(self, kind: str, works: Mapping[int, Coroutine[Any, Any, Any]]) -> dict[int, Any]:
-        """The answers of environments, in the order in which they came."""
+        """The answers of environments, in the order of arrival."""
         answers: dict[int, Any] = {}
 
         def note(number: int, answer: Any) -> None:
-            if number not in answers:  # a loop that was given up may continue
+            if number not in answers:  # an abandoned loop may continue
                 answers[number] = answer
                 self._note(kind, number, answer)
 
@@ -241,9 +241,9 @@ class RunningEpisodes:
 
     @contextmanager
     def _process_kept(self) -> Iterator[None]:
-        """Put back what training depends on and environments share: the states of the global generators, and the working folder.
+        """Restore what training depends on and environments share: the states of the global generators, and the working folder.
 
-        A rollout ahead of training, in a thread of its own, cannot do so, since the main thread goes on meanwhile.
+        A rollout ahead of training, in its own thread, cannot do this, since the main thread continues in the meantime.
         """
         if threading.current_thread() is not threading.main_thread():
             yield

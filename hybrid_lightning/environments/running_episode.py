@@ -1,4 +1,4 @@
-"""`RunningEpisode`: one episode with its environment, which is begun again after a fault of its own."""
+"""`RunningEpisode`: one episode with its environment, which is begun again after its own fault."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from hybrid_lightning.environments.workers import Worker
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.types import Message, Prompt
 
-BEGUN_AGAIN = 2  # times at most, after faults of the environment
+BEGUN_AGAIN = 2  # at most, after faults of the environment
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An episode is left out: its environment failed by its own fault, also when it was begun again."""
+    """An episode is left out: its environment failed by its own fault, again after being begun anew."""
 
     reason: str  # one line
     late: bool = False  # whether a call took too long
@@ -23,7 +23,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class TimedOut:
-    """An episode ends: a step took longer than it may."""
+    """An episode ends because a step exceeded its time limit."""
 
     reason: str  # one line
 
@@ -32,12 +32,12 @@ Started = tuple[Message, ...] | Failure
 
 
 class RunningEpisode:
-    """An episode. Its methods are awaited one after another; what they raise is no fault of the environment, and ends the run.
+    """An episode. Its methods are awaited in turn; an exception from them is not the environment's fault, and ends the run.
 
     Args:
-        number: Of the episode in its rollout.
+        number: Number of the episode in its rollout.
         prompt: The problem.
-        seed: Of its group.
+        seed: Seed of its group.
         place: Where its environment is: in this process, or in another.
         step_timeout_s: Seconds for each call.
     """
@@ -45,13 +45,13 @@ class RunningEpisode:
     def __init__(self, number: int, prompt: Prompt, seed: int, place: Objects | Worker, step_timeout_s: float) -> None:
         self.close_fault = ""
         self._number, self._prompt, self._seed, self._place, self._step_timeout_s = number, prompt, seed, place, step_timeout_s
-        self._started: tuple[Message, ...] | None = None  # what `start` answered; None before
-        self._turns: list[tuple[Message, Step]] = []  # messages of the policy, with what they were answered
-        self._turn = 0  # at which it is; 0: it starts
+        self._started: tuple[Message, ...] | None = None  # messages from `start`; None before
+        self._turns: list[tuple[Message, Step]] = []  # messages of the policy, each with its answer
+        self._turn = 0  # the current turn; 0: it starts
         self._faults = 0
 
     async def answer(self, message: Message | None) -> "Started | Step | TimedOut":
-        """Start (`message` None), and return the messages after those of the prompt; or let it answer a message of the policy."""
+        """Start (`message` None) and return the messages after the prompt's; or pass the policy's message to the environment."""
         while True:
             try:
                 if not self._place.has(self._number):
@@ -62,7 +62,7 @@ class RunningEpisode:
                 step = await self._step(len(self._turns) + 1, message)
                 self._turns.append((message, step))
                 return step
-            except LateError as late:  # it is not begun again, since that would take as long
+            except LateError as late:  # not begun again, since that would take just as long
                 is_new = self._turn > len(self._turns)
                 await self.close()
                 return TimedOut(str(late)) if is_new else Failure(str(late), late=True)
@@ -79,7 +79,7 @@ class RunningEpisode:
         self._place.drop(self._number)
 
     async def final_reward(self) -> float | Failure:
-        """What it earns at its end (see `Environment.final_reward`)."""
+        """The reward at its end (see `Environment.final_reward`)."""
         try:
             if not self._place.has(self._number):
                 await self._begin()
@@ -91,7 +91,7 @@ class RunningEpisode:
             return Failure(str(fault), late=isinstance(fault, LateError))
 
     async def close(self) -> None:
-        """Close the environment, if there is one. What goes wrong is noted in `close_fault`."""
+        """Close the environment, if there is one. Errors are stored in `close_fault`."""
         try:
             if self._place.has(self._number):
                 await self._call("close")
@@ -101,9 +101,9 @@ class RunningEpisode:
                 self._place.close_s = CLOSE_AGAIN_S
 
     async def _begin(self) -> None:
-        """Start an object, and let it answer what it has answered before."""
+        """Start an object, and replay the messages that it has already answered."""
         self._turn = 0
-        started = await self._call("start", deepcopy(self._prompt), self._seed)  # the prompt is shared by a group
+        started = await self._call("start", deepcopy(self._prompt), self._seed)  # a group shares the prompt
         if self._started is None:
             self._started = started
         elif started != self._started:
@@ -121,7 +121,7 @@ class RunningEpisode:
 
     async def _step(self, turn: int, message: Message) -> Step:
         self._turn = turn
-        return await self._call("step", dict(message))  # type: ignore[no-any-return]  # a copy, which it may change
+        return await self._call("step", dict(message))  # type: ignore[no-any-return]  # a copy, since it may change it
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         timeout_s = min(self._step_timeout_s, self._place.close_s) if method == "close" else self._step_timeout_s

@@ -7,7 +7,7 @@ HarmonyCalls     <|channel|>commentary to=functions.search<|message|>{"query": "
 PythonicCalls    <|tool_call_start|>[search(query="...")]<|tool_call_end|>                              LFM2
 GemmaCalls       <|tool_call>call:search{query:<|"|>...<|"|>}<tool_call|>                               Gemma 4
 
-Each is written here from what the chat templates of these models tell the model.
+Each is written here from the chat templates of these models.
 """
 
 import ast
@@ -29,7 +29,7 @@ from hybrid_lightning.environments.calls import (
 from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
 from hybrid_lightning.errors import ConfigError, one_line
 
-_MAX_CHARS = 100_000  # of a call: Python's parser needs much memory for more
+_MAX_CHARS = 100_000  # per call: Python's parser needs much memory for more
 
 
 class _TextArguments(CallFormat):
@@ -37,15 +37,15 @@ class _TextArguments(CallFormat):
 
     OPEN: ClassVar[str]  # begins a call
     CLOSE: ClassVar[str]  # ends it
-    _name: ClassVar[re.Pattern[str]]  # what a call begins with; group 1 is its name
-    _argument: ClassVar[re.Pattern[str]]  # what an argument begins with; group 1 is its name
+    _name: ClassVar[re.Pattern[str]]  # beginning of a call; group 1 is its name
+    _argument: ClassVar[re.Pattern[str]]  # beginning of an argument; group 1 is its name
     _argument_end: ClassVar[str]
-    _end: ClassVar[str] = ""  # what may follow the arguments
-    _line_end: ClassVar[str] = ""  # what a value may be followed by that is not a part of it
+    _end: ClassVar[str] = ""  # may follow the arguments
+    _line_end: ClassVar[str] = ""  # may follow a value without being part of it
     _example: ClassVar[str]
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A tag that is not closed is a malformed call."""
+        """See `CallFormat.parse`. An unclosed tag is a malformed call."""
         return first_calls(self._call(body, tools) for body in _between(text, self.OPEN, self.CLOSE))
 
     def _call(self, body: str | None, tools: Sequence[Schema]) -> Call | MalformedCall:
@@ -69,7 +69,7 @@ class _TextArguments(CallFormat):
 
 
 class XmlCalls(_TextArguments):
-    r"""The format of the chat templates of Qwen 3.5 and later, and of Nemotron 3. Values get the types of the tool's schema.
+    r"""The format in chat templates of Qwen 3.5 and later, and of Nemotron 3. Values get the types of the tool's schema.
 
     Example:
         >>> XmlCalls().parse("<tool_call>\n<function=add>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>")
@@ -83,7 +83,7 @@ class XmlCalls(_TextArguments):
 
 
 class GlmCalls(_TextArguments):
-    r"""The format of the chat templates of GLM-4.5 and later. Values get the types of the tool's schema.
+    r"""The format in chat templates of GLM-4.5 and later. Values get the types of the tool's schema.
 
     Example:
         >>> GlmCalls().parse("<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>")
@@ -191,15 +191,15 @@ class GemmaCalls(CallFormat):
     OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
     _head = re.compile(r"\s*call:([^\s{]+)\s*(?=\{)")
     _name = re.compile(r"([{,]\s*)([^\s{}\[\],:\"]+)(?=\s*:)")
-    _none = re.compile(r"(?<=[:,\[])None(?=[,}\]])")  # as its first templates write it
+    _none = re.compile(r"(?<=[:,\[])None(?=[,}\]])")  # its first templates write it this way
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A call that is not closed is a malformed one."""
+        """See `CallFormat.parse`. An unclosed call is malformed."""
         without_thoughts = re.sub(r"<\|channel>[^<]*(?:<(?!channel\|>)[^<]*)*(?:<channel\|>)?", "", text)
         return first_calls(self._calls(without_thoughts))
 
     def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
-        _, *rest = text.split(self.OPEN)  # the tag is a token of its own, which no text has
+        _, *rest = text.split(self.OPEN)  # the tag is a token of its own and does not occur in text
         for call in rest:
             body, closed, _ = call.rpartition(self.CLOSE)
             head = self._head.match(body)
@@ -220,7 +220,7 @@ class GemmaCalls(CallFormat):
         return described(tools, f"{self.OPEN}call:NAME{{ARGUMENT:{self.QUOTE}text{self.QUOTE}}}{self.CLOSE}")
 
 
-# What a chat template contains -> the format that it teaches; the first one that fits.
+# Text in a chat template -> the format that it teaches; the first match counts.
 _TAUGHT: tuple[tuple[str, type[CallFormat]], ...] = (
     ("<function=", XmlCalls),
     ("<arg_key>", GlmCalls),
@@ -237,7 +237,7 @@ def choose_format(chat_template: str | None) -> CallFormat:
     """The format that a chat template teaches.
 
     Raises:
-        ConfigError: If it teaches one that is not known here.
+        ConfigError: If it teaches an unknown format.
     """
     template = chat_template or ""
     for pattern, kind in _TAUGHT:
@@ -253,19 +253,19 @@ def choose_format(chat_template: str | None) -> CallFormat:
 
 
 def shows_tools(chat_template: str | None) -> bool:
-    """Whether a chat template takes tools."""
+    """Whether a chat template accepts tools."""
     return re.search(r"\{%-?\s*(if|elif|for)\b[^%]*\btools\b", chat_template or "") is not None
 
 
 def _between(text: str, begin: str, end: str) -> Iterator[str | None]:
-    """The texts between two tags; None for one that is not closed."""
+    """The texts between two tags; None for an unclosed one."""
     for part in text.split(begin)[1:]:
         body, closed, _ = part.partition(end)
         yield body if closed else None
 
 
 def _parsed_python(text: str) -> ast.expr:
-    """Python's syntax of an expression; in texts there may be line breaks, which some templates write so."""
+    """Python's syntax tree of an expression; its texts may contain line breaks, which some templates write."""
     try:
         return ast.parse(text, mode="eval").body
     except SyntaxError:
@@ -273,7 +273,7 @@ def _parsed_python(text: str) -> ast.expr:
 
 
 def _python_call(node: ast.expr) -> Call | MalformedCall:
-    """The call that a node of Python's syntax is; ValueError if an argument is not a constant."""
+    """The call that a Python syntax node represents; ValueError if an argument is not a constant."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Name, ast.Attribute)):
         return MalformedCall("it is not of the form NAME(ARGUMENT=...)")
     if node.args or any(keyword.arg is None for keyword in node.keywords):

@@ -1,7 +1,7 @@
-"""`Tool`: what a policy may call, what it is told about it, and how the arguments of its calls are checked.
+"""`Tool`: a callable for a policy, its description, and the checks of its arguments.
 
-A tool is a Python function, or an object of class `Tool` where it keeps something between the calls of an episode. Its signature
-and docstring become a JSON schema, which chat templates show to the policy.
+A tool is a Python function, or an object of class `Tool` if it keeps state between the calls of an episode. Its signature and
+docstring become a JSON schema, which chat templates show to the policy.
 """
 
 import inspect
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Tool(Configurable, ABC):
-    """Base class of tools that keep something between the calls of an episode. A subclass needs only `__call__`.
+    """Base class of tools that keep state between the calls of an episode. A subclass needs only `__call__`.
 
-    The policy is told its docstring, with the arguments in Google's form, and its type hints.
+    The policy sees its docstring, with the arguments in Google's form, and its type hints.
 
     Example:
         >>> class Notebook(Tool):
@@ -47,13 +47,13 @@ class Tool(Configurable, ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer a call of the policy, by text or what can be written as JSON. It may be `async`."""
+        """Answer a call of the policy, with text or a value that can be written as JSON. It may be `async`."""
 
     def start(self, seed: int) -> None:
-        """Begin an episode; the seed is that of `Environment.start`."""
+        """Begin an episode; the seed is the one of `Environment.start`."""
 
     def close(self) -> None:
-        """Free what the episode has used."""
+        """Free the episode's resources."""
 
     def new(self) -> Self:
         """An object for one episode, made with the same arguments."""
@@ -61,7 +61,7 @@ class Tool(Configurable, ABC):
 
 
 class ToolSchema:
-    """The JSON schema of a tool, by which the arguments of its calls are checked.
+    """The JSON schema of a tool, for checking the arguments of its calls.
 
     Args:
         schema: `{"type": "function", "function": {"name", "description", "parameters"}}`.
@@ -77,7 +77,7 @@ class ToolSchema:
         return Draft202012Validator({**_without_nullable(self.schema["function"]["parameters"]), "additionalProperties": False})
 
     def arguments(self, call: Call) -> tuple[dict[str, Any], str]:
-        """The arguments of a call by their names, and what is wrong with them, if anything."""
+        """The arguments of a call by name, and the mistake in them, if any."""
         from jsonschema.exceptions import best_match
 
         known = self._validator.schema.get("properties", {})
@@ -95,7 +95,7 @@ class ToolSchema:
         return {}, f"{wrong}; its arguments are {', '.join(known) or 'none'}"
 
     def _of_text(self, call: Call, text: str) -> tuple[dict[str, Any], str]:
-        """The same for a call with a plain text. With several arguments, what begins as JSON is nothing else."""
+        """Arguments of a call with plain text. With several arguments, text that begins like JSON must be JSON."""
         known, required = self._validator.schema.get("properties", {}), self._validator.schema.get("required", [])
         if call.arguments and (len(known) != 1 or call.arguments.keys() <= known.keys()):
             return dict(call.arguments), ""
@@ -108,7 +108,7 @@ class ToolSchema:
 
 
 def _without_nullable(schema: Any) -> Any:
-    """A schema in which `"nullable": True`, which is OpenAPI's, is written as JSON Schema has it."""
+    """A schema with OpenAPI's `"nullable": True` rewritten in JSON Schema's form."""
     if isinstance(schema, list):
         return [_without_nullable(entry) for entry in schema]
     if not isinstance(schema, dict):
@@ -125,7 +125,7 @@ def describe_tool(tool: Callable[..., Any]) -> tuple[str, ToolSchema]:
     """The name and the schema of a tool, from its signature and docstring.
 
     Raises:
-        ConfigError: If it lacks a docstring, a type hint or the description of an argument, or takes any number of arguments.
+        ConfigError: If a docstring, a type hint or an argument's description is missing, or if it takes any number of arguments.
     """
     if isinstance(tool, Tool):
         return tool.name, _schema(type(tool).__call__, tool.name, True)
@@ -154,7 +154,7 @@ def _schema(function: Callable[..., Any], name: str, bound: bool) -> ToolSchema:
         described.__name__, described.__doc__ = name, _SECTION.sub("", inspect.getdoc(function) or "")
         described.__annotations__ = {entry.name: hints[entry.name] for entry in parameters if entry.name in hints}
         described.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        if hints.get("return") in _RETURNED:  # as in TRL's prompts; what else a tool may return has no JSON type
+        if hints.get("return") in _RETURNED:  # as in TRL's prompts; other return types have no JSON type
             described.__annotations__["return"] = hints["return"]
         return ToolSchema(dict(get_json_schema(described)))
     except (DocstringParsingException, TypeHintParsingException, NameError, TypeError, ValueError) as error:
@@ -165,5 +165,5 @@ def _schema(function: Callable[..., Any], name: str, bound: bool) -> ToolSchema:
 
 
 _RETURNED = (str, int, float, bool, list, dict)
-# Sections of a docstring that are not for the policy.
+# Docstring sections that the policy does not see.
 _SECTION = re.compile(r"^(?:Examples?|Notes?|Yields|Raises|References):[ \t]*\n(?:[ \t]+.*(?:\n|\Z)|\n)*", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`ToolEnvironment`: tools that a policy may call, until it gives an answer without a call."""
+"""`ToolEnvironment`: tools that a policy may call, until it answers without a call."""
 
 import asyncio
 import inspect
@@ -21,28 +21,27 @@ from hybrid_lightning.user_calls import call as call_user
 from hybrid_lightning.user_code import kind_and_text, load_function
 
 _FAILED = ("unparsable", "unknown_tool", "arguments", "raised", "time", "cut")
-COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # what `Step.counts` holds
+COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # keys of `Step.counts`
 
 
 class ToolEnvironment(Environment):
     """Lets a policy call tools. A message without a call ends the episode: it is the answer, which the reward scores.
 
-    A call that goes wrong is answered with the reason, and counted: one that cannot be read, an unknown tool, wrong
-    arguments, a tool that raises, takes too long or returns too much.
+    A failed call gets a message with the reason, and is counted: a call that cannot be read, an unknown tool, wrong arguments, a
+    tool that raises, takes too long or returns too much.
 
-    The calls of a message are answered in order; calls of `async` tools that follow each other are awaited together, and so are
-    those of all episodes. Other tools run in threads, those of several episodes side by side. `step` is `async`: a subclass
-    awaits it.
+    The calls in a message are answered in order; successive calls of `async` tools are awaited together, across all episodes.
+    Other tools run in threads, side by side for several episodes. `step` is `async`: a subclass awaits it.
 
     Args:
         tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, objects of class
-            `Tool`, and servers by `McpTools`; in Python functions themselves, too. Arguments need type hints, and a description
+            `Tool`, and servers by `McpTools`; in Python also functions themselves. Arguments need type hints, and a description
             under `Args:` in the docstring.
         call_format: How the policy writes calls; None for the form of its chat template, and without one `PlainCalls`.
-        tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the answer
-            to a call that took too long names it, and the episode continues.
-        max_result_chars: Characters of what a tool returns; more is cut, with a mark.
-        tools_column: Column of the data with the names of the tools that the row may call, a list; None: each may call all.
+        tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy
+            gets a message about the late call, and the episode continues.
+        max_result_chars: Most characters of a tool's result; the rest is cut, with a mark.
+        tools_column: Column of the data with a list of names of the tools that the row may call; None: each may call all.
 
     Raises:
         ConfigError: If there is no such function, or it cannot be described to a policy.
@@ -73,7 +72,7 @@ class ToolEnvironment(Environment):
                 function = load_function(entry, "tools") if isinstance(entry, str) else entry
                 function = function.new() if isinstance(function, Tool) else function
                 self._add(function, *describe_tool(function))
-        self._servers = [entry for entry in tools if isinstance(entry, McpTools)]  # `prepare` gets their tools
+        self._servers = [entry for entry in tools if isinstance(entry, McpTools)]  # `prepare` lists their tools
         self._given_format = call_format
         if not self._servers:
             self.prepare(None)
@@ -84,7 +83,7 @@ class ToolEnvironment(Environment):
         self._functions[name], self._schemas[name] = function, schema
 
     def prepare(self, chat_template: str | None) -> None:
-        """Choose the form of calls and the role of results by the chat template, and connect to servers of tools."""
+        """Choose the form of calls and the role of results by the chat template, and connect to tool servers."""
         super().prepare(chat_template)
         while self._servers:
             for tool in self._servers.pop(0).tools():
@@ -95,15 +94,15 @@ class ToolEnvironment(Environment):
         self._role = "tool" if self._shown else "user"
 
     def tools(self) -> list[dict[str, Any]]:
-        """JSON schemas for the chat template; none if it does not show them, since `start` tells them then."""
+        """JSON schemas for the chat template; none if it does not show them, since `start` then describes the tools."""
         return self._described() if self._shown else []
 
     def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """The row's tools, if rows have tools of their own."""
+        """The row's schemas, if rows have their own tools."""
         return [self._schemas[name].schema for name in self._names(prompt)] if self._shown else []
 
     def _names(self, prompt: Prompt) -> list[str]:
-        """Names of the tools that the row may call, in the order in which the config has them."""
+        """Names of the tools that the row may call, in the order of the config."""
         if self.tools_column is None:
             return list(self._functions)
         names, column = prompt.columns.get(self.tools_column), f"{prompt.place}: column {self.tools_column!r}"
@@ -115,11 +114,11 @@ class ToolEnvironment(Environment):
         return [name for name in self._functions if name in names]
 
     def added_roles(self) -> tuple[str, ...]:
-        """See `Environment.added_roles`. A subclass with a `step` of its own may add messages of the user."""
+        """See `Environment.added_roles`. A subclass with its own `step` may add user messages."""
         return (self._role,) if type(self).step is ToolEnvironment.step else super().added_roles()
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Start the tools of the row, and describe them where the chat template does not."""
+        """Start the row's tools, and describe them if the chat template does not."""
         names = self._names(prompt)
         self._functions = {name: self._functions[name] for name in names}
         self._schemas = {name: self._schemas[name] for name in names}
@@ -130,7 +129,7 @@ class ToolEnvironment(Environment):
         return [{"role": "system", "content": self.call_format.describe(self._described())}]
 
     async def step(self, message: Message) -> Step:
-        """Call what the policy asks for."""
+        """Run the calls in the policy's message."""
         counts = dict.fromkeys(COUNTS, 0.0)
         text = _after_thought(message.get("raw", message["content"]))
         calls = self.call_format.parse(text, self._described()) if self._functions else []
@@ -159,7 +158,7 @@ class ToolEnvironment(Environment):
         return inspect.iscoroutinefunction(function.__call__ if isinstance(function, Tool) else function)
 
     async def _answer(self, call: Call | MalformedCall, counts: dict[str, float], until: float) -> Message:
-        """The message that a call gets back, by a time of `time.monotonic`."""
+        """The message that answers a call, by a deadline of `time.monotonic`."""
         counts["calls"] += 1
         failed, text = await self._result(call, until)
         if len(text) > self.max_result_chars:
@@ -167,7 +166,7 @@ class ToolEnvironment(Environment):
         if failed:
             counts[f"failed_calls/{failed}"] += 1
         name = {} if isinstance(call, MalformedCall) else {"name": self._name(call)[:80]}
-        # What is no character, such as half of one in JSON, cannot be made into tokens.
+        # Invalid characters, such as half of one in JSON, cannot be tokenized.
         return {
             key: value.encode(errors="replace").decode() for key, value in {"role": self._role, **name, "content": text}.items()
         }
@@ -176,7 +175,7 @@ class ToolEnvironment(Environment):
         return call.name if call.name is not None else next(iter(self._functions))
 
     async def _result(self, call: Call | MalformedCall, until: float) -> tuple[str, str]:
-        """What went wrong, if anything, and the text for the policy."""
+        """The kind of failure, if any, and the text for the policy."""
         if isinstance(call, MalformedCall):
             return "unparsable", f"error: the call cannot be read: {call.reason}"
         name = self._name(call)
@@ -201,16 +200,16 @@ class ToolEnvironment(Environment):
 
 
 def _after_thought(text: str) -> str:
-    """A message without the thought that it begins with; empty if that is not closed, since nothing in it is a call."""
+    """A message without the thought that it begins with; empty if the thought is not closed, since nothing in it is a call."""
     begin, opened, rest = text.partition("<think>")
     return rest.partition("</think>")[2] if opened and not begin.strip() else text
 
 
 def as_text(value: Any) -> str:
-    """What a tool returned, as text for the policy: written as observations are, and what cannot be is what Python prints.
+    """A tool's result as text for the policy: written like observations; a value that cannot be is converted by `str`.
 
     Raises:
-        ConfigError: If it contains an image or the like.
+        ConfigError: If it contains an image or similar data.
     """
     if value is None:
         return "(the tool returned nothing)"

@@ -1,6 +1,6 @@
 """Tools for policies: a calculator, Python with a session, and search over local documents.
 
-Each answers in plain text, wrong arguments included, so that a policy can read what was wrong and go on.
+Each answers in plain text, even to wrong arguments, so that a policy can read the mistake and continue.
 """
 
 import ast
@@ -25,7 +25,7 @@ from hybrid_lightning.sandbox.launch import Box, Limits, launch
 from hybrid_lightning.sandbox.programs import make_settings
 
 _LONGEST = 1_000  # characters of an expression
-_BITS = 1_024  # of numerators and denominators: 308 digits
+_BITS = 1_024  # in numerators and denominators: 308 digits
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -46,7 +46,7 @@ def calculator(expression: str) -> str:
         >>> calculator("347*68"), calculator("1,200 * 0.1"), calculator("2/3"), calculator("1/0")
         ('23596', '120', '0.666666666666667', 'error: division by zero')
     """
-    # Exact fractions, in a tree that Python has parsed and nothing else evaluates; all sizes are bounded before they are reached.
+    # Exact fractions, in a tree that Python only parses, never evaluates; all sizes are bounded before they are reached.
     unknown = re.search(r"[^0-9.,+\-*/%()\s]", expression)
     if unknown:
         return f"error: {unknown[0]!r} is not understood; give numbers with + - * / // % ** and parentheses"
@@ -59,7 +59,7 @@ def calculator(expression: str) -> str:
         return "error: division by zero"
     except ArithmeticError as error:
         return f"error: {error}"
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what Python's parser raises
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # Python's parser raises these
         return "error: this is no expression; give numbers with + - * / // % ** and parentheses"
     return str(value) if value.denominator == 1 else format(float(value), ".15g")
 
@@ -100,19 +100,19 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 class PythonSession(Tool):
-    """Python in the sandbox, whose names last from call to call of an episode.
+    """Python in the sandbox, with names that last from call to call of an episode.
 
-    A session holds no process: a call runs the code of the earlier calls again, in a new box, and shows what the last one prints.
-    So nothing outlives a call, and code that hangs or crashes is left out and costs nothing but its own call; but slow code slows
-    later calls down, too. `random` is seeded by the episode; what else differs from run to run, such as the time, is new in each
-    call. Code is isolated as the programs of `CodeTests` are.
+    A session has no process: each call runs the code of the earlier calls again, in a new box, and shows what the last one
+    prints. So nothing outlives a call. Code that hangs or crashes is left out and costs only its own call, but slow code also
+    slows later calls. `random` is seeded by the episode; anything else that differs from run to run, such as the time, is new in
+    each call. Code is isolated like the programs of `CodeTests`.
 
     Args:
-        cpu_seconds: CPU time of a call in whole seconds, beside what the earlier calls took.
-        wall_seconds: Wall time of a call, likewise.
+        cpu_seconds: CPU time of a call in whole seconds, beyond the time of the earlier calls.
+        wall_seconds: Wall time of a call, beyond the time of the earlier calls.
         memory_mb: Memory of a session in MiB.
-        packages: Installed packages that may be imported, with those that they need; None for the standard library alone.
-        allow_without_isolation: Whether code may run on a machine that cannot isolate it. It can then do what you can.
+        packages: Installed packages that may be imported, with their dependencies; None for only the standard library.
+        allow_without_isolation: Whether code may run on a machine that cannot isolate it. It can then do whatever you can.
 
     Raises:
         ConfigError: If an argument is out of range, or a package cannot be imported.
@@ -139,9 +139,9 @@ class PythonSession(Tool):
         self.start(0)
 
     def start(self, seed: int) -> None:
-        """Begin an episode, without any names."""
+        """Begin an episode without any names."""
         self.seed, self.cells = seed, list[str]()
-        self.cpu_s, self.wall_s = 0.0, 0.0  # what the cells took when they last ran
+        self.cpu_s, self.wall_s = 0.0, 0.0  # times of the cells when they last ran
 
     def __call__(self, code: str) -> str:
         """Run Python code. Names stay defined for the next call.
@@ -159,25 +159,25 @@ class PythonSession(Tool):
             ending = (ran.endings.get("cells") or "it ended Python") if ran.in_time else f"not done after {own.wall_seconds:g} s"
             return f"error: {ending}; names are as before this call"
         self.cells.append(code)
-        # Code could write another time than that which it took, but none above the limit.
+        # Code could report a wrong time, but none above the limit.
         self.cpu_s = min(int(whole[1]) / 1000, limits.cpu_seconds)
         self.wall_s = min(time.monotonic() - started, limits.wall_seconds)
         return ran.stdout.decode(errors="replace").strip() or "(no output)"
 
 
-_settings = cache(make_settings)  # made once, though each episode has a tool of its own
+_settings = cache(make_settings)  # made once, though each episode has its own tool
 
 
 class DocumentSearch(Tool):
-    """Search over documents on this machine by BM25 (Robertson and Zaragoza, 2009), of the package bm25s.
+    """Search over documents on this machine by BM25 (Robertson and Zaragoza, 2009), with the package bm25s.
 
-    Documents are a file, or all `.txt`, `.md` and `.jsonl` files of a folder and those below it. Text files are cut into passages
-    at empty lines; a line of a `.jsonl` file is a passage, with its text in `text` and perhaps a name in `title`.
+    Documents are a file, or all `.txt`, `.md` and `.jsonl` files in a folder and its subfolders. Text files are cut into passages
+    at empty lines; a line of a `.jsonl` file is a passage, with its text in `text` and optionally a name in `title`.
 
     Args:
         path: The file or folder.
-        passages: How many are returned at most.
-        passage_words: About how many words a passage of a text file has: paragraphs are joined up to this length, and not cut.
+        passages: Most passages to return.
+        passage_words: Approximate number of words in a passage of a text file: paragraphs are joined up to this length, not cut.
 
     Raises:
         ConfigError: If bm25s is not installed, or there are no documents.
@@ -216,7 +216,7 @@ _INDEXING = threading.Lock()  # episodes begin side by side, and an index is mad
 
 
 class _Index:
-    """Passages and their words, made once in a process for all episodes."""
+    """Passages and their words, built once per process for all episodes."""
 
     def __init__(self, path: Path, passage_words: int) -> None:
         from bm25s import BM25
@@ -240,7 +240,7 @@ class _Index:
         return _Index(path, passage_words)
 
     def best(self, query: str, count: int) -> list[tuple[str, str]]:
-        """The passages that fit best; of equal ones that which comes first."""
+        """The best passages; among equal ones, the first."""
         words = _words(query)
         if not words:
             return []
@@ -254,7 +254,7 @@ def _words(text: str) -> list[str]:
 
 
 def _passages(file: Path, words: int) -> Iterator[tuple[str | None, str]]:
-    """Name (None if it has none of its own) and text of each passage of a file."""
+    """Name (None if it has none) and text of each passage of a file."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), 1):

@@ -1,4 +1,4 @@
-"""`TRLEnvironment`: the environment classes of TRL (`environment_factory`), taken as they are."""
+"""`TRLEnvironment`: TRL's environment classes (`environment_factory`), used unchanged."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -20,28 +20,28 @@ from hybrid_lightning.user_code import load_function
 class TRLEnvironment(ToolEnvironment):
     """An environment class of TRL: `reset(**row)` begins an episode, and all its other public methods are tools.
 
-    The row has the columns of the data, `prompt`, `answer` and `seed`, as far as `reset` takes them. What `reset` returns (None,
-    text or blocks of text) is said before the first turn. `get_reward()`, if there is one, is asked once, at the end of an
-    episode. With `model.credit=turn` it is asked after each turn instead: a turn earns by how much it has changed, so that the
+    The row has the columns of the data, `prompt`, `answer` and `seed`; `reset` gets those that it takes. Its return value (None,
+    text or blocks of text) is added before the first turn. `get_reward()`, if there is one, is called once, at the end of an
+    episode. With `model.credit=turn` it is called after each turn instead: the reward of a turn is the change, so that the
     rewards of an episode add up to its last value.
 
-    TRL gives no seed, and the episodes of a process share the global random generators: an environment that draws from them
-    repeats itself, and begins the episodes of a group alike, with `episodes.workers` alone. Each episode has a thread of its own
-    for ordinary tools, so that several episodes wait together, where TRL calls one tool after the other; `reset` runs for one
-    episode at a time.
+    TRL gives no seed, and the episodes of a process share the global random generators. An environment that draws from them is
+    repeatable, and begins the episodes of a group alike, only with `episodes.workers`. Each episode has its own thread for
+    ordinary tools, so that several episodes wait together, where TRL calls one tool after another; `reset` runs for one episode
+    at a time.
 
     Args:
         factory: The class, or a function that makes an object: `package.module.Class` or `path/to/file.py:Class`.
-        arguments: Its arguments, by name; TRL gives none.
+        arguments: Its arguments, by name; TRL passes none.
         call_format: As in `ToolEnvironment`.
-        tool_timeout_s: As in `ToolEnvironment`; for `get_reward` too.
+        tool_timeout_s: As in `ToolEnvironment`; also for `get_reward`.
         max_result_chars: As in `ToolEnvironment`.
 
     Raises:
         ConfigError: If there is no such class, it has no `reset` or no tool, or a tool cannot be described to a policy.
     """
 
-    thread_safe: ClassVar[bool] = False  # TRL calls all in one thread
+    thread_safe: ClassVar[bool] = False  # TRL makes all calls in one thread
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class TRLEnvironment(ToolEnvironment):
         tool_timeout_s: float = 30.0,
         max_result_chars: int = 8_000,
     ) -> None:
-        before = random_states()  # the run's, which the object in the config must not change
+        before = random_states()  # the run's; the object in the config must not change them
         self._object = load_function(factory, "factory")(**deepcopy(arguments or {}))
         restore_random_states(before)
         # On the class: on the object, properties would be evaluated.
@@ -79,16 +79,16 @@ class TRLEnvironment(ToolEnvironment):
         return [*super().start(prompt, seed), *said(observation)]
 
     async def step(self, message: Message) -> Step:
-        """Call what the policy asks for."""
+        """Run the calls in the policy's message."""
         step = await super().step(message)
         return replace(step, reward=await self._earned()) if self.turn_rewards else step
 
     async def final_reward(self) -> float:
-        """Ask `get_reward`, unless each turn has done so."""
+        """Call `get_reward`, unless each turn has done so."""
         return 0.0 if self.turn_rewards else await self._earned()
 
     async def _earned(self) -> float:
-        """By how much the reward has changed since it was last asked."""
+        """The change of the reward since the last call."""
         if self._get_reward is None:
             return 0.0
         value, error = await call(self._get_reward, self.tool_timeout_s, float)

@@ -1,7 +1,7 @@
-"""`Worker`: another process in which environments are; it answers one call at a time.
+"""`Worker`: another process that holds environments; it answers one call at a time.
 
-In such a process each episode has states of its own of the global random generators. One that hangs is killed; its other episodes
-are begun anew when they are called next. They see no GPU, and end with the process that started them.
+In such a process each episode has its own states of the global random generators. A process that hangs is killed; its other
+episodes are begun anew when they are called next. Worker processes see no GPU, and end with the process that started them.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from hybrid_lightning.errors import ConfigError, EpisodeError, HybridLightningEr
 from hybrid_lightning.user_calls import run_async
 from hybrid_lightning.user_code import describe_error
 
-_READY_S = 300.0  # seconds for a process to import what it needs
+_READY_S = 300.0  # time for a process to import what it needs
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hybrid_lightning.environments.workers import main; main()"
 )
@@ -45,13 +45,13 @@ _NO_GPU = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VI
 
 
 def workers_for(environment: Environment, count: int, step_timeout_s: float, turn_rewards: bool) -> "list[Worker]":
-    """Processes for environments, which are started when they are needed.
+    """Processes for environments, started on first use.
 
     Args:
         environment: The object of the config.
         count: Number of processes.
-        step_timeout_s: What each object is told.
-        turn_rewards: Likewise.
+        step_timeout_s: Passed to each object.
+        turn_rewards: Passed to each object.
 
     Raises:
         ConfigError: If the environment cannot be made in another process.
@@ -75,17 +75,17 @@ def workers_for(environment: Environment, count: int, step_timeout_s: float, tur
 
 
 class Worker:
-    """A process in which environments are, seen from the one that has started it.
+    """A process that holds environments, seen from the process that started it.
 
     Args:
-        name: Of the environment's class.
-        made_of: What the process makes its environments of.
+        name: Name of the environment's class.
+        made_of: Data from which the process makes its environments.
     """
 
     def __init__(self, name: str, made_of: bytes) -> None:
         self.name, self.close_s = name, CLOSE_S
         self._made_of = made_of
-        self._numbers: set[int] = set()  # of episodes whose objects are there
+        self._numbers: set[int] = set()  # episodes with objects there
         self._turn = asyncio.Semaphore(1)
         self._popen: subprocess.Popen[bytes] | None = None
         self._connection: Connection
@@ -99,7 +99,7 @@ class Worker:
         self._numbers.discard(number)
 
     async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """Call a method of the object of an episode, which is made for a "start"; see `Objects.call`."""
+        """Call a method of an episode's object; "start" makes the object; see `Objects.call`."""
         async with self._turn:
             if method != "start" and not self.has(number):
                 raise LostError(f"{self.name} was lost with its process")
@@ -111,7 +111,7 @@ class Worker:
                 with suppress(OSError):  # if it has ended, nothing can be received
                     self._connection.send((number, method, arguments))
                 return await self._received(method, timeout_s)
-            except asyncio.CancelledError:  # after Ctrl-C: its answer is for nobody
+            except asyncio.CancelledError:  # after Ctrl-C: nobody needs its answer
                 self.kill()
                 raise
 
@@ -142,7 +142,7 @@ class Worker:
         return value
 
     def kill(self) -> int | None:
-        """End the process, and what it has started. Returns its exit code."""
+        """End the process and everything it has started. Returns its exit code."""
         self._numbers = set()
         if self._popen is None:
             return None
@@ -171,10 +171,10 @@ class Worker:
 
 
 def main() -> None:
-    """What a process runs: it answers calls until the other end is closed."""
+    """Main function of a worker process: answers calls until the other end is closed."""
     descriptor, parent = int(sys.argv[2]), int(sys.argv[3])
     if sys.platform == "linux":
-        from hybrid_lightning.sandbox.privileges import die_with_parent  # which Linux alone can import
+        from hybrid_lightning.sandbox.privileges import die_with_parent  # importable only on Linux
 
         die_with_parent(parent)
     connection = Connection(descriptor)
@@ -205,15 +205,15 @@ def main() -> None:
             reply: tuple[Any, Exception | None] = run_async(objects.call(number, method, arguments, None)), None
         except (FaultError, HybridLightningError) as error:
             reply = None, error
-        except BaseException as error:  # an environment has stopped the event loop, or cancelled what runs on it
+        except BaseException as error:  # an environment has stopped the event loop, or cancelled its tasks
             os.write(2, f"a process of {objects.name} ends: {describe_error(error)}\n".encode())
-            os._exit(1)  # at once: Python takes seconds, in which the call would be late instead
+            os._exit(1)  # at once: Python takes seconds to exit, and the call would be late instead
         states[number] = random_states()
         connection.send(reply)
 
 
 def _read(connection: Connection, requests: "queue.SimpleQueue[Any]") -> None:
-    """Read requests while others are answered, so that the end of the other process is noticed at once."""
+    """Read requests while others are answered, so that the end of the other process is noticed immediately."""
     try:
         while True:
             requests.put(connection.recv())

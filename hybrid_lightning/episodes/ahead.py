@@ -1,4 +1,4 @@
-"""`EpisodesAhead`: plays episodes of rollouts that are made while the policy is trained, each rollout in a thread of its own."""
+"""`EpisodesAhead`: plays episodes of rollouts while the policy trains, each rollout in its own thread."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.engine import Engine  # PEFT is slow to import
 
-_END_S = 3.0  # in which a thread that was told so has ended, unless it hangs
+_END_S = 3.0  # time for a thread to end after a request, unless it hangs
 
 
 class EpisodesAhead:
     """Plays episodes in threads.
 
-    A thread has its own tokenizer and its own processes for environments. It touches neither the policy's model, which changes
-    meanwhile, nor anything else that the process has once.
+    A thread has its own tokenizer and its own processes for environments. It touches neither the policy's model, which changes in
+    the meantime, nor any other object that exists once in the process.
     """
 
     def __init__(self, episodes: Episodes) -> None:
@@ -43,7 +43,7 @@ class EpisodesAhead:
     ) -> RolloutFuture[Rollouts]:
         """Begin to play episodes (see `Episodes.play`); place and config of the policy's engine are read now.
 
-        `on_wait` is called from time to time by who waits for them.
+        The waiting thread calls `on_wait` from time to time.
         """
         player = next((player for player in self._players if player.is_free), None)
         if player is None:
@@ -58,13 +58,13 @@ class EpisodesAhead:
             player.ended.set()
         futures.wait([player.work for player in self._players if player.work is not None], timeout=_END_S)
         for player in self._players:
-            if player.is_free:  # or its processes end with this one
+            if player.is_free:  # if not, its processes end with this one
                 player.episodes.shut_down()
         self._players = []
 
 
 class _Player:
-    """One thread at a time. It ends when it is told to, which it looks at after every token and while it waits."""
+    """One thread at a time. It ends on request, which it checks after every token and while it waits."""
 
     def __init__(self, episodes: Episodes) -> None:
         self.work: Future[Rollouts] | None = None
@@ -73,11 +73,11 @@ class _Player:
 
     @property
     def is_free(self) -> bool:
-        """Whether it plays nothing."""
+        """Whether no episodes are being played."""
         return self.work is None or self.work.done()
 
     def check(self) -> None:
-        """End the thread if it has been told to."""
+        """End the thread if its end was requested."""
         if self.ended.is_set():
             raise RolloutError("the episodes were ended")
 
@@ -92,7 +92,7 @@ class _Player:
 
 
 class _Place(nn.Module):
-    """What an engine that completes elsewhere has to know of the policy's model: its config, and where it is."""
+    """What an engine in another process needs from the policy's model: its config and its device."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""`Episodes`: plays episodes, turn by turn: the policy samples a message in each, then all environments answer.
+"""`Episodes`: plays episodes, turn by turn: in each turn the policy samples a message, then all environments answer.
 
     prompt, messages of `start`  ->  sampled  ->  messages of `step`  ->  sampled  ->  ...
 
-An episode is one row of a rollout. Its completion holds what the policy sampled and, between, what was added, as token ids; a
-mask says which is which. All episodes that still run are in the same turn, so that they are sampled in one batch.
+An episode is one row of a rollout. Its completion holds sampled and added tokens as token ids; a mask marks the sampled ones. All
+episodes that still run are in the same turn, so that they are sampled in one batch.
 
 Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
 """
@@ -32,28 +32,28 @@ from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards
 from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.engine import Engine  # PEFT is slow to import
 
 ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode.end`
 
 
 @dataclass
 class _Row:
-    """An episode while it is played."""
+    """An episode in progress."""
 
     prompt: Prompt
     messages: list[Message]
-    ids: list[int] = field(default_factory=list)  # of the completion
+    ids: list[int] = field(default_factory=list)  # tokens of the completion
     sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
-    logprobs: list[float] = field(default_factory=list)  # 0 where not
-    steps: list[int] = field(default_factory=list)  # of the weights that sampled each, or that sampled last; none if all had one
+    logprobs: list[float] = field(default_factory=list)  # 0 for added tokens
+    steps: list[int] = field(default_factory=list)  # weights that sampled each token, or sampled last; empty if all had the same
     last: Sequence[int] = ()  # tokens of the policy's last message
-    texts: list[str] = field(default_factory=list)  # of its messages
-    lengths: list[int] = field(default_factory=list)  # and their tokens
+    texts: list[str] = field(default_factory=list)  # texts of the policy's messages
+    lengths: list[int] = field(default_factory=list)  # and their lengths in tokens
     rewards: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     thinking: bool = False  # whether its prompt opens a thought
-    opened: bool = False  # the same before the last message
+    opened: bool = False  # `thinking` before the last message
     end: str = ""  # empty while it runs
 
     def say(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
@@ -78,17 +78,17 @@ class _Row:
         self.sampled += [False] * len(ids)
 
     def earn(self, reward: float) -> None:
-        """Add what it earns at its end, as a reward of its last turn."""
+        """Add the reward at its end, as a reward of its last turn."""
         if reward:
             self.rewards += [0.0] * (len(self.texts) - len(self.rewards))
             self.rewards[-1] += reward
 
     def fail(self) -> None:
-        """Leave the episode out: nothing of it is trained on."""
+        """Leave the episode out: none of it is trained on."""
         self.end, self.ids, self.sampled, self.logprobs, self.steps, self.lengths = "failed", [], [], [], [], []
 
     def completion(self) -> Completion:
-        """What the policy said, for rewards and logs."""
+        """The policy's messages, for rewards and logs."""
         rewards, lengths = tuple(self.rewards), tuple(self.lengths)
         episode = Episode(tuple(self.messages), len(self.texts), self.end, rewards, dict(self.counts), lengths)
         ended = self.end in ("answered", "over")
@@ -98,8 +98,7 @@ class _Row:
 class Episodes:
     """Plays the episodes of a policy.
 
-    The environment is as it is configured; each episode gets an object of its own. `on_wait` and `turn_rewards` are those of
-    `RunningEpisodes`.
+    The environment is as configured; each episode gets its own object. For `on_wait` and `turn_rewards` see `RunningEpisodes`.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class Episodes:
         turn_template: str | None,
         turn_rewards: bool = False,
     ) -> Self | None:
-        """The episodes of a policy's options; None without an environment, where ConfigError if there are options for one."""
+        """The episodes for a policy's options; None without an environment. Episode options without one raise a ConfigError."""
         if environment is not None:
             return cls(environment, limits or EpisodeLimits(), sampler, pretrained, turn_template, turn_rewards)
         for name, value in (("episodes", limits), ("turn_template", turn_template)):
@@ -136,7 +135,7 @@ class Episodes:
 
     @cached_property
     def turns(self) -> TurnEncoder:
-        """Writes what is added as tokens."""
+        """Writes added messages as tokens."""
         pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
         with in_user_code(self.environment, "prepare"):
             self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
@@ -153,20 +152,20 @@ class Episodes:
 
     @cached_property
     def _special(self) -> set[int]:
-        """Tokens that a message is decoded without."""
+        """Tokens that are left out when a message is decoded."""
         tokenizer = self.pretrained.tokenizer
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         return added.union(tokenizer.all_special_ids)
 
     def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
-        """These episodes for another thread: with a tokenizer of its own, and processes for the environments."""
+        """These episodes for another thread: with its own tokenizer, and its own processes for environments."""
         options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, on_wait
         other = Episodes(self.environment, self.limits, self.sampler, *options)
-        _ = other.turns  # reads the tokenizer, here and not in that thread
+        _ = other.turns  # reads the tokenizer here, not in that thread
         return other
 
     def shut_down(self) -> None:
-        """End what environments run in; it begins again when it is needed."""
+        """End the processes of environments; they begin again when needed."""
         self._running.close()
 
     def play(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> Rollouts:
@@ -174,7 +173,7 @@ class Episodes:
 
         Args:
             engine: See `RolloutEngine.sample`.
-            request: Prompts without token ids, which follow from what the environment begins with.
+            request: Prompts without token ids; the ids depend on how the environment begins.
             seeds: A seed for the task of each prompt.
 
         Raises:
@@ -211,18 +210,18 @@ class Episodes:
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _conversation(self, engine: "Engine", request: SamplingRequest, rows: Sequence[_Row]) -> Conversation:
-        """The conversation of all episodes; those that have failed before their first turn are sampled one token."""
+        """The conversation of all episodes; an episode that failed before its first turn is sampled for one token."""
         request = replace(request, limits=[1 if row.end else self.sampler.max_new_tokens for row in rows])
         return self.sampler.conversation(engine, self.pretrained.tokenizer, request, self.limits.max_tokens)
 
     def _begin(
         self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure], samples: int
     ) -> tuple[list[_Row], list[list[int]]]:
-        """The rows of episodes before the first turn, and the tokens that those of each group begin with."""
+        """The rows of episodes before the first turn, and the first tokens of each group."""
         rows: list[_Row] = []
         begins: list[list[int]] = []
         for number, prompt in enumerate(prompts):
-            firsts: list[list[int]] = []  # of the episodes that did not fail
+            firsts: list[list[int]] = []  # first tokens of the episodes that did not fail
             rendered: Sequence[Message] | None = None
             for messages in started[number * samples : (number + 1) * samples]:
                 begun = () if isinstance(messages, Failure) else messages
@@ -240,7 +239,7 @@ class Episodes:
         return rows, begins
 
     def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Rollouts) -> None:
-        """Take messages of the policy into the episodes that still run."""
+        """Add messages of the policy to the episodes that still run."""
         sequences = said.sequences
         made_by = [[] for _ in numbers] if sequences.weights_step is None else sequences.weights_step.tolist()
         columns = (sequences.completion_ids.tolist(), said.sampling_logprobs.tolist(), made_by)
@@ -253,14 +252,14 @@ class Episodes:
         """The last message of the policy, for the environment (see `Environment.step`)."""
         ids = row.last[:-1] if row.last and row.last[-1] in self.turns.stop_ids else row.last
         raw = row.texts[-1]
-        if not self._special.isdisjoint(ids):  # else it is the same, and decoding takes time
+        if not self._special.isdisjoint(ids):  # without special tokens it is the same, and decoding takes time
             raw = str(self.pretrained.tokenizer.decode(list(ids)))
             for stop in self.sampler.stop:
                 raw = raw.partition(stop)[0]
         return {**row.messages[-1], "raw": f"<think>{raw}" if row.opened else raw}
 
     def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
-        """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""
+        """Add an environment's answer to an episode; return the tokens that the policy reads, none if the episode is over."""
         if isinstance(answer, Failure):
             row.fail()
             return []
@@ -282,7 +281,7 @@ class Episodes:
         return ids
 
     def _fitted(self, row: _Row, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
-        """Messages and their tokens; the last one cut, where that is wanted, to leave room for a message of the policy."""
+        """Messages and their tokens; if configured, the last one is cut to leave room for a message of the policy."""
         ids = self.turns.added(row.prompt, messages, row.last)
         room = self.limits.max_tokens - len(row.ids) - self.sampler.max_new_tokens
         if self.limits.too_long == "end" or len(ids) <= room or not messages:
@@ -291,7 +290,7 @@ class Episodes:
         text = str(last["content"])
         kept = len(text)
         while len(ids) > room and kept:
-            # By the tokens that are too many, at the average length of a token, and at least a few characters at a time.
+            # By the number of excess tokens, at the average length of a token, and at least a few characters at a time.
             kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
             messages = [*before, {**last, "content": text[:kept] + CUT_MARK}]
             ids = self.turns.added(row.prompt, messages, row.last)
@@ -324,8 +323,9 @@ class Episodes:
 def task_seeds(prompts: Sequence[Prompt], generator: Draws, seed: int) -> list[int]:
     """A seed for the task of each prompt, in [0, 2^31).
 
-    Where a row has a column `seed` it is that, so that the row is always the same task. Else a rollout has seeds of its own, and
-    an evaluation always the same, by the policy's seed; so has what is completed greedily, without a generator.
+    A row's column `seed`, if it has one, is the seed, so that the row is always the same task. Without it, a rollout has its own
+    seeds, and an evaluation always the same ones, from the policy's seed. The same holds for greedy completions, without a
+    generator.
     """
     if isinstance(generator, torch.Generator):
         drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
@@ -373,21 +373,21 @@ def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
 
 
 def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
-    """Random numbers that are the same at every evaluation, and not those of training."""
+    """Random numbers that are the same at every evaluation, and differ from training's."""
     return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
 
 
 def has_failed(completion: Completion) -> bool:
-    """Whether a completion is an episode whose environment failed, so that it is left out."""
+    """Whether a completion is an episode with a failed environment, so that it is left out."""
     return completion.episode is not None and completion.episode.end == "failed"
 
 
 def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Compute the metrics of one rollout's episodes over all ranks, from this rank's. All ranks have to call it.
+    """Compute the metrics of one rollout's episodes over all ranks, from this rank's. All ranks must call this.
 
     Returns:
-        `episodes/end/{reason}`, shares of all episodes (see `Episode.end`); and over those that have not failed the means of
-        `episodes/turns`, `episodes/return` (sum of the environment's rewards) and of what the environment counts, such as
+        `episodes/end/{reason}`, shares of all episodes (see `Episode.end`); and, over episodes that did not fail, the means of
+        `episodes/turns`, `episodes/return` (sum of the environment's rewards) and of the environment's counts, such as
         `episodes/calls`.
     """
     episodes = [completion.episode for completion in completions if completion.episode is not None]
@@ -401,7 +401,7 @@ def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
 
 
 def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) -> list[dict[str, Any]]:
-    """One record for each episode, ready for JSON; greedy ones, one a prompt, have None as `sample`."""
+    """One record per episode, ready for JSON; greedy ones, one per prompt, have None as `sample`."""
     sequences, records = rollouts.sequences, []
     for row, completion in enumerate(rollouts.completions):
         episode, prompt = completion.episode, rollouts.prompts[row // rollouts.samples_per_prompt]

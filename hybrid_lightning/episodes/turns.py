@@ -1,22 +1,23 @@
 r"""`TurnEncoder`: the tokens of episodes, which a policy and an environment write in turns.
 
-    ids = first(prompt, start)       the prompt and the messages that the environment begins with, up to where the policy goes on
-    ids += sampled                   what the policy sampled, as it is: token ids are the truth, and are never made anew from text
-    ids += added(prompt, new, sampled)   what is between this turn and the next one
+    ids = first(prompt, start)       the prompt and the environment's first messages, up to where the policy continues
+    ids += sampled                   the policy's sample, unchanged: token ids are the truth, and are never remade from text
+    ids += added(prompt, new, sampled)   everything between this turn and the next one
 
-What is added is the difference of two renderings: a conversation up to an answer, and the same one with that answer, its end and
-new messages behind it, up to where the policy goes on. Of the end only that is added which the policy did not sample itself.
+The added text is the difference of two renderings: a conversation up to an answer, and the same conversation with that answer,
+its end and new messages after it, up to where the policy continues. Of the end, only the part that the policy did not sample
+itself is added.
 
-The conversation that is rendered is a short one, with a word in place of the answer. So a turn costs the same however long an
-episode is, and nothing depends on what the policy wrote: templates trim it, take thoughts out of it, or refuse it; it may end
-within a character, and look like a part of the template. Where a template writes the result of a tool only after a call, the
-word is the argument of a call. Whether the difference is the same behind any conversation is tried before the run: `check`
-refuses a template that changes earlier turns once messages follow, such as one that drops their thoughts.
+The rendered conversation is a short one, with a word in place of the answer. So a turn costs the same whatever the length of the
+episode, and nothing depends on the text of the policy: templates trim it, take thoughts out of it, or refuse it; it may end
+within a character, and look like a part of the template. If a template writes the result of a tool only after a call, the word
+is the argument of a call. Whether the difference is the same after any conversation is tried before the run: `check` refuses a
+template that changes earlier turns when messages follow, such as one that drops their thoughts.
 
-What an environment says is text: `<|im_end|>` in it ends no turn, as it does in the template. Before such a text is rendered, it
-is cut within these tokens, and then tokenized in parts.
+Environment messages are text: `<|im_end|>` in them does not end a turn, as it does in the template. Such a text is cut within
+these tokens before it is rendered, and then tokenized in parts.
 
-Prompts of plain text have no template. What is added to them is written by `turn_template`.
+Plain-text prompts have no template. `turn_template` writes what is added to them.
 """
 
 import re
@@ -36,12 +37,12 @@ from hybrid_lightning.types import Message, Prompt
 TURN_TEMPLATE = "\n{content}\n"
 _ANSWER = ANSWERED["content"]
 _NEW = "NEW-CONTENT"  # stands for the text of a new message
-# With which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4.
+# Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4.
 _CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>")
-# How a message is written whose role the template does not know. The policy has to see that no person said this.
+# How to write a message with a role that the template does not know. The policy has to see that no person wrote it.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
 T = TypeVar("T")
-_NAME = "NAME"  # of a tool, or of its call
+_NAME = "NAME"  # name of a tool, or of its call
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -52,8 +53,8 @@ class TurnEncoder:
         encoder: Renders and tokenizes prompts.
         stop_ids: Tokens that end a completion.
         tools: JSON schemas of the tools that the policy may call.
-        tools_of: Those of a prompt; None: all of them.
-        turn_template: How a message is written behind a prompt that is plain text: text with `{content}` and, perhaps, `{role}`.
+        tools_of: Schemas of the tools for a prompt; None: all tools.
+        turn_template: How to write a message after a plain-text prompt: text with `{content}` and, optionally, `{role}`.
 
     Raises:
         ConfigError: If `turn_template` is not such a text.
@@ -79,14 +80,14 @@ class TurnEncoder:
         self._given_stops = [int(token) for token in stop_ids]
         self._turn_template = turn_template
         self._faults: dict[str, str] = {}  # role -> why the template cannot write such messages; "" if it can
-        self._after_calls = False  # whether results of tools are written after a call, and not after any answer
+        self._after_calls = False  # whether tool results are written only after a call, not after any answer
         self._sampled_ends: dict[str, int] = {}  # role of the first new message -> see `_sampled_end`
 
     # ---- before the run
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Tokens that end a turn: those given, with which the template ends one, and with which models end a call of a tool."""
+        """Tokens that end a turn: the given ones, the template's own, and the tokens with which models end a tool call."""
         tokenizer = self._encoder.tokenizer
         vocabulary = tokenizer.get_vocab()
         found = {*self._given_stops, *(vocabulary[token] for token in _CALL_ENDS if token in vocabulary)}
@@ -100,10 +101,10 @@ class TurnEncoder:
         return sorted(found)
 
     def check(self, prompts: Iterable[Prompt], roles: Sequence[str]) -> None:
-        """Try how messages of these roles are added to the prompts of a run, before time is spent on it.
+        """Try adding messages of these roles to the prompts of a run, before time is spent on it.
 
         Raises:
-            ConfigError: If the chat template writes earlier turns otherwise once messages follow.
+            ConfigError: If the chat template writes earlier turns differently when messages follow.
             DataError: If the tokenizer cannot encode `turn_template`, or a row names tools that do not exist.
         """
         chat = set[bool]()
@@ -121,7 +122,7 @@ class TurnEncoder:
     def first(self, prompt: Prompt, added: Sequence[Message] = ()) -> tuple[list[int], list[Message]]:
         """Tokens before the first turn, and the conversation so far.
 
-        Of the messages that the environment begins with, those of the system go in front, where templates have them.
+        Among the environment's first messages, system messages go in front, where templates have them.
 
         Raises:
             ConfigError: If the chat template refuses the messages.
@@ -143,12 +144,12 @@ class TurnEncoder:
         return self._encoder.encode(prompt, self._tools_of(prompt), mark), whole
 
     def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
-        """Tokens behind a turn of the policy: the rest of its end, new messages and, unless it is the last, what lets it go on.
+        """Tokens after a turn of the policy: the rest of its end, new messages and, unless it is the last, the next opening.
 
-        If a stop token ended what the policy sampled, the end of the turn is there already.
+        If a stop token ended the policy's sample, the end of the turn is already there.
 
         Raises:
-            ConfigError: If the chat template writes earlier turns otherwise once messages of such a role follow.
+            ConfigError: If the chat template writes earlier turns differently when messages of such a role follow.
             DataError: If the template or the tokenizer refuses them.
         """
         new, mark = self._cut(new if prompt.messages is None else self._fit_behind(new))
@@ -163,44 +164,44 @@ class TurnEncoder:
                 "messages, or change model.chat_template"
             ) from error
         stopped, end = len(sampled_ids) > 0 and sampled_ids[-1] in self.stop_ids, self._sampled_end(new)
-        if new and new[0]["role"] == "tool" and self._after_calls and end:  # before its end is the rest of the call
+        if new and new[0]["role"] == "tool" and self._after_calls and end:  # the rest of the call comes before its end
             return ids[end if sampled_ids[-1:] == [ids[end - 1]] else end - 1 :]
         return ids[end:] if stopped else ids
 
     # ---- parts
 
     def _behind(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """What the template writes behind an answer: its end, and new messages."""
+        """The template's text after an answer: its end, and new messages."""
         conversation = [ASKED, self._answered(new), *new]
         return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
 
     def _answered(self, new: Sequence[Message]) -> dict[str, Any]:
-        """The answer before new messages: a call, where a tool's result needs one."""
+        """The answer before new messages: a call, if a tool's result needs one."""
         if not (self._after_calls and new and new[0]["role"] == "tool"):
             return ANSWERED
         function = {"name": new[0].get("name", _NAME), "arguments": {"value": _ANSWER}}
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": _NAME, "function": function}]}
 
     def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
-        """What the template writes behind an answer; None if it refuses the messages."""
+        """The template's text after an answer; None if it refuses the messages."""
         try:
             return self._behind(new, add_generation_prompt)
-        except (TemplateError, TypeError):  # the latter where a template adds a text to something else
+        except (TemplateError, TypeError):  # TypeError: a template adds a text to something else
             return None
 
     def _sampled_end(self, new: Sequence[Message]) -> int:
-        """Number of the first tokens behind an answer that are there already if a stop token ended it."""
+        """Number of the first tokens after an answer that are already there if a stop token ended it."""
         role = new[0]["role"] if new else ""
         if role not in self._sampled_ends:
-            # The token with which the template ends turns counts, also where the policy has sampled another one. Tokens are
-            # counted, not characters, since some tokenizers drop a line break behind a special token.
+            # The template's own token for ending turns counts, even if the policy sampled a different one. Tokens are counted,
+            # not characters, since some tokenizers drop a line break after a special token.
             written = self._behind([_new(role)] if new else []).partition(_NEW)[0]
             ids = self._tokenize(written)
             self._sampled_ends[role] = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), 0)
         return self._sampled_ends[role]
 
     def _fit(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages with the roles that the template can add; others become the user's, and say whose they are."""
+        """Messages with the roles that the template can add; others become user messages that name their role."""
         fitted: list[Message] = []
         for message in messages:
             role = str(message["role"])
@@ -211,7 +212,7 @@ class TurnEncoder:
         return fitted
 
     def _fit_behind(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages behind an answer with the roles that the template can add; ConfigError if it can add none."""
+        """Messages after an answer with the roles that the template can add; ConfigError if it can add none."""
         fitted = self._fit(messages)
         if any(message["role"] == "user" for message in fitted) and self._fault("user"):
             raise ConfigError(self._fault("user"))
@@ -249,7 +250,7 @@ class TurnEncoder:
                         once = self._encoder.apply_template([*head, answered, new], self.tools)
                         said, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
                     whole = self._encoder.apply_template([*head, said, new, said, new], self.tools)
-                    if "<think>" not in opened + text:  # an empty thought in front of an answer without one takes nothing away
+                    if "<think>" not in opened + text:  # an empty thought before an answer without one loses nothing
                         whole = _EMPTY_THOUGHT.sub("", whole)
                     if whole != opened + 2 * (text + behind):
                         what = "drops or changes the thoughts in" if "think>" in opened + text else "changes"
@@ -261,17 +262,17 @@ class TurnEncoder:
             except (TemplateError, TypeError) as error:
                 if len(head) == 1:
                     return f"the chat template refuses a conversation of two turns: {error}; change model.chat_template"
-                # There need not be a system role.
+                # A system role is optional.
         return ""
 
     @cached_property
     def _alternates(self) -> bool:
-        """Whether the template refuses two messages of the user in a row."""
+        """Whether the template refuses two user messages in a row."""
         new = {"role": "user", "content": _NEW}
         return self._trial([new, new]) is None
 
     def _joined(self, messages: Sequence[Message], fixed: int = 0) -> list[Message]:
-        """Messages of the user behind one another as one, if the template insists; the first `fixed` stay as they are."""
+        """Messages with successive user messages joined, if the template insists; the first `fixed` stay as they are."""
         joined = list(messages[:fixed])
         for message in messages[fixed:]:
             before = joined[-1] if len(joined) > fixed else None
@@ -282,7 +283,7 @@ class TurnEncoder:
         return joined
 
     def _with_system(self, messages: list[Message], text: str) -> list[Message]:
-        """Messages with a text of the system in front: behind the system's own, or as the user's where there is no such role."""
+        """Messages with a system text in front: after the system's own text, or as the user's if there is no such role."""
         if not text:
             return messages
         first = messages[0]
@@ -305,7 +306,7 @@ class TurnEncoder:
         tokenizer = self._encoder.tokenizer
         added = tokenizer.added_tokens_decoder.items()
         control = [str(entry.content) for token, entry in added if entry.special or token in self.stop_ids]
-        # The first character of each, also of those that begin within another one; of one character there is no part.
+        # The first character of each, even of tokens that begin within another one; a single character has no part.
         return re.compile(f"(?=({'|'.join(re.escape(text) for text in control if len(text) > 1) or '(?!)'})).", re.DOTALL)
 
     def _cut(self, messages: T, around: Sequence[Message] = ()) -> tuple[T, str]:
@@ -313,7 +314,7 @@ class TurnEncoder:
         if not any(map(self._control_tokens.search, _texts(messages))):
             return messages, ""
         used = set[str]().union(*_texts(messages), *_texts(around))
-        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in used)  # characters for private use
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in used)  # private-use characters
 
         def cut(value: Any) -> Any:
             if isinstance(value, str):
@@ -327,7 +328,7 @@ class TurnEncoder:
     def _tokenize(self, text: str, mark: str = "") -> list[int]:
         try:
             return self._encoder.tokenize(text, mark)
-        except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
+        except Exception as error:  # tokenizers without an "unknown" token raise no specific class
             begin = text.replace(mark, "")[:60]
             raise DataError(
                 f"the tokenizer cannot encode what an environment adds, which begins {begin!r}: {error}; the model's "
@@ -351,7 +352,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _answers(opened: str) -> list[str]:
-    """Answers as a policy may give them behind what the template opens a turn with: with and without a thought."""
+    """Possible answers of a policy after the template's opening of a turn: with and without a thought."""
     thought = "THOUGHT\n</think>\n\nTEXT"
     if opened.rstrip().endswith("<think>"):
         return [thought]

@@ -1,6 +1,6 @@
 """Export trained policies as folders that plain PEFT and transformers load.
 
-A plan, the trained weights and the base model make a `TrainedPolicy`; `write_policy` writes it in an `ExportForm`.
+A plan, the trained weights and the base model form a `TrainedPolicy`; `write_policy` writes it in an `ExportForm`.
 """
 
 from hybrid_lightning.export.adapter_folder import AdapterFolder, LoraFolder

@@ -1,4 +1,4 @@
-"""Export the adapter alone, as PEFT saves it: `AdapterFolder`, and `LoraFolder` where all of it is LoRA."""
+"""Exports only the adapter, as PEFT saves it: `AdapterFolder`, and `LoraFolder` if all of it is LoRA."""
 
 from pathlib import Path
 
@@ -28,8 +28,8 @@ class AdapterFolder(ExportForm):
         """Write the adapter and the tokenizer.
 
         Raises:
-            ConfigError: If the base model is an adapter itself, or has experts and DoRA on modules beside them.
-            PlanError: If the base model lacks modules of the plan.
+            ConfigError: If the base model is itself an adapter, or has experts and DoRA on modules beside them.
+            PlanError: If modules of the plan are missing in the base model.
         """
         source, skeleton = policy.base.source, policy.base.skeleton()
         if source.adapter is not None:
@@ -67,7 +67,7 @@ class AdapterFolder(ExportForm):
 
 
 class LoraFolder(AdapterFolder):
-    """The adapter where no module is fully trained: plain LoRA, which servers such as vLLM load onto a base model they hold."""
+    """The adapter if no module is fully trained: plain LoRA, which servers such as vLLM load onto a base model they hold."""
 
     name = "lora"
 

@@ -1,6 +1,6 @@
-"""`MergedModel`: export one ordinary model with the trained weights merged into the base, module by module, in float32.
+"""`MergedModel`: exports one ordinary model with the trained weights merged into the base, module by module, in float32.
 
-Fully trained weights are taken as they are, low-rank ones are merged (see `adapters/merge.py`).
+Fully trained weights are copied, low-rank ones are merged (see `adapters/merge.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,17 +21,17 @@ from hybrid_lightning.model.prompts import PromptEncoder
 
 
 class MergedModel(ExportForm):
-    """A Hugging Face model folder, which `AutoModelForCausalLM.from_pretrained` and every server load.
+    """A Hugging Face model folder, which `AutoModelForCausalLM.from_pretrained` and every server can load.
 
     The base model is read again and held in memory once, on the CPU. After training on a quantized base, the weights are merged
     into the base before quantization.
 
     Args:
-        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None takes that of the base's config (for a GGUF file,
-            that of training).
+        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None takes the dtype in the base's config (for a GGUF
+            file, the dtype of training).
 
     Raises:
-        ConfigError: If the dtype is another one.
+        ConfigError: If the dtype is a different one.
     """
 
     name = "merged"
@@ -44,7 +44,7 @@ class MergedModel(ExportForm):
         self.dtype = dtype
 
     def weights_dtype(self, policy: TrainedPolicy) -> str:
-        """The dtype that was asked for, or else that of the base's config."""
+        """The requested dtype, or else the dtype in the base's config."""
         return self.dtype or policy.base.stored_dtype()
 
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
@@ -95,7 +95,7 @@ def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> N
 
 
 def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[str, Tensor]]:
-    """Name in the base model and merged value, in float32, of each weight that was trained."""
+    """Name in the base model and merged value, in float32, of each trained weight."""
     for planned in policy.plan.candidates:
         module, prefix = model.get_submodule(planned.name), f"{PEFT_PREFIX}{planned.name}."
         if planned.mode == "full":
@@ -117,11 +117,11 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
 
 
 def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained_with: Mapping[str, Any]) -> None:
-    """Make `generate` stop at the stop tokens of training; the sampling parameters stay those of the base model."""
+    """Make `generate` stop at the stop tokens of training; the sampling parameters stay the base model's."""
     settings = model.generation_config
     assert settings is not None
     stops = stop_token_ids(model.generation_config, tokenizer)
-    if trained_with.get("environment") is not None:  # turns of an episode may end by further ones
+    if trained_with.get("environment") is not None:  # turns of an episode may end with additional tokens
         encoder = PromptEncoder(tokenizer, chat_template_kwargs=trained_with.get("chat_template_kwargs"))
         stops = TurnEncoder(encoder, stops).stop_ids
     settings.eos_token_id = stops if len(stops) > 1 else stops[0]

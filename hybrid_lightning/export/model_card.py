@@ -1,7 +1,7 @@
 """The model card (`README.md`) of an exported folder, and the licence of its base model.
 
-A model has to keep the licence of the base model that it was trained from. Of files and folders on this machine the card has the
-names alone, since a reader cannot use the paths.
+A model must keep the licence of its base model. For files and folders on this machine the card has only names, since a reader
+cannot use the paths.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.model.loading import read_config
 from hybrid_lightning.training.optim import rate_of_full_modules
 
-_SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all
+_SHOWN_MODULES = 24  # most fully trained modules in the card; plan.json has all
 _SHOWN_SETTINGS = (  # arguments of the module
     "quantization",
     "loss",
@@ -56,7 +56,7 @@ _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 
 def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
-    """Write the model card of a policy that is exported in a form."""
+    """Write the model card of a policy exported in a form."""
     licence, dtype = base_licence(policy.base), form.weights_dtype(policy)
     revision = f" (revision {policy.base.revision})" if policy.base.revision is not None else ""
     found = "which could not be looked up: see where you have it from" if licence is None else licence
@@ -79,10 +79,10 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
 
 
 def base_licence(base: BaseModel) -> str | None:
-    """Look up the licence of a base model where the model is.
+    """Look up the licence of a base model at its source.
 
     Returns:
-        Identifier such as `apache-2.0`; None if none is given there, or the hub cannot be reached.
+        Identifier such as `apache-2.0`; None if no licence is given there, or if the hub cannot be reached.
     """
     if base.model in EMBEDDED:
         return "apache-2.0"  # part of this package
@@ -101,7 +101,7 @@ def base_licence(base: BaseModel) -> str | None:
 
 
 def copy_licence_files(base: BaseModel, folder: Path) -> None:
-    """Copy the LICENSE and NOTICE files of a local base model, which most licences require to pass on."""
+    """Copy the LICENSE and NOTICE files of a local base model; most licences require passing them on."""
     source = Path(base.source.location)
     if source.is_dir():
         for file in source.iterdir():
@@ -113,7 +113,7 @@ def _licence_in_card(card: Path) -> str | None:
     """Licence in the header of a model card."""
     try:
         licence = (metadata_load(card) or {}).get("license")
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or no header that can be read
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or no readable header
         return None
     return licence if isinstance(licence, str) else None
 
@@ -127,7 +127,7 @@ def _licence_in_gguf(file: Path) -> str | None:
 
 
 def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str:
-    """YAML header, which the hub reads; it names only models and data sets that the hub can resolve."""
+    """YAML header for the hub; it names only models and data sets that the hub can resolve."""
     tags = ["hybrid-lora"] if "examples_per_step" in policy.training.arguments else ["hybrid-lora", "rlvr"]
     header: dict[str, Any] = {"library_name": form.library, "pipeline_tag": "text-generation", "tags": tags}
     if not Path(policy.base.source.location).exists():
@@ -167,7 +167,7 @@ def _data_section(policy: TrainedPolicy) -> str:
     training = policy.training
     data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(_named(training.data))}```"
     settings = {name: training.arguments[name] for name in _SHOWN_SETTINGS if training.arguments.get(name) is not None}
-    if isinstance(optimizer := settings.get("optimizer"), Mapping):  # its own rate is not used
+    if isinstance(optimizer := settings.get("optimizer"), Mapping):  # the optimizer's own rate is not used
         used = {name: value for name, value in optimizer.get("init_args", {}).items() if name != "lr"}
         settings["optimizer"] = {**optimizer, "init_args": used}
     settings |= _rates(policy)
@@ -175,11 +175,11 @@ def _data_section(policy: TrainedPolicy) -> str:
 
 
 def _rates(policy: TrainedPolicy) -> dict[str, float]:
-    """The learning rates of the groups that were trained."""
+    """The learning rates of the trained groups."""
     trained = {"lr_full": policy.plan.full_modules, "lr_lora": policy.plan.lora_modules}
     rates = {name: policy.training.arguments.get(name) for name in trained}
     if rates["lr_full"] is None and rates["lr_lora"] is not None:
-        with suppress(ModelError):  # the base model's config, which says how wide it is, cannot be read
+        with suppress(ModelError):  # the base model's config, which has the width, cannot be read
             rates["lr_full"] = rate_of_full_modules(rates["lr_lora"], read_config(policy.base.source))
     return {name: float(f"{rates[name]:.6g}") for name, modules in trained.items() if modules and rates[name] is not None}
 
@@ -200,7 +200,7 @@ def _metrics_section(training: Training) -> str:
 
 
 def _generation(training: Training) -> str:
-    """Python code that completes a prompt, in the form of the training's prompts."""
+    """Python code that completes a prompt, in the form of the training prompts."""
     sampler = training.arguments.get("sampler") or {}
     most = sampler.get("init_args", {}).get("max_new_tokens", 64) if isinstance(sampler, Mapping) else 64
     messages = '[{"role": "user", "content": prompt}]'
@@ -231,7 +231,7 @@ def _version(name: str) -> str:
 
 
 def _named(value: Any) -> Any:
-    """A config with the name of a file or folder where it has an absolute path."""
+    """A config with absolute paths replaced by the name of the file or folder."""
     if isinstance(value, Mapping):
         return {key: _named(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Where a `TrainedPolicy` comes from: a checkpoint, or a module in memory such as that of a running job.
+"""Sources of a `TrainedPolicy`: a checkpoint, or a module in memory such as a running job's.
 
 A checkpoint may be a file or the folder of a sharded one, whatever strategy wrote it.
 """
@@ -21,12 +21,12 @@ from hybrid_lightning.training.checkpoint import adapter_state
 
 
 def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None = None, datamodule: Any = None) -> TrainedPolicy:
-    """Read plan and trained weights from a checkpoint, in one process, however many wrote it.
+    """Read plan and trained weights from a checkpoint, in one process, whatever number of processes wrote it.
 
     Args:
         path: File or folder of the checkpoint.
-        arguments: Constructor arguments of the module that replace those in the checkpoint, such as `model` where the base model
-            has been moved.
+        arguments: Constructor arguments of the module that replace the checkpoint's, such as `model` if the base model has
+            been moved.
         datamodule: Data module of the training, for the model card.
 
     Raises:
@@ -63,7 +63,7 @@ def policy_of_module(
         steps: Optimizer steps taken, for the model card.
         summary: State of a `RunSummary`, for the model card.
         datamodule: Data module of the training, for the model card.
-        keep: Whether this process needs the policy; otherwise it only takes part in gathering.
+        keep: Whether this process needs the policy; if not, it only takes part in gathering.
 
     Returns:
         The policy, or None without `keep`.

@@ -1,8 +1,8 @@
-"""What an export is made from, and what it is made into.
+"""Input and output of an export.
 
-- `TrainedPolicy`: plan, trained weights and base model (`BaseModel`), with what the model card says of the training (`Training`).
-- `ExportForm`: what a policy is exported as; one class per form, which `--form` names on the command line.
-- `peft_weights`: the trained weights by the names that PEFT gives them in a file. A checkpoint has
+- `TrainedPolicy`: plan, trained weights and base model (`BaseModel`), with the model card's facts about training (`Training`).
+- `ExportForm`: the form of an export; one class per form, which `--form` names on the command line.
+- `peft_weights`: the trained weights under PEFT's names in files. A checkpoint has
   `model.base_model.model.NAME.lora_A.default.weight` and `...NAME.modules_to_save.default.weight`; a PEFT file has
   `base_model.model.NAME.lora_A.weight` and `base_model.model.NAME.weight`. NAME is the module's name in the base model.
 """
@@ -35,7 +35,7 @@ _LORA = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.", f".lora_magnitude_vector.
 class BaseModel:
     """The model that was adapted, given by the arguments that load it.
 
-    An export reads its weights again, since those in memory may be quantized or sharded.
+    An export reads its weights again, since the weights in memory may be quantized or sharded.
     """
 
     model: str  # hub id or folder, as `resolve_model` takes it
@@ -45,7 +45,7 @@ class BaseModel:
 
     @property
     def name(self) -> str:
-        """What others know it by: the hub id, or the name of its folder or file."""
+        """Its public name: the hub id, or the name of its folder or file."""
         return Path(self.model).expanduser().absolute().name if Path(self.model).expanduser().exists() else self.model
 
     @property
@@ -58,7 +58,7 @@ class BaseModel:
         return load_model(self.source, self.dtype, None)
 
     def stored_dtype(self) -> str:
-        """Dtype that the model's config names, a key of `DTYPES`; for a GGUF file, which has none, that of training."""
+        """Dtype in the model's config, a key of `DTYPES`; for a GGUF file, which has none, the dtype of training."""
         stored = ""
         if "gguf_file" not in self.source.arguments:
             with suppress(ModelError):  # the hub cannot be reached
@@ -80,7 +80,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Training:
-    """What the model card says about the training."""
+    """The model card's facts about the training."""
 
     steps: int = 0  # optimizer steps
     arguments: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments of the module, in plain types
@@ -93,7 +93,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A plan, the weights trained by it, and the base model that they belong to."""
+    """A plan, the weights trained by it, and their base model."""
 
     plan: AdapterPlan
     weights: Mapping[str, Tensor]  # named as in a PEFT file (see `peft_weights`); not sharded, on the CPU
@@ -104,7 +104,7 @@ class TrainedPolicy:
 class ExportForm(Configurable, ABC):
     """Writes a policy into a folder.
 
-    A form of your own implements `write` and `how_to_load`.
+    Your own form implements `write` and `how_to_load`.
     """
 
     name: str  # name of the folder inside a run folder's `export`
@@ -112,19 +112,19 @@ class ExportForm(Configurable, ABC):
     relation: str  # `base_model_relation` in the model card
 
     def check(self, plan: AdapterPlan) -> None:
-        """Check that this form can hold what a plan trains, which most forms can; called before training, if the plan is known.
+        """Check that this form can hold what a plan trains; called before training, if the plan is known. Most forms can.
 
         Raises:
             ConfigError: If it cannot.
         """
 
     def weights_dtype(self, policy: TrainedPolicy) -> str | None:
-        """Dtype of the weights that this form writes, for the screen and the model card; None leaves it out."""
+        """Dtype of the weights that this form writes, for the screen and the model card; None omits it."""
         return None
 
     @abstractmethod
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
-        """Write weights, configs and tokenizer into an empty folder; the model card and the plan are written by the caller."""
+        """Write weights, configs and tokenizer into an empty folder; the caller writes the model card and the plan."""
 
     @abstractmethod
     def how_to_load(self, policy: TrainedPolicy) -> str:
@@ -149,7 +149,7 @@ def base_model_of(arguments: Mapping[str, Any]) -> BaseModel:
 def training_of(
     steps: int, arguments: Mapping[str, Any], summary: Mapping[str, Any] | None = None, datamodule: Any = None
 ) -> Training:
-    """Collect what the model card says about a training: `summary` is the state of a `RunSummary`, and has validation metrics."""
+    """Collect the model card's facts about a training; `summary` is the state of a `RunSummary`, with validation metrics."""
     summary = summary or {}
     source: Any = getattr(datamodule, "source", None)
     return Training(
@@ -164,21 +164,21 @@ def training_of(
 
 
 def is_adapter_weight(name: str) -> bool:
-    """Whether a name in a state dict is that of an adapter's weight, not of the frozen base model."""
+    """Whether a name in a state dict belongs to an adapter's weight, not to the frozen base model."""
     return PEFT_PREFIX in name and (_FULL in name or any(part in name for part in _LORA))
 
 
 def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:
     """Select the adapter's weights from the state dict of the adapted model, or of a module that contains it.
 
-    They get the names that PEFT gives them in a file. `source` says where the state dict comes from, for the error message.
+    They get PEFT's names in files. `source` names the origin of the state dict, for the error message.
 
     Raises:
-        CheckpointError: If the adapter's weights are not those of the plan.
+        CheckpointError: If the adapter's weights do not match the plan.
     """
     weights = {_peft_name(name): weight for name, weight in state.items() if is_adapter_weight(name)}
     expected = set(_expected(plan))
-    # Not every module has biases; those of experts are named like their weights.
+    # Not every module has biases; experts' biases are named like their weights.
     full = tuple(f"{PEFT_PREFIX}{name}." for name in plan.full_modules)
     biases = {name for name in weights if name.startswith(full) and name.endswith("bias")}
     different = sorted((expected ^ weights.keys()) - biases)

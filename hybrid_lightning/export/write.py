@@ -1,4 +1,4 @@
-"""`write_policy`: export a policy in a form into a new folder, which appears complete or not at all."""
+"""`write_policy`: exports a policy in a form into a new folder, which appears complete or not at all."""
 
 import os
 import shutil
@@ -18,11 +18,11 @@ from hybrid_lightning.sharding.atomic import flush
 def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:
     """Export a policy together with a model card, its plan and the licence files of the base model, and return the folder.
 
-    Random state is left as it is, so that an export does not change a run that goes on.
+    Random state is left unchanged, so that an export does not affect a run that continues.
 
     Args:
         policy: The policy to export.
-        form: What to export it as.
+        form: The form to export it in.
         target: Path of a new or empty folder, which appears complete or not at all.
 
     Raises:
@@ -40,20 +40,20 @@ def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) ->
 
 
 def written_message(policy: TrainedPolicy, form: ExportForm, folder: str | Path) -> str:
-    """Message for the screen when a policy has been written."""
+    """Message for the screen after a policy has been written."""
     dtype = form.weights_dtype(policy)
     return f"Policy written to {folder}{f' in {dtype}' if dtype else ''}"
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Within this context a folder beside the target is filled; it gets the target's name once it is complete and on the disk.
+    """Within this context a folder beside the target is filled; it gets the target's name when it is complete and on the disk.
 
-    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing mistakes for the target. Missing
-    folders above it are made.
+    If the process is killed in the meantime, it leaves `.NAME.XXXXXXXX.partial`, which nothing mistakes for the target. Missing
+    parent folders are made.
 
     Raises:
-        ConfigError: If the target is not empty, before writing or when all is written.
+        ConfigError: If the target is not empty, before writing or at the end.
     """
     target = target.absolute()
     check_target(target)

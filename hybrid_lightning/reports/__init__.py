@@ -1,1 +1,1 @@
-"""What can be said of a run: findings that keep it from learning, what rewards pay reference answers, and its page."""
+"""Findings about a run that keep it from learning, the rewards of reference answers, and the run's page."""

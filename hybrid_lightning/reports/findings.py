@@ -1,7 +1,7 @@
-"""Findings: what keeps a run from learning, as a sentence with its remedy and the section of `docs/troubleshooting.md` on it.
+"""Findings: what keeps a run from learning, as a sentence with its remedy and its section of `docs/troubleshooting.md`.
 
-`doctor` looks for them before a run, and `Diagnosis` while it runs. Each function here turns what was measured into findings, and
-holds the thresholds, whose reasons are in the docs. None of them talks to other ranks.
+`doctor` looks for them before a run, and `Diagnosis` during it. Each function here turns measurements into findings, and holds
+the thresholds; the docs give the reasons for them. None of them communicates with other ranks.
 """
 
 import math
@@ -15,7 +15,7 @@ from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import Rewards, Rollouts, equal_groups
 
 PAGE = "docs/troubleshooting.md"
-SECTIONS = {  # finding -> its section of PAGE; the first that is found explains those after it
+SECTIONS = {  # finding -> its section of PAGE; the first finding explains the later ones
     "large": "a-step-is-too-large",
     "copy": "the-answer-is-in-the-prompt",
     "reference": "the-reference-answer-earns-nothing",
@@ -35,25 +35,25 @@ SECTIONS = {  # finding -> its section of PAGE; the first that is found explains
 }
 _CUT = 0.5  # share of completions that are cut and not right
 _EQUAL = 0.9  # share of groups without a difference
-_NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
+_NO_ANSWER = 0.9  # share of completions without an answer that the reward finds
 _MAX_KL = 0.4  # nats a token: above it the embedded policy learned less or collapsed (docs/troubleshooting.md)
-_MIN_CHANGE = 0.1  # of a log-probability, in nats, in a whole run
+_MIN_CHANGE = 0.1  # of a log-probability, in nats, over a whole run
 _AGREEMENT, _AGREEMENT_HALF = 1e-3, 0.1  # nats a token, with products of float32 and of 16 bits (docs/troubleshooting.md)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found."""
+    """One finding."""
 
     kind: str  # a key of `SECTIONS`
-    text: str  # what was seen
-    remedy: str  # what to do
-    # "error" if nothing can be learned, "warning" if little may be, "note" for what `doctor` alone says.
+    text: str  # the observation
+    remedy: str  # the remedy
+    # "error" if nothing can be learned, "warning" if little may be, "note" for what only `doctor` reports.
     level: Literal["error", "warning", "note"] = "warning"
 
     @property
     def advice(self) -> str:
-        """The remedy, and where more stands about it."""
+        """The remedy, and where to read more about it."""
         return f"{self.remedy} ({PAGE}#{SECTIONS[self.kind]})"
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Finding:
 
 
 def cause(found: Iterable[Finding]) -> Finding | None:
-    """The finding that explains the others, such as a reward that pays for anything; None if there are notes at most."""
+    """The finding that explains the others, such as a reward that pays for anything; None if there are only notes."""
     order = list(SECTIONS)
     grave = [finding for finding in found if finding.level != "note"]
     return min(grave, key=lambda finding: order.index(finding.kind), default=None)
@@ -70,9 +70,9 @@ def cause(found: Iterable[Finding]) -> Finding | None:
 def of_rollouts(
     rollouts: Rollouts, rewards: Rewards, where: str, limits: Mapping[str, int], credited: Rewards | None = None
 ) -> list[Finding]:
-    """What completions of this rank and their rewards show: whether there is something to learn from, and whether they are whole.
+    """Findings about completions of this rank and their rewards: whether there is something to learn, and whether they are whole.
 
-    `where` says what they are, such as "the first rollout", and `limits` how long they may be (see `Generation.limits`).
+    `where` names the completions, such as "the first rollout"; `limits` bounds their length (see `Generation.limits`).
     Advantages are estimated from `credited` (see `PolicyModule.credited`), or else from the rewards.
     """
     own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
@@ -98,7 +98,7 @@ def of_rollouts(
 
 
 def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
-    """Whether completions are cut before they are right, by the `share` that is cut, and the one that is cut and `wrong`."""
+    """Whether completions are cut before they are right, from the `share` that is cut, and the share that is cut and `wrong`."""
     if wrong < _CUT:
         return []
     cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
@@ -112,7 +112,7 @@ def as_options(limits: Mapping[str, int]) -> str:
 
 
 def of_answers(answers: Sequence[str | None]) -> list[Finding]:
-    """Whether the reward finds answers in completions, be they right or wrong."""
+    """Whether the reward finds answers in completions, right or wrong."""
     missing = sum(answer is None for answer in answers) / max(1, len(answers))
     if missing < _NO_ANSWER:
         return []
@@ -121,7 +121,7 @@ def of_answers(answers: Sequence[str | None]) -> list[Finding]:
 
 
 def of_agreement(difference: float, precision: str) -> list[Finding]:
-    """Whether sampling and training compute the same, by the mean of |l_train - l_sample| over tokens, in nats.
+    """Whether sampling and training compute the same, from the mean of |l_train - l_sample| over tokens, in nats.
 
     `precision` is the Trainer's: float32 weights are rounded to 16 bits in products under `bf16-mixed`.
     """
@@ -134,18 +134,18 @@ def of_agreement(difference: float, precision: str) -> list[Finding]:
 
 @dataclass(frozen=True)
 class Change:
-    """How one optimizer step has changed the policy, on completions that the policy before it has sampled."""
+    """How one optimizer step has changed the policy, on completions sampled by the policy before it."""
 
-    kl: float  # nats a token, from the policy before to the one after, k3
+    kl: float  # nats a token, from the policy before the step to the policy after it, k3
     moved: float  # mean of the absolute change of a token's log-probability, in nats
-    ratio: float  # largest ratio of the loss: of tokens, or of sequences
+    ratio: float  # largest ratio in the loss: of tokens, or of sequences
     clipped: float | None  # share that the loss clips; None if it does not clip
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "Change":
         """Compare log-probabilities before and after the step, [B, T], where `mask` [B, T] is True: on sampled tokens.
 
-        `metrics` are what the loss measures with these two.
+        `metrics` are the loss's measurements of these two.
         """
         tokens = mask.sum().clamp(min=1)
         moved = F.log_ratio(after, before, mask).abs().sum() / tokens
@@ -155,7 +155,7 @@ class Change:
 
 
 def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
-    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`.
+    """Whether the learning rates fit, from the change in one step at the full rates; `steps` is infinite for a run without limit.
 
     `precision` is the Trainer's. The rounding of 16 bits alone is a KL of less than 1e-3, and may hide a step entirely.
     """
@@ -174,9 +174,9 @@ def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
 
 
 def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
-    """Whether there is a gradient, by the norms of the parameter groups before clipping.
+    """Whether there is a gradient, from the norms of the parameter groups before clipping.
 
-    Where all rewards of each group of the step are `equal`, there is none; of a whole rollout that is a finding of its own.
+    If all rewards in each group of the step are `equal`, there is none; for a whole rollout that is a separate finding.
     """
     if equal or not norms or any(norms.values()):
         return []
@@ -184,7 +184,7 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
 
 
 def of_teacher(accuracy: float, of_policy: float) -> list[Finding]:
-    """Whether a teacher is better than the policy, by their accuracies on the same prompts."""
+    """Whether a teacher is better than the policy, from their accuracies on the same prompts."""
     if accuracy > of_policy:
         return []
     text = f"the teacher gets {accuracy:.0%} right where the policy gets {of_policy:.0%}, so it has little to teach"
@@ -192,7 +192,7 @@ def of_teacher(accuracy: float, of_policy: float) -> list[Finding]:
 
 
 def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
-    """Whether a run, which needs so many bytes at its peak in a phase, fits its device."""
+    """Whether a run that needs `needed` bytes at its peak in a phase fits its device."""
     if needed <= there:
         return []
     text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
@@ -201,13 +201,13 @@ def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
 
 @dataclass
 class TrainingMonitor:
-    """Looks at rollouts and steps of a run for what went wrong since its start."""
+    """Watches rollouts and steps of a run for problems since its start."""
 
-    groups: int  # of each rollout, over all devices
-    window: int = 0  # rollouts that are looked at together: at least 3, with at least 24 groups
-    rollouts: list[dict[str, float]] = field(default_factory=list)  # of the start and of now, at most twice the window
-    entropy: float | None = None  # of the first step
-    idle: int = 0  # steps in a row whose gradient was 0
+    groups: int  # groups in each rollout, over all devices
+    window: int = 0  # rollouts to look at together: at least 3, with at least 24 groups
+    rollouts: list[dict[str, float]] = field(default_factory=list)  # the first and the latest ones, at most twice the window
+    entropy: float | None = None  # entropy at the first step
+    idle: int = 0  # steps in a row with gradient 0
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -215,18 +215,18 @@ class TrainingMonitor:
 
     @property
     def constant(self) -> float | None:
-        """What every completion of the rollouts that are kept has earned; None if there are none, or they differ."""
+        """The reward of every completion in the kept rollouts; None if there are no rollouts, or if rewards differ."""
         paid = [value for row in self.rollouts for value in (row["worst"], row["reward"])]
         return paid[0] if paid and max(paid) - min(paid) <= 1e-6 * max(1.0, abs(paid[0])) else None
 
     @property
     def equal(self) -> bool:
-        """Whether the last rollouts had nothing to learn from, though not all that was asked was solved."""
+        """Whether the last rollouts had nothing to learn from, although not all problems were solved."""
         last = self.rollouts[-self.window :]
         return sum(row["equal"] for row in last) >= _EQUAL * len(last) and not all(row["solved"] == 1 for row in last)
 
     def add_rollout(self, metrics: Mapping[str, float], worst: float, spread: float) -> list[Finding]:
-        """Add a rollout: metrics that it logs, its lowest reward, and the standard deviation of its groups' mean rewards."""
+        """Add a rollout: its logged metrics, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
         names = {"reward": "reward", "equal": "frac_reward_zero_std", "solved": "solve_rate/all"}
@@ -239,7 +239,7 @@ class TrainingMonitor:
         last, start = self.rollouts[-self.window :], self.rollouts[: self.window]
         if all(entry["equal"] == 1 for entry in last):
             if all(entry["solved"] == 1 for entry in last):
-                return []  # nothing is wrong with a policy that can do all that is asked
+                return []  # a policy that solves every problem is fine
             text = (
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"
@@ -255,7 +255,7 @@ class TrainingMonitor:
         return []
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
-        """Add an optimizer step by the metrics that it logs."""
+        """Add an optimizer step by its logged metrics."""
         self.steps += 1
         norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
         self.idle = 0 if any(norms) or not norms else self.idle + 1
@@ -272,5 +272,5 @@ class TrainingMonitor:
 
 
 def worse(text: str) -> Finding:
-    """That the policy gets worse, and why."""
+    """The finding that the policy gets worse, with the reason."""
     return Finding("worse", text, "lower model.lr_lora and model.lr_full, and go on from an earlier checkpoint")

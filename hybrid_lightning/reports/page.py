@@ -1,7 +1,7 @@
-"""Pages about runs: HTML with style and curves (SVG) inside, without scripts and without anything from a network.
+"""Pages about runs: HTML with inline style and curves (SVG), without scripts or anything from a network.
 
-`report_page` shows one run; `compare_runs.py` puts several on one page out of the same parts. All that a run says is escaped,
-since a completion may hold any text.
+`report_page` shows one run; `compare_runs.py` puts several on one page from the same parts. All text from a run is escaped, since
+a completion may hold any text.
 """
 
 import base64
@@ -22,7 +22,7 @@ from hybrid_lightning.reports.verdict import GREEDY, REWARD, compare_validations
 
 REPORT = "report.json"
 Curve = tuple[list[int], list[float]]  # steps and values
-_POINTS = 300  # of a curve as it is drawn; of more the means
+_POINTS = 300  # drawn points of a curve; more points are averaged
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c1e21;--faint:#5d6670;--page:#fff;--box:#f5f6f8;--line:#d5d9de;--good:#17743a;--bad:#b3261e;
 --c0:#0b62b8;--c1:#c2410c;--c2:#0f7b5f;--c3:#8b3fa8;--c4:#8a6100;--c5:#3d4a57}
@@ -54,18 +54,18 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says about its run."""
+    """The contents of a run folder."""
 
     folder: Path
     report: dict[str, Any]  # report.json
-    summary: dict[str, Any] | None  # summary.json, of a finished run
+    summary: dict[str, Any] | None  # summary.json of a finished run
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Read a run folder.
 
         Raises:
-            ConfigError: If there is none, it is not that of a run that has begun, or it cannot be read.
+            ConfigError: If it does not exist, does not belong to a run that has begun, or cannot be read.
         """
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder; give a run folder such as runs/gspo/version_0")
@@ -80,13 +80,13 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How the run stands, and at which step."""
+        """The run's state, and its step."""
         steps = f" of {self.report['max_steps']}" if self.report["max_steps"] > 0 else ""
         return f"{self.report['state']} (step {self.report['step']}{steps})"
 
     @property
     def measures(self) -> dict[str, str]:
-        """What a run is judged by: name for people -> metric."""
+        """Criteria for a run: name for people -> metric."""
         found = {name: f"accuracy ({name.removeprefix('val/')})" for name in self.curves if re.fullmatch(r"val/avg@\d+", name)}
         found |= {GREEDY: "greedy accuracy", REWARD: "reward", "val/loss": "held-out loss"}
         found["val/rewards/accuracies"] = "preferred as chosen"
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def trainable(self) -> int | None:
-        """Number of trained parameters; None if neither summary nor plan tell it."""
+        """Number of trained parameters; None if neither summary nor plan has it."""
         if self.summary is not None:
             return int(self.summary["trainable_parameters"])
         return None if self.plan is None else self.plan.trainable_parameters()
@@ -110,7 +110,7 @@ class Run:
         return AdapterPlan.load(self.folder / "plan.json") if (self.folder / "plan.json").is_file() else None
 
     def value(self, metric: str, place: int) -> str:
-        """The first (0) or last (-1) value of a metric in words, with its interval where it has one, and its step."""
+        """The first (0) or last (-1) value of a metric in words, with its interval, if any, and its step."""
         if metric not in self.curves:
             return "-"
         step, value = (side[place] for side in self.curves[metric])
@@ -136,7 +136,7 @@ def _read(path: Path) -> Any:
 
 
 def shown_comparison(change: Difference, metric: str, paired: bool) -> str:
-    """A difference with its interval, and by how many problems it is known."""
+    """A difference with its interval, and the number of problems that it is based on."""
     return f"{shown_difference(change, metric)}, {f'paired over {change.problems} problems' if paired else 'unpaired'}"
 
 
@@ -166,12 +166,12 @@ def report_page(run: Run) -> str:
 
 
 def result_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> Html:
-    """What came out, one column a run."""
+    """The results, one column per run."""
     return table(("", *(_marked(number, run) for number, run in enumerate(runs))) if len(runs) > 1 else (), rows)
 
 
 def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """What came out as rows: what it is, and its value in each run."""
+    """The results as rows: the name, and its value in each run."""
     labels = {label: name for run in runs for label, name in run.measures.items()}
     rows: list[tuple[str, ...]] = []
     for label, name in labels.items():
@@ -248,7 +248,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
 
 
 def folded(title: str, content: str) -> Html:
-    """HTML that a click opens."""
+    """HTML that opens with a click."""
     return Html(f"<details><summary>{escape(title)}</summary>{content}</details>")
 
 
@@ -258,7 +258,7 @@ def charts(runs: Sequence[Run]) -> Html:
 
 
 def charted(runs: Sequence[Run]) -> list[str]:
-    """The metrics that have a chart."""
+    """The metrics with a chart."""
     return list(dict.fromkeys(name for run in runs for name in run.curves if not name.endswith((f"/{LOWER}", f"/{UPPER}"))))
 
 
@@ -272,7 +272,7 @@ def _marked(number: int, run: Run) -> Html:
 
 
 def shown_value(value: Any) -> str:
-    """A value of an option; a class of ours by its name."""
+    """A value of an option; our classes by name."""
     if isinstance(value, Mapping) and "class_path" in value:
         value = value["class_path"]
     if isinstance(value, str):
@@ -331,7 +331,7 @@ def _chart(name: str, runs: Sequence[Run]) -> str:
 
 
 def thinned(curve: Curve, most: int = _POINTS) -> list[tuple[float, float]]:
-    """The finite points of a curve; of more than `most` the means of as many that follow each other."""
+    """The finite points of a curve; more than `most` points are averaged in equal runs of neighbours."""
     points = [(float(step), value) for step, value in zip(*curve, strict=True) if math.isfinite(value)]
     size = -(-len(points) // most)
     parts = [points[start : start + size] for start in range(0, len(points), size or 1)]

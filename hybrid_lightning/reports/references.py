@@ -1,10 +1,10 @@
-r"""What the reward pays for the reference answer, and what the answers of the rows are.
+r"""The reward of the reference answers, and the answers of the rows.
 
 A reward that gives the reference answer nothing can pay for nothing.
 
-A reference completion is the row's answer in the form that its prompt asks for: as the answers of its few-shot examples are
-written, or in the `\boxed{}`, `<answer>` or other form that its text names, else the answer by itself. The best of them counts.
-If none is paid, all other forms are tried.
+A reference completion is the row's answer in the form that its prompt requires: the form of the answers in its few-shot examples,
+or `\boxed{}`, `<answer>` or another form that its text names, else the answer by itself. The best of them counts. If none is
+paid, all other forms are tried.
 """
 
 import re
@@ -26,9 +26,9 @@ from hybrid_lightning.rollout.rng import capture_random_state, restore_random_st
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import Completion, Prompt
 
-_PROMPTS = 32  # in which their own answer is looked for
+_PROMPTS = 32  # number of prompts searched for their own answer
 _CONSTANT = 0.3  # share of the most frequent reference answer
-# What a prompt says -> the answer in the form that it asks for.
+# Text in a prompt -> the answer in the form that the prompt requires.
 _FORMS: dict[str, Callable[[str], str]] = {
     r"\boxed": lambda answer: rf"\boxed{{{answer}}}",
     "<answer>": lambda answer: f"<answer>{answer}</answer>",
@@ -42,16 +42,16 @@ _FORMS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class References:
-    """What the reference answers of some rows earn."""
+    """The rewards of the reference answers of some rows."""
 
-    note: str  # one line on what was tried, or why nothing could be
-    findings: tuple[Finding, ...] = ()  # what is wrong
+    note: str  # one line on what was tried, or why nothing could be tried
+    findings: tuple[Finding, ...] = ()  # problems
 
 
 def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
-    """Look at the reference answers of training prompts: the most frequent one, and whether prompts contain their own.
+    """Examine the reference answers of training prompts: the most frequent one, and whether prompts contain their own.
 
-    `accuracy` is the share of right completions of the policy, which one constant answer may exceed.
+    `accuracy` is the policy's share of right completions, which one constant answer may exceed.
     """
     rows = [prompt for prompt in prompts if (prompt.answer or "").strip()]
     if not rows:
@@ -66,7 +66,7 @@ def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
 
 
 def _in_the_prompt(prompts: list[Prompt]) -> Iterator[Finding]:
-    """Whether all prompts contain their own answer, and few of them that of another row, as options to choose from do."""
+    """Whether all prompts contain their own answer, and few contain another row's, as prompts with answer options do."""
     texts = [_text(prompt) for prompt in prompts]
     others = [(text, other) for row, text in enumerate(texts) if (other := _other(prompts, row)) is not None]
     shown = all(_contains(text, _answer(prompt)) for text, prompt in zip(texts, prompts, strict=True))
@@ -80,7 +80,7 @@ def _in_the_prompt(prompts: list[Prompt]) -> Iterator[Finding]:
 
 
 def _shared(texts: Sequence[str]) -> int:
-    """Number of first characters that all texts have alike."""
+    """Number of leading characters that all texts share."""
     return sum(1 for _ in takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False)))
 
 
@@ -91,10 +91,10 @@ def _contains(text: str, answer: str) -> bool:
 def reference_rewards(
     generation: Generation, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
 ) -> References:
-    """Ask the reward for the reference answers of `count` training prompts, evenly spread; random states stay as they are.
+    """Score the reference answers of `count` training prompts, evenly spread; random states stay unchanged.
 
-    `form` is the data's format, whose few-shot examples say how answers are written. `pays` says whether a completion of the
-    policy was right, so that the reward does pay, be it for a form that is not known here.
+    `form` is the data's format; its few-shot examples show how answers are written. `pays` is whether a completion of the policy
+    was right, so that the reward does pay, possibly for a form that is not known here.
     """
     some = [prompt for prompt in _spread(prompts, count) if prompt.completions or (prompt.answer or "").strip()]
     if generation.episodes is not None:
@@ -149,7 +149,7 @@ def _tried(generation: Generation, prompts: list[Prompt], form: PromptFormat | N
 
 
 def _paid_by_accident(generation: Generation, prompts: list[Prompt], texts: Sequence[str]) -> Iterator[Finding]:
-    """Whether wrong answers are paid as well as right ones."""
+    """Find whether wrong answers are paid as well as right ones."""
     right = _values(generation, prompts, texts)
     wrong = _of_other_answers(generation, prompts, dict(enumerate(texts)))
     rows = [row for row, value in wrong.items() if value >= right[row]]
@@ -165,8 +165,8 @@ def _paid_by_accident(generation: Generation, prompts: list[Prompt], texts: Sequ
 def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
     """For each prompt the first of its completions that is paid, and True; else its last one, and False.
 
-    Paid is what earns more than 0 of every part that measures correctness or, for rewards that are never above 0, more than the
-    answer of another row does in the same place.
+    A completion is paid if it earns more than 0 from every part that measures correctness or, for rewards that are never above 0,
+    more than another row's answer earns in the same place.
     """
     best = [(texts[-1], False) for texts in forms]
     for number in range(max(map(len, forms))):
@@ -181,14 +181,14 @@ def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequenc
 
 
 def _of_other_answers(generation: Generation, prompts: list[Prompt], texts: Mapping[int, str]) -> dict[int, float]:
-    """What texts (row -> text) earn with the answer of another row in the place of their own, where rows' answers differ."""
+    """Rewards of texts (row -> text) with another row's answer in place of their own, if rows' answers differ."""
     wrong = {row: other for row in texts if (other := _other(prompts, row)) is not None}
     written = [texts[row].replace(_answer(prompts[row]), other) for row, other in wrong.items()]
     return dict(zip(wrong, _values(generation, [prompts[row] for row in wrong], written), strict=True))
 
 
 def _values(generation: Generation, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """What texts earn of the parts that measure correctness: the least of them."""
+    """The lowest reward of each text among the parts that measure correctness."""
     if not texts:
         return []
     assert generation.reward is not None
@@ -207,21 +207,21 @@ def _other(prompts: list[Prompt], row: int) -> str | None:
 
 
 def _asked(prompt: Prompt, form: PromptFormat | None) -> Iterator[str]:
-    """The reference answer in the forms that a prompt may ask for, the likeliest first."""
+    """The reference answer in the forms that a prompt may require, the most likely one first."""
     yield from prompt.completions[:1]
     answer = prompt.answer
     if answer is None:
         return
     form = form.formats.get(prompt.set_name) if isinstance(form, FormatBySet) else form
     if form is not None and form.examples:
-        with suppress(HybridLightningError):  # rows may lack a column that the examples have
+        with suppress(HybridLightningError):  # rows may not have a column that the examples have
             yield fill_template("answer_template", form.answer_template, {**prompt.columns, "answer": answer}, prompt.place)
     yield from (make(answer) for name, make in _FORMS.items() if name in _text(prompt))
     yield answer
 
 
 def _has_pattern(generation: Generation) -> bool:
-    """Whether a term of the reward looks for answers by a pattern, which may be one that no known form has."""
+    """Whether a term of the reward finds answers by a pattern, which may be unlike all known forms."""
     scorers = [scorer for term in generation.reward_terms() for scorer in (term, *getattr(term, "scorers", ()))]
     return any(getattr(scorer, "pattern", None) is not None for scorer in scorers)
 
@@ -239,6 +239,6 @@ def _completion(generation: Generation, prompt: Prompt, text: str) -> Completion
     thinking = generation.policy.pretrained.encoder.render(prompt).rstrip().endswith("<think>")
     whole = f".\n</think>\n{text}" if thinking else text
     tokens = len(whole)
-    with suppress(Exception):  # tokenizers that lack a part of it have no error class of their own
+    with suppress(Exception):  # incomplete tokenizers raise no specific class
         tokens = len(generation.policy.pretrained.tokenizer(whole, add_special_tokens=False)["input_ids"])
     return Completion(whole, tokens + 1, finished=True, thinking=thinking)

@@ -1,7 +1,7 @@
-"""The verdict of a run: whether its policy has learned, by its validations before training and at its end.
+"""The verdict of a run: whether its policy has learned, from its validations before training and at its end.
 
-Accuracy decides and, where it does not move or nothing says what is right, the reward. One answer to most problems is not
-learning, whatever it earns.
+Accuracy decides; if it does not change, or if correctness is not measured, the reward decides. One answer to most problems is not
+learning, whatever its reward.
 """
 
 import math
@@ -16,7 +16,7 @@ GREEDY, REWARD = "val/greedy_accuracy", "val/reward"
 
 
 def problem_values(validation: Mapping[str, Any] | None, metric: str) -> dict[Problem, float]:
-    """Value of each problem at a validation, as `report.json` has it; empty for metrics without values by problem."""
+    """Value of each problem at a validation, as in `report.json`; empty for metrics without values by problem."""
     column = {GREEDY: 3, REWARD: 4}.get(metric, 2)
     rows = (validation or {}).get("problems", ()) if column > 2 or metric.startswith("val/avg@") else ()
     return {(row[0], row[1]): math.nan if row[column] is None else row[column] for row in rows if len(row) > column}
@@ -25,7 +25,7 @@ def problem_values(validation: Mapping[str, Any] | None, metric: str) -> dict[Pr
 def compare_validations(
     first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, metric: str, paired: bool = True
 ) -> Difference | None:
-    """By how much a metric changed from one validation to another; None if one of them has no values by problem."""
+    """The change of a metric from one validation to another; None if one of them has no values by problem."""
     before, after = problem_values(first, metric), problem_values(last, metric)
     if not before or not after:
         return None
@@ -34,18 +34,18 @@ def compare_validations(
 
 
 def shown_difference(change: Difference, metric: str) -> str:
-    """A change with its interval, such as "+12.5 points [+3.1, +21.0]"; accuracies in points, a reward as it is paid."""
+    """A change with its interval, such as "+12.5 points [+3.1, +21.0]"; accuracies in points, a reward in its own unit."""
     scale, digits, unit = (1, 3, "") if metric == REWARD else (100, 1, " points")
     value, low, high = (f"{scale * number:+.{digits}f}" for number in change[:3])
     return f"{value}{unit}{'' if math.isnan(change.low) else f' [{low}, {high}]'}"
 
 
 def most_frequent(given: Sequence[tuple[str | None, bool, str | None]]) -> dict[str, Any]:
-    """What rows and greedy completions answer most often, by `Evaluation.answers`; empty if rows have no answers.
+    """The most frequent answers in rows and in greedy completions, from `Evaluation.answers`; empty if rows have no answers.
 
     Returns:
         `reference`, the most frequent reference answer, the `share` of problems that have it, and `one_answer`: if most of the
-        problems that have another answer get the same one, wrongly, a sentence that says so, else "".
+        problems with a different answer get the same one, wrongly, a sentence about that, else "".
     """
     references = Counter(reference for _, _, reference in given if reference is not None).most_common(1)
     if not references:
@@ -61,7 +61,7 @@ def verdict(accuracy: Difference | None, reward: Difference | None) -> tuple[str
     """Judge a policy by its changes from the validation before training to the one at the end.
 
     Args:
-        accuracy: The change of accuracy; None if it was not measured, or no part of the reward says what is right.
+        accuracy: The change of accuracy; None if it was not measured, or if no part of the reward measures correctness.
         reward: The change of the reward; None if it was not measured.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Verifiable rewards: how many points a completion earns, computed by rules, tests and comparisons with a reference answer."""
+"""Verifiable rewards: scores of completions, computed by rules, tests and comparisons with a reference answer."""
 
 from hybrid_lightning.rewards.arriving import ArrivingRewards
 from hybrid_lightning.rewards.code_tests import CodeTests

@@ -1,10 +1,10 @@
-"""`ArrivingRewards`: completions are scored as they arrive, while others are still being generated.
+"""`ArrivingRewards`: scores completions as they arrive, while others are still being generated.
 
-    arriving = ArrivingRewards(reward, prompts)         before completions are begun
+    arriving = ArrivingRewards(reward, prompts)         before completions begin
     arriving.add(row, completion)                       from any thread, as soon as one has ended
-    evaluate_reward(reward, completions, prompts, arriving=arriving)        waits for those under way, and scores the others
+    evaluate_reward(reward, completions, prompts, arriving=arriving)        waits for calls in progress, and scores the others
 
-The numbers are those that the reward gives for all completions together: only terms for which that holds are scored so (see
+The numbers equal the reward's numbers for all completions together: only terms for which that holds are scored this way (see
 `RewardFunction.overlaps`).
 """
 
@@ -23,10 +23,10 @@ from hybrid_lightning.user_code import in_user_code
 class ArrivingRewards:
     """The rewards of B completions that are scored one by one, each in a thread.
 
-    These threads do not hold up the end of the process, as those of `concurrent.futures` do.
+    These threads do not hold up the end of the process, unlike those in `concurrent.futures`.
 
     Args:
-        reward: The reward; the terms of a sum are scored apart.
+        reward: The reward; the terms of a sum are scored separately.
         prompts: The B prompts, one for each completion.
     """
 
@@ -34,13 +34,13 @@ class ArrivingRewards:
         self._prompts = prompts
         meanwhile = [(term, max((_overlaps(term, prompt) for prompt in prompts), default=0)) for term, _ in reward.terms()]
         self._turns = [(term, threading.Semaphore(most)) for term, most in meanwhile if most]
-        # Further turns of each, from when all completions are there.
+        # Further turns of each, available after all completions have arrived.
         self._later = [max(0, term.concurrency - most) for term, most in meanwhile if most]
         self._values: dict[tuple[str, int], Future[Tensor]] = {}  # by name of the term and row
 
     @property
     def on_completion(self) -> Callable[[int, str], None] | None:
-        """`add`, for engines; None where nothing is scored so."""
+        """`add`, for engines; None if no term is scored this way."""
         return self.add if self._turns else None
 
     def add(self, row: int, completion: str) -> None:
@@ -52,10 +52,10 @@ class ArrivingRewards:
                 threading.Thread(target=_score, args=given, daemon=True, name="rewards").start()
 
     def values(self, term: RewardFunction, rows: Sequence[int], completions: Sequence[str]) -> dict[int, Tensor]:
-        """Row -> value [1] of a term, of those rows that are scored one by one. It waits for them.
+        """Row -> value [1] of a term, for rows that are scored one by one. It waits for them.
 
         Raises:
-            RewardError: If the term raises, or returns no finite number, for the first such row.
+            RewardError: If the term raises, or does not return a finite number, for the first such row.
         """
         try:
             later, self._later = self._later, []
@@ -70,7 +70,7 @@ class ArrivingRewards:
             raise
 
     def cancel(self) -> None:
-        """Score no more: nobody needs it. A call that is under way goes on, and its result is ignored."""
+        """Stop scoring: nobody needs the values. A call in progress continues, and its result is ignored."""
         for value in self._values.values():
             value.cancel()
 
@@ -81,10 +81,10 @@ def _overlaps(term: RewardFunction, prompt: Prompt) -> int:
 
 
 def _score(term: RewardFunction, turns: threading.Semaphore, value: "Future[Tensor]", completion: str, prompt: Prompt) -> None:
-    """Score a completion when it is its turn, unless the value has been cancelled."""
+    """Score a completion in its turn, unless the value has been cancelled."""
     with turns:
         if value.set_running_or_notify_cancel():
             try:
                 value.set_result(term_values(term, (completion,), (prompt,)))
-            except BaseException as error:  # who waits for the value gets it
+            except BaseException as error:  # raised where the value is awaited
                 value.set_exception(error)

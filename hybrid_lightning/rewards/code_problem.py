@@ -1,6 +1,6 @@
 """Read the tests of a coding problem from the columns of its row (see `CodeTests` for their forms).
 
-The code of the tests is only parsed, to find what it calls of the program: no code of a data set runs in the training process.
+The code of the tests is only parsed, to find its calls of the program: no code of a data set runs in the training process.
 """
 
 import ast
@@ -25,14 +25,14 @@ def read_problem(
 ) -> CallTests | StandardStreamTests:
     """Read the tests of a row; for the columns see `CodeTests`.
 
-    With `count_all` each `assert` in a function `check` is a test of its own.
+    With `count_all` each `assert` in a function `check` is a separate test.
 
     Raises:
-        ValueError: If the row has no tests that can be run; the message names the column and what is wrong.
+        ValueError: If the row has no tests that can be run; the message names the column and the mistake.
     """
     tests = columns.get(test_column)
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
-        with suppress(json.JSONDecodeError):  # code may begin with a bracket, too
+        with suppress(json.JSONDecodeError):  # code may also begin with a bracket
             tests = json.loads(tests)
     setup = _setup_code(columns, setup_column)
     pairs = _stream_pairs(test_column, tests)
@@ -78,7 +78,7 @@ def _assert_tests(column: str, trees: list[ast.Module], setup: str, entry_names:
         before += ast.unparse(test) + "\n"
         is_test = isinstance(statement, ast.Assert)
         if isinstance(statement, ast.FunctionDef) and statement.name.startswith("test") and not statement.args.args:
-            before += f"{statement.name}()\n"  # pytest would call it
+            before += f"{statement.name}()\n"  # as pytest does
             is_test = True
         if is_test or test is tests[-1]:
             codes.append(before)
@@ -142,7 +142,7 @@ def _entry_point(columns: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _parse_python(code: str, what: str) -> ast.Module:
-    """Parse Python code; the ValueError for other text begins with `what` the code is."""
+    """Parse Python code; the ValueError for other text begins with `what`."""
     try:
         return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -175,7 +175,7 @@ def _expression_names(expression: str) -> set[str]:
 
 @lru_cache(maxsize=256)
 def _defined_names(setup: str) -> frozenset[str]:
-    """Names that set-up code defines, including those of `from module import *` for modules of the standard library."""
+    """Names that set-up code defines, including `from module import *` for modules of the standard library."""
     tree = _parse_python(setup, "the set-up code")
     names = _bound_names(tree)
     for node in ast.walk(tree):
@@ -188,10 +188,10 @@ def _defined_names(setup: str) -> frozenset[str]:
 
 
 def _used_names(tests: ast.Module, defined: frozenset[str]) -> tuple[set[str], list[str]]:
-    """The names that tests use of the program, and, as lines of code, imports of the standard library that they lack.
+    """The names that tests use from the program, and their missing imports from the standard library, as lines of code.
 
-    A name of a module of the standard library, or of a function of `math`, always comes from there and never from the program,
-    which could otherwise define an `isclose` of its own.
+    A name of a standard library module, or of a `math` function, always comes from there and never from the program. If it could,
+    a program could define its own `isclose`.
     """
     loaded = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     free = loaded - _bound_names(tests) - defined - set(dir(builtins))

@@ -15,7 +15,7 @@ from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_code import compile_pattern
 
 logger = logging.getLogger(__name__)
-# Possessive quantifiers: otherwise the time for a long line would grow with the square of its length.
+# Possessive quantifiers: without them the time for a long line would grow with the square of its length.
 _BLOCK = re.compile(
     r"^[ \t]*+(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^\n]*+\n(?P<code>.*?)(?:^[ \t]*+(?P=fence)|\Z)", re.M | re.S
 )
@@ -33,33 +33,34 @@ class CodeTests(RewardFunction):
     - pairs of standard input and output: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
       also as JSON in a text (APPS, TACO). Space at the ends of lines is ignored, and the program must end without an error.
 
-    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`) with the standard library, and without sockets and
-    other processes. The tests run in another process, in a sandbox as well, and only plain data passes between the two: a
-    program cannot see, change or outwit the tests. Results are therefore compared as built-in types and as classes of the set-up
-    code, such as ListNode. Other objects of the program, such as a stack class, can be created, called and asked for attributes,
-    but operators do not work on them, and the tests cannot pass functions to the program. Where a test expects data, it does not
-    rely on methods of what a function returned: `result.equals(expected)` or `result.startswith("a")` fails if the result is
-    such an object. Methods of a class that the tests name, such as `Bank()`, are what is tested, and are trusted.
+    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`) with the standard library, and without sockets or other
+    processes. The tests run in another process, also in a sandbox, and only plain data passes between the two: a program cannot
+    see, change or outwit the tests. Results are therefore compared as built-in types and as classes of the set-up code, such as
+    ListNode. Other objects of the program, such as a stack class, can be created and called, and their attributes can be read,
+    but operators do not work on them, and the tests cannot pass functions to the program. A test that expects data does not rely
+    on methods of a function's return value: `result.equals(expected)` or `result.startswith("a")` fails if the result is such an
+    object. Methods of a class that the tests name, such as `Bank()`, are the code under test, and are trusted.
 
     Args:
         test_column: Column with the tests.
-        entry_point_column: Column with the expression that is passed to `check`, such as `Solution().twoSum`; a row may lack it
-            if its tests define no `check`.
-        setup_column: Column with code that runs before the program and the tests, such as imports; a row may lack it. None for
+        entry_point_column: Column with the expression that is passed to `check`, such as `Solution().twoSum`; optional for a row
+            with tests that define no `check`.
+        setup_column: Column with code that runs before the program and the tests, such as imports; optional for a row. None for
             no such column.
-        pattern: Regular expression with one group, which is the program. The last match counts, no match earns 0, and `.` also
+        pattern: Regular expression with one group for the program. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the last fenced block of Python, else the last fenced block, else the whole text.
         partial_credit: Whether the reward is the share of tests that pass. A program that ends or runs out of time before its
             tests are done still earns 0.
-        cpu_seconds: CPU time of a program in whole seconds; of each run, if it runs once for each input.
-        wall_seconds: Wall time of a program from start to end. Programs that compute are stopped by `cpu_seconds`, however busy
-            the machine is; this limit stops programs that wait.
-        memory_mb: Memory of a program in MiB, with all its threads; its tests may use as much again.
+        cpu_seconds: CPU time of a program in whole seconds; per run, if it runs once for each input.
+        wall_seconds: Wall time of a program from start to end. `cpu_seconds` stops programs that compute, however busy the
+            machine is; this limit stops programs that wait.
+        memory_mb: Memory of a program in MiB, with all its threads; its tests may use the same amount again.
         packages: Installed packages that programs and tests may import, such as `[sortedcontainers]`, which LeetCode offers; None
             for no packages.
-        workers: How many programs run at the same time; None for the number of processors that this process may use. Give fewer
-            if several ranks share a machine.
-        allow_without_isolation: Whether programs may run on a machine that cannot isolate them. They can then do what you can.
+        workers: Number of programs that run at the same time; None for the number of processors that this process may use. Give
+            fewer if several ranks share a machine.
+        allow_without_isolation: Whether programs may run on a machine that cannot isolate them. They can then do whatever you
+            can.
         name: Name under which it is logged; None for `code_tests`.
 
     Raises:
@@ -100,11 +101,11 @@ class CodeTests(RewardFunction):
         self._name = name
 
     def overlaps(self, prompt: Prompt) -> int:
-        """Half of `workers`: generation may need the processors, too, and a program's wall time is limited."""
+        """Half of `workers`: generation may also need the processors, and a program's wall time is limited."""
         return max(1, self.workers // 2)
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check that the row has tests which can be run."""
+        """Check that the row has tests that can be run."""
         self._problem(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
@@ -124,7 +125,7 @@ class CodeTests(RewardFunction):
         return rewards
 
     def decided_by_time(self) -> str | None:
-        """A warning: a program that gets no processor because of other processes is stopped like one that waits."""
+        """A warning: a program that gets no processor because of other processes is stopped like a program that waits."""
         limits = self.settings.limits
         return (
             f"a program earns nothing if it is not done after wall_seconds={limits.wall_seconds:g}, also where others took its "
@@ -132,7 +133,7 @@ class CodeTests(RewardFunction):
         )
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The program; two programs are equal if they are the same text."""
+        """The program; two programs are equal if their texts are equal."""
         return (self._program(completion) or "").strip() or None
 
     def _program(self, completion: str) -> str | None:

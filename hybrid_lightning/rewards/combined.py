@@ -1,8 +1,8 @@
-"""Rewards that are made of other rewards.
+"""Rewards made of other rewards.
 
 - `WeightedSum` adds rewards up.
-- `RewardBySet` scores each set of a mixture with a reward of its own.
-- `as_reward` makes a reward of a function, or of several.
+- `RewardBySet` scores each set of a mixture with its own reward.
+- `as_reward` makes a reward from a function, or from several.
 """
 
 import math
@@ -21,7 +21,7 @@ from hybrid_lightning.types import Prompt
 if TYPE_CHECKING:
     AnyReward = Callable[..., Any] | Sequence[Callable[..., Any]]
     AnyRewards = Sequence[Callable[..., Any]]
-else:  # what a config can give
+else:  # types that a config can give
     AnyReward, AnyRewards = RewardFunction, list[RewardFunction]
 
 
@@ -30,9 +30,9 @@ class WeightedSum(RewardFunction):
 
     Args:
         rewards: At least one reward; a sum within the sum is replaced by its terms. The names must differ: name two rewards of
-            the same class. In Python functions, too (see `FunctionReward`).
+            the same class. In Python also functions (see `FunctionReward`).
         weights: One weight for each reward: negative for a penalty, 0 for a metric, which is logged and changes no update; None
-            for 1.0 each. A metric that measures correctness counts in accuracy, as any other part that does.
+            for 1.0 each. A metric that measures correctness counts in accuracy like any other part that does.
 
     Raises:
         ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.
@@ -120,10 +120,10 @@ class RewardBySet(DelegatingReward):
 
 
 def as_reward(given: AnyReward) -> RewardFunction:
-    """A reward as it is, of a function a `FunctionReward`, and of a list of both their sum.
+    """A reward unchanged, a function as a `FunctionReward`, or a list of both as their sum.
 
     Raises:
-        ConfigError: If it is something else, or such a function or sum cannot be made.
+        ConfigError: If it is something else, or if such a function or sum cannot be made.
     """
     if isinstance(given, RewardFunction):
         return given

@@ -1,9 +1,9 @@
-"""Rewards of episodes: what the environment gave, and other rewards of the last message alone.
+"""Rewards of episodes: the environment's own rewards, and other rewards of only the last message.
 
-Any reward can score episodes. A completion's text is all that the policy said, and nothing that an environment or a tool added;
-`completion.episode` has the conversation by roles, how it ended, and what was counted.
+Any reward can score episodes. A completion's text is the policy's own text, without anything that an environment or a tool added;
+`completion.episode` has the conversation by roles, how it ended, and the counts.
 
-`rewards_to_go` places rewards at the turns for which they are paid. Axes: B completions, K turns.
+`rewards_to_go` assigns rewards to the turns that earn them. Axes: B completions, K turns.
 """
 
 import math
@@ -20,7 +20,7 @@ from hybrid_lightning.user_code import in_user_code
 
 
 class EpisodeReturn(RewardFunction):
-    """The sum of the rewards that the environment gave in the turns of an episode; an episode with a return of 1 is solved.
+    """The sum of the environment's rewards in the turns of an episode; an episode with a return of 1 is solved.
 
     Example:
         >>> episode = Episode(messages=(), turns=2, end="over", rewards=(0.25, 0.75))
@@ -29,20 +29,20 @@ class EpisodeReturn(RewardFunction):
     """
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Add up what the environment gave.
+        """Add up the environment's rewards.
 
         Raises:
-            RewardError: If a completion is none of an episode.
+            RewardError: If a completion is not an episode.
         """
         return [float(sum(_episode(completion).rewards)) for completion in completions]
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float]:
-        """What the environment gave in each turn."""
+        """The environment's reward in each turn."""
         return _episode(completion).rewards
 
 
 class FinalAnswer(DelegatingReward):
-    """Scores the last message of an episode alone, as if it were the whole completion; its tokens are those of the episode.
+    """Scores only the last message of an episode, as if it were the whole completion; its token count is the episode's.
 
     Args:
         reward: Scores that message.
@@ -56,7 +56,7 @@ class FinalAnswer(DelegatingReward):
         """Score the last messages.
 
         Raises:
-            RewardError: If a completion is none of an episode.
+            RewardError: If a completion is not an episode.
         """
         return self.reward([self.seen(completion) for completion in completions], prompts)
 
@@ -68,11 +68,11 @@ class FinalAnswer(DelegatingReward):
 
     @property
     def name(self) -> str:
-        """That of the reward."""
+        """The reward's name."""
         return self.reward.name
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
-        """The terms of the reward, each of the last message."""
+        """The terms of the reward, each for the last message."""
         own = self.reward.terms()
         return [(self, 1.0)] if own == [(self.reward, 1.0)] else [(FinalAnswer(term), weight) for term, weight in own]
 
@@ -82,21 +82,21 @@ def rewards_to_go(
 ) -> Rewards:
     """The rewards of each turn and all later ones ("reward to go"), for credit by turn (see the head of `advantages`).
 
-    What `RewardFunction.turn_rewards` gives is paid for its turn, any other reward for the last one.
+    The values of `RewardFunction.turn_rewards` are paid for their turns, any other reward for the last turn.
 
     Args:
-        reward: Made the rewards.
+        reward: The reward that made the rewards.
         completions: B episodes.
         prompts: Their prompts.
         rewards: Their rewards.
-        turns: K, at least the turns of the longest.
+        turns: K, at least the number of turns in the longest one.
 
     Returns:
-        K * B rewards, on the same device: those of all episodes from the first turn on, which are `rewards`, from the second on,
-        and so on. An episode without such a turn does not count.
+        K * B rewards, on the same device: for all episodes from the first turn on, which are `rewards`, from the second on, and
+        so on. An episode without such a turn does not count.
 
     Raises:
-        RewardError: If the rewards of the turns do not add up to that of the episode.
+        RewardError: If the rewards of the turns do not add up to the episode's reward.
 
     Example:
         >>> episode = Episode(messages=(), turns=2, end="over", rewards=(0.25, 0.5))
@@ -131,7 +131,7 @@ def rewards_to_go(
 
 
 def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, turns: int) -> Tensor:
-    """What a reward of this value pays for each turn of an episode, [turns] float64."""
+    """The payment for each turn of an episode from a reward of this value, [turns] float64."""
     with in_user_code(term, "turn_rewards"):
         given = term.turn_rewards(completion, prompt)
     given = [*[0.0] * (turns - 1), value] if given is None else list(given)
@@ -144,7 +144,7 @@ def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, t
 
 
 def _after_first(first: Tensor, values: Tensor) -> Tensor:
-    """Values of K turns, [K * B], from [K, B]: `first` as they are for the first turn."""
+    """Values of K turns, [K * B], from [K, B], with `first` for the first turn."""
     return torch.cat([first, values[1:].flatten().to(first)])
 
 

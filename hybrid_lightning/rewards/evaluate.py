@@ -1,4 +1,4 @@
-"""Score completions by all terms of a reward, and take the answers out of them that majority votes count."""
+"""Scores completions with all terms of a reward, and extracts the answers that majority votes count."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def evaluate_reward(
     """Score completions.
 
     Args:
-        reward: The reward; each term of a `WeightedSum` gives a part of its own.
+        reward: The reward; each term of a `WeightedSum` gives a separate part.
         completions: B texts.
         prompts: The B prompts, one for each completion.
         counted: False for completions that are left out (see `Rewards`): no reward sees them, and theirs are 0. None: all count.
@@ -34,8 +34,9 @@ def evaluate_reward(
         total is. A completion without a value of some term (see `RewardFunction.max_failed_share`) does not count.
 
     Raises:
-        RewardError: If a term raises, or does not return one finite number per completion; the message names the term, and the
-            row and the completion, or of a term that scores a whole batch the first of these. Or if it has no value of too many.
+        RewardError: If a term raises, or does not return one finite number per completion, or has no value for too many of them.
+            The message names the term, the row and the completion; for a term that scores a whole batch, the first row and
+            completion.
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
     rows = [row for row in range(len(completions)) if counted is None or counted[row]]
@@ -72,7 +73,7 @@ def evaluate_reward(
 
 
 def _failed(term: RewardFunction, values: Tensor, count: int) -> Tensor:
-    """Which completions have no value of a term, [B] bool; RewardError if that are too many of those `count` that it scored."""
+    """Which completions have no value of a term, [B] bool; RewardError if too many of the `count` that it scored have none."""
     missing = values.isnan()
     assert term.max_failed_share is not None
     if int(missing.sum()) > term.max_failed_share * count:

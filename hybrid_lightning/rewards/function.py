@@ -32,25 +32,25 @@ class FunctionReward(RewardFunction):
     `completion` is called for each completion. Other parameters are filled by name: `prompts` or `prompt` (objects of class
     `Prompt`), `answer` (the reference answer), `set_name`, and any column of the data. In a function of `completions` they are
     lists of length B, as in TRL, and `**columns` takes all columns. A parameter with a default may be missing from the data, and
-    `arguments` may give a value to any parameter that is no column. Completions are texts, also where prompts are messages.
+    `arguments` may give a value to any parameter that is not a column. Completions are texts, even if prompts are messages.
 
-    A function may be `async`. A function of one `completion` is then awaited for several completions at the same time, from when
-    the first completion has ended on, while the policy still generates others (see `overlap`).
+    A function may be `async`. A function of one `completion` is then awaited for several completions at the same time, starting
+    when the first completion has ended, while the policy still generates others (see `overlap`).
 
     Args:
-        function: `package.module.function` or `path/to/file.py:function`; in Python the function itself, or any other object
-            that can be called, too. A checkpoint has its path alone.
-        timeout_s: Wall time in seconds for each call, which is one for the batch or one for each completion; None for no limit.
-            An asynchronous function is cancelled; an ordinary one goes on in its thread, and can still take processor time.
-        on_timeout: Reward of a completion whose call takes too long; None stops training with an error that names the row.
-        concurrency: How many asynchronous calls, or with `overlap` calls of any kind, are under way at the same time.
+        function: `package.module.function` or `path/to/file.py:function`; in Python also the function itself, or any other
+            callable object. A checkpoint has only its path.
+        timeout_s: Wall time in seconds for each call, either for the batch or for each completion; None for no limit.
+            An asynchronous function is cancelled; an ordinary one continues in its thread, and can still take processor time.
+        on_timeout: Reward of a completion if its call takes too long; None stops training with an error that names the row.
+        concurrency: Number of asynchronous calls, or with `overlap` calls of any kind, in progress at the same time.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
         name: Name under which it is logged; None for the function's name.
         arguments: Parameter of the function -> its value, the same for all completions, such as `{tolerance: 0.2}`.
         overlap: Whether completions are scored as they arrive, while the policy still generates others: with one call for each,
-            in threads, at the same time and in any order. null: those of asynchronous functions of one `completion` are. true is
-            for slow functions, such as calls over HTTP, which then have to be safe to call in several threads; a function of
-            `completions` gets one at a time. false scores all together in the end.
+            in threads, at the same time and in any order. null does so for asynchronous functions of one `completion`. true is
+            for slow functions, such as calls over HTTP, which then must be safe to call in several threads; a function of
+            `completions` gets one at a time. false scores all together at the end.
 
     Raises:
         ConfigError: If there is no such function, it has neither `completions` nor `completion`, or `arguments` do not fit it.
@@ -101,7 +101,7 @@ class FunctionReward(RewardFunction):
             raise ConfigError(f"function={self.function!r} takes {own} by position alone; write the parameter as {own.name}")
         self.arguments = dict(arguments or {})
         free = {name: entry for name, entry in named.items() if name not in self._own}
-        self.wanted = [name for name in free if name not in self.arguments]  # of what is known about a prompt
+        self.wanted = [name for name in free if name not in self.arguments]  # facts about a prompt
         self.needed = [name for name in self.wanted if free[name].default is inspect.Parameter.empty]
         self.takes_prompts = self._own[1] in parameters
         self.takes_all = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
@@ -115,7 +115,7 @@ class FunctionReward(RewardFunction):
         return self.concurrency if self.overlap else 0
 
     def to_config(self) -> dict[str, Any]:
-        """As for others; where the function is another object, its path is the kind of it, by which nothing is found."""
+        """As for other rewards; for a callable object the path is its class, which cannot be loaded again."""
         config = super().to_config()
         function = config["init_args"]["function"]
         if not isinstance(function, str):
@@ -141,7 +141,7 @@ class FunctionReward(RewardFunction):
                 raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, which {self.function} takes there")
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check that the row has every column that the function needs, and no column that `arguments` give a value to as well."""
+        """Check that the row has every column that the function needs, and no column that `arguments` also gives a value to."""
         values = _values(prompt)
         for name in self.arguments.keys() & values.keys():
             raise DataError(
@@ -156,7 +156,7 @@ class FunctionReward(RewardFunction):
                 )
 
     def decided_by_time(self) -> str | None:
-        """A warning if `on_timeout` is set: the machine's load then decides about rewards. Without it, a timeout is an error."""
+        """A warning if `on_timeout` is set: the machine's load then affects rewards. Without it, a timeout is an error."""
         if self.on_timeout is None:
             return None
         return (
@@ -165,7 +165,7 @@ class FunctionReward(RewardFunction):
         )
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
-        """Call the function for B completions. `evaluate_reward` checks what it returns."""
+        """Call the function for B completions. `evaluate_reward` checks its result."""
         for prompt in prompts:
             self.check_prompt(prompt)
         return self._batch(completions, prompts) if self.batched else self._each(completions, prompts)
@@ -196,11 +196,11 @@ class FunctionReward(RewardFunction):
         return [self._checked(*row) for row in zip(self._outcomes(calls), completions, prompts, strict=True)]
 
     def _asked(self, names: Iterable[str]) -> list[str]:
-        """Those of the names that the function takes."""
+        """The subset of the names that the function takes."""
         return [name for name in dict.fromkeys(names) if name in self.wanted or self.takes_all]
 
     def _outcomes(self, calls: list[Callable[[], Any]]) -> list[Any]:
-        """What each call returns, or the exception that it raises."""
+        """The result of each call, or the exception that it raises."""
         if self.asynchronous:
             return run_async(await_all(calls, self.timeout_s, self.concurrency))  # type: ignore[no-any-return]
         values: list[Any] = []
@@ -217,7 +217,7 @@ class FunctionReward(RewardFunction):
         return partial(self._loaded(), **{**arguments, **deepcopy(self.arguments), **own})
 
     def _checked(self, value: Any, completion: str, prompt: Prompt) -> Any:
-        """The value of one call; an exception that it raised is raised again with the row and the completion."""
+        """The value of one call; its exception is raised again with the row and the completion."""
         if isinstance(value, TimeoutError) and self.timeout_s is not None:
             return self._late(name_completion(completion, prompt), value)
         if isinstance(value, BaseException):
@@ -227,7 +227,7 @@ class FunctionReward(RewardFunction):
         return value
 
     def _late(self, where: str, error: BaseException) -> float:
-        """The reward for a call that took too long, or the error if there is none."""
+        """The reward for a call that took too long; raises the error if there is none."""
         late = f"reward function {self.function} took more than timeout_s={self.timeout_s:g} s {where}"
         if self.on_timeout is None:
             raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
@@ -236,12 +236,12 @@ class FunctionReward(RewardFunction):
 
 
 class TRLReward(FunctionReward):
-    """Scores completions with a reward function of TRL, as it is: `f(prompts, completions, answer, **kwargs)`.
+    """Scores completions with a reward function of TRL, unchanged: `f(prompts, completions, answer, **kwargs)`.
 
-    What differs from `FunctionReward`: where prompts are messages, each of `prompts` is a list of these, and each of
-    `completions` a list of the messages behind them: one of the policy, and in episodes those of tools and environments, too.
-    Columns of the data come by name. `completion_ids`, `trainer_state` and functions for logging, which TRL gives as well, are
-    not there.
+    It differs from `FunctionReward` if prompts are messages: each of `prompts` is then a list of messages, and each of
+    `completions` a list of the messages after them: one from the policy, and in episodes also messages from tools and
+    environments. Columns of the data come by name. `completion_ids`, `trainer_state` and functions for logging, which TRL also
+    passes, are not there.
 
     Raises:
         ConfigError: As for `FunctionReward`, or if the function has no parameter `completions`.
@@ -256,7 +256,7 @@ class TRLReward(FunctionReward):
 
 
 def _messages(completion: str, prompt: Prompt) -> Any:
-    """A completion as TRL gives it to reward functions."""
+    """A completion as TRL passes it to reward functions."""
     if prompt.messages is None:
         return completion
     episode = getattr(completion, "episode", None)
@@ -266,7 +266,7 @@ def _messages(completion: str, prompt: Prompt) -> Any:
 
 
 def _kind(parameter: inspect.Parameter) -> str | None:
-    """What values a parameter takes, by its annotation or else its default, in words; None if neither is a plain type."""
+    """The values that a parameter takes, from its annotation or else its default, in words; None if neither is a plain type."""
     wanted = parameter.annotation
     if wanted is parameter.empty:
         wanted = type(parameter.default)
@@ -274,6 +274,6 @@ def _kind(parameter: inspect.Parameter) -> str | None:
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:
-    """Name -> value of everything about a prompt that a function can ask for by the name of a parameter."""
+    """Name -> value for everything about a prompt that a function can receive through a parameter of that name."""
     answer = {} if prompt.answer is None else {"answer": prompt.answer}
     return {**prompt.columns, **answer, "set_name": prompt.set_name}

@@ -11,17 +11,17 @@
 
     r(L) = r_max + (r_0 - r_max) (1 + cos(pi L / L_max)) / 2        for L < L_max
 
-It goes from r_0 at length 0 to r_max at the limit L_max. Right and wrong completions have an r_0 and an r_max of their own, and a
+It goes from r_0 at length 0 to r_max at the limit L_max. Right and wrong completions have separate values of r_0 and r_max, and a
 completion that reaches the limit has a third value. The paper takes r_0 = 2 and r_max = 1 for right ones, -10 and 0 for wrong
-ones, and -10 at the limit. The defaults here are those of open-r1 (github.com/huggingface/open-r1), between -1 and 1.
+ones, and -10 at the limit. The defaults here come from open-r1 (github.com/huggingface/open-r1), between -1 and 1.
 
 `GroupLength`: the length reward of Kimi k1.5 (arXiv 2501.12599, section 2.3.3), linear in the length and added to the reward for
 correctness:
 
     lambda = 0.5 - (L - L_min) / (L_max - L_min)
 
-L_min and L_max are the shortest and longest of the completions of the same prompt. A right completion earns lambda, a wrong one
-min(0, lambda), and every completion 0 if all have the same length.
+L_min and L_max are the lengths of the shortest and the longest completion of the same prompt. A right completion earns lambda, a
+wrong one min(0, lambda), and every completion 0 if all have the same length.
 """
 
 import math
@@ -43,7 +43,7 @@ class OverlongPenalty(RewardFunction):
 
     Args:
         max_tokens: The limit, usually the sampler's `max_new_tokens`; the stop token counts.
-        buffer_tokens: How many tokens before the limit the penalty begins.
+        buffer_tokens: Number of tokens before the limit at which the penalty begins.
         name: Name under which it is logged; None for `overlong_penalty`.
 
     Raises:
@@ -88,7 +88,7 @@ class OverlongPenalty(RewardFunction):
 class _CachedReward(DelegatingReward):
     """Keeps the values of a reward for the last batch.
 
-    `CosineLength` and `GroupLength` depend on a reward for correctness, which is also logged as a term of its own: the second
+    `CosineLength` and `GroupLength` depend on a reward for correctness, which is also logged as a separate term: the second
     call gets the kept values.
 
     Args:
@@ -114,15 +114,15 @@ class _CachedReward(DelegatingReward):
         return self._last[2]
 
     def overlaps(self, prompt: Prompt) -> int:
-        """0: the values are those of a whole batch."""
+        """0: the values belong to a whole batch."""
         return 0
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> None:
-        """None: all is paid for the last turn."""
+        """None: all of it is paid for the last turn."""
 
 
 class _OverCorrectness(RewardFunction):
-    """Base of rewards for length that need to know which completions are right: terms beside a reward for correctness.
+    """Base of length rewards that need to know which completions are right, as terms beside a reward for correctness.
 
     Args:
         reward: The reward for correctness.
@@ -142,7 +142,7 @@ class _OverCorrectness(RewardFunction):
         return [(self.reward, self.weights[0]), (self, self.weights[1])]
 
     def _judged(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> tuple[list[int], list[bool]]:
-        """Length and correctness of each of B completions; a reward of at least 1.0 is for a right one."""
+        """Length and correctness of each of B completions; a reward of at least 1.0 means right."""
         lengths = token_counts(type(self).__name__, completions)
         return lengths, [float(value) >= 1.0 for value in self.reward(completions, prompts)]
 
@@ -229,7 +229,7 @@ def token_counts(reward: str, completions: Sequence[str]) -> list[int]:
     """Length in tokens of each of B completions, for a reward of this name; the stop token counts.
 
     Raises:
-        RewardError: If a completion is a plain string, whose number of tokens is not known.
+        RewardError: If a completion is a plain string, which has no known number of tokens.
     """
     lengths = [completion.num_tokens for completion in completions if isinstance(completion, Completion)]
     if len(lengths) < len(completions):

@@ -1,15 +1,15 @@
 r"""`MultipleChoice`: whether a completion chooses the right letter.
 
-The letter is searched for in this order, and the first place that has one decides:
+The letter is searched for in this order, and the first place with a letter decides:
 
 1. in `\boxed{}`;
-2. after the last "answer is", "answer:" or the like;
+2. after the last "answer is", "answer:" or similar;
 3. the completion as a whole, if it is just a letter;
 4. the last letter that stands alone in the last line.
 
 Apart from boxes this is the order of the MMLU-Pro authors' own extraction (github.com/TIGER-AI-Lab/MMLU-Pro). The rules here are
 stricter: "A" and "I" in the middle of a sentence are the article and the pronoun; two letters joined by "or", "and", a comma or a
-slash are no choice; neither is a letter after "not"; and boxes with different letters are no choice.
+slash are not a choice; a letter after "not" is not one either; and boxes with different letters are not a choice.
 """
 
 import re
@@ -42,8 +42,8 @@ _JOIN = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"(?:[(\[{*_$\"'`]|\b(?:option|choice|letter))\s*\Z", re.IGNORECASE)
-_VERB = re.compile(r"[)\]*]*\s+(?:is|was|are|would|has)\b")  # in "C, B is wrong" the B is no second choice
-# "A" or "I" followed by such words is the article or the pronoun. The words that are excluded may follow a choice.
+_VERB = re.compile(r"[)\]*]*\s+(?:is|was|are|would|has)\b")  # in "C, B is wrong" the B is not a second choice
+# "A" or "I" followed by such words is the article or the pronoun. The excluded words may follow a choice.
 _GOES_ON = {
     "A": re.compile(r"\s+(?!(?:because|since|as|is|was|for|in|by|with|here|or|and|nor|but|not)\b)[a-z]"),
     "I": re.compile(r"\s+(?!(?:because|since|as|is|or|nor)\b)[a-z]"),
@@ -53,14 +53,14 @@ _GOES_ON = {
 class MultipleChoice(AnswerReward):
     r"""1.0 if the completion chooses the letter that is the reference answer, else 0.0.
 
-    The choice is searched for as MMLU-Pro's authors do: `\boxed{C}`, then "the answer is (C)", then the last letter of the last
-    line (`hybrid_lightning.rewards.multiple_choice` has the rules). The article "A" and the pronoun "I" are no choices, and
+    The choice is searched for in the MMLU-Pro authors' order: `\boxed{C}`, then "the answer is (C)", then the last letter of the
+    last line (`hybrid_lightning.rewards.multiple_choice` has the rules). The article "A" and the pronoun "I" are not choices, and
     neither are "A or B" and "not C". The text in `<think> </think>` is ignored. The reference answer is a letter; `FileSource`
-    makes one if it is given the `options_column`.
+    makes one if `options_column` is given.
 
     Args:
-        options_column: Column with the list of options, whose number says which letters there are; rows that lack it have A to J.
-        pattern: Regular expression with one group, which is the part of the completion to search. The last match counts, no match
+        options_column: Column with the list of options; their number determines the letters. Rows without it have A to J.
+        pattern: Regular expression with one group for the part of the completion to search. The last match counts, no match
             earns 0, and `.` also matches line breaks. None searches the whole completion.
         name: Name under which it is logged; None for `multiple_choice`.
 
@@ -150,7 +150,7 @@ def extract_choice(text: str, letters: str) -> str | None:
 
 
 class _Patterns:
-    """Regular expressions for the places where one of some letters can stand."""
+    """Regular expressions for the places where one of these letters can stand."""
 
     def __init__(self, letters: str) -> None:
         both = letters + letters.lower()
@@ -203,5 +203,5 @@ def _joined(text: str, match: re.Match[str], patterns: _Patterns) -> bool:
 
 
 def _before(text: str, match: re.Match[str], group: int = 1) -> str:
-    """The text in front of a letter, as far back as it can matter."""
+    """The text before a letter, as far back as it can matter."""
     return text[max(0, match.start(group) - 40) : match.start(group)]

@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 class ReasoningGymReward(AnswerReward):
     r"""The score of the task's own verifier, from 0.0 to 1.0. Many give partial credit, and some accept numbers that are close.
 
-    A completion on which the verifier raises an exception earns 0, with a warning.
+    If the verifier raises an exception, the completion earns 0, with a warning.
 
-    Only for prompts of `ReasoningGymSource`: from their columns `task`, `config` and `item` the problem is made again, with
+    Use it only for prompts of `ReasoningGymSource`: the problem is rebuilt from their columns `task`, `config` and `item`, with
     everything that the verifier needs.
 
     Args:
-        pattern: Regular expression with one group, which is the answer, such as `<answer>(.*?)</answer>`. The last match counts,
+        pattern: Regular expression with one group for the answer, such as `<answer>(.*?)</answer>`. The last match counts,
             and no match earns 0. None takes the whole completion, without white space around it.
         name: Name under which it is logged; None for `reasoning_gym_reward`.
     """
@@ -34,10 +34,10 @@ class ReasoningGymReward(AnswerReward):
         self._checked: set[tuple[str, str]] = set()
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check, at the first prompt of each task, that its problem can be made again, and that not every text is right.
+        """Check, at the first prompt of each task, that its problem can be rebuilt, and that not every text is right.
 
         Raises:
-            ConfigError: If the problem cannot be made again.
+            ConfigError: If the problem cannot be rebuilt.
             RewardError: If the verifier accepts any text.
         """
         recipe = str(prompt.columns.get("task")), json.dumps(prompt.columns.get("config"), sort_keys=True)
@@ -51,14 +51,14 @@ class ReasoningGymReward(AnswerReward):
         self._checked.add(recipe)
 
     def score(self, completion: str, prompt: Prompt) -> float:
-        """Ask the verifier."""
+        """Run the verifier."""
         answer = self.extract_answer(completion, prompt)
         dataset, entry = made_again(type(self).__name__, prompt)
         if answer is None:
             return 0.0
         try:
             value = float(dataset.score_answer(answer, deepcopy(entry)))
-        except Exception as error:  # verifiers do not expect answers of another form
+        except Exception as error:  # verifiers do not expect answers of a different form
             where = name_completion(completion, prompt)
             logger.warning("reasoning-gym's verifier raised %s %s; it earns nothing", describe_error(error), where)
             return 0.0

@@ -28,10 +28,10 @@ class RewardFunction(Configurable, ABC):
     """
 
     measures_correctness: bool = True  # whether a reward of 1.0 means that the answer is right
-    concurrency: int = 1  # completions that may be scored at the same time, where they are one by one (see `overlaps`)
-    # Share of the completions that may have no value (NaN), as where a judge failed; more stop the run. None: NaN is a mistake.
+    concurrency: int = 1  # completions that may be scored at the same time, if they are scored one by one (see `overlaps`)
+    # Share of the completions that may have no value (NaN), as when a judge failed; more stop the run. None: NaN is a mistake.
     max_failed_share: float | None = None
-    failure: str = ""  # why the last completion without a value has none
+    failure: str = ""  # why the last completion without a value has no value
 
     _name: str | None = None
 
@@ -49,33 +49,33 @@ class RewardFunction(Configurable, ABC):
         """
 
     def overlaps(self, prompt: Prompt) -> int:
-        """How many completions may be scored at the same time as they arrive, while others are still being generated.
+        """Number of completions to score at the same time as they arrive, while others are still being generated.
 
-        For slow rewards, such as programs or calls over HTTP. `__call__` then gets one completion at a time, in other threads
+        For slow rewards, such as programs or calls over HTTP. `__call__` then gets one completion at a time, in threads other
         than training's and in any order, and has to give the same numbers as for all together.
 
         Returns:
-            0 unless overridden: those of this prompt are scored with all others, when the last one has ended.
+            0 unless overridden: the prompt's completions are scored with all others, after the last one has ended.
         """
         return 0
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
-        """The reward of an episode in its parts for each turn, for credit by turn (see `rewards_to_go`).
+        """The parts of an episode's reward for each turn, for credit by turn (see `rewards_to_go`).
 
         Returns:
-            A number for each turn, from the first on, whose sum is the reward; later turns get 0. None: all of it is paid for the
-            last turn.
+            A number for each turn, from the first on; their sum is the reward, and later turns get 0. None: all of it is paid for
+            the last turn.
         """
         return None
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The answer that a completion gives, for majority votes (`maj@k`), which count equal answers to a prompt together.
+        """The answer in a completion, for majority votes (`maj@k`), which count equal answers to a prompt together.
 
         By default the whole text is the answer. A reward that extracts an answer from the text overrides this, and writes
         equal answers as equal texts.
 
         Returns:
-            The answer; None if the completion gives none, so that it has no vote.
+            The answer; None if the completion has none, so that it has no vote.
         """
         return completion.strip() or None
 
@@ -97,7 +97,7 @@ class RewardFunction(Configurable, ABC):
         """
 
     def decided_by_time(self) -> str | None:
-        """Whether the reward also depends on how long something takes, and so on what else the machine is doing.
+        """Whether the reward also depends on how long something takes, and so on the machine's other work.
 
         Returns:
             A text for a warning when the run starts, with the cause and the remedy; None if only the input decides.
@@ -105,11 +105,11 @@ class RewardFunction(Configurable, ABC):
         return None
 
     def explain(self, completion: str, prompt: Prompt) -> str | None:
-        """Why a completion that was scored has its value, for people; None if there is nothing to add."""
+        """Explanation of a scored completion's value, for people; None if there is nothing to add."""
         return None
 
     def take_counts(self) -> dict[str, float]:
-        """What the reward has counted since it was asked last: name of a metric -> number, the same names at every call.
+        """Counts of the reward since the last call: name of a metric -> number, the same names at every call.
 
         Each rollout logs the sums over all terms and processes.
         """
@@ -121,15 +121,15 @@ class RewardFunction(Configurable, ABC):
         return self._name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
     def terms(self) -> list[tuple["RewardFunction", float]]:
-        """The rewards that this reward is the sum of, each with its weight; a plain reward has itself as its only term."""
+        """The rewards that add up to this reward, each with its weight; a plain reward has itself as its only term."""
         return [(self, 1.0)]
 
 
 class DelegatingReward(RewardFunction):
-    """Base of rewards that score as others do.
+    """Base of rewards that score like other rewards.
 
     Args:
-        scorers: The others: one, unless a subclass says by `scorer` which of them scores a prompt.
+        scorers: The other rewards: one, unless a subclass chooses one for a prompt by `scorer`.
     """
 
     def __init__(self, scorers: Sequence[RewardFunction]) -> None:
@@ -144,23 +144,23 @@ class DelegatingReward(RewardFunction):
         return self.scorers[0]
 
     def seen(self, completion: str) -> str:
-        """What it gets for a completion."""
+        """The text that it scores for a completion."""
         return completion
 
     def overlaps(self, prompt: Prompt) -> int:
-        """How many completions of a prompt its scorer takes as they arrive."""
+        """Number of completions of a prompt that its scorer takes as they arrive."""
         return self.scorer(prompt).overlaps(prompt)
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
-        """What the scorer of the prompt pays for each turn."""
+        """The payment of the prompt's scorer for each turn."""
         return self.scorer(prompt).turn_rewards(self.seen(completion), prompt)
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The answer that the scorer of the prompt extracts."""
+        """The answer that the prompt's scorer extracts."""
         return self.scorer(prompt).extract_answer(self.seen(completion), prompt)
 
     def explain(self, completion: str, prompt: Prompt) -> str | None:
-        """What the scorer of the prompt says."""
+        """The explanation of the prompt's scorer."""
         return self.scorer(prompt).explain(self.seen(completion), prompt)
 
     def take_counts(self) -> dict[str, float]:
@@ -169,11 +169,11 @@ class DelegatingReward(RewardFunction):
 
     @property
     def failure(self) -> str:  # type: ignore[override]
-        """Why one of them gave no value."""
+        """Why one of them has no value."""
         return next((reward.failure for reward in self.scorers if reward.failure), "")
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check that the scorer of the prompt can score its completions."""
+        """Check that the prompt's scorer can score its completions."""
         self.scorer(prompt).check_prompt(prompt)
 
     def check_length(self, max_new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Call one term of a reward and check what it returns, so that only one finite number per completion gets into training.
+"""Calls one term of a reward and checks its result, so that only one finite number per completion gets into training.
 
 A reward is often the user's own code: an error names the reward, the row of the data and the completion, on one line.
 """
@@ -20,10 +20,10 @@ from hybrid_lightning.user_code import describe_error
 
 
 def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-    """Call one term of a reward, a coroutine too, and check what it returns.
+    """Call one term of a reward, possibly a coroutine, and check its result.
 
     Returns:
-        One number for each completion, [B] float32: finite, or NaN where `max_failed_share` allows for completions without one.
+        One number for each completion, [B] float32: finite, or NaN if `max_failed_share` allows completions without one.
 
     Raises:
         RewardError: See `evaluate_reward`.
@@ -32,7 +32,7 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
         values: Any = reward(completions, prompts)
         values = run_async(values) if inspect.iscoroutine(values) else values
     except HybridLightningError:
-        raise  # its message already says what is wrong, and where
+        raise  # its message already names the mistake and the place
     except (Exception, SystemExit) as error:  # sys.exit in a reward must not end training without a message
         where = name_completion(completions[0], prompts[0]) if completions else "for no completions"
         where = where if len(completions) < 2 else f"for a batch of {len(completions)} completions, the first {where}"
@@ -57,7 +57,7 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
 
 
 def _numbers(values: Any, count: int) -> list[Any]:
-    """Values that a reward returned as a list of `count` entries; ValueError if they are something else."""
+    """A reward's return value as a list of `count` entries; ValueError if it is something else."""
     if hasattr(values, "tolist"):  # tensors and arrays
         shape = tuple(values.shape)
         if shape != (count,):
@@ -78,10 +78,10 @@ def _float(number: Any) -> float:
 
 
 def title(reward: RewardFunction) -> str:
-    """How error messages name a reward."""
+    """A reward's name in error messages."""
     return f"reward {type(reward).__name__} ({reward.name})"
 
 
 def name_completion(completion: str, prompt: Prompt) -> str:
-    """How error messages name a completion: by the row of its prompt, and its text."""
+    """A completion's name in error messages: the row of its prompt, and its text."""
     return f"for {prompt.place} with completion {shorten(completion)}"

@@ -1,7 +1,7 @@
-"""Rewards that look at the text of a completion alone, and functions with which all rewards take the answer out of a text.
+"""Rewards that read only the text of a completion, and functions with which all rewards extract the answer from a text.
 
 - `ExactMatch`: whether the answer is the same text as the reference answer.
-- `FormatReward`: whether the completion has a given form, whatever it says.
+- `FormatReward`: whether the completion has a given form, whatever its content.
 - `RepetitionPenalty`: -(1 - distinct n-grams / n-grams) over n-grams of words, as in open-r1
   (github.com/huggingface/open-r1, `repetition_penalty`). It follows the n-gram penalty of Yeo et al. 2025 (arXiv 2502.03373,
   appendix C.2), which penalizes single tokens instead of the whole completion.
@@ -18,10 +18,10 @@ from hybrid_lightning.user_code import compile_pattern
 
 
 class AnswerReward(RewardFunction):
-    """Base of rewards that take an answer out of a completion and judge it, one completion at a time.
+    """Base of rewards that extract an answer from a completion and judge it, one completion at a time.
 
     Args:
-        pattern: Regular expression with one group, which is the answer. The last match counts, no match earns 0, and `.` also
+        pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the whole completion.
         name: Name under which it is logged; None for the class name in snake_case.
 
@@ -42,12 +42,12 @@ class AnswerReward(RewardFunction):
         """The reward of one completion."""
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """What the pattern finds, without white space around it."""
+        """The text that the pattern finds, without surrounding white space."""
         answer = extract_match(self.pattern, completion)
         return None if answer is None else answer.strip() or None
 
     def without_thinking(self, completion: str) -> str:
-        """The part of a completion that the pattern finds behind the reasoning; empty if there is none."""
+        """The part of a completion after the reasoning, which the pattern searches; empty if there is none."""
         return extract_match(self.pattern, after_thinking(completion)) or ""
 
 
@@ -55,11 +55,11 @@ class ExactMatch(AnswerReward):
     r"""1.0 if the completion is the reference answer, else 0.0.
 
     White space around the answer is ignored, and all white space within it is the same; everything else counts, so "12." is not
-    "12". Without a `pattern` the whole completion is the answer: a policy that goes on after its answer needs a stop string (of
+    "12". Without a `pattern` the whole completion is the answer. If a policy continues after its answer, use a stop string (of
     the sampler), or a pattern such as `\A\s*([^\n]*)` for the first line.
 
     Args:
-        pattern: Regular expression with one group, which is the answer. The last match counts, no match earns 0, and `.` also
+        pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the whole completion.
         ignore_case: Whether "Yes" equals "yes".
         name: Name under which it is logged; None for `exact_match`.
@@ -74,7 +74,7 @@ class ExactMatch(AnswerReward):
         self.ignore_case = ignore_case
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The text that is compared with the reference answer."""
+        """The text to compare with the reference answer."""
         answer = super().extract_answer(completion, prompt)
         return None if answer is None else self._normalize(answer)
 
@@ -95,8 +95,8 @@ class ExactMatch(AnswerReward):
 class FormatReward(RewardFunction):
     r"""1.0 if a regular expression is found in the completion, else 0.0.
 
-    Some chat templates open `<think>` in the prompt. The pattern may then match with or without this tag in front of the
-    completion, so that one pattern suits all templates.
+    Some chat templates open `<think>` in the prompt. The pattern may then match with or without this tag before the completion,
+    so that one pattern suits all templates.
 
     A policy finds the cheapest way to earn this, so give it a small weight beside a reward for correctness, and anchor the
     pattern: `\A<think>.+</think>\s*\S` rather than `</think>`. For one pair of tags followed by another:
@@ -126,10 +126,10 @@ class RepetitionPenalty(RewardFunction):
     """0 for a completion without repeated n-grams, falling to nearly -1 for a completion that only repeats itself.
 
     Use it in a `WeightedSum` beside a reward for correctness. Words are separated by spaces, and their case is ignored. A text in
-    a language that is written without spaces is one word, so that no repetition is found in it.
+    a language without spaces is one word, so that no repetition is found in it.
 
     Args:
-        ngram_words: Number of words in an n-gram. Solutions in which formulas recur need longer n-grams than the 3 of open-r1.
+        ngram_words: Number of words in an n-gram. Solutions with recurring formulas need longer n-grams than open-r1's 3.
         name: Name under which it is logged; None for `repetition_penalty`.
 
     Example:
@@ -153,7 +153,7 @@ class RepetitionPenalty(RewardFunction):
 
 
 def _with_opening(completion: str) -> list[str]:
-    """A completion, and where its prompt has opened `<think>` the same with this tag in front, as templates write it."""
+    """A completion; if its prompt has opened `<think>`, also with this tag in front, as templates write it."""
     return [completion, *(tag + completion for tag in ("<think>", "<think>\n") if getattr(completion, "thinking", False))]
 
 

@@ -1,12 +1,12 @@
-"""`Agreement`: compares a rollout engine that has weights of its own with the policy, on a few fixed tokens.
+"""`Agreement`: compares a rollout engine that has its own weights with the policy, on a few fixed tokens.
 
-A label says which weights an engine was given, and may lie: an update that breaks can leave the old weights under the new label.
-So after each update both compute the log-probabilities of the same tokens with what should be the same weights. No sampling and
-no lag of rollouts ahead is in that, and any engine with a bug in its model shows.
+A label says which weights an engine was given, and may be wrong: a broken update can leave the old weights under the new label.
+So after each update both compute the log-probabilities of the same tokens with supposedly the same weights. Sampling and the lag
+of rollouts ahead do not affect this, and any engine with a bug in its model shows.
 
-    sampling/mismatch/mean, /max    |l_engine - l_policy| in nats, over the tokens; of several servers, of the worst
+    sampling/mismatch/mean, /max    |l_engine - l_policy| in nats, over the tokens; with several servers, the worst one
 
-The tokens are those of the first prompts that are completed, with their reference answers, which training changes most.
+The tokens belong to the first prompts that are completed, with their reference answers, which training changes most.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,10 +26,10 @@ from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Sequences
 
-SEQUENCES, TOKENS = 4, 256  # that are compared, and most tokens of each
-_WAIT_S = 60.0  # for an engine that has nothing else to do
-_LARGEST = 0.5  # nats, mean over tokens, beyond which the run stops; with other weights more than 2 was seen
-# Beyond which it warns, with products of float32 and of 16 bits. Tokens of prompts are improbable ones, of which rounding moves
+SEQUENCES, TOKENS = 4, 256  # sequences to compare, and the most tokens of each
+_WAIT_S = 60.0  # seconds to wait for an idle engine
+_LARGEST = 0.5  # nats, mean over tokens, above which the run stops; other weights gave more than 2
+# Above these it warns, with products of float32 and of 16 bits. Tokens of prompts are improbable, and rounding moves their
 # log-probabilities most: SmolLM2 in bfloat16 has 0.06 to 0.09, a small model in float32 1e-5.
 _DOUBTFUL, _DOUBTFUL_HALF = 1e-3, 0.2
 
@@ -40,7 +40,7 @@ class Agreement:
     Args:
         policy: The policy.
         sampler: The engine.
-        run: The run that they are part of.
+        run: The run that both are part of.
 
     Attributes:
         metrics: Name -> value of the last comparison; empty before it.
@@ -50,12 +50,12 @@ class Agreement:
         self._policy, self._sampler, self._run = policy, sampler, run
         self.metrics: dict[str, float] = {}
         self._ids: list[list[int]] = []
-        self._own: dict[WeightsVersion, Tensor] = {}  # the policy's log-probabilities, from the oldest version that may come back
+        self._own: dict[WeightsVersion, Tensor] = {}  # the policy's, from the oldest version that may still arrive
         self._asked: Future[list[PromptLogprobs]] | None = None
         self._warned = False
 
     def begin(self, sequences: Callable[[], Iterable[list[int]]]) -> None:
-        """Begin to compare on sequences, which are made once, if the engine has been given weights since.
+        """Begin to compare on sequences, which are made once, if the engine has received weights since the last comparison.
 
         Ranks that share a model call it together.
         """
@@ -72,7 +72,7 @@ class Agreement:
         self._own[version] = self._logprobs()
 
     def end(self, waits: bool = False) -> None:
-        """Compare, if the engine has answered; `waits` for it where it has had nothing else to do.
+        """Compare, if the engine has answered; with `waits`, wait for an idle engine.
 
         Raises:
             RolloutError: If the two differ by more than half a nat a token.

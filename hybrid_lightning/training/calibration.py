@@ -1,8 +1,8 @@
-"""Calibration: losses at the start policy, whose mean gradient scores the modules.
+"""Calibration: losses at the start policy. Their mean gradient scores the modules.
 
-    training prompts -> calibration rollouts -> losses, one for each chunk of rows
+    training prompts -> calibration rollouts -> losses, one per chunk of rows
 
-The losses are those of training on rewards, or on examples. Where all rewards are equal, which gives no gradient, they are
+The losses are the training losses, on rewards or on examples. If all rewards are equal, which gives no gradient, they are
 supervised losses of reference answers. Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
 """
 
@@ -35,9 +35,9 @@ LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
 def calibration_rollouts(
     generation: Generation, prompts: Sequence[Prompt], schedule: RolloutSchedule, seed: int
 ) -> tuple[Rollouts, Rewards]:
-    """Complete and score prompts with the start policy, each as often as in a rollout of training.
+    """Complete and score prompts with the start policy, with the same number of completions per prompt as in training.
 
-    Where the model is split, all ranks call this. Each completes a share of the prompts, and gets the completions of all.
+    If the model is split, all ranks call this. Each completes a share of the prompts, and gets the completions of all.
     """
     policy, samples, split = generation.policy, schedule.samples_per_prompt, generation.policy.weights.sharded
     rank, ranks = (dist.get_rank(), world_size()) if split else (0, 1)
@@ -48,7 +48,7 @@ def calibration_rollouts(
         return rollouts, generation.score(rollouts)
 
     if split:
-        generation.update()  # of a rollout engine, by all ranks together
+        generation.update()  # update of a rollout engine, by all ranks together
     parts: list[tuple[Rollouts, Rewards]] = []
     size = ranks * calibration_batch(schedule.prompts_per_rollout)
     for start in range(0, len(prompts), size):
@@ -57,7 +57,7 @@ def calibration_rollouts(
             parts.append(make(places))
             continue
         shares = [places[len(places) * i // ranks : len(places) * (i + 1) // ranks] for i in range(ranks)]
-        mine = shares[rank] or places[:1]  # a rank without a prompt repeats one, since all gather weights together
+        mine = shares[rank] or places[:1]  # a rank without a prompt repeats one, since all ranks gather weights together
 
         def on_host(mine: range = mine) -> tuple[Rollouts, Rewards]:
             rollouts, rewards = make(mine)
@@ -76,12 +76,12 @@ def calibration_batch(prompts_per_rollout: int) -> int:
 
 @dataclass(frozen=True)
 class CalibrationLosses:
-    """Scalar losses of the start policy, one for each chunk of rows; their mean is the loss of all rows.
+    """Scalar losses of the start policy, one per chunk of rows; their mean is the loss of all rows.
 
-    Each is computed when it is asked for, so that its backward pass can free its graph before the next.
+    Each is computed on access, so that its backward pass can free its graph before the next one is computed.
     """
 
-    chunks: Sequence[Any]  # what each loss is computed from
+    chunks: Sequence[Any]  # each loss is computed from one of these
     loss_of: Callable[[Any], Tensor]  # the loss of a chunk
     info: dict[str, Any]  # plain values about the losses, which the plan keeps
 
@@ -105,7 +105,7 @@ def rollout_losses(
     logprobs: LogprobFunction,
     max_tokens: int,
 ) -> CalibrationLosses:
-    """Losses of calibration rollouts: of their rewards or, where these are all equal, of the reference answers.
+    """Losses of calibration rollouts: of their rewards or, if these are all equal, of the reference answers.
 
     Args:
         prompts: P prompts.
@@ -146,15 +146,15 @@ def training_losses(
     """Training losses at the start policy, which is also the policy that sampled and the reference.
 
     Args:
-        signal: What is learned from, for the plan.
+        signal: Source of the learning signal, for the plan.
         sequences: N rows.
-        chunks: Those of the rows that add to the loss, in chunks, and their advantages.
+        chunks: The rows that contribute to the loss, in chunks, and their advantages.
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         counted: See `Rewards`, [N] bool or None.
         max_completion_tokens: Longest completion that can be sampled, which some losses need.
     """
-    # Denominators for which the mean of the chunks' losses is the mean over all sequences that count, or all their tokens.
+    # With these denominators, the mean of the chunks' losses is the mean over all sequences that count, or over all their tokens.
     num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(chunks))
     num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(chunks))
 
@@ -172,7 +172,7 @@ def training_losses(
             num_tokens=num_tokens,
             entropy=entropy,
             max_completion_tokens=max_completion_tokens,
-            micro_batch_tokens=num_tokens,  # all of the calibration rows are one micro-batch
+            micro_batch_tokens=num_tokens,  # all calibration rows form one micro-batch
         )
         return loss(inputs).loss
 
@@ -189,7 +189,7 @@ def reward_losses(
     max_completion_tokens: int,
     counted: Tensor | None = None,
 ) -> CalibrationLosses:
-    """Training losses of calibration rollouts, those that are left out of the loss without tokens.
+    """Training losses of calibration rollouts; rows that are left out of the loss have no tokens.
 
     Rows without advantage, [N] or [N, T], are left out, unless the loss has an entropy bonus: their gradient is exactly zero.
     A chunk has at most `max_tokens`, as in training, so that scoring needs no more memory.
@@ -210,7 +210,7 @@ def answer_losses(
     max_tokens: int,
     device: torch.device,
 ) -> CalibrationLosses:
-    """Supervised losses of reference answers, for calibration rollouts whose rewards are all equal.
+    """Supervised losses of reference answers, for calibration rollouts with all rewards equal.
 
     The tokenizer encodes the answers, and ends each with its end-of-sequence token.
 

@@ -1,6 +1,6 @@
-"""What a checkpoint holds of a policy, beside trainable weights and the optimizer's state: its plan, its base model, its passes.
+"""A checkpoint's entry for a policy, beside trainable weights and the optimizer's state: its plan, base model and passes.
 
-It stands under the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
+The entry has the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
 """
 
 import io
@@ -21,16 +21,16 @@ from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 CHECKPOINT_KEY = "hybrid_lightning"
-CHECKPOINT_FORMAT = 2  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
+CHECKPOINT_FORMAT = 2  # format of everything this project puts into a checkpoint; a checkpoint with a different format is refused
 
 
 def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
-    """The entry of a checkpoint that names its plan and base model."""
+    """A checkpoint entry with this plan and base model."""
     return {"format": CHECKPOINT_FORMAT, "plan": None if plan is None else plan.to_dict(), "base_digest": base_digest}
 
 
 def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a checkpoint that names its plan and base model; CheckpointError if there is none, or of another format."""
+    """A checkpoint's entry with its plan and base model; CheckpointError if it is missing or has a different format."""
     if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
     state = checkpoint[CHECKPOINT_KEY]
@@ -46,9 +46,9 @@ def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def save_policy(
     checkpoint: dict[str, Any], policy: Policy, passes: Passes, module: nn.Module, optimizers: Sequence[Optimizer]
 ) -> None:
-    """Keep of a checkpoint the trainable weights of a module alone, and add the entry of its policy.
+    """Keep only a module's trainable weights in a checkpoint, and add the entry of its policy.
 
-    The states of these optimizers are keyed by the weights' names.
+    The states of these optimizers are keyed by weight names.
     """
     trainable, names = trained_names(module), parameter_names(module)
     checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
@@ -66,7 +66,7 @@ def save_policy(
 
 
 def as_one_file(checkpoint: Any) -> Any:
-    """A checkpoint as Lightning can read it: the content of a sharded one, which is a folder, as a file in memory.
+    """A checkpoint as Lightning can read it: a sharded one, which is a folder, becomes a file in memory.
 
     Raises:
         CheckpointError: If the folder is incomplete.
@@ -81,10 +81,8 @@ def as_one_file(checkpoint: Any) -> Any:
 
 def without_reward(error: Exception) -> str:
     """The warning for a checkpoint that is loaded without its reward, which jsonargparse did not find."""
-    found = re.search(
-        r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL
-    )  # the first of the errors that it lists
-    cause = (found[1] if found else str(error)).strip().splitlines()[-1].strip()  # the innermost
+    found = re.search(r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL)  # the first error that it lists
+    cause = (found[1] if found else str(error)).strip().splitlines()[-1].strip()  # the innermost error
     return (
         f"the checkpoint's reward cannot be made again, and the policy is loaded without it: {cause}; give "
         "load_from_checkpoint(path, reward=...) to score completions"
@@ -92,7 +90,7 @@ def without_reward(error: Exception) -> str:
 
 
 def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, device: torch.device | None) -> None:
-    """Apply the plan of an entry, unless it is applied already.
+    """Apply the plan of an entry, unless it is already applied.
 
     Args:
         policy: A policy with the base model of the checkpoint.
@@ -101,7 +99,7 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
         device: The device that trains; None without a run.
 
     Raises:
-        CheckpointError: If the checkpoint was written with another base model or plan, or trained in another way.
+        CheckpointError: If the checkpoint was written with a different base model or plan, or trained in a different way.
     """
     if saved["base_digest"] != policy.base_digest:
         raise CheckpointError(
@@ -127,7 +125,7 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
 
 
 def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Raise CheckpointError if a checkpoint has no values for trainable weights of these names, or others for unknown ones."""
+    """Raise CheckpointError if a checkpoint has no values for these trainable weights, or has values for these unknown ones."""
     for names, what in (
         (missing, "no values for {} trainable weights"),
         (unexpected, "{} weights that this model does not have"),

@@ -1,7 +1,7 @@
 """Evaluation: how well a policy solves held-out prompts, and how well it predicts held-out examples.
 
 `Evaluation` is for prompts, `ExampleEvaluation` for examples: validation and test call `add` for each batch, and `end` after the
-last. Predict calls `predict`.
+last one. Predict calls `predict`.
 
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
@@ -31,7 +31,7 @@ Scored = tuple[Rollouts, Rewards, Answers]
 
 
 def evaluation_means(samples: int) -> ProblemMeans:
-    """The metrics of one evaluation, by one greedy and n sampled completions of each prompt.
+    """The metrics of one evaluation, from one greedy and n sampled completions of each prompt.
 
     They are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
     `truncation_rate`, and the ends of confidence intervals.
@@ -46,10 +46,10 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
         means: From `evaluation_means`.
         greedy: Rewards of P greedy completions, one for each prompt.
         sampled: P * n completions of the same prompts, and their rewards.
-        answers: The answer in each of the P * n completions, None where there is none.
+        answers: The answer in each of the P * n completions, None where it has no answer.
     """
     rollouts, rewards = sampled
-    if rollouts.finished.device.type == "mps":  # which has no float64
+    if rollouts.finished.device.type == "mps":  # mps has no float64
         greedy, rewards = greedy.to("cpu"), rewards.to("cpu")
         rollouts = replace(rollouts, sequences=rollouts.sequences.to("cpu"), finished=rollouts.finished.cpu())
     shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
@@ -71,7 +71,7 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
 
 
 def check_numbers(prompts: Sequence[Prompt]) -> None:
-    """Raise DataError if two different prompts have one number, by which each is counted once."""
+    """Raise DataError if two different prompts share a number; each number is counted once."""
     asked: dict[Problem, Any] = {}
     for prompt in prompts:
         if asked.setdefault((prompt.set_name, prompt.index), (prompt.text, prompt.messages)) != (prompt.text, prompt.messages):
@@ -81,11 +81,11 @@ def check_numbers(prompts: Sequence[Prompt]) -> None:
             )
 
 
-_UNSCORED = {"completion_length": None, "truncation_rate": None}  # what is measured without a reward
+_UNSCORED = {"completion_length": None, "truncation_rate": None}  # metrics that need no reward
 
 
 def add_lengths(means: ProblemMeans, rollouts: Rollouts) -> None:
-    """Add prompts with n completions each that no reward scores to the metrics of an evaluation."""
+    """Add prompts with n unscored completions each to the metrics of an evaluation."""
     device = "cpu" if rollouts.finished.device.type == "mps" else rollouts.finished.device  # mps has no float64
     index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=device)
     measured = (rollouts.sequences.sampled_mask.sum(dim=1), ~rollouts.finished)
@@ -104,7 +104,7 @@ class ExampleMetrics(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.names: list[str] = []  # of the columns of `rows` after the first, which is the weight
+        self.names: list[str] = []  # columns of `rows` after the first, which is the weight
         self.add_state("index", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
@@ -116,7 +116,7 @@ class ExampleMetrics(Metric):
             weights: Weight of each example in the means, [E].
             terms: Name of a mean -> what each example adds to its numerator, [E]; the same names at every call.
         """
-        if weights.device.type == "mps":  # which has no float64
+        if weights.device.type == "mps":  # mps has no float64
             index, weights, terms = index.cpu(), weights.cpu(), {name: value.cpu() for name, value in terms.items()}
         self.names = list(terms)
         self.index.append(index.long())
@@ -124,7 +124,7 @@ class ExampleMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Name -> sum of the terms / sum of the weights, float32; empty if there was no example."""
-        if len(self.index) == 0:  # not `not self.index`: it is a tensor once the ranks' values have been gathered
+        if len(self.index) == 0:  # not `not self.index`: it is a tensor after the ranks' values have been gathered
             return {}
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         _, inverse = index.unique(return_inverse=True)
@@ -135,9 +135,9 @@ class ExampleMetrics(Metric):
 
 
 class Evaluation(nn.Module):
-    """Completes and scores held-out prompts, greedily and by sampling, and logs what that shows.
+    """Completes and scores held-out prompts, greedily and by sampling, and logs the results.
 
-    This is a part of a LightningModule, since the metrics move to its device; its hooks call `add` and `end`.
+    It is a part of a LightningModule, since the metrics move to its device; the module's hooks call `add` and `end`.
 
     Args:
         generation: Completes and scores prompts.
@@ -145,9 +145,9 @@ class Evaluation(nn.Module):
         seed: Seed of the sampling.
 
     Attributes:
-        by_problem: (set, index) -> value by metric, of each problem of the last evaluation of all ranks.
-        greedy: The greedy completions of this rank's first batch in it, and their rewards; None where there are no completions.
-        answers: For each greedy completion of this rank in it the answer that the reward finds, whether it is right, and the
+        by_problem: (set, index) -> value by metric, for each problem in the last evaluation on all ranks.
+        greedy: This rank's first batch of greedy completions in it, and their rewards; None without completions.
+        answers: For each greedy completion of this rank in it: the answer that the reward finds, whether it is right, and the
             reference answer; empty for episodes.
         last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
@@ -170,12 +170,12 @@ class Evaluation(nn.Module):
         self._prompts = nn.ModuleDict({stage: means() for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
-        """Names of all that a validation on prompts of these sets logs."""
+        """Names of everything that a validation on prompts of these sets logs."""
         of_sets = self._means("val").names(sets)
         return [_name("val", name, value) for name, values in of_sets.items() for value in values]
 
     def add(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs; without a reward lengths alone."""
+        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs; without a reward only lengths."""
         check_numbers(batch)
         if self.generation.reward is None:
             draws = evaluation_draws(batch, self.samples, self.seed)
@@ -189,7 +189,7 @@ class Evaluation(nn.Module):
         add_prompts(self._means(stage), greedy[1], sampled, self.generation.answers(sampled[0]))
 
     def end(self, stage: str) -> None:
-        """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew."""
+        """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and reset."""
         self.last = self._end(stage)
 
     def _end(self, stage: str) -> dict[str, dict[str, float]]:
@@ -202,7 +202,7 @@ class Evaluation(nn.Module):
         return found
 
     def predict(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """The greedy and the sampled completions of prompts, as records for JSON: one a prompt, or one an episode."""
+        """The greedy and the sampled completions of prompts, as records for JSON: one per prompt, or one per episode."""
         greedy, sampled = self._scored(prompts)
         generation = self.generation
         if generation.episodes is not None:
@@ -212,12 +212,12 @@ class Evaluation(nn.Module):
         return prediction_records(of_greedy, of_sampled, [render(prompt) for prompt in prompts])
 
     def begin_predict(self, batches: int) -> None:
-        """Note how many more batches than the so many of this rank another one has, where ranks gather weights together."""
+        """Record how many more batches another rank has than this rank's `batches`, where ranks gather weights together."""
         sharded, device = self.generation.policy.weights.sharded, self.generation.policy.device
         self._missing_batches = max(gather_counts(batches, device)) - batches if sharded else 0
 
     def end_predict(self) -> None:
-        """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
+        """Gather weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
         own = self.generation.sampler.needs_weight_sync
         for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
             self.generation.policy.weights.gathered(lambda: None)
@@ -243,7 +243,7 @@ class Evaluation(nn.Module):
 
 
 class ExampleEvaluation(Evaluation):
-    """Measures the loss on held-out examples and, where there is a reward, completions of their prompts.
+    """Measures the loss on held-out examples and, if there is a reward, completions of their prompts.
 
     Args:
         generation: Completes and scores prompts.
@@ -268,7 +268,7 @@ class ExampleEvaluation(Evaluation):
         self._examples = nn.ModuleDict({stage: ExampleMetrics() for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
-        """Names of all that a validation on examples of these sets logs."""
+        """Names of everything that a validation on examples of these sets logs."""
         rows = torch.zeros(self._loss.rows_per_example, 1)
         reference = rows if self._loss.needs_reference else None
         inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
@@ -276,7 +276,7 @@ class ExampleEvaluation(Evaluation):
         return measured if self.generation.reward is None else measured + super().names(sets)
 
     def add(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the loss on a batch of a stage, `val` or `test`, and completions where they are scored."""
+        """Measure the loss on a batch of a stage, `val` or `test`, and completions if they are scored."""
         sequences, run = self._sequences_of(batch), self.generation.run
         needs_reference = self._loss.needs_reference
         ((logprobs, entropy, reference),) = self._passes.measure([sequences], True, needs_reference, run.interruptible)
@@ -296,7 +296,7 @@ class ExampleEvaluation(Evaluation):
         measured = {name: float(value) for name, value in losses.compute().items()}
         losses.reset()
         self._log({_name(stage, name): value for name, value in measured.items()})
-        return {**found, "": {**measured, **found.get("", {})}}  # what the loss has measured is of all sets together
+        return {**found, "": {**measured, **found.get("", {})}}  # the loss is measured over all sets together
 
     def _losses(self, stage: str) -> ExampleMetrics:
         return cast(ExampleMetrics, self._examples[stage])
@@ -307,9 +307,9 @@ def _name(*parts: str) -> str:
 
 
 def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
-    """One record per prompt, ready for JSON: prompt, greedy completion, lists with an entry for each sampled one, and the row.
+    """One JSON-ready record per prompt: prompt, greedy completion, lists with one entry per sampled completion, and the row.
 
-    Of P greedy and P * n sampled completions; `texts` are the prompts as the model reads them.
+    There are P greedy and P * n sampled completions; `texts` are the prompts as the model reads them.
     """
     rollouts, samples = sampled[0], sampled[0].samples_per_prompt
     records = []
@@ -330,7 +330,7 @@ def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> lis
     return records
 
 
-# Names of the lists where they are not those of the entries.
+# Names of lists that differ from the names of their entries.
 _LISTS = {"completion": "completions", "extracted_answer": "extracted_answers", "length": "lengths", "reward": "rewards"}
 
 

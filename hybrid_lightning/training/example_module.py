@@ -1,4 +1,4 @@
-"""Modules that are trained on completions in the data, by `ExampleTask`: supervised fine-tuning, and DPO."""
+"""Modules that train on completions in the data, by `ExampleTask`: supervised fine-tuning, and DPO."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
 class ExampleModule(LanguageModule):
-    """Trains and evaluates by a loss on examples, such as one of your own.
+    """Trains and evaluates with a loss on examples, such as one of your own.
 
     Args:
-        loss: Loss on examples; None takes that of the class, if it has one.
-        reward: Scores completions of held-out prompts, which validation and test then generate as well. None evaluates the loss
-            alone.
+        loss: Loss on examples; None takes the class's own loss, if it has one.
+        reward: Scores completions of held-out prompts, which validation and test then also generate. None evaluates only the
+            loss.
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
-        options: Of `LanguageModule`.
+        options: Options of `LanguageModule`.
 
     Raises:
         ConfigError: If a value is impossible, or there is no loss.
@@ -52,11 +52,11 @@ class ExampleModule(LanguageModule):
 class SupervisedModule(ExampleModule):
     """Supervised fine-tuning, on completions only.
 
-    The data is a `PromptDataModule` whose format is a `DemonstrationFormat`. All weights are frozen when the model is loaded;
+    The data is a `PromptDataModule` with a `DemonstrationFormat`. All weights are frozen when the model is loaded;
     `HybridAdapterSetup` scores the modules by the gradient of the supervised loss, and makes some weights trainable. The trained
     model can be exported, and a `PolicyModule` can start from it.
 
-    Arguments and errors are those of `ExampleModule`.
+    See `ExampleModule` for arguments and errors.
     """
 
     default_loss = SupervisedLoss
@@ -65,11 +65,11 @@ class SupervisedModule(ExampleModule):
 class PreferenceModule(ExampleModule):
     """Preference alignment by a loss on pairs, such as DPO.
 
-    The data is a `PromptDataModule` whose format is a `PreferenceFormat`. Chosen and rejected completion share the forward and
+    The data is a `PromptDataModule` with a `PreferenceFormat`. Chosen and rejected completion share the forward and
     backward pass of their prompt. The loss compares with the start policy, which is the model with its adapter switched off:
     there is no second model. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
 
-    Arguments and errors are those of `ExampleModule`.
+    See `ExampleModule` for arguments and errors.
     """
 
     default_loss = DPOLoss

@@ -2,9 +2,9 @@
 
     examples -> PolicyBatch -> loss -> optimizer
 
-A step is made as for a policy that samples, with one difference: a "rollout" is looked up, not sampled. Each prompt comes with
-its completions (`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for the model is an
-error; none is cut.
+A step works as for a policy that samples, with one difference: a "rollout" is looked up, not sampled. Each prompt comes with
+its completions (`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for the model raises an
+error; examples are never cut.
 """
 
 from collections.abc import Sequence
@@ -28,23 +28,23 @@ from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
 class ExampleTask(Task):
-    """Trains a policy by a loss on examples.
+    """Trains a policy with a loss on examples.
 
     Args:
         loss: Loss on examples.
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
-        generation: Completes and scores held-out prompts, where it has a reward.
-        max_tokens: Most tokens of a pass; None chooses.
+        generation: Completes and scores held-out prompts, if it has a reward.
+        max_tokens: Most tokens in a pass; None chooses.
         eval_samples: Sampled completions per prompt in an evaluation.
         seed: Seed of the order of the data and of sampling.
-        name: Name of what trains on them, for messages.
+        name: Name of the module that trains, for messages.
 
     Raises:
         ConfigError: If a value is impossible.
     """
 
     loss: ExampleLoss
-    training_metrics = Task.training_metrics | {"entropy", "logps", "rewards"}  # what losses on examples measure
+    training_metrics = Task.training_metrics | {"entropy", "logps", "rewards"}  # metrics of losses on examples
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ExampleTask(Task):
         return RolloutFuture.of(TrainedRollout(sequences, nothing, ones))
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Fill in reference log-probabilities, where the loss compares with the start policy."""
+        """Fill in reference log-probabilities, if the loss compares with the start policy."""
         if not self.loss.needs_reference:
             return list(batches)
         with self.run.stopping_together(), self.run.clock.phase("logprobs"):
@@ -85,13 +85,13 @@ class ExampleTask(Task):
         return [batch.with_logprobs(None, reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step."""
+        """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""
         logprobs, entropy = self.passes.logprobs(chunk.sequences)
         output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics
 
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
-        """Losses of `count` training examples under the start policy; None takes as many as one optimizer step has.
+        """Losses of `count` training examples under the start policy; None takes the number in one optimizer step.
 
         Raises:
             ConfigError: If there are fewer training examples than one optimizer step takes.
@@ -109,11 +109,11 @@ class ExampleTask(Task):
     # ---- examples as tokens
 
     def sequences_of(self, prompts: Sequence[Prompt]) -> Sequences:
-        """Tokens of prompts and completions, on the policy's device; the completions of a prompt are neighbouring rows.
+        """Tokens of prompts and completions, on the policy's device; the completions of a prompt are in neighbouring rows.
 
         Raises:
-            DataError: If a prompt has another number of completions than the loss needs, or is longer with one of them than the
-                model can read.
+            DataError: If a prompt has a different number of completions than the loss needs, or is too long for the model with
+                one of them.
         """
         rows = [self._tokens(prompt) for prompt in prompts]
         policy: Policy = self.policy
@@ -144,7 +144,7 @@ class ExampleTask(Task):
     # ---- checks
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that all examples can be trained on, and scored if there is a reward, before time is spent on the run."""
+        """Check that all examples can be trained on, and scored if there is a reward, before time is spent on the run."""
         if self.reward is not None:
             super().check_prompts(prompts)
         for prompt in prompts:
@@ -162,7 +162,7 @@ class ExampleTask(Task):
             )
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if these training examples are fewer than one optimizer step takes."""
+        """Raise ConfigError if there are fewer of these training examples than one optimizer step takes."""
         if len(prompts) < self.schedule.prompts_per_rollout:
             raise ConfigError(
                 f"model.examples_per_step={self.schedule.prompts_per_rollout} is more than the {len(prompts)} training examples; "

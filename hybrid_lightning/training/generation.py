@@ -1,10 +1,10 @@
-"""`Generation`: completions of a policy, by its own weights or by a rollout engine that is given them.
+"""`Generation`: completions of a policy, made with its own weights or by a rollout engine that receives them.
 
-    update    gives an engine with weights of its own those that training has changed
-    begin     begins to complete prompts with the current weights, and says in the result which weights made it
+    update    gives an engine with its own weights the weights that training has changed
+    begin     begins to complete prompts with the current weights; the result records which weights made it
 
-In one process an engine is updated before it completes, if weights have changed since. Several processes update theirs together
-before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
+In one process an engine is updated before it completes, if weights have changed. Several processes update their engines together
+before each rollout and each evaluation. Calibration is the exception: the first process makes it alone and updates alone.
 """
 
 import math
@@ -44,10 +44,10 @@ class Generation:
     Args:
         policy: The policy.
         sampler: Makes the completions.
-        reward: Scores them; None where nothing is completed.
-        run: The run that the policy is trained or evaluated in.
-        seed: Seed of the tasks of episodes that have no other.
-        episodes: Plays episodes, if completions are those; else None.
+        reward: Scores them; None if nothing is completed.
+        run: The run that trains or evaluates the policy.
+        seed: Seed for the tasks of episodes that have no seed.
+        episodes: Plays episodes, if completions are episodes; else None.
         rollouts_ahead: See `RolloutSchedule`.
     """
 
@@ -68,15 +68,15 @@ class Generation:
         may_fail = any(term.max_failed_share is not None for term in self.reward_terms())  # as a judge on a server
         run.shares_failures = sampler.needs_weight_sync or may_fail
         self._agreement = Agreement(policy, sampler, run)
-        self._under_way: list[RolloutFuture[Rollouts]] = []  # completions by the engine's current weights
+        self._under_way: list[RolloutFuture[Rollouts]] = []  # completions with the engine's current weights
         plays_ahead = episodes is not None and sampler.is_remote and rollouts_ahead > 0
         self._ahead = EpisodesAhead(episodes) if episodes is not None and plays_ahead else None
-        self.update_seconds = 0.0  # that the last update took
-        self.waited_seconds = 0.0  # for the completions that were finished last
+        self.update_seconds = 0.0  # duration of the last update
+        self.waited_seconds = 0.0  # wait for the last finished completions
 
     @cached_property
     def _stops(self) -> Stops:
-        """What ends a completion; slow to make where there are stop strings."""
+        """What ends a completion; slow to build if there are stop strings."""
         ids = self.policy.pretrained.stop_ids if self.episodes is None else self.episodes.turns.stop_ids
         return self.sampler.stops(self.policy.pretrained.tokenizer, ids)
 
@@ -90,13 +90,13 @@ class Generation:
         on_completion: Callable[[int, Completion], None] | None = None,
         listen: Listen | None = None,
     ) -> RolloutFuture[Rollouts]:
-        """Begin to complete prompts with the current weights; an engine in this process completes when the result is asked for.
+        """Begin to complete prompts with the current weights; an engine in this process completes when the result is requested.
 
-        Arguments are those of `SamplingRequest`, and `ahead` that of `update`; `listen` makes `on_tokens` of tokenized prompts.
+        See `SamplingRequest` for the arguments, and `update` for `ahead`; `listen` makes `on_tokens` from tokenized prompts.
 
         Raises:
-            RolloutError: If the engine cannot be given these weights, or computes something else with them; from the result, if
-                it fails, or has other ones.
+            RolloutError: If the engine cannot receive these weights, or computes something else with them; from the result, if
+                the engine fails or has different weights.
         """
         sampler = self.sampler
         if sampler.needs_weight_sync and (world_size() == 1 or self._is_alone):
@@ -124,7 +124,7 @@ class Generation:
         if self._compares:
             self._agreement.end(waits)
         if sampler.is_remote:
-            # What is made in this process may need all ranks, which a signal must not leave alone.
+            # Work in this process may need all ranks; a signal must not leave them waiting.
             begun = begun.within(self.run.interruptible)
         step = self.run.step
         return RolloutFuture(lambda: self._finished(begun, step), begun)
@@ -143,7 +143,7 @@ class Generation:
         return RolloutFuture(lambda: episodes.play(engine, request, seeds))
 
     def _finished(self, begun: RolloutFuture[Rollouts], step: int) -> Rollouts:
-        """The completions that were begun after an optimizer step."""
+        """The completions that were begun after this optimizer step."""
         policy, sampler = self.policy, self.sampler
         if sampler.is_remote:
             self.waited_seconds = begun.waited_s
@@ -151,13 +151,13 @@ class Generation:
 
         def sample() -> Rollouts:
             own = sampler.needs_weight_sync
-            # A signal may end this at once: no other rank waits for this one meanwhile.
+            # A signal may end this at once: no other rank waits for this one in the meantime.
             with self.run.interruptible(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
                 return begun.result()
 
         with policy.inference():
             rollouts = sample() if sampler.needs_weight_sync else policy.weights.gathered(sample)
-        if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
+        if rollouts.sequences.weights_step is None:  # all by the weights at the beginning, which an engine also has
             made_by = torch.full_like(rollouts.sequences.completion_ids, step)
             rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
         if self._compares:
@@ -166,17 +166,17 @@ class Generation:
 
     @property
     def _compares(self) -> bool:
-        """Whether the engine is compared with the policy now.
+        """Whether to compare the engine with the policy now.
 
-        A policy that is split computes with all ranks, and only in training do all of them complete equally often.
+        A split policy computes with all ranks, and only in training do all ranks complete equally often.
         """
         return self.sampler.scores_prompts and (not self.policy.weights.sharded or self.run.is_training)
 
     def _fixed_tokens(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt with its reference answer, no more than with a completion."""
+        """Tokens of a prompt with its reference answer, at most as long as with a completion."""
         ids, answer = self.encode(prompt), []
         if prompt.answer is not None:
-            with suppress(Exception):  # of a tokenizer without an unknown token, whose class the library keeps to itself
+            with suppress(Exception):  # a tokenizer without an unknown token raises an exception of a private class
                 answer = list(self.policy.pretrained.tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"])
         return [*ids, *answer][: len(ids) + self.sampler.max_new_tokens - 1]
 
@@ -206,16 +206,16 @@ class Generation:
             on_completion: See `SamplingRequest`; `arriving` makes one.
 
         Raises:
-            RolloutError: If a rollout engine fails, or has other weights than the policy.
+            RolloutError: If a rollout engine fails, or has different weights than the policy.
         """
         return self.begin(prompts, samples_per_prompt, draws, greedy, on_completion=on_completion).result()
 
     def begin_scored(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, draws: Draws, listen: Listen | None = None
     ) -> RolloutFuture[tuple[Rollouts, Rewards]]:
-        """Begin to complete this rank's prompts of a rollout, and to score what arrives; all ranks ask for the result together.
+        """Begin to complete this rank's prompts of a rollout, and to score completions as they arrive.
 
-        Arguments are those of `begin`.
+        All ranks request the result together. See `begin` for the arguments.
         """
         arriving = self.arriving(prompts, samples_per_prompt)
         with self._phase("generate"):
@@ -255,12 +255,12 @@ class Generation:
         return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
 
     def reward_counts(self) -> dict[str, float]:
-        """What the reward has counted since the last call, such as calls of a judge, over all ranks, which call it together."""
+        """Counts of the reward since the last call, such as calls of a judge, over all ranks, which call this together."""
         own = sum_counts(term.take_counts() for term in self.reward_terms())
         return sum_counts(gather_objects(own)) if own else own
 
     def reward_terms(self) -> list[RewardFunction]:
-        """The rewards that the reward is the weighted sum of; none without a reward."""
+        """The rewards in the reward's weighted sum; none without a reward."""
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
     # ---- prompts
@@ -276,17 +276,17 @@ class Generation:
 
     @property
     def limits(self) -> dict[str, int]:
-        """The options that bound a completion, with their values: a message and, with an environment, all of an episode."""
+        """The options that bound a completion, with their values: for a message and, with an environment, for a whole episode."""
         message = {"model.sampler.max_new_tokens": self.sampler.max_new_tokens}
         return message if self.episodes is None else message | {"model.episodes.max_tokens": self.episodes.limits.max_tokens}
 
     @property
     def max_completion_tokens(self) -> int:
-        """Tokens of the longest completion, of a message or of all of an episode."""
+        """Tokens of the longest completion: a message or a whole episode."""
         return list(self.limits.values())[-1]
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that prompts can be rendered and tokenized, by the first one of each set, and all of them be completed.
+        """Check that prompts can be rendered and tokenized, by the first one of each set, and that all can be completed.
 
         Raises:
             ConfigError: If prompts with their longest completion are too long for the model, or for the engine.
@@ -322,23 +322,23 @@ class Generation:
             f"{', or '.join(remedies) or 'give shorter prompts, or take another model'}"
         )
 
-    # ---- engines with weights of their own
+    # ---- engines with their own weights
 
     def update(self, ahead: bool = False) -> None:
-        """Give the engines of several processes the policy's current weights. All ranks have to call it.
+        """Give the engines of several processes the policy's current weights. All ranks must call this.
 
         Args:
-            ahead: Whether completions that are under way for a later rollout may continue with the new weights, where the engine
-                allows it; else they are waited for first.
+            ahead: Whether completions in progress for a later rollout may continue with the new weights, where the engine
+                allows it; if not, they are waited for first.
 
         Raises:
-            RolloutError: If that fails on one of them.
+            RolloutError: If the update fails on one rank.
         """
         if self.sampler.needs_weight_sync and world_size() > 1:  # in one process `begin` does it
             self._give(together=True, ahead=ahead)
 
     def shut_down(self) -> None:
-        """End completions that are under way, a rollout engine, and processes of environments that this process has started."""
+        """End completions in progress, a rollout engine, and environment processes that this process has started."""
         for future in self._under_way:
             future.cancel()
         self._under_way = []
@@ -349,11 +349,11 @@ class Generation:
             self.episodes.shut_down()
 
     def metrics(self) -> dict[str, float]:
-        """Measurements of the last rollout; nothing where completions are made by the policy itself.
+        """Measurements of the last rollout; empty if the policy itself makes the completions.
 
-        They are `sampling/weights_update_s`, for the engine's last update; where it completes elsewhere also `sampling/waited_s`,
-        for which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
-        the last requests; and how far it is from the policy (see `Agreement`).
+        They are `sampling/weights_update_s`, for the engine's last update; for an engine elsewhere also `sampling/waited_s`, the
+        time that training waited for the completions, and `sampling/engine_idle_s`, the time that the engine was idle before the
+        last requests; and its distance from the policy (see `Agreement`).
         """
         sampler, found = self.sampler, {"sampling/weights_update_s": self.update_seconds, **self._agreement.metrics}
         if sampler.is_remote:
@@ -369,7 +369,7 @@ class Generation:
             self.sampler.check_model(self._served_model)
 
     def _give(self, together: bool, ahead: bool) -> None:
-        """Update the engine of this rank; where all ranks are here, `together`, a failure on one is raised on all."""
+        """Update the engine of this rank; if all ranks are here, `together`, a failure on one is raised on all."""
         policy, sampler, run, began = self.policy, self.sampler, self.run, time.perf_counter()
         before, stopping = sampler.version, self.run.stopping_together if together else nullcontext
         weights, model = self._current_weights(), self._served_model
@@ -384,9 +384,9 @@ class Generation:
             if sampler.is_remote and not waits:
                 sampler.go_on_with(weights.version)
                 if together:
-                    gather_objects(None)  # the other ranks are as far
+                    gather_objects(None)  # the other ranks are at the same point
             everything = self._all_need(weights, model) if policy.weights.sharded else None
-            # Servers that do not answer are tried for minutes, in which a signal may come. It must not tear apart what all ranks
+            # Servers that do not answer are retried for minutes, in which a signal may come. It must not interrupt what all ranks
             # gather together.
             may_stop = sampler.is_remote and not policy.weights.sharded
             with stopping(), run.interruptible() if may_stop else nullcontext():
@@ -408,10 +408,10 @@ class Generation:
         return CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0, merges)
 
     def _give_again(self) -> None:
-        """Give an engine that was started again in the middle of a rollout the current weights, so that it goes on with them.
+        """Give the current weights to an engine that was restarted in the middle of a rollout, so that it continues with them.
 
         Raises:
-            RolloutError: If that fails; or if there are several ranks, which would have to do it together.
+            RolloutError: If that fails, or if there are several ranks, which would have to do it together.
         """
         sampler = self.sampler
         if sampler.has_lost_weights:
@@ -424,7 +424,7 @@ class Generation:
                 sampler.update(self._current_weights(), self._served_model)
 
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
+        """Whether one rank's engine needs all weights. All ranks must call this, since they then gather the same weights."""
         sampler, needed = self.sampler, False
         with self.run.stopping_together(), self.run.interruptible():
             needed = (weights.is_sender or not sampler.is_remote) and sampler.needs_everything(weights, model)
@@ -432,13 +432,13 @@ class Generation:
 
     @property
     def _is_behind(self) -> bool:
-        """Whether the engine has no weights yet, or those of an earlier step."""
+        """Whether the engine has no weights yet, or weights of an earlier step."""
         version = self.sampler.version
         return version is None or version.step != self.run.step
 
     @property
     def _is_alone(self) -> bool:
-        """Whether this rank completes before the others do: the first one, in calibration."""
+        """Whether this rank completes before the others: the first rank does, in calibration."""
         alone = not self.sampler.is_remote or self.run.rank == 0
         return alone and self._is_behind and not self.policy.weights.sharded
 
@@ -457,7 +457,7 @@ class Generation:
 
     @cached_property
     def _folder(self) -> str | None:
-        """The folder from which an engine can read the start policy's weights; None if they are not in one as they are."""
+        """The folder from which an engine can read the start policy's weights; None if no folder holds them unchanged."""
         source = self.policy.pretrained.source
         if source.adapter is not None or "gguf_file" in source.arguments or self.policy.quantization is not None:
             return None
@@ -474,5 +474,5 @@ def _text_bytes(prompt: Prompt) -> int:
 
 
 def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
-    """The prompt of each completion, where every prompt has `samples` of them in prompt-major order."""
+    """The prompt of each completion, when every prompt has `samples` completions in prompt-major order."""
     return [prompt for prompt in prompts for _ in range(samples)]

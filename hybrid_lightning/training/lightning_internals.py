@@ -1,7 +1,7 @@
-"""What this package needs of Lightning's Trainer and Lightning has no public name for, in one place.
+"""Access to parts of Lightning's Trainer that have no public name, in one place.
 
-Where a version of Lightning has moved such a name, the run ends with that version and the remedy. `tests/test_other_libraries.py`
-lists these names, and the private names of all other libraries that are used.
+If a version of Lightning has moved such a name, the run ends with a message that has that version and the remedy.
+`tests/test_other_libraries.py` lists these names, and the private names of all other libraries in use.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,53 +42,53 @@ def validation_follows(trainer: Any) -> bool:
 
 @_of_lightning
 def logged_step(trainer: Any) -> int:
-    """The step under which Lightning logs."""
+    """The step that Lightning logs under."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 @_of_lightning
 def log_under(trainer: Any, step: int) -> None:
-    """Let Lightning log under this step."""
+    """Make Lightning log under this step."""
     _ = trainer.fit_loop.epoch_loop._batches_that_stepped
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 @_of_lightning
 def restore_signal_handlers(trainer: Any) -> None:
-    """Put back the signal handlers that Lightning has replaced, as it does itself when the run has ended."""
+    """Restore the signal handlers that Lightning has replaced, as it does itself at the end of the run."""
     trainer._signal_connector.teardown()
 
 
 @_of_lightning
 def name_checkpoint(trainer: Any, path: Any) -> None:
-    """Set `trainer.ckpt_path` for this run alone. The public setter would set it for later runs of the Trainer, too."""
+    """Set `trainer.ckpt_path` for this run only. The public setter would also set it for later runs of the Trainer."""
     _ = trainer._checkpoint_connector._ckpt_path
     trainer._checkpoint_connector._ckpt_path = path
 
 
 @_of_lightning
 def attach(trainer: Any, module: Any, datamodule: Any) -> None:
-    """Connect a module and its data with the Trainer, as each of its commands begins."""
+    """Connect a module and its data with the Trainer, as at the beginning of each Trainer command."""
     trainer._data_connector.attach_data(module, datamodule=datamodule)
     trainer.strategy.connect(module)
 
 
 @_of_lightning
 def train_batches(trainer: Any) -> int:
-    """Micro-batches of an epoch, also while the train dataloader is loaded, when `num_training_batches` is that of before."""
+    """Micro-batches of an epoch; also right while the train dataloader is loaded, when `num_training_batches` is outdated."""
     return int(trainer.fit_loop._combined_loader.limits[0])
 
 
 @_of_lightning
 def drop_train_loader(trainer: Any) -> None:
-    """Let Lightning make the train dataloader anew."""
+    """Make Lightning rebuild the train dataloader."""
     _ = trainer.fit_loop._combined_loader
     trainer.fit_loop._combined_loader = None
 
 
 @_of_lightning
 def forget_metrics(trainer: Any, names: Sequence[str]) -> None:
-    """Remove metrics that a step has logged from those that Lightning keeps showing, and gives to callbacks."""
+    """Remove logged metrics of a step from the metrics that Lightning keeps showing and passes to callbacks."""
     for name in names:
         trainer._results.pop(f"training_step.{name}", None)
         trainer._logger_connector._callback_metrics.pop(name, None)

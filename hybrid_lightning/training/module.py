@@ -2,10 +2,11 @@
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
-                                    <- PreferenceModule   pairs of them, one preferred
+                                    <- PreferenceModule   pairs of completions, one preferred
 
-What is trained is `policy`, a `Policy`; how it is trained is `task`, a `Task`, which knows of the Trainer by its `Run` alone. The
-modules make both from options with flat names (`policy_module.py`, `example_module.py`), and answer Lightning's hooks by them.
+`policy` is the model to train, a `Policy`; `task`, a `Task`, is how to train it. The task knows the Trainer only through its
+`Run`. The modules make both from options with flat names (`policy_module.py`, `example_module.py`), and implement Lightning's
+hooks with them.
 """
 
 from abc import ABC, abstractmethod
@@ -71,37 +72,37 @@ __all__ = ["LanguageModule"]
 
 
 class LanguageModule(Configurable, LightningModule, ABC):
-    """A language model under Lightning, whatever it is trained on.
+    """A language model under Lightning, for any kind of training data.
 
-    All weights are frozen when the model is loaded, which is done when it is first needed; `HybridAdapterSetup` makes some of
-    them trainable. A subclass makes its `task`.
+    All weights are frozen when the model is loaded, on first use; `HybridAdapterSetup` makes some of them trainable. A subclass
+    makes its `task`.
 
     Args:
-        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
+        model: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own, and `keep_history` that one with every
-            turn of the assistant as it was, thoughts included.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own. `keep_history` takes the tokenizer's own
+            too, but keeps every assistant turn as it was, thoughts included.
         chat_template_kwargs: Variables of the chat template.
         sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
             `Sampler()`.
-        eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
+        eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), besides the greedy one.
         max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
             for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
-            by the sizes of the model (see `default_token_budget`).
+            by the size of the model (see `default_token_budget`).
         seed: Seed of the order of the data, of sampling and of evaluation.
-        quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
+        quantization: Quantizes the frozen base after the modules are scored, such as `NF4()`; None keeps it as it is.
+        optimizer: Makes the optimizer from the parameter groups that it is called with.
         lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
         lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule; None takes `ConstantSchedule()`.
 
     Attributes:
         policy: The model with its engine and tokenizer.
-        task: What it is trained on.
-        run: The run that it is part of, as the task sees it.
+        task: The kind of training, with its data and loss.
+        run: The run that the module is part of, as the task sees it.
         optimization: Optimizer, rates and schedule.
 
     Raises:
@@ -111,9 +112,9 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     adapter_attribute = "model"  # see `Adaptable`
     task: Task
-    evaluation: Evaluation  # of the task; a part of this module, since its metrics move to the device
+    evaluation: Evaluation  # the task's; a part of this module, since its metrics move to the device
 
-    @abstractmethod  # the constructor of a subclass makes the task
+    @abstractmethod  # a subclass's constructor makes the task
     def __init__(
         self,
         *,
@@ -136,7 +137,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if "_instantiator" not in self.hparams:  # the module was made in Python; the command line saves its config instead
+        if "_instantiator" not in self.hparams:  # made in Python; the command line saves its config instead
             given = dict(self.hparams)
             if given.get("reward") is not None:
                 given["reward"] = as_reward(given["reward"])
@@ -148,11 +149,11 @@ class LanguageModule(Configurable, LightningModule, ABC):
         pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
         self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, partial(setattr, self, "model"))
         self.run = _LightningRun(self)
-        self._sampler, self._seed = sampler or Sampler(), seed  # for the task, as are these
+        self._sampler, self._seed = sampler or Sampler(), seed  # for the task, like the next ones
         self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
-        self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
+        self._checked: tuple[Any, ...] = ()  # the run with checked settings, until setup has ended
 
     # ---- the policy
 
@@ -173,7 +174,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     @property
     def plan(self) -> AdapterPlan | None:
-        """The plan by which the model is adapted; None before."""
+        """The plan of the adapted model; None before it is adapted."""
         return self.policy.plan
 
     @property
@@ -196,13 +197,13 @@ class LanguageModule(Configurable, LightningModule, ABC):
         return self.task.generation.encode(prompt)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that these prompts can be trained on or scored (see `Task.check_prompts`). Data modules call it."""
+        """Check that these prompts can be trained on or scored (see `Task.check_prompts`). Data modules call it."""
         self.task.check_prompts(prompts)
 
     def calibration_losses(self, num_prompts: int | None = None) -> CalibrationLosses:
-        """Losses of the start policy, whose mean gradient scores the modules, on training prompts of the Trainer's data module.
+        """Losses of the start policy on training prompts of the Trainer's data module; their mean gradient scores the modules.
 
-        None uses as many prompts as one optimizer step or rollout has.
+        None uses the number of prompts in one optimizer step or rollout.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
@@ -230,7 +231,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def check_settings(self) -> None:
         """Check the settings of the run, once: before the modules are scored, or when this module is set up.
 
-        The command line also does so before the weights are loaded.
+        The command line also does this before the weights are loaded.
 
         Raises:
             ConfigError: If they cannot work.
@@ -239,7 +240,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         if run == self._checked:
             return
         trainer, policy, optimizer = self.trainer, self.policy, self.optimization.optimizer
-        if policy.is_loaded and self.run.stage == "fit":  # so that the data module has been set up
+        if policy.is_loaded and self.run.stage == "fit":  # then the data module has been set up
             _check_data(trainer)
         if trainer.strategy.root_device.type == "cuda":
             prepare_gpu(own_allocator=self.task.generation.sampler.shares_device)
@@ -263,23 +264,23 @@ class LanguageModule(Configurable, LightningModule, ABC):
         return built  # type: ignore[return-value]
 
     def teardown(self, stage: str) -> None:
-        """End completions that are under way, and what makes them."""
+        """End completions in progress, and whatever makes them."""
         self.task.generation.shut_down()
 
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trainable weights alone, key the optimizer's state by their names, and add plan, base model and passes."""
+        """Keep only trainable weights, key the optimizer's state by their names, and add plan, base model and passes."""
         optimizers = self.trainer.optimizers if "optimizer_states" in checkpoint else ()
         save_policy(checkpoint, self.policy, self.task.passes, self, optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Apply the checkpoint's plan, unless it is applied already.
+        """Apply the checkpoint's plan, unless it is already applied.
 
         The optimizer takes moments and counters from the checkpoint, and hyper-parameters from this run.
 
         Raises:
-            CheckpointError: If the checkpoint was written with another base model or plan, or by another program.
+            CheckpointError: If the checkpoint was written with a different base model or plan, or by another program.
         """
         saved, run = adapter_state(checkpoint), self.run
         restore_policy(self.policy, saved, run.stage == "fit", run.device)
@@ -294,7 +295,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805
         """Make a module from a checkpoint as Lightning does, and also from the folder of a sharded checkpoint.
 
-        Where its reward is not found, as one of a script, and no `reward` is given, the module is made without, with a warning.
+        If its reward is not found, such as one from a script, and no `reward` is given, the module is made without it, with a
+        warning.
 
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
@@ -310,13 +312,13 @@ class LanguageModule(Configurable, LightningModule, ABC):
             cause = error
         try:
             module = load(as_one_file(checkpoint_path), *arguments, **options, reward=None)
-        except (ValueError, ArgumentError):  # it was not the reward
+        except (ValueError, ArgumentError):  # the reward was not the cause
             raise cause from None
         rank_zero_warn(without_reward(cause))
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; CheckpointError if a trainable one is missing or unexpected, whatever `strict` says."""
+        """Load weights; CheckpointError if a trainable weight is missing or unexpected, whatever `strict` is."""
         missing = trained_names(self) - state_dict.keys()
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         check_weights(sorted(missing), result.unexpected_keys)
@@ -327,12 +329,12 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Begin an optimizer step, and let a resumed run's loader continue from its state in the checkpoint."""
         self._step = self.task.new_step()
-        # Where a schedule has asked for the run's number of steps, Lightning has made the train dataloader already, before it
-        # restores the state of its loops, and would not restore the loader's any more. So it has to make another one.
+        # If a schedule has queried the run's number of steps, Lightning has already made the train dataloader before it restores
+        # the state of its loops, and would no longer restore the loader's state. So it has to make a new one.
         drop_train_loader(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move micro-batches alone: the prompts of an evaluation have no tensors."""
+        """Move only micro-batches: the prompts of an evaluation have no tensors."""
         return batch.to(device) if isinstance(batch, PolicyBatch) else batch
 
     def on_train_epoch_start(self) -> None:
@@ -347,11 +349,11 @@ class LanguageModule(Configurable, LightningModule, ABC):
         """Loss of one micro-batch (see `Step.micro_batch`)."""
         if not isinstance(batch, PolicyBatch):
             raise ConfigError(f"the train dataloader gave a {type(batch).__name__}, which is not of rollouts; {_OWN_DATA}")
-        with self.policy.precision():  # which may be another one than the Trainer's, see there
+        with self.policy.precision():  # may differ from the Trainer's, see there
             return self._step.micro_batch(batch, batch_idx)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Clear old gradients, unless the step has done so."""
+        """Clear old gradients, unless the step has already cleared them."""
         self._step.clear_gradients(optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -361,14 +363,14 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Give a rollout engine with weights of its own the policy's current weights."""
+        """Give a rollout engine with its own weights the policy's current weights."""
         self.task.generation.update()
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Complete and score a batch of prompts, greedily and by sampling."""
-        # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
+        # All ranks together save a run that is stopped in training; a validation by itself has nothing to save.
         with self.run.stopping_together() if self.run.stage == "fit" else nullcontext():
             self.evaluation.add("val", batch)
 
@@ -386,12 +388,12 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.evaluation.end("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Give a rollout engine with weights of its own the policy's current weights."""
+        """Give a rollout engine with its own weights the policy's current weights."""
         self.task.generation.update()
         self.evaluation.begin_predict(sum(int(count) for count in self.trainer.num_predict_batches))
 
     def on_predict_epoch_end(self) -> None:
-        """Keep step with ranks that have more batches."""
+        """Stay in step with ranks that have more batches."""
         self.evaluation.end_predict()
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
@@ -407,7 +409,7 @@ _OWN_DATA = (
 
 
 def _check_data(trainer: Trainer) -> None:
-    """Refuse a data module of the user's own whose loaders do not fit, since rollouts are the training data."""
+    """Refuse a user's data module with loaders that do not fit, since rollouts are the training data."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if data is None or isinstance(data, PromptDataModule):
         return
@@ -420,7 +422,7 @@ def _check_data(trainer: Trainer) -> None:
 
 
 class _Answer:
-    """An attribute of `_LightningRun` that follows from its Trainer; without one it is as in `Run`."""
+    """An attribute of `_LightningRun` read from its Trainer; without a Trainer it has `Run`'s value."""
 
     def __init__(self, of_trainer: Callable[[Any], Any]) -> None:
         self._of_trainer = of_trainer
@@ -429,7 +431,7 @@ class _Answer:
         self._name = name
 
     def __get__(self, run: Any, owner: type) -> Any:
-        if run is None:  # asked of the class
+        if run is None:  # accessed on the class
             return self
         trainer = run._module._trainer
         return getattr(Run, self._name) if trainer is None else self._of_trainer(trainer)
@@ -456,16 +458,16 @@ class _LightningRun(Run):
         self._module = module
 
     def restart_epoch(self) -> None:
-        """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the train dataloader's state.
+        """Make a resumed run count the micro-batches of its epoch from 0, while Lightning loads the train dataloader's state.
 
-        With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there
-        is now another number of them. Counts over all epochs stay.
+        With the old count the epoch would end, or an optimizer step would be made, in the middle of a step's micro-batches, since
+        their number has changed. Counts over all epochs stay.
         """
         progress = self._module.trainer.fit_loop.epoch_loop.batch_progress
         total, current = cast(Any, progress.total), cast(Any, progress.current)
-        count = train_batches(self._module.trainer) if progress.is_last_batch else 0  # an epoch that is over stays so
+        count = train_batches(self._module.trainer) if progress.is_last_batch else 0  # a finished epoch stays finished
         current.ready = current.started = current.processed = count
-        # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
+        # A checkpoint saved in a micro-batch's last hook does not count that micro-batch as completed; Lightning then adds it.
         current.completed = count - (total.processed - total.completed)
 
     def backward(self, loss: Tensor) -> None:
@@ -474,7 +476,7 @@ class _LightningRun(Run):
         torch.clear_autocast_cache()
 
     def clear_gradients(self) -> None:
-        optimizer: Any = self._module.optimizers(use_pl_optimizer=False)  # there is one
+        optimizer: Any = self._module.optimizers(use_pl_optimizer=False)  # there is only one
         optimizer.zero_grad()
 
     def log(self, values: Mapping[str, Any], shown: Sequence[str] = (), rows: int = 1) -> None:

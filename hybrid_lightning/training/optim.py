@@ -1,7 +1,7 @@
 """Learning rate schedules, and the optimizer of a policy: one learning rate for each group of parameters.
 
-`build_optimizer` makes what `configure_optimizers` returns. A resumed run takes the optimizer's state from the checkpoint and
-keeps its own hyper-parameters (`with_hyper_parameters`).
+`build_optimizer` makes the return value of `configure_optimizers`. A resumed run takes the optimizer's state from the checkpoint
+and keeps its own hyper-parameters (`with_hyper_parameters`).
 """
 
 import inspect
@@ -22,8 +22,8 @@ from hybrid_lightning.errors import ConfigError, one_line
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
-_PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 entries or more
-WIDTH_OF_ONE_RATE = 96  # up to this hidden size fully trained modules take LoRA's learning rate
+_PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors with at least 4,096 entries
+WIDTH_OF_ONE_RATE = 96  # up to this hidden size, fully trained modules take LoRA's learning rate
 
 
 class LearningRateSchedule(Configurable, ABC):
@@ -39,17 +39,17 @@ class LearningRateSchedule(Configurable, ABC):
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total_steps: float) -> float:
-        """Factor at optimizer step `step` (counted from 0) of `total_steps` (infinite if the run has no limit of steps)."""
+        """Factor at optimizer step `step` (counted from 0) of `total_steps` (infinite if the run has no step limit)."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self.after_warmup(step, total_steps)
 
     @abstractmethod
     def after_warmup(self, step: int, total_steps: float) -> float:
-        """Factor at a step after the warm-up; arguments as of `factor`."""
+        """Factor at a step after the warm-up; see `factor` for the arguments."""
 
     def progress(self, step: int, total_steps: float) -> float:
-        """Share of the steps after the warm-up that have been made, in [0, 1]; ConfigError if the run's length is unknown."""
+        """Share of finished steps after the warm-up, in [0, 1]; ConfigError if the run's length is unknown."""
         if math.isinf(total_steps):
             raise ConfigError(
                 f"{type(self).__name__} needs the run's length in steps; set trainer.max_steps or trainer.max_epochs, or use "
@@ -67,7 +67,7 @@ class ConstantSchedule(LearningRateSchedule):
 
 
 class _FallingSchedule(LearningRateSchedule):
-    """From 1 to a factor that is reached after the last step of the run.
+    """Falls from 1 to a factor that it reaches after the last step of the run.
 
     Args:
         warmup_steps: Optimizer steps in which the factor rises from 1 / (warmup_steps + 1) to 1.
@@ -82,7 +82,7 @@ class _FallingSchedule(LearningRateSchedule):
 
 
 class LinearSchedule(_FallingSchedule):
-    """Straight line from 1 to `final_factor`, which is reached after the last step of the run."""
+    """Straight line from 1 to `final_factor`, which it reaches after the last step of the run."""
 
     def after_warmup(self, step: int, total_steps: float) -> float:
         """1 - (1 - final_factor) * progress."""
@@ -90,7 +90,7 @@ class LinearSchedule(_FallingSchedule):
 
 
 class CosineSchedule(_FallingSchedule):
-    """Half a cosine from 1 to `final_factor`, which is reached after the last step of the run."""
+    """Half a cosine from 1 to `final_factor`, which it reaches after the last step of the run."""
 
     def after_warmup(self, step: int, total_steps: float) -> float:
         """final_factor + (1 - final_factor) * (1 + cos(pi * progress)) / 2."""
@@ -103,7 +103,7 @@ class Optimization:
     """How trainable weights are updated: the optimizer, and one learning rate for each kind of module.
 
     Args:
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
+        optimizer: Makes the optimizer from the parameter groups that it is called with.
         lr_full: Learning rate of fully trained modules; None takes `rate_of_full_modules`.
         lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule.
@@ -128,7 +128,7 @@ class Optimization:
         return {"full": full, "lora": self.lr_lora}
 
     def of_model(self, model: nn.Module, total_steps: float) -> dict[str, Any]:
-        """What `configure_optimizers` returns for an adapted model, in a run of so many steps (see `build_optimizer`)."""
+        """Return value of `configure_optimizers` for an adapted model in a run of `total_steps` (see `build_optimizer`)."""
         from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
 
         rates, (full, lora) = self.rates(model), parameter_groups(model)
@@ -144,10 +144,10 @@ def build_optimizer(
     schedule: LearningRateSchedule,
     total_steps: float,
 ) -> dict[str, Any]:
-    """Make what `configure_optimizers` returns, from group name -> (parameters, learning rate); empty groups are left out.
+    """Make the return value of `configure_optimizers`, from group name -> (parameters, learning rate); empty groups are left out.
 
     Raises:
-        ConfigError: If no parameter is trainable, or the schedule needs the length of a run that has no limit.
+        ConfigError: If no parameter is trainable, or if the schedule needs the length of a run without a limit.
     """
     parameter_groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters
@@ -163,10 +163,10 @@ def build_optimizer(
 
 
 class _Scheduler(LambdaLR):
-    """Scheduler of which a checkpoint restores the step alone: a resumed run has its own learning rates and schedule."""
+    """Scheduler that restores only the step from a checkpoint: a resumed run has its own learning rates and schedule."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step of a checkpoint."""
+        """Continue at the step of a checkpoint."""
         rates = self.base_lrs
         super().load_state_dict(state_dict)
         self.base_lrs = rates
@@ -178,9 +178,9 @@ class _Scheduler(LambdaLR):
 def with_hyper_parameters(
     groups: Sequence[Mapping[str, Any]], optimizer: OptimizerCallable, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Saved parameter groups with the hyper-parameters of the run that resumes: the arguments of the optimizer's constructor.
+    """Saved parameter groups with the resuming run's hyper-parameters: the arguments of the optimizer's constructor.
 
-    All else in a group, such as a counter of the optimizer, is state and stays as saved.
+    All other entries of a group, such as a counter of the optimizer, are state and stay as saved.
     """
     built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": max(rates.values())}])
     arguments = inspect.signature(type(built)).parameters.keys() - {"params"}
@@ -196,12 +196,12 @@ def with_hyper_parameters(
 
 
 def rate_of_full_modules(lr_lora: float, config: Any) -> float:
-    """The learning rate of fully trained modules that goes with one of LoRA: 96 / hidden size of it, and never more than it.
+    """The learning rate of fully trained modules for a LoRA rate: 96 / hidden size times that rate, and at most that rate.
 
-    A step of Adam moves each weight of a full module by about its rate, and its outputs by the sum over its inputs, so that the
-    rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), while that of LoRA's B has not (Hayou et al., 2024,
-    arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or as well, with one rate for
-    both; SmolLM2, of 576, did no better with 0.3 than with a sixth.
+    A step of Adam moves each weight of a full module by about its rate, and the module's outputs by the sum over its inputs. So
+    the rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), but the rate of LoRA's B does not (Hayou et al.,
+    2024, arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or equally well, with one
+    rate for both; SmolLM2, with 576, did no better with 0.3 than with a sixth.
     """
     return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / config.get_text_config().hidden_size)
 
@@ -211,11 +211,11 @@ class OptimizerBytes:
     """Bytes that an optimizer takes per trained parameter."""
 
     state: float  # kept between steps
-    step: float  # in addition during a step on an accelerator, where it updates all tensors together
+    step: float  # extra memory during a step on an accelerator, where it updates all tensors together
 
 
 def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
-    """Measure an optimizer's memory by letting it make one step.
+    """Measure an optimizer's memory in one step.
 
     Raises:
         ConfigError: If the optimizer cannot make a step on a CPU.

@@ -1,4 +1,4 @@
-"""`PolicyModule`: a language model that is trained on its own rollouts, by `RLTask`."""
+"""`PolicyModule`: a language model that trains on its own rollouts, by `RLTask`."""
 
 from typing import Any, Literal
 
@@ -23,46 +23,46 @@ __all__ = ["PolicyModule"]
 class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
-    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. The micro-batches that it
-    trains on have the completions, rewards and advantages of their rollout (see `ScoredRollout`).
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. The training micro-batches
+    have the completions, rewards and advantages of their rollout (see `ScoredRollout`).
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
         reward: Scores completions; in Python also a function, as `FunctionReward` takes it, or a list of rewards and functions,
-            which are added up. None, with an environment, takes `EpisodeReturn()`: the rewards that it gives.
-        environment: What the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None: a completion is
-            one message.
+            which are added up. None, with an environment, takes `EpisodeReturn()`: the environment's own rewards.
+        environment: The environment that the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None:
+            a completion is one message.
         episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at
             most `sampler.max_new_tokens`.
-        turn_template: How an added message is written after a prompt that is plain text, with `{content}` in place of its text;
-            chat prompts are written by the chat template.
+        turn_template: How an added message is written after a plain-text prompt, with `{content}` in place of its text; the chat
+            template writes chat prompts.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
-        credit: What the tokens of an episode have their advantage from: `episode`, its whole reward, or `turn`, the rewards of
-            their own turn and later ones (see the head of `hybrid_lightning.advantages`).
-        correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. It is
-            for bfloat16, or weights that are merged while sampling, if `sampling/logp_difference` is not small. None weighs
-            nothing.
+        credit: Source of the advantage of an episode's tokens: `episode`, its whole reward, or `turn`, the rewards of the token's
+            own turn and later ones (see the head of `hybrid_lightning.advantages`).
+        correction: Weights the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. Use it
+            with bfloat16, or with weights that are merged while sampling, if `sampling/logp_difference` is not small. None uses
+            no weights.
         token_mask: Restricts the policy gradient to the tokens of highest entropy, such as `TopEntropyMask()`; None for all
             tokens.
-        mask_truncated_completions: Whether completions that a limit of tokens cut are left out of the loss (DAPO's overlong
-            filtering): `sampler.max_new_tokens`, and for an episode `episodes.max_tokens` too, but not its turns or time. As in
-            TRL, their rewards still count in their group, and they still count in the number of sequences, but their tokens
-            count nowhere.
-        dynamic_sampling: Replaces groups whose completions all succeed or all fail, with advantages of 0, by groups of further
+        mask_truncated_completions: Whether completions that a token limit cut are left out of the loss (DAPO's overlong
+            filtering). The limits are `sampler.max_new_tokens`, and for an episode also `episodes.max_tokens`, but not its turns
+            or time. As in TRL, their rewards still count in their group, and they still count in the number of sequences, but
+            their tokens count nowhere.
+        dynamic_sampling: Replaces groups in which all completions succeed or all fail, with advantages of 0, by groups of further
             prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
-        teacher: Says how probable the sampled tokens are to a better policy, from which this one learns, beside the reward or
-            (with `advantage=NoAdvantage`) in its place: `ModelTeacher`, `SelfTeacher` or `ServerTeacher`; None for none.
-        distillation: How it learns from the teacher; None takes `SampledReverseKL()`.
-        prompts_per_rollout: Prompts of a rollout, over all devices (P).
+        teacher: Measures how probable the sampled tokens are to a better policy. This policy learns from it besides the reward or
+            (with `advantage=NoAdvantage`) instead of it: `ModelTeacher`, `SelfTeacher` or `ServerTeacher`; None for none.
+        distillation: How to learn from the teacher; None takes `SampledReverseKL()`.
+        prompts_per_rollout: Prompts in a rollout, over all devices (P).
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
-        rollouts_ahead: How many rollouts before its training a rollout is begun (k), with the weights of that moment. With
-            `VLLMServerSampler` completions are made while the policy is trained; with `Sampler` the same schedule is computed in
-            turns. The policy that samples is then k rollouts behind (`sampling/weights_version_lag`), from which learning
-            suffers: with clipped ratios 0 to 3 points at k = 1, four to five at 4 on the embedded task, and `SAPOLoss` and
-            `CISPOLoss` fall apart; see docs/how-to/vllm.md.
-        options: Of `LanguageModule`.
+        rollouts_ahead: Number of rollouts (k) by which a rollout begins before its training, with the weights of that time. With
+            `VLLMServerSampler` completions are made while the policy trains; with `Sampler` the same schedule is computed in
+            turns. The sampling policy is then k rollouts old (`sampling/weights_version_lag`), which harms learning: with clipped
+            ratios 0 to 3 points at k = 1, four to five at 4 on the embedded task, and `SAPOLoss` and `CISPOLoss` fall apart; see
+            docs/how-to/vllm.md.
+        options: Options of `LanguageModule`.
 
     Raises:
         ConfigError: If a value is impossible.

@@ -1,10 +1,10 @@
-"""`RLTask`: reinforcement learning with verifiable rewards, the loop that this project is about.
+"""`RLTask`: reinforcement learning with verifiable rewards, the main loop of this project.
 
     prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
 
-The methods stand in the order in which they are called: `RolloutLoader` draws prompts, calls `roll_out`, cuts what that returns
-into micro-batches and calls `add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards),
-`sampled_groups.py` (over ranks, and by dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
+The methods stand in call order: `RolloutLoader` draws prompts, calls `roll_out`, cuts the result into micro-batches and calls
+`add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards), `sampled_groups.py` (over
+ranks, and by dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
 
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
@@ -44,16 +44,16 @@ from hybrid_lightning.training.teaching import teaching
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
-# First parts of the names of what policy losses measure, and `chunk_loss` beside them.
+# First parts of the metric names of policy losses, and of `chunk_loss`.
 POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "off_policy", "ratio", "sampling", "teacher"})
 POLICY_METRICS |= {"top_entropy"}
 
 
 class RLTask(Task):
-    """Trains a policy on its own rollouts. Arguments are explained at `PolicyModule`, those of all tasks at `Task`.
+    """Trains a policy on its own rollouts. See `PolicyModule` for the arguments, and `Task` for the arguments of all tasks.
 
     Attributes:
-        last_calibration: Rollouts and rewards of `calibration_losses`, on the rank that made them; None before.
+        last_calibration: Rollouts and rewards of `calibration_losses`, on the rank that made them; None before that.
     """
 
     loss: PolicyLoss
@@ -87,7 +87,7 @@ class RLTask(Task):
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> RolloutFuture[TrainedRollout]:
-        """Begin to complete and score prompts. The metrics are of all completions, trained on or not."""
+        """Begin to complete and score prompts. The metrics cover all completions, whether or not they are trained on."""
         if self.dynamic_sampling is not None:
             return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
         self.teaching.begin()
@@ -97,7 +97,7 @@ class RLTask(Task):
         return rollout
 
     def _sample(self, prompts: Sequence[Prompt], generator: torch.Generator) -> RolloutFuture[tuple[Rollouts, Rewards]]:
-        # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
+        # Random numbers by position in the rollout: a prompt has the same completions whatever the number of ranks.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.run.rank, len(prompts) * self.run.world_size, self.run.world_size)
         samples = self.schedule.samples_per_prompt
@@ -124,7 +124,7 @@ class RLTask(Task):
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
     ) -> TrainedRollout:
-        """A rollout with extra ones, by a rule, in place of groups from which nothing is learned."""
+        """A rollout in which a rule replaces groups that give no learning signal by groups from extra rollouts."""
         groups = sample_groups(rule, prompts, draw_more, lambda some: self._sample(some, generator).result(), self._useful_groups)
         self.generation.sampler.release_memory()
         with self.run.clock.phase("reward"):
@@ -138,7 +138,7 @@ class RLTask(Task):
         return replace(trained, metrics=metrics, contributes=self._contributes(trained.advantages), scored=shown)
 
     def credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
-        """The rewards that advantages are estimated from: of the episodes, or of each of their turns (`rewards_to_go`)."""
+        """The rewards that advantages are estimated from: per episode, or per turn (`rewards_to_go`)."""
         if self.credit == "episode":
             return rewards
         assert self.generation.episodes is not None and self.reward is not None, "checked before"
@@ -146,12 +146,12 @@ class RLTask(Task):
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
 
     def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
-        """The sequences as the loss sees them: without tokens where completions do not count, or are cut and masked for it."""
+        """The sequences as the loss sees them: without tokens for completions that do not count, or are cut and masked."""
         sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
         return sequences.without(rollouts.cut) if self.mask_truncated_completions else sequences
 
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
-        """Which of this rank's groups something is learned from, one bool for each."""
+        """Which of this rank's groups give a learning signal, one bool per group."""
         trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self.credited(rollouts, rewards)
         paid, terms = rewards.weights, self.generation.reward_terms()
         correctness = [rewards.parts[term.name] for term in terms if term.measures_correctness and paid.get(term.name, 1.0)]
@@ -160,7 +160,7 @@ class RLTask(Task):
         return of_turns.view(turns, -1).any(dim=0)
 
     def _contributes(self, advantages: Tensor) -> Tensor:
-        """The rows that an update needs: those with an advantage, or all if the loss or a teacher needs the others."""
+        """The rows that an update needs: rows with an advantage, or all rows if the loss or a teacher needs the others."""
         return F.any_advantage(advantages) | (self.teaching.needs_all_rows or not self.loss.ignores_zero_advantage)
 
     def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
@@ -178,9 +178,9 @@ class RLTask(Task):
         """Fill in old and reference log-probabilities and the token mask, where they are needed.
 
         Old log-probabilities are computed as in training, not taken from the sampler: the ratio of the first minibatch is then
-        exactly 1, which GSPO's narrow clip range needs. With rollouts ahead, whose sampler had earlier weights, they are those of
-        the policy before the rollout's first step, and the correction weighs how far that is from the sampler (decoupled PPO,
-        arXiv 2110.00641); without a correction they are the sampler's.
+        exactly 1, which GSPO's narrow clip range needs. With rollouts ahead the sampler had earlier weights. The old
+        log-probabilities are then the policy's before the rollout's first step, and the correction weights their distance from
+        the sampler (decoupled PPO, arXiv 2110.00641); without a correction they are the sampler's.
         """
         mask, of_sampler, reference = self.token_mask, self._old_of_sampler, self.loss.needs_reference
         on_policy = on_policy and not of_sampler
@@ -200,13 +200,13 @@ class RLTask(Task):
 
     @property
     def _old_of_sampler(self) -> bool:
-        """Whether the loss compares with the policy that sampled by the sampler's own log-probabilities."""
+        """Whether the loss uses the sampler's own log-probabilities to compare with the policy that sampled."""
         return self.schedule.rollouts_ahead > 0 and self.correction is None
 
     # ---- PolicyBatch -> loss
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step."""
+        """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""
         logprobs, entropy, divergence, measured = self.teaching.learned(chunk)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
         made_by = cast(Tensor, chunk.sequences.weights_step)  # all rows were sampled
@@ -230,7 +230,7 @@ class RLTask(Task):
     # ---- scoring of modules, and checks
 
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
-        """Losses of rollouts of the start policy on `count` of these prompts; None takes as many as one rollout has."""
+        """Losses of rollouts of the start policy on `count` of these prompts; None takes the number in one rollout."""
         self.check_enough(prompts)
         order = PromptOrder(prompts, seed=0).of(self.calibration_seed)
         chosen = [prompts[place] for place in order[: self.schedule.prompts_per_rollout if count is None else count]]
@@ -250,6 +250,6 @@ class RLTask(Task):
         self.teaching.check_prompts(prompts)
 
     def check(self) -> None:
-        """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""
+        """Raise ConfigError if settings do not work with rollouts, rewards or advantages, and warn of doubtful ones."""
         self.teaching.check()
         run_checks.check_rl(self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling)

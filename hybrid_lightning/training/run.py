@@ -1,7 +1,7 @@
-"""`Run`: what training asks of the run that it is part of, and what it does through it, without a Trainer.
+"""`Run`: what training reads from its run and does through it, without a Trainer.
 
-A policy by itself has the plain `Run` of this file: one process, no step made yet. Under Lightning `module.py` gives it a
-subclass that answers from the Trainer.
+A policy by itself has the plain `Run` of this file: one process, and no steps yet. Under Lightning, `module.py` gives it a
+subclass that reads from the Trainer.
 """
 
 import math
@@ -20,10 +20,10 @@ from hybrid_lightning.training.step_times import PhaseClock
 
 
 class Run:
-    """A policy's run: one process, of which no step has been made.
+    """A policy's run: here one process that has made no steps.
 
     Attributes:
-        signals: How the run is asked to stop.
+        signals: Signals that stop the run.
         listeners: Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`).
         clock: Times of the phases; `StepTimer` replaces it.
         shares_failures: Whether a failure of one rank's rollout engine, teacher or reward is raised on all ranks.
@@ -32,15 +32,15 @@ class Run:
     stage = ""  # `fit`, `validate`, `test` or `predict`; empty without a Trainer
     rank = 0  # number of this process
     world_size = 1  # number of processes
-    device: torch.device | None = None  # the device that trains; None: where the model is
-    step = 0  # optimizer steps that were made
+    device: torch.device | None = None  # the device that trains; None: the model's device
+    step = 0  # finished optimizer steps
     steps_left = math.inf  # optimizer steps that the run will still make
-    accumulate_grad_batches = 1  # micro-batches of an optimizer step, which can change between epochs
-    is_training = False  # whether all ranks are in the training loop, in which they complete equally often
+    accumulate_grad_batches = 1  # micro-batches per optimizer step, which can change between epochs
+    is_training = False  # whether all ranks are in the training loop, where they complete equally often
     is_resumed = False  # whether training continues from a checkpoint
     scales_loss = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
-    restarts_epochs = ""  # why an epoch may begin anew in the middle of rollouts, in words; empty if it does not
-    ends_by_clock = False  # whether training ends after a time
+    restarts_epochs = ""  # why an epoch may begin anew in the middle of rollouts, in words; empty if it may not
+    ends_by_clock = False  # whether training has a time limit
 
     def __init__(self) -> None:
         self.signals = StopSignals()
@@ -50,7 +50,7 @@ class Run:
         self._warned: set[str] = set()
 
     def warn_once(self, text: str, what: str) -> None:
-        """Warn of something, once in the run."""
+        """Warn of something, once per run."""
         if what not in self._warned:
             self._warned.add(what)
             rank_zero_warn(text)
@@ -58,15 +58,15 @@ class Run:
     # ---- ranks and stops
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum over ranks. All ranks have to call it."""
+        """The sum over ranks. All ranks must call this."""
         return sum_over_ranks(values)
 
     def gather_over_ranks(self, value: Any) -> list[Any]:
-        """The values of all ranks. All ranks have to call it."""
+        """The values of all ranks. All ranks must call this."""
         return gather_objects(value)
 
     def check_stop(self) -> None:
-        """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
+        """Raise `RunStopped` on all ranks if one of them has received a stop signal. All ranks must call this."""
         check_stop(self.signals, self.device or torch.device("cpu"))
 
     def interruptible(self) -> AbstractContextManager[Any]:
@@ -74,7 +74,7 @@ class Run:
         return self.signals.interruptible()
 
     def interruptible_alone(self) -> AbstractContextManager[Any]:
-        """`interruptible` in a run of one process; of several the others would wait for this one for ever."""
+        """`interruptible` in a run of one process; with several, the others would wait for this one forever."""
         return self.interruptible() if self.world_size == 1 else nullcontext()
 
     @contextmanager
@@ -103,7 +103,7 @@ class Run:
     # ---- the optimizer step
 
     def restart_epoch(self) -> None:
-        """Count the micro-batches of the epoch from 0: called when a resumed run finds other training prompts."""
+        """Count the micro-batches of the epoch from 0: called when a resumed run finds different training prompts."""
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a chunk of a micro-batch."""
@@ -113,10 +113,10 @@ class Run:
         """Clear the gradients of the optimizer."""
 
     def log(self, values: Mapping[str, Any], shown: Sequence[str] = (), rows: int = 1) -> None:
-        """Log metrics of an optimizer step, of so many rows; those that are `shown` beside the progress bar, too."""
+        """Log metrics of an optimizer step over `rows` rows, and the `shown` ones also beside the progress bar."""
 
     def log_evaluation(self, values: Mapping[str, float]) -> None:
         """Log metrics of an evaluation, which are the same on all ranks."""
 
     def forget(self, names: Sequence[str]) -> None:
-        """Remove metrics of an earlier step, which would be logged again where this step has no such metric."""
+        """Remove metrics of an earlier step, which would be logged again if this step has no such metric."""

@@ -1,7 +1,7 @@
-"""Settings of a run: those that cannot work are refused, and those with which two runs with one seed may differ are named.
+"""Settings of a run: refuses settings that cannot work, and warns of settings under which two runs with one seed may differ.
 
-This package computes the same bits in every run on one machine, however busy it is. Two runs can differ where a clock decides
-something, or where a library adds up numbers in whatever order its threads finish.
+This package computes the same bits in every run on one machine, however busy it is. Two runs can differ if a clock decides
+something, or if a library adds up numbers in whatever order its threads finish.
 """
 
 import os
@@ -29,7 +29,7 @@ _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 def check_options(
     schedule: RolloutSchedule, generation: Generation, dynamic_sampling: DynamicSampling | None, credit: str, loss: PolicyLoss
 ) -> None:
-    """Raise ConfigError if options of reinforcement learning do not go together, whatever the run."""
+    """Raise ConfigError if options of reinforcement learning do not work together, whatever the run."""
     if dynamic_sampling is not None and schedule.samples_per_prompt < 2:
         raise ConfigError(
             f"model.samples_per_prompt={schedule.samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
@@ -50,7 +50,7 @@ def check_distillation(
     dynamic_sampling: DynamicSampling | None,
     loss: PolicyLoss,
 ) -> None:
-    """Raise ConfigError if options of learning from a teacher do not go together, whatever the run."""
+    """Raise ConfigError if options for learning from a teacher do not work together, whatever the run."""
     if teacher is None and (distillation is not None or isinstance(advantage, NoAdvantage)):
         given = type(distillation or advantage).__name__
         raise ConfigError(f"{given} is for learning from a teacher; give model.teacher, such as ModelTeacher")
@@ -68,9 +68,9 @@ def check_rl(
     correction: ImportanceCorrection | None,
     dynamic_sampling: DynamicSampling | None,
 ) -> None:
-    """Raise ConfigError if settings of a run of reinforcement learning do not go together, and warn of doubtful ones."""
+    """Raise ConfigError if settings of a reinforcement learning run do not work together, and warn of doubtful ones."""
     run, sampler = generation.run, generation.sampler
-    if generation.reward is None and run.stage in ("fit", "predict"):  # others measure what needs none
+    if generation.reward is None and run.stage in ("fit", "predict"):  # the other stages measure without one
         raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
     if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
         raise ConfigError(
@@ -102,7 +102,7 @@ def check_rl(
 
 
 def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | None) -> Iterator[str]:
-    """Why engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
+    """Why engine, sampling, environment or Trainer flags do not work with rollouts ahead."""
     run, sampler = generation.run, generation.sampler
     if sampler.shares_device:
         yield (
@@ -124,14 +124,14 @@ def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | N
 
 
 def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, generation: Generation) -> None:
-    """Warn of a rollout in which something counts, but the sequences as the loss sees them have no token to learn from."""
+    """Warn of a rollout with counted completions where the sequences, as the loss sees them, have no token to learn from."""
     count = len(rewards.of_counted().total)
     if count and not trained.sampled_mask.any():
         rank_zero_warn(all_are_cut(count, "a rollout", generation))
 
 
 def all_are_cut(count: int, of: str, generation: Generation) -> str:
-    """Cause and remedy where all completions were cut and are masked; `of` is what they belong to."""
+    """Cause and remedy when all completions were cut and are masked; `of` is what they belong to."""
     what, options = "completions", "model.sampler.max_new_tokens"
     limits = f"at max_new_tokens={generation.sampler.max_new_tokens}"
     if generation.episodes is not None:
@@ -144,7 +144,7 @@ def all_are_cut(count: int, of: str, generation: Generation) -> str:
 
 
 def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:
-    """What to tell the user of rewards that the environment gives, by a rollout's metrics, and no reward reads; else empty."""
+    """Message about rewards that the environment gives and no reward reads, from a rollout's metrics; "" if there are none."""
     if not metrics.get("episodes/return") or any(isinstance(term, EpisodeReturn) for term in generation.reward_terms()):
         return ""
     assert generation.episodes is not None, "which have a return"
@@ -155,7 +155,7 @@ def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:
 
 
 def warn_if_lost(reward: RewardFunction) -> None:
-    """Warn of a reward that cannot be made again from a checkpoint, which holds the paths of functions and classes."""
+    """Warn of a reward that cannot be rebuilt from a checkpoint, which holds the paths of functions and classes."""
     lost = lost_paths(reward.to_config())
     if lost:
         rank_zero_warn(
@@ -166,12 +166,12 @@ def warn_if_lost(reward: RewardFunction) -> None:
 
 
 def warn_of_differences(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
-    """Warn in one line of every cause for which two runs with one seed may differ, each with its remedy.
+    """Warn in one line of every reason why two runs with one seed may differ, each with its remedy.
 
     The attention is named as in transformers, None if it is not known.
 
     Raises:
-        ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot tell.
+        ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot detect.
     """
     causes = list(_causes(run, attention, rewards))
     if causes:

@@ -1,13 +1,13 @@
-"""The groups that all ranks sample for a rollout: their metrics, and the P of them that are trained on.
+"""The groups that all ranks sample for a rollout: their metrics, and the P groups to train on.
 
     sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedRollout         with dynamic sampling
-    advantages_over_ranks                                                            without: all groups are trained on
+    advantages_over_ranks                                                            without: training uses all groups
 
 Metrics have the names that users of TRL know.
 
-Axes: N groups that were sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position
-of a group is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so that position p
-is group p // ranks of rank p % ranks.
+Axes: N groups sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position of a group
+is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so that position p is group
+p // ranks of rank p % ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,28 +25,28 @@ from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups, equal_groups
 
-# First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
+# First parts of the names of rollout metrics: here and by `Generation.metrics`.
 _OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
 ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "episodes", "judge", "num_tokens", "sampling", "sets"})
 
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """All groups that were sampled for a rollout, in the first draw of prompts and in extra ones."""
+    """All groups sampled for a rollout, in the first draw of prompts and in extra ones."""
 
     rollouts: Rollouts  # this rank's N / ranks groups
-    rewards: Rewards  # of this rank's groups
-    useful: Tensor  # [N] bool, by position: groups that something is learned from
+    rewards: Rewards  # rewards of this rank's groups
+    useful: Tensor  # [N] bool, by position: groups that give a learning signal
     wanted: int  # P, groups to train on over all ranks
     extra_rollouts: int  # draws after the first
 
     def metrics(self) -> dict[str, float]:
-        """How many groups were sampled and used.
+        """Shares of groups that were sampled and used.
 
         Returns:
-            `sampling/extra_rollouts`; of the sampled groups, `sampling/kept_groups` (share that are useful and trained on) and
-            `sampling/surplus_groups` (share that are useful but not needed); of the groups that are trained on,
-            `sampling/filled_groups` (share that are not useful).
+            `sampling/extra_rollouts`; as shares of the sampled groups, `sampling/kept_groups` (useful and trained on) and
+            `sampling/surplus_groups` (useful but not needed); as a share of the groups that are trained on,
+            `sampling/filled_groups` (not useful).
         """
         sampled, useful = len(self.useful), int(self.useful.sum())
         kept = min(useful, self.wanted)
@@ -58,7 +58,7 @@ class SampledGroups:
         }
 
     def warning(self) -> str:
-        """What to tell the user where groups are trained on from which nothing is learned; empty where there are none."""
+        """Message for groups that are trained on without a learning signal; "" if there are none."""
         filled = self.metrics()["sampling/filled_groups"]
         if not filled:
             return ""
@@ -77,16 +77,16 @@ def sample_groups(
     sample: Callable[[Sequence[Prompt]], tuple[Rollouts, Rewards]],
     is_useful: Callable[[Rollouts, Rewards], Tensor],
 ) -> SampledGroups:
-    """Sample until P groups are useful, or there have been as many extra rollouts as allowed. All ranks have to call it.
+    """Sample until P groups are useful, or until the limit of extra rollouts. All ranks must call this.
 
-    Each rank has P / ranks prompts, to begin with; `is_useful` says from which of n groups something is learned, [n] bool.
+    Each rank starts with P / ranks prompts; `is_useful` returns which of n groups give a learning signal, [n] bool.
     """
     ranks = world_size()
     wanted = len(prompts) * ranks
     parts = [sample(prompts)]
     useful = _by_position(is_useful(*parts[0]), ranks)
     while draw_more is not None:
-        # The count is the same on every rank, since it follows from the groups of all ranks.
+        # The count is the same on every rank, since it depends on the groups of all ranks.
         count = rule.prompts_to_add(int(useful.sum()), len(useful), wanted, len(parts) - 1, ranks)
         if not count:
             break
@@ -104,19 +104,19 @@ def choose_trained(
     rank: int,
     credited: Rewards | None = None,
 ) -> tuple[TrainedRollout, Tensor]:
-    """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
+    """Choose P groups, estimate their advantages and spread them over the ranks. All ranks must call this.
 
     Args:
-        groups: The groups that were sampled, of which the estimator compares those that are chosen.
+        groups: The sampled groups; the estimator compares the chosen ones.
         sequences: Their sequences as the loss sees them.
         estimator: Estimates advantages.
         minibatches: Minibatches that the P groups are split into.
         rank: Number of this rank.
-        credited: What advantages are estimated from: rewards of each of K turns (see `rewards_to_go`), or None for the groups'.
+        credited: Source of the advantages: rewards of each of K turns (see `rewards_to_go`), or None for the groups' rewards.
 
     Returns:
-        This rank's part of the groups that are trained on, B = P / ranks * G sequences, without metrics; and the advantages of
-        all groups that this rank sampled, as of `token_advantages`, 0 for those that are not trained on.
+        This rank's part of the groups to train on, B = P / ranks * G sequences, without metrics; and the advantages of all groups
+        that this rank sampled, shaped as by `token_advantages`, 0 for groups that are not trained on.
     """
     ranks, samples, sampled = world_size(), groups.rollouts.samples_per_prompt, len(groups.rollouts.prompts)
     credited = groups.rewards if credited is None else credited
@@ -126,7 +126,7 @@ def choose_trained(
     in_gathered = (chosen % ranks * turns + of_turns) * sampled + chosen // ranks  # [K, P]
     rewards = gather_rewards(credited).select(_rows_of(in_gathered.flatten(), samples))
     advantages = estimator.of_rewards(rewards, samples).view(turns, -1, samples)
-    # A group that is not useful and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
+    # A filler group that is not useful has no advantage, even if its rewards differ, as with a length penalty.
     advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
     of_sampled = advantages.new_zeros(turns, sampled, samples)
     own = chosen % ranks == rank
@@ -140,15 +140,15 @@ def choose_trained(
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-    """Advantages [B] of this rank's completions or turns, estimated from those of all ranks, which have equally many.
+    """Advantages [B] of this rank's completions or turns, estimated from all ranks, which have the same number.
 
-    All ranks have to call it, since an estimator does not know of ranks.
+    All ranks must call this, since an estimator does not know about ranks.
     """
     return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
 
 
 def gather_rewards(rewards: Rewards) -> Rewards:
-    """The rewards of all ranks' completions, rank by rank, of which each has equally many. All ranks have to call it."""
+    """The rewards of all ranks' completions, rank by rank, with the same number on each rank. All ranks must call this."""
     parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
     fields = {"total": rewards.total, "correct": rewards.correct, "counted": rewards.counted}
     columns = gather_columns({name: value for name, value in {**fields, **parts}.items() if value is not None})
@@ -157,17 +157,17 @@ def gather_rewards(rewards: Rewards) -> Rewards:
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | None = None) -> dict[str, float]:
-    """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
+    """Compute the metrics of one rollout over all ranks, which have the same number of prompts. All ranks must call this.
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
-        `frac_reward_zero_std` (share of groups whose credited rewards are all equal, in each turn, so that nothing is learned
-        from them),
+        `frac_reward_zero_std` (share of groups with credited rewards that are all equal, in each turn, so that nothing is
+        learned from them),
         `rewards/{name}/mean` and `/std`,
-        `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
-        `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with what was added: the cost of a rollout);
-        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`. Completions that do not count are in `num_tokens`
-        alone, which is the only metric where none counts.
+        `solve_rate/{all,none,mixed}` (shares of groups in which all, none or some completions are correct), `accuracy`,
+        `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with added tokens: the cost of a rollout);
+        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`. Completions that do not count appear only in
+        `num_tokens`, which is the only metric if none counts.
     """
     sequences, samples = rollouts.sequences, rollouts.samples_per_prompt
     credited = rewards if credited is None else credited
@@ -227,7 +227,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | No
 def _exchange(
     sequences: Sequences, values: Sequence[Tensor], chosen: list[int], shares: list[list[int]], rank: int, samples: int
 ) -> tuple[Sequences, list[Tensor]]:
-    """The sequences of this rank's share and values of theirs, [B, T] or [B]; groups come from the ranks that sampled them."""
+    """The sequences and values of this rank's share, [B, T] or [B]; groups come from the ranks that sampled them."""
     ranks = len(shares)
 
     def group(number: int) -> tuple[Sequences, *tuple[Tensor, ...]]:
@@ -249,7 +249,7 @@ def _exchange(
 
 
 def _rows_of_sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:
-    """Name of a set -> [all ranks' B] bool, the sequences that belong to it; empty where the data is one set without a name."""
+    """Name of a set -> [all ranks' B] bool, its sequences; empty if the data is one set without a name."""
     if not rollouts.prompts[0].set_name:
         return {}
     names = [name for rank in gather_objects([prompt.set_name for prompt in rollouts.prompts]) for name in rank]
@@ -258,17 +258,17 @@ def _rows_of_sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]
 
 
 def _by_position(own: Tensor, ranks: int) -> Tensor:
-    """Values of all ranks' groups by position, [ranks * n], from those of this rank's groups, [n]."""
+    """Values of all ranks' groups by position, [ranks * n], from the values of this rank's groups, [n]."""
     return gather_columns({"": own})[""].view(ranks, -1).T.flatten()
 
 
 def _rows_of(groups: Tensor, samples: int) -> Tensor:
-    """Rows of the completions of groups, given by their numbers."""
+    """Rows of the completions of groups, given by group number."""
     return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()
 
 
 def with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:
-    """The rollout for callbacks, with the mean advantage over a sequence's tokens where each has its own."""
+    """The rollout for callbacks, with a sequence's mean advantage if each of its tokens has its own."""
     if advantages.dim() == 2:
         advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
     return ScoredRollout(rollouts, rewards, advantages)

@@ -1,9 +1,9 @@
-"""Scoring by all ranks of FSDP2 together, none of which has the whole model on its device but to sample.
+"""Scoring by all ranks of FSDP2 together; no rank holds the full model on its device except while sampling.
 
-Each rank has the model as it was loaded, in the memory of the host. For scoring, a copy of its structure that shares those
-weights is split over the devices, as the adapted model is afterwards. The ranks run the passes of different losses at a time.
-FSDP2 reduces the gradients, which are then gathered module by module, and each rank adds up and scores those of some modules.
-Scores are those of one process up to rounding, since sums are made in another order. Afterwards the copy is given up.
+Each rank has the loaded model in host memory. For scoring, a copy of its structure that shares those weights is split over the
+devices, as the adapted model is afterwards. The ranks run the passes of different losses at the same time. FSDP2 reduces the
+gradients, which are then gathered module by module, and each rank adds up and scores the gradients of some modules. Scores equal
+one process's scores up to rounding, since sums are made in a different order. Afterwards the copy is discarded.
 """
 
 import copy
@@ -30,14 +30,14 @@ _PURPOSE = "score the modules"
 
 @contextmanager
 def split_copy(task: Task, strategy: FSDP2Strategy) -> Iterator[nn.Module]:
-    """Within this context of all ranks a task's policy, whose model is not adapted, computes with a split copy of it."""
-    from hybrid_lightning.engine import use_fused_layers  # with PEFT, which is slow to import
+    """Within this context of all ranks, a task's policy computes with a split copy of its model, which is not adapted yet."""
+    from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
     policy = task.policy
     policy.choose_products(strategy.root_device)
     whole, backend = policy.model, policy.engine.backend
     split = _same_weights(whole, backend)
-    use_fused_layers(split, backend)  # as in training, since the passes of scoring are as large as those of training
+    use_fused_layers(split, backend)  # as in training, since scoring's passes are as large
     with task.run.signals.deferred():
         policy.set_model(strategy.shard(split), is_copy=True, device=strategy.root_device)
         try:
@@ -47,25 +47,25 @@ def split_copy(task: Task, strategy: FSDP2Strategy) -> Iterator[nn.Module]:
             policy.set_model(whole, is_copy=True)
             del split
             if strategy.root_device.type != "cpu":
-                gc.collect()  # of FSDP's circles, so that the device has its memory back; it takes some tenths of a second
+                gc.collect()  # collects FSDP's cycles, so that the device has its memory back; takes some tenths of a second
 
 
 def _same_weights(model: nn.Module, shared: object) -> nn.Module:
-    """A copy of a model with the same memory for its weights; `shared` is what both have beside them."""
+    """A copy of a model with the same memory for its weights; the copies also share `shared`."""
     memo: dict[int, Any] = {id(shared): shared}
     memo |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
-    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}  # another tensor, which may go to another device
+    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}  # a new tensor, which may move to another device
     return copy.deepcopy(model, memo)
 
 
 class ShardedScoring(Scoring):
-    """Scoring by one of the ranks of FSDP2, all of which get all scores.
+    """Scoring by one of the ranks of FSDP2; all ranks get all scores.
 
     Args:
         split: The split copy of the model.
         signals: Signals of this process, which stop all ranks.
-        arguments: Those of `Scoring` but the model. The candidates are modules of the whole model, in the memory of the host, and
-            the losses can be computed in any order: they have a length, and are asked for by their numbers.
+        arguments: The arguments of `Scoring` without the model. The candidates are modules of the whole model, in host memory,
+            and the losses can be computed in any order: they have a length and are indexed by number.
     """
 
     def __init__(self, split: nn.Module, *arguments: Any, signals: StopSignals) -> None:
@@ -74,7 +74,7 @@ class ShardedScoring(Scoring):
         self._signals, self._rank, self._ranks = signals, dist.get_rank(), world_size()
         self.prints = self._rank == 0
         sizes = {name: sum(weight.numel() for weight in matrices_of(module).values()) for name, module in self._split.items()}
-        # Sorted by size, so that ranks have as much to score as each other.
+        # Sorted by size, so that ranks have about the same amount to score.
         self._own = sorted(sizes, key=lambda name: -sizes[name])[self._rank :: self._ranks]
         # For experts that get a token on some ranks only; before torch 2.13 FSDP2 cannot reduce their gradients.
         getattr(split, "set_reduce_scatter_unused_params", lambda _: None)(True)
@@ -88,7 +88,7 @@ class ShardedScoring(Scoring):
         return self._split
 
     def together(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
-        """What a function returns on all ranks, joined. A signal ends it at once, and then stops all ranks."""
+        """The joined results of a function on all ranks. A signal ends it at once, and then stops all ranks."""
 
         def interruptible() -> dict[str, Result]:
             with self._signals.interruptible():
@@ -98,9 +98,9 @@ class ShardedScoring(Scoring):
         return {name: value for part in parts for name, value in part.items()}
 
     def backward_all(self) -> Iterator[int]:
-        """Run the backward passes of all losses, a loss on each rank at a time, and add up gradients; yields how many are done.
+        """Run the backward passes of all losses, one loss per rank at a time, and add up gradients; yields the number done.
 
-        A rank without a loss computes the last one, since all gather weights together.
+        A rank without a loss repeats the last one, since all ranks gather weights together.
         """
         losses: Any = self._losses
         weights = [(name, part, weight) for name, module in self._split.items() for part, weight in matrices_of(module).items()]

@@ -1,12 +1,12 @@
-"""`Step`: an optimizer step is made of micro-batches, and a micro-batch of chunks.
+"""`Step`: an optimizer step consists of micro-batches, and a micro-batch of chunks.
 
-Lightning asks for the loss of one micro-batch at a time: what one `training_step` gets. `accumulate_grad_batches` of them make an
+Lightning requests the loss of one micro-batch at a time, in one `training_step`. `accumulate_grad_batches` of them make an
 optimizer step. The activations of all rows of a micro-batch may not fit into memory, so the rows are cut into chunks of at most
-`max_tokens_per_micro_batch` tokens, each of which takes one forward and one backward pass. The backward passes of all chunks but
-the last run here; the loss of the last is returned to Lightning, which runs its backward pass.
+`max_tokens_per_micro_batch` tokens. Each chunk takes one forward and one backward pass. The backward passes of all chunks but
+the last run here; the last chunk's loss is returned to Lightning, which runs its backward pass.
 
 The loss and the metrics of a chunk are shares: parts of a sum over the chunks, micro-batches and ranks of the optimizer step (see
-`losses.shares`). So neither the gradient nor what is logged depends on how rows are split.
+`losses.shares`). So neither the gradient nor the logged metrics depend on how rows are split.
 """
 
 import math
@@ -32,32 +32,32 @@ class Step:
     A new one is made for every epoch.
 
     Args:
-        run: The run that it is made in.
-        passes: Cut micro-batches into chunks.
-        chunk_loss: Loss and metrics of a chunk, as shares in those of the step.
+        run: The run that makes the step.
+        passes: Cuts micro-batches into chunks.
+        chunk_loss: Loss and metrics of a chunk, as shares of the step's loss and metrics.
         shown: Names of the metrics beside the progress bar.
     """
 
     def __init__(self, run: Run, passes: Passes, chunk_loss: ChunkLoss, shown: Sequence[str] = ()) -> None:
         self._run, self._passes, self._chunk_loss, self._shown = run, passes, chunk_loss, shown
-        self._metrics: dict[str, Tensor] = {}  # of the step so far
+        self._metrics: dict[str, Tensor] = {}  # metrics of the step so far
         self._gradients_begun = False
-        self._logged: set[str] = set()  # names of the metrics that were logged last
-        self._logged_rollout: int | None = None  # number of the rollout whose metrics were logged last
+        self._logged: set[str] = set()  # names of the last logged metrics
+        self._logged_rollout: int | None = None  # number of the rollout with the last logged metrics
 
     def micro_batch(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch. Lightning runs backward for the last chunk; the others have run."""
         run, passes, policy = self._run, self._passes, self._passes.policy
         chunks = passes.chunks(batch.sequences)
         chunks_of_ranks = gather_counts(len(chunks), policy.device)
-        # Ranks that share a sharded model make every pass together: those with fewer chunks add idle passes.
+        # Ranks that share a sharded model make every pass together: ranks with fewer chunks add idle passes.
         count = max(1, *chunks_of_ranks) if policy.weights.sharded else len(chunks)
         begins_step = batch_idx % run.accumulate_grad_batches == 0
         if begins_step:
             self._metrics = {}
         if count > 1 and begins_step:
-            # Lightning would clear old gradients between `training_step` and the last backward pass, and the first chunks' with
-            # them.
+            # Between `training_step` and the last backward pass, Lightning would clear old gradients, and the first chunks'
+            # gradients with them.
             run.clear_gradients()
             self._gradients_begun = True
         tokens = float(batch.sequences.sampled_mask.sum())
@@ -81,14 +81,14 @@ class Step:
             run.check_stop()
             loss = self._zero_loss()
         total = torch.stack(losses).sum() if losses else loss.detach()
-        loss = loss + (total - loss.detach())  # the value is that of all chunks, for callbacks; the gradient that of the last
+        loss = loss + (total - loss.detach())  # the value of all chunks, for callbacks; the gradient of the last
         self._log(batch, join_over_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
         # The loss is a share of a sum. Lightning divides it by the number of accumulated micro-batches, and DDP and FSDP average
-        # over ranks: both is undone here.
+        # over ranks: this undoes both.
         return loss * (run.accumulate_grad_batches * run.world_size)
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clear old gradients when Lightning asks for it, unless `micro_batch` has done so."""
+        """Clear old gradients when Lightning requests it, unless `micro_batch` has already cleared them."""
         if not self._gradients_begun:
             optimizer.zero_grad()
         self._gradients_begun = False
@@ -97,7 +97,7 @@ class Step:
         """Log the gradient norm of each group before clipping.
 
         Raises:
-            TrainingError: If a norm is not finite, since the step would make all weights nan. Not under `16-mixed`, whose scaler
+            TrainingError: If a norm is not finite, since the step would make all weights nan. Not under `16-mixed`: its scaler
                 skips such a step and lowers the scale.
         """
         run = self._run
@@ -113,15 +113,15 @@ class Step:
                 )
 
     def _log(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
-        """Log the rollout's metrics and the step's so far, both joined over ranks already.
+        """Log the rollout's metrics and the step's metrics so far, both already joined over ranks.
 
-        Lightning logs the values of a step's last micro-batch alone, so each micro-batch reports the step so far.
+        Lightning logs only the values of a step's last micro-batch, so each micro-batch reports the step so far.
         """
         averages = self._metrics = combine_metrics([self._metrics, shares])
         self._run.forget([name for name in self._logged if name not in averages])
         self._logged = set(averages)
-        # Logging a value takes Lightning as long as one layer of a small policy, and it keeps the value until the epoch ends: so
-        # the metrics of a rollout are logged once, and not with each of its micro-batches.
+        # Logging a value takes Lightning as long as one layer of a small policy, and Lightning keeps the value until the epoch
+        # ends. So a rollout's metrics are logged once, not with each of its micro-batches.
         of_rollout = {} if batch.rollout_number == self._logged_rollout else batch.metrics
         self._logged_rollout = batch.rollout_number
         self._run.log({**of_rollout, **averages}, self._shown, max(1, len(batch.sequences)))
@@ -129,7 +129,7 @@ class Step:
     def _zero_loss(self) -> Tensor:
         """A loss of zero for a micro-batch in which no row has an advantage.
 
-        Its gradient is zero as well, and not None, since optimizers would then leave out weight decay.
+        Its gradient is zero, not None, since optimizers would skip weight decay for None.
         """
         policy = self._passes.policy
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
@@ -137,9 +137,9 @@ class Step:
 
 
 def join_over_ranks(shares: Mapping[str, Tensor], chunks: Sequence[int]) -> dict[str, Tensor]:
-    """Join a micro-batch's shares over ranks, whose numbers of chunks are given. All ranks have to call it.
+    """Join a micro-batch's shares over ranks, given the ranks' numbers of chunks. All ranks must call this.
 
-    Each has the loss at least; one without chunks may have no entry for names that the others have.
+    Each rank has at least the loss; one without chunks may have no entry for names that the others have.
     """
     if len(chunks) == 1:
         return dict(shares)

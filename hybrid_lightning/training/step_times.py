@@ -1,4 +1,4 @@
-"""Where the time of a run goes: a clock for the phases of training, and costs of a rollout spread over its optimizer steps.
+"""Where a run spends its time: a clock for the phases of training, and costs of a rollout spread over its optimizer steps.
 
 Each moment belongs to exactly one phase, so that the phases add up to the wall time however they are nested.
 """
@@ -11,10 +11,10 @@ import torch
 
 
 class PhaseClock:
-    """Adds up the wall time of phases. Of nested phases the innermost counts.
+    """Adds up the wall time of phases; in nested phases the innermost counts.
 
-    The program runs ahead of an accelerator's work, so that a time is right only if the clock waits until the work is done. It
-    waits where a nested phase ends, and in `switch` if asked to.
+    The program runs ahead of an accelerator's work, so a time is right only if the clock waits until the work is done. It waits
+    at the end of a nested phase, and in `switch` if requested.
 
     Example:
         >>> clock = PhaseClock()
@@ -25,7 +25,7 @@ class PhaseClock:
     """
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")  # the device that does the work of the phases
+        self.device = torch.device("cpu")  # the device that does the phases' work
         self.restart("other")
 
     def restart(self, phase: str) -> None:
@@ -35,13 +35,13 @@ class PhaseClock:
         self._since = time.perf_counter()
 
     def switch(self, phase: str, synchronize: bool = False) -> None:
-        """End the running phase, perhaps once its work on the device is done, and begin `phase`."""
+        """End the running phase, optionally after its work on the device is done, and begin `phase`."""
         self._charge(synchronize)
         self._running[-1] = phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within this context the phase is `name`; afterwards, also after an exception, the one before goes on."""
+        """Within this context the phase is `name`; afterwards, also after an exception, the previous one resumes."""
         self.enter(name)
         try:
             yield
@@ -86,7 +86,7 @@ class Amortized:
 
     def __init__(self, amounts: Mapping[str, float] | None = None, steps: int = 0) -> None:
         self.amounts = dict(amounts or {})  # name -> cost that no step has taken yet
-        self.steps = steps  # steps that are still to come
+        self.steps = steps  # remaining steps
 
     def put(self, amounts: Mapping[str, float], steps: int) -> None:
         """Add amounts, to be shared by the next `steps` steps."""

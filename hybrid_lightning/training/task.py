@@ -1,6 +1,6 @@
-"""`Task`: what a policy is trained on, apart from Lightning: its own rollouts (`rl_task.py`), or examples (`example_task.py`).
+"""`Task`: kind of training, apart from Lightning: on a policy's own rollouts (`rl_task.py`), or examples (`example_task.py`).
 
-How an optimizer step is made; a subclass gives the methods that are marked with * (see `RolloutSource` for the first two):
+How an optimizer step is made; a subclass implements the methods marked with * (see `RolloutSource` for the first two):
 
     RolloutLoader                    the train dataloader
       roll_out *                     completions of a batch of prompts, and their advantages
@@ -34,7 +34,7 @@ from hybrid_lightning.user_code import in_user_code
 
 
 class Task(RolloutSource, ABC):
-    """What a policy is trained on.
+    """A kind of training: its data, loss and steps.
 
     Args:
         loss: The loss.
@@ -45,7 +45,7 @@ class Task(RolloutSource, ABC):
         seed: Seed of the order of the data and of sampling.
     """
 
-    # First part ("completions" of "completions/mean_length") of the names that training logs: here, by Lightning, by `StepTimer`.
+    # First part ("completions" of "completions/mean_length") of the metric names of training: here, by Lightning, by `StepTimer`.
     training_metrics = frozenset({"loss", "grad_norm", "epoch", "step", "time", "throughput"})
     shown_metrics: tuple[str, ...] = ()  # beside the progress bar
 
@@ -67,23 +67,23 @@ class Task(RolloutSource, ABC):
 
     @abstractmethod
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step.
+        """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics.
 
         Some losses average over `micro_batch_tokens`, the completion tokens of the whole micro-batch.
         """
 
     def prepare_passes(self) -> None:
-        """Try which fast passes a model that has just been split supports: now, since all ranks take forward passes together."""
+        """Try which fast passes a freshly split model supports: now, since all ranks take forward passes together."""
         policy = self.policy
         with policy.inference():
             policy.weights.as_forward(policy.engine.prepare)
 
     def new_step(self) -> Step:
-        """An optimizer step, or one after another, of an epoch."""
+        """A new `Step` for an epoch, which makes one optimizer step after another."""
         return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
 
     def loader(self, prompts: Sequence[Prompt], epoch: int = 0, shuffle: bool = True) -> RolloutLoader:
-        """The train dataloader: rollouts of these prompts, from this epoch on, in a new order for each or always in theirs."""
+        """The train dataloader: rollouts of these prompts from this epoch on, with a new order per epoch or always in order."""
         self.check_enough(prompts)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + 1_000_000_007 * epoch)
         options: dict[str, Any] = {"generator": generator, "seed": self.seed, "epoch": epoch, "shuffle": shuffle}
@@ -93,22 +93,22 @@ class Task(RolloutSource, ABC):
 
     @abstractmethod
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
-        """Losses of the start policy on `count` of these prompts, whose mean gradient scores the modules.
+        """Losses of the start policy on `count` of these prompts; their mean gradient scores the modules.
 
-        None uses as many as one optimizer step or rollout has.
+        None uses the number in one optimizer step or rollout.
 
         Raises:
             ConfigError: If there are too few prompts.
-            CalibrationError: If nothing can be learned from them.
+            CalibrationError: If they give no learning signal.
         """
 
     @property
     def calibration_seed(self) -> int:
-        """Seed of the order and of the completions of calibration prompts, which are not those of training."""
+        """Seed of the order and the completions of calibration prompts, which differ from training's."""
         return self.seed + 7919
 
     def calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probabilities with gradient and entropies, [B, T] each, in the precision of the run, outside of a training step."""
+        """Log-probabilities with gradient and entropies, [B, T] each, in the run's precision, outside a training step."""
         with self.policy.precision():
             return self.passes.logprobs(sequences)
 
@@ -120,7 +120,7 @@ class Task(RolloutSource, ABC):
         self.generation.check()
         if policy.plan is not None:
             self.check_start_weights(policy.keep_start_weights)
-        if policy.is_loaded:  # else the attention is not known
+        if policy.is_loaded:  # before that the attention is not known
             attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
             warn_of_differences(self.run, attention, self.generation.reward_terms())
             if self.run.stage == "fit" and self.reward is not None:
@@ -140,7 +140,7 @@ class Task(RolloutSource, ABC):
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that completions of these prompts can be scored (see `RewardFunction.check_prompt`) and reported on."""
+        """Check that completions of these prompts can be scored (see `RewardFunction.check_prompt`) and reported on."""
         for name in {prompt.set_name for prompt in prompts}:
             check_set_name(name)
         for reward in self.generation.reward_terms():
@@ -154,5 +154,5 @@ class Task(RolloutSource, ABC):
         self.generation.check_encoding(prompts)
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if these training prompts are fewer than one rollout takes."""
+        """Raise ConfigError if there are fewer of these training prompts than one rollout takes."""
         self.schedule.check_prompts(len(prompts))

@@ -1,4 +1,4 @@
-"""Weights of tokens in the policy term: by how far sampling and training disagree on a token, and by its entropy.
+"""Weights of tokens in the policy term: by how much sampling and training disagree on a token, and by its entropy.
 
 Axes: B sequences, T completion tokens.
 """
@@ -19,19 +19,19 @@ from hybrid_lightning.types import LossInputs, PolicyBatch
 def compare_with_sampler(
     batch: PolicyBatch, logprobs: Tensor, correction: ImportanceCorrection | None, old_of_sampler: bool = False
 ) -> tuple[LossInputs, dict[str, Tensor]]:
-    """Make the inputs of the loss, and measure how far sampling and training log-probabilities are apart.
+    """Make the inputs of the loss, and measure the distance between sampling and training log-probabilities.
 
-    Training's are the old log-probabilities, or in an exactly on-policy step the current ones, which LoRA's dropout changes
-    where it is used. So no forward pass is needed. Both are under the weights that sampled, unless rollouts are begun ahead.
+    Training's log-probabilities are the old ones, or in an exactly on-policy step the current ones, which LoRA's dropout changes
+    where it is used. So no forward pass is needed. Both are under the weights that sampled, unless rollouts begin ahead.
 
     Args:
         batch: A micro-batch or a chunk of one.
         logprobs: Log-probabilities [B, T] of the policy being trained.
-        correction: Weighs the policy term; None leaves it as it is.
+        correction: Weights the policy term; None leaves it as it is.
         old_of_sampler: Whether the old log-probabilities are the sampler's, so that the current ones are compared.
 
     Returns:
-        The inputs, and metrics as shares in those of the optimizer step (see `losses.shares`): `sampling/logp_difference/mean`
+        The inputs, and metrics as shares of the optimizer step's metrics (see `losses.shares`): `sampling/logp_difference/mean`
         and `/max`, of |l_train - l_sample| over tokens; with a correction also `sampling/importance_weight/mean`, `/min` and
         `/max`, over sequences if it has one weight per sequence, else over tokens.
     """
@@ -52,7 +52,7 @@ def compare_with_sampler(
         "sampling/importance_weight/max": largest(weights, inputs),
     }
     weights = F.per_token(weights, mask)
-    if inputs.importance_weights is not None:  # 0 for tokens that the mask leaves out, which stay left out
+    if inputs.importance_weights is not None:  # 0 for tokens that the mask leaves out; they stay left out
         weights = weights * inputs.importance_weights
     return replace(inputs, importance_weights=weights), metrics
 
@@ -60,8 +60,8 @@ def compare_with_sampler(
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
     """Set `policy_mask` of an optimizer step's micro-batches by their entropies, [B, T], under the policy that sampled.
 
-    The threshold, one for all ranks, is from the entropies of all sequences (with credit by turn, tokens) that have an advantage.
-    All ranks have to call it.
+    One threshold for all ranks comes from the entropies of all sequences (with credit by turn, tokens) that have an advantage.
+    All ranks must call this.
     """
     masks = [batch.sequences.sampled_mask for batch in batches]
     with_advantage = [
@@ -76,6 +76,6 @@ def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mas
 
 
 def versions_of_rows(weights_step: Tensor, mask: Tensor) -> Tensor:
-    """How many versions of the weights have sampled each sequence, [B] float32; `mask` [B, T] says which tokens were sampled."""
+    """Number of weight versions that sampled each sequence, [B] float32; `mask` [B, T] marks the sampled tokens."""
     latest = torch.where(mask, weights_step, -1).cummax(dim=1).values  # versions only grow
     return ((latest[:, 1:] > latest[:, :-1]) & (latest[:, :-1] >= 0)).sum(dim=1).float() + 1

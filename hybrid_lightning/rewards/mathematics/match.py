@@ -1,6 +1,6 @@
 """`MathMatch`: whether the answer is the same number or formula, by github.com/huggingface/Math-Verify.
 
-Comparisons have processes of their own (`math_worker.py`): sympy may hang, and math-verify can stop it only in a main thread.
+Comparisons run in separate processes (`math_worker.py`): sympy may hang, and math-verify can stop it only in a main thread.
 """
 
 import atexit
@@ -26,32 +26,32 @@ from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-_PROCESSES = 4  # that compare at the same time, at most: each takes about 100 MB
+_PROCESSES = 4  # most processes that compare at the same time: each takes about 100 MB
 _LETTERS = frozenset(CHOICES)
-_PLAIN = re.compile(r"-?\d{1,15}(?:\.\d{1,9})?")  # as most reference answers are, which needs no question to the worker
+_PLAIN = re.compile(r"-?\d{1,15}(?:\.\d{1,9})?")  # form of most reference answers; it does not need the worker
 
 
 class MathMatch(AnswerReward):
     r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
 
     The answer of a completion is the content of its last `\boxed{}` (boxes with "and", "or" or a comma between them are one
-    set). Without a box it is the whole text, or what follows "the answer is", if that is a formula; else the last number, plain
+    set). Without a box it is the whole text, or the text after "the answer is", if that is a formula; else the last number, plain
     expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" is 1234;
-    "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 to
-    one part in a hundred as well. An interval may also be an inequality, and "y = 3 and x = 2" the point (2, 3). The text in
+    "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 also
+    to one part in a hundred. An interval may also be an inequality, and "y = 3 and x = 2" the point (2, 3). The text in
     `<think> </think>` is ignored, and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
 
     - If both answers have a unit that `math_units.py` knows, the units must agree, or be convertible: 15 cm are 0.15 m but not
       15 m. "$5 per hour" may be written "$5", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
     - Neither a bound nor "1 hour and 30 minutes" is a number: "the answer is at least 18", "more than 18", "18 or more" and "18+"
-      are wrong for 18. But after other verbs "at least 18" says how many are needed, and is 18: "She needs at least 18 eggs".
+      are wrong for 18. But after other verbs "at least 18" gives the number needed, and is 18: "She needs at least 18 eggs".
 
     The reference answer is a number, with or without a unit, which may stand in brackets ("9 apples", "9 (apples)"); a formula,
     with or without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
-    `MultipleChoice` does.
+    in `MultipleChoice`.
 
     Args:
-        pattern: Regular expression with one group, which is the answer. The last match counts, no match earns 0, and `.` also
+        pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None searches the whole completion for the answer.
         cpu_seconds: CPU time that one comparison may take. A completion that takes more earns 0, with a warning.
         name: Name under which it is logged; None for `math_match`.
@@ -73,7 +73,7 @@ class MathMatch(AnswerReward):
         self.concurrency = max(1, min(_PROCESSES, (os.cpu_count() or 1)))
 
     def overlaps(self, prompt: Prompt) -> int:
-        """Half of the processes: generation may need the processors, too."""
+        """Half of the processes: generation may also need the processors."""
         return max(1, self.concurrency // 2)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
@@ -84,7 +84,7 @@ class MathMatch(AnswerReward):
             return list(threads.map(self.score, completions, prompts))
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
+        """The compared number, formula or letter; 0.5 and 1/2 give the same text."""
         text = self.without_thinking(completion)
         if reference_choice(reference_answer(type(self).__name__, prompt)) in _LETTERS:
             return extract_choice(text, CHOICES)
@@ -119,7 +119,7 @@ class MathMatch(AnswerReward):
 
 
 class MathVerifier:
-    """Client of some worker processes, which are started when they are needed."""
+    """Client of some worker processes, which are started on first use."""
 
     def __init__(self, cpu_seconds: float) -> None:
         self._idle: LifoQueue[_Worker] = LifoQueue()
@@ -127,8 +127,8 @@ class MathVerifier:
             self._idle.put(_Worker(cpu_seconds))
 
     def ask(self, function: str, *texts: str) -> Any:
-        """What a function of the worker (`REQUESTS`) returns for texts; None if it exceeded the time or memory limit."""
-        worker = self._idle.get()  # the one that was used last, so that there are no more processes than are needed
+        """The worker function's result for texts (see `REQUESTS`); None if it exceeded the time or memory limit."""
+        worker = self._idle.get()  # the last one used, so that there are no more processes than needed
         try:
             return worker.ask(function, *texts)
         finally:
@@ -136,24 +136,24 @@ class MathVerifier:
 
 
 class _Worker:
-    """A worker process, which is started at the first question, and again if it has died."""
+    """A worker process, started at the first request, and again if it has died."""
 
     def __init__(self, cpu_seconds: float) -> None:
-        self.cpu_seconds = cpu_seconds  # and not of wall time: a text gets the same reward on a busy machine
+        self.cpu_seconds = cpu_seconds  # not wall time: a text gets the same reward on a busy machine
         self.process: subprocess.Popen[str] | None = None
         self._owner = 0  # id of the process that started the worker: a fork inherits the pipes, but must not use them
         atexit.register(self._close)
 
     def ask(self, function: str, *texts: str) -> Any:
         """See `MathVerifier`."""
-        for _ in range(2):  # a second time if the system or another user ended the process, and not the request
+        for _ in range(2):  # again if the system or another user ended the process, not the request
             process, reply = self._running(), ""
             assert process.stdin is not None and process.stdout is not None
             try:
                 with suppress(BrokenPipeError):
                     print(json.dumps([function, *texts]), file=process.stdin, flush=True)
                     reply = process.stdout.readline()
-            except BaseException:  # above all Ctrl-C: an unread reply would be taken for the reply to the next request
+            except BaseException:  # above all Ctrl-C: an unread reply would be read as the reply to the next request
                 self._close()
                 raise
             if reply:
@@ -184,4 +184,4 @@ class _Worker:
             process.communicate()
 
 
-_verifier = cache(MathVerifier)  # one for all rewards with the same time limit, which do not hold it: they are copied and pickled
+_verifier = cache(MathVerifier)  # shared by rewards with the same time limit; not held, since rewards are copied

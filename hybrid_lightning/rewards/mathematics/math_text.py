@@ -1,6 +1,6 @@
-"""Find the answer in a text, and rewrite it in a form that math-verify reads.
+"""Finds the answer in a text, and rewrites it in a form that math-verify reads.
 
-`math_worker.py` imports this file as a script, outside of the package: it must not import anything else of this project.
+`math_worker.py` imports this file as a script, outside the package: it must not import anything else of this project.
 """
 
 import re
@@ -8,10 +8,10 @@ import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
 
-WINDOW = 6_000  # characters before the last box or the end that are searched: a policy may write without end
-POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
+WINDOW = 6_000  # characters to search before the last box or the end: a policy may write without end
+POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as readers see it
 ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
-# Invisible signs, minus signs, and the fraction slash, which NFKC puts into one half and the like.
+# Invisible signs, minus signs, and the fraction slash, which NFKC puts into one half and similar signs.
 SIGNS = {**dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f", ""), **dict.fromkeys("\u2212\u2012\u2013", "-")}
 SIGNS |= {"\u2044": "/", "\u00f7": "/", "\u3002": ". ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b1": r"\pm "}
 SIGNS |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup "}
@@ -22,10 +22,10 @@ def to_ascii(text: str) -> str:
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     if text.isascii():
         return text
-    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 1 1/2, whose second part is one sign
+    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 1 1/2, with its fraction as one sign
     text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", text)
     text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
-    text = re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text)  # or 15 m^2 would say 2
+    text = re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text)  # else 15 m^2 would read as 2
     return re.sub("|".join(SIGNS), lambda match: SIGNS[match[0]], text)
 
 
@@ -41,14 +41,14 @@ BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 HEDGE = re.compile(  # at the end of a normalized text: "between 3 and 5", "not 5", "x < 5"
     r"(?i)(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?(?:[<>]=?|\\[gl]e))\s*[$]?-?[\d.,]+[\s.!]*\Z"
 )
-# Bounds are searched for in the box, and in the sentence with the last box or number, in which each number is written as #.
+# Bounds are searched for in the box, and in the sentence with the last box or number, where each number is written as #.
 #
 # "At least 18" and "18 or more" are bounds, and not 18, if they are the answer: after is, are, be, a colon or an equals sign, or
-# as the whole answer or box. After another verb "at least 18" says how many are needed, and is 18 ("She needs at least 18
-# eggs"). "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5
-# less than 18"), and in the largest number that is possible ("He cannot buy more than 18"). "1 hour and 30 minutes" is not 30.
+# as the whole answer or box. After another verb "at least 18" gives the number needed, and is 18 ("She needs at least 18 eggs").
+# "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5 less than
+# 18"), and in the largest possible number ("He cannot buy more than 18"). "1 hour and 30 minutes" is not 30.
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?(?:\\(?:[dt]?frac|sqrt)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?|\.?\d+(?:/\d+)?)")
-EXPONENT = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?-?\d\}?")  # of a unit, as in cm^2
+EXPONENT = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?-?\d\}?")  # exponent of a unit, as in cm^2
 MACRO = re.compile(r"\\(?:text\w*|math\w+|mbox|boxed)\s*(?=\{)|\\[ ,;:!()\[\]]|\\(?=[$%])|[{}*_$~]")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z*$\\])|\n")
 LARGE = "years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|min|feet|ft|pounds?|lbs?|dollars?|kg|km|m"
@@ -100,17 +100,17 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))", ""),  # 1_000, 1'000, 1{,}000, 1\,000
     (r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", "")),  # $x = 1,234$
     (r"(?<=[^\W\d_]):(?=[-$\d\\])", ": "),  # Answer:5
-    # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
+    # \boxed{\textbf{(B)}\ 27}: the answer is the value, not the letter of the choice
     (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
     (r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})", ""),  # \boxed{5 m/s}
     (r"\\text\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),  # \text{18 dollars}
     (r"(?:\bUSD?\s?)?\\\$\s*(?=[\d.])|\bUSD?\s?(?=\$)", ""),  # \$5, US$5
     (r"(?<![\w$])-\s*[$\u20ac\u00a3\u00a5](?=[\d,.]+(?:\s|$))", "-"),  # -$5
-    (r"(?<![\w)}.^])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify takes 9 (3) for 12
-    # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
+    (r"(?<![\w)}.^])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify reads 9 (3) as 12
+    # math-verify prefers text after the word "answer" to anything later. Here the last value counts, so that "the answer is
     # 12 or 13" is not right for 12.
     ("(?i)answer", "result"),
-    (r"(?<=\d) +(?=\d)(?!\d+/\d)", ", "),  # 1 2 is two numbers and not a sum; 1 1/2 is one number
+    (r"(?<=\d) +(?=\d)(?!\d+/\d)", ", "),  # 1 2 is two numbers, not a sum; 1 1/2 is one number
     (rf"(?i)(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(ZEROS)})\b", _large_in_digits),  # 1.5 million
     (r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])", r"(\1*\3+\2)/\3"),  # 1 1/2
     (r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}", _repeating_as_fraction),  # 0.1\overline{6}
@@ -124,9 +124,9 @@ def normalize(text: str) -> str:
     return text
 
 
-# "result" is what `normalize` has made of the word "answer".
+# "result" is the replacement of the word "answer" in `normalize`.
 RESULT = re.compile(r"(?i)\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*")
-MEASURE = re.compile(  # a number, with or without a unit, which math-verify reads as it is
+MEASURE = re.compile(  # a number, with or without a unit; math-verify reads it unchanged
     r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
     r"\s*%?(?:\u00b0|\s(?!(?:and|or)\b)(?:[A-Za-z/. ]|\^[23])*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
 )
@@ -136,7 +136,7 @@ NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\
 def bare_formula(text: str) -> str | None:
     """Find a formula without delimiters in a normalized text, and put it between `$ $`; None if there is none.
 
-    The formula is the whole text, or what follows "the answer is".
+    The formula is the whole text, or the text after "the answer is".
     """
     said = RESULT.split(text)[-1].strip(" \n.*_=")
     if re.search(r"[$]|\\[(\[]|\\begin\b|\\boxed\b", text) or not said or len(said) > 200 or not said.isascii() or "\n" in said:

@@ -1,7 +1,7 @@
-"""Units of answers: find the unit, such as cm^2 in 15 cm^2, and convert between units of the same dimension.
+"""Units of answers: finds the unit, such as cm^2 in 15 cm^2, and converts between units of the same dimension.
 
-A word that is not in the table here, such as apples, is not a unit. sympy.physics.units and pint make the start of the worker
-half as long again or more, and read neither LaTeX nor "square centimeters". Texts are those that `plain_units` has rewritten.
+A word that is not in the table here, such as apples, is not a unit. sympy.physics.units and pint would lengthen the worker's
+start by half or more, and read neither LaTeX nor "square centimeters". Texts have been rewritten by `plain_units`.
 Like `math_text.py`, this file must not import anything else of this project.
 """
 
@@ -12,12 +12,12 @@ from math import isclose
 from typing import NamedTuple
 
 Kind = tuple[tuple[str, int], ...]  # a dimension, as powers of base dimensions: a speed is (("length", 1), ("time", -1))
-# What a word may mean: dimensions with factors to their base units. An ounce has two dimensions, and a ton has two factors.
+# Meanings of a word: dimensions with factors to their base units. An ounce has two dimensions, and a ton has two factors.
 Readings = set[tuple[Kind, float]]
 PREFIXES = "k kilo 1e3, M mega 1e6, d deci 1e-1, c centi 1e-2, m milli 1e-3, u micro 1e-6, \u03bc micro 1e-6, n nano 1e-9"
 # A line for each dimension with its powers: names and the factor to the base unit. Signs, and names of one letter or with a
-# capital, are symbols, whose case counts; other names are words, which may end in s. Names after + also have prefixes. Months
-# differ in days and are a dimension of their own; amperes are without the symbol A, with which sentences begin.
+# capital, are symbols, which are case-sensitive; other names are words, which may end in s. Names after + also have prefixes.
+# Months differ in days and are a separate dimension; amperes do not have the symbol A, since sentences begin with it.
 TABLE = """\
 length: +m +meter +metre 1, in inch inches 0.0254, ft foot feet 0.3048, yd yard 0.9144, mi mile 1609.344
 length 2: ha hectare 1e4, acre 4046.8564224
@@ -82,7 +82,7 @@ PLAIN: list[tuple[str | re.Pattern[str], str]] = [
     ("\u00b2", "^2"),
     ("\u00b3", "^3"),
 ]
-OTHERWISE = (  # no remark, but another answer: "(or 13)", "(about 18)", "(= 18)"
+OTHERWISE = (  # not a remark, but another answer: "(or 13)", "(about 18)", "(= 18)"
     r"\W*(?:or|and|maybe|perhaps|possibly|i\.?\s?e|that\s+is|which|approx\w*|about|around|rounded|roughly|equals)\b|\s*[=\u2248~]"
 )
 REMARK = re.compile(  # "18 dollars (9 eggs at $2)", as the whole text or after "the answer is": no unit, and not the number again
@@ -91,7 +91,7 @@ REMARK = re.compile(  # "18 dollars (9 eggs at $2)", as the whole text or after 
     re.IGNORECASE,
 )
 SHORT = "|".join(sorted(name for name in SYMBOLS.keys() | WORDS.keys() if name.isalpha() and len(name) < 3))
-IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2); but 3 (mod 5) is another number, and 2 (x) a product
+IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2); but 3 (mod 5) is a different number, and 2 (x) a product
     rf"(?<=[\d%}}])(?:\s*\(\s*(?!(?i:{OTHERWISE}|b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b))"
     rf"(?=[^()]*[A-Za-z]{{3}}|[$%\u00b0])|\s+\(\s*(?=(?:{SHORT})[/^\s)]))"
     r"(?P<words>[A-Za-z$%\u00b0][A-Za-z$%\u00b0 ./'-]*(?:\^\{?[23]\}?)?)\s*\)"
@@ -115,19 +115,19 @@ FACTOR = re.compile(
 )
 PER = re.compile(r" */ *| +(?:per|an?|each|every) +")
 STRICT = re.compile(r" */ *(?![a-z]{3})")  # m/s must not be shortened to m, but dollars/hour may be to dollars
-PRODUCT = re.compile(r"\s+[CFJKLNVWghlms](?![\w'])|\s*\u00b7")  # another symbol behind the first: 5 N m
+PRODUCT = re.compile(r"\s+[CFJKLNVWghlms](?![\w'])|\s*\u00b7")  # another symbol after the first: 5 N m
 
 
 class Unit(NamedTuple):
     """A unit, or a rate of two units."""
 
-    whole: Readings  # what it may mean: "ounces" is a mass and a volume
-    above: Readings  # what the numerator of a rate may mean; for other units the same object as `whole`
+    whole: Readings  # its meanings: "ounces" is a mass and a volume
+    above: Readings  # meanings of a rate's numerator; for other units the same object as `whole`
     loose: bool  # whether an answer may leave out the denominator: 5 dollars for "He earns 5 dollars per hour"
 
 
 def conversion_factors(wanted: Unit | None, found: Unit | None) -> set[float]:
-    """Factors by which a number may have to be multiplied to have the unit of the reference answer.
+    """Factors that may convert a number to the unit of the reference answer.
 
     {1.0} if one of the two has no unit, empty if the units cannot be converted.
     """
@@ -157,7 +157,7 @@ def find_unit(text: str) -> tuple[Unit | None, str | None]:
     number = whole[:start].strip(" $")
     if boxes and "\u00b0" not in number:
         return found, rf"\boxed{{{number}}}"
-    formula = re.match(r"[A-Za-z](?![A-Za-z])", whole[start:])  # 12s^2 may well be one
+    formula = re.match(r"[A-Za-z](?![A-Za-z])", whole[start:])  # 12s^2 may well be a formula
     is_number = not formula and re.fullmatch(r"(?:\\[a-z]+|\d[eE](?=[-\d])|[^A-Za-z\u00b0])+", number)
     return found, number if is_number else None
 
@@ -189,7 +189,7 @@ def _unit_at(text: str, at: int, money: str) -> tuple[Unit | None, int]:
 
 
 def _factor(text: str, at: int) -> tuple[Readings, int]:
-    """What a unit with its power, such as cm^{2}, may mean, and where it ends; empty if it is no unit."""
+    """The meanings of a unit with its power, such as cm^{2}, and where it ends; empty if it is not a unit."""
     match = FACTOR.match(text, at)
     name = match["name"].removeprefix("\\") if match else ""
     readings = SYMBOLS.get(name) or WORDS.get(name.casefold())

@@ -1,9 +1,9 @@
 """The worker process that parses and compares mathematical answers with the library math-verify.
 
-`match.py` starts it as a script. It writes `ready`, then reads one request in JSON a line, `["equal", gold, text]` for one, and
-writes one reply a line: what that function of `REQUESTS` returns. A request that uses more CPU time than the argument of the
-script ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch. To start in a third of a
-second it is no part of the package when it runs: of this project it imports `math_text.py` and `math_units.py` alone.
+`match.py` starts it as a script. It writes `ready`, then reads one JSON request per line, such as `["equal", gold, text]`, and
+writes one reply per line: the result of that function of `REQUESTS`. A request that uses more CPU time than the script's argument
+ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch. To start in a third of a second, it
+runs outside the package: from this project it imports only `math_text.py` and `math_units.py`.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 from math_verify import parse, verify
 from sympy import Eq
 
-sys.path.append(str(Path(__file__).parent))  # at the end, so that the files here hide no other modules
+sys.path.append(str(Path(__file__).parent))  # at the end, so that the files here do not hide other modules
 import math_text as forms  # type: ignore[import-not-found]
 import math_units as units  # type: ignore[import-not-found]
 
@@ -30,15 +30,15 @@ NO_NUMBER = re.compile(r"\d{4}-\d\d?-\d\d?|\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)|
 TUPLE = re.compile(r"(?<![\w$\\({\[])[(\[]\s*NUM(?:\s*,\s*NUM)+\s*[)\]]".replace("NUM", r"-?\d+(?:\.\d+)?(?:/\d+)?"))
 WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
 MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]")
-# What must agree if both answers have it: the base in 2516_8, and whether 6:00 is a.m. or p.m.
+# Marks that must agree if both answers have them: the base in 2516_8, and a.m. or p.m. for 6:00.
 MARKS = [re.compile(r"\d_\{?(\d+)\}?"), re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)]
-SMALL = 1e-3  # below this, six places say little or nothing about a number
+SMALL = 1e-3  # below this, six places hold little or no information about a number
 
 
 def main() -> None:
     """Answer requests until standard input ends."""
     logging.disable(logging.CRITICAL)
-    for stop in (signal.SIGINT, signal.SIGTERM):  # these are for the trainer, which still needs scores while it stops
+    for stop in (signal.SIGINT, signal.SIGTERM):  # the trainer handles these, and still needs scores while it stops
         signal.signal(stop, signal.SIG_IGN)
     if sys.platform == "linux":  # on other systems the address space does not measure memory
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -80,7 +80,7 @@ def equal(reference: str, text: str) -> bool:
             return found is not None and any(isclose(found * factor, number, rel_tol=1e-6) for factor in factors)
     if equal_parsed(gold, parse_answer(text)):
         return True
-    # 12.5% equals 12.5 if only one of the two has the percent sign, as math-verify handles it for whole numbers.
+    # 12.5% equals 12.5 if only one of the two has the percent sign, as math-verify does for whole numbers.
     if ("%" in reference) == ("%" in text):
         return False
     gold, text = (re.sub(r"\\?%", "", each) for each in (reference, text))
@@ -96,7 +96,7 @@ def same_words(gold: str, text: str) -> bool:
 
 
 def canonical_answer(text: str) -> str | None:
-    """The answer in a text, the same for equal answers: numbers have the six places that are compared. None without one."""
+    """The answer in a text, the same for equal answers: numbers have the six compared places. None without an answer."""
     parsed = parse_answer(answer_part(text))
     if not parsed:
         return None
@@ -109,7 +109,7 @@ def canonical_answer(text: str) -> str | None:
 def equal_parsed(gold: Any, found: Any) -> bool:
     """Whether two parsed answers are equal; numbers below `SMALL` also to one part in a hundred, not just to six places."""
     texts = str(gold[-1]), str(found[-1]) if found else ""
-    for one, other in (texts, texts[::-1]):  # math-verify takes a set in braces for a point or an interval
+    for one, other in (texts, texts[::-1]):  # math-verify reads a set in braces as a point or an interval
         if one.startswith(r"\{") and re.match(r"(?:\\left)?\s*[(\[].*,", other):
             return False
     if not verify(gold, in_order(found), allow_set_relation_comp=True, timeout_seconds=None):
@@ -122,7 +122,7 @@ def equal_parsed(gold: Any, found: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
-    """Parse a reference answer, which is a number, with or without a unit, or a formula; None if it is neither."""
+    """Parse a reference answer, a number with or without a unit, or a formula; None if it is neither."""
     gold = gold_text(gold)
     text = forms.normalize(units.find_unit(units.plain_units(gold))[1] or gold)
     if NO_NUMBER.search(text) or forms.is_bound(text):
@@ -130,7 +130,7 @@ def parse_gold(gold: str) -> Any:
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not forms.MEASURE.fullmatch(text.strip()):
         formula = re.sub(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^}]*\}", "", text)
         if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", formula):
-            return None  # words, which would be parsed as products of letters
+            return None  # words would be parsed as products of letters
         text = f"${text}$"
     parsed = parse(text, parsing_timeout=None)
     return parsed if parsed and not isinstance(parsed[0], str) else None
@@ -142,7 +142,7 @@ def gold_text(gold: str) -> str:
 
 
 def answer_part(completion: str) -> str:
-    """The part of a completion that holds its answer, likewise, and without a remark behind the answer."""
+    """The part of a completion that holds its answer, in ASCII and LaTeX, without a remark after the answer."""
     return str(units.REMARK.sub(r"\g<stated>", gold_text(forms.answer_window(forms.to_ascii(completion)))))
 
 
@@ -156,7 +156,7 @@ def parse_answer(text: str) -> Any:
         return parsed
     if r"\boxed" not in text and forms.HEDGE.search(text):
         return []
-    # A point or an interval is marked as LaTeX: in plain text math-verify would take the last number in it.
+    # A point or an interval is marked as LaTeX: in plain text math-verify would read only its last number.
     return parse(text if re.search(r"[$]|\\[(\[A-Za-z]", text) else TUPLE.sub(r"$\g<0>$", text), parsing_timeout=None)
 
 

@@ -1,13 +1,13 @@
-"""Distillation: how a policy p learns from what a teacher q says of the tokens that the policy sampled.
+"""Distillation: how a policy p learns from a teacher q's probabilities for the tokens that the policy sampled.
 
     SampledReverseKL     advantage of a token: A + coef * (log q(token) - log p_old(token)), the policy gradient of KL(p, q)
     ReverseKL            coef * KL(p, q), p over q, added to the loss of the token
     ForwardKL            coef * KL(q, p), likewise
     JensenShannon        coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise
 
-The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
-others its whole distribution (GKD, arXiv 2306.13649, whose beta this is). All are per token, with no credit for later tokens, at
-the temperature of the sampling. Divergences are aggregated as the loss's KL term, and not weighted by an importance ratio.
+The first needs only the teacher's log-probability of each sampled token (Thinking Machines, "On-Policy Distillation", 2025). The
+others need its whole distribution (GKD, arXiv 2306.13649, which defines this beta). All are per token, with no credit for later
+tokens, at the sampling temperature. Divergences are aggregated like the loss's KL term, and not weighted by an importance ratio.
 """
 
 import math
@@ -24,7 +24,7 @@ class Distillation(Configurable):
     """Base class of the ways to learn from a teacher.
 
     Args:
-        coef: Weight beside the other terms of the loss.
+        coef: Weight relative to the other terms of the loss.
     """
 
     of_distributions = False  # whether the teacher's whole distributions are needed
@@ -48,9 +48,9 @@ class Divergence(Distillation):
     """
 
     of_distributions = True
-    weighed_by_teacher = False  # whose most probable tokens `top_k` compares
-
-    def __init__(self, coef: float = 1.0, top_k: int = 0) -> None:
+    weighed_by_teacher = False  # # whether `top_k` compares the teacher's most probable tokens
+top_k: Compare only this many tokens, the most probable ones under the distribution that weights the divergence, and treat all
+    others as one token; 0 compares the whole vocabulary.
         super().__init__(coef)
         if top_k < 0:
             raise ConfigError(f"{type(self).__name__}: top_k={top_k} is not a number of tokens; set 0 for all, or e.g. 100")
@@ -58,10 +58,11 @@ class Divergence(Distillation):
 
     @abstractmethod
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence of each token, [K] in nats, from log-probabilities [K, V], of which the policy's have a gradient."""
+        """The divergence of each token, [K] in nats, from log-probabilities [K, V]; the policy's log-probabilities have a
+        gradient."""
 
     def __call__(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        """`of_logprobs`, of the `top_k` tokens and the rest where that is set."""
+        """`of_logprobs`, over the `top_k` tokens and the rest if `top_k` is set."""
         if 0 < self.top_k < policy.shape[1]:
             kept = (teacher if self.weighed_by_teacher else policy.detach()).topk(self.top_k, dim=1).indices
             policy, teacher = _with_rest(policy.gather(1, kept)), _with_rest(teacher.gather(1, kept))
@@ -69,7 +70,7 @@ class Divergence(Distillation):
 
 
 class ReverseKL(Divergence):
-    """KL(p, q) = sum p (log p - log q): pulls the policy off tokens that the teacher would not say."""
+    """KL(p, q) = sum p (log p - log q): pulls the policy off tokens that the teacher would not write."""
 
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
         """See `Divergence`."""
@@ -77,7 +78,7 @@ class ReverseKL(Divergence):
 
 
 class ForwardKL(Divergence):
-    """KL(q, p) = sum q (log q - log p): what supervised training on the teacher's own tokens would minimise here."""
+    """KL(q, p) = sum q (log q - log p): the quantity that supervised training on the teacher's own tokens would minimise here."""
 
     weighed_by_teacher = True
 
@@ -111,6 +112,6 @@ def _kl(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
-    """Log-probabilities of some tokens [K, k] with that of all others together, [K, k + 1]."""
-    known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # rounding may take it to 0, and the rest to nothing
+    """Log-probabilities of some tokens [K, k] with the log-probability of all others together, [K, k + 1]."""
+    known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # # rounding may take it to 0, and leave nothing for the rest
     return torch.cat([logprobs, torch.log(-torch.expm1(known))], dim=1)

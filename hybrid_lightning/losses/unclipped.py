@@ -1,19 +1,19 @@
-"""Losses with another bound than a clip on the importance ratio of each token, r_t = exp(l_t - l_old_t); sg is without gradient.
+"""Losses with a bound other than a clip on the importance ratio of each token, r_t = exp(l_t - l_old_t); sg: without gradient.
 
 `CISPOLoss`: Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
 
     L = 1/(tokens of the optimizer step) sum over sequences sum_t -sg[min(r_t, cap)] A l_t
 
-The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought, and whose ratio
-leaves the range of GRPO at once, is still learned.
+The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought, with a ratio
+that leaves the range of GRPO at once, is still learned.
 
 `cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
 paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
-from 1: a class switched on the command line inherits arguments of the same name, and a cap of 0.28 would scale the policy term
+from 1: a class switched on the command line inherits arguments with the same name, and a cap of 0.28 would scale the policy term
 down.
 
-Departures from the paper: an optional KL term, of which the paper has none, and an optional entropy bonus; denominators as in
-`DAPOLoss`. There is no dual clip, which would add nothing to the cap.
+Departures from the paper: an optional KL term (the paper has none), and an optional entropy bonus; denominators as in `DAPOLoss`.
+There is no dual clip, which would add nothing to the cap.
 
 `SAPOLoss`: Soft Adaptive Policy Optimization (arXiv 2511.20347).
 

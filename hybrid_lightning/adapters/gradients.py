@@ -19,7 +19,7 @@ from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singul
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 
-KRYLOV_FROM = 1024  # # smallest min(m, n) for which block Lanczos is cheaper than computing all eigenvalues
+KRYLOV_FROM = 1024  # smallest min(m, n) for which block Lanczos is cheaper than computing all eigenvalues
 
 
 def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:

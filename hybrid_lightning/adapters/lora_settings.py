@@ -184,7 +184,7 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
         config = LoraConfig(target_modules=[kind])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # # for a name that PEFT accepts only together with others
+        except ValueError:  # for a name that PEFT accepts only together with others
             return True
         return config.target_modules != {kind}
 

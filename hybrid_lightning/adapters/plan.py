@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["full", "lora", "frozen"]
 SAMPLES_PER_PARAMETER = 1024  # values that are hashed
-FORMAT = 1  # # version of the fields; a plan with another version is refused
+FORMAT = 1  # version of the fields; a plan with another version is refused
 _NEW_PLAN = "make a new plan for this model with the score command"
 
 
@@ -47,11 +47,11 @@ class PlannedModule:
     """One candidate module and how it is trained."""
 
     name: str  # full dotted name in the base model
-    shape: Shape  # # (outputs, inputs); for experts and routers, name of each parameter with matrices -> its shape
+    shape: Shape  # (outputs, inputs); for experts and routers, name of each parameter with matrices -> its shape
     parameters: int  # entries of weights and biases: full training includes biases, LoRA leaves them alone
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
     mode: Mode  # fully trained, adapted with LoRA, or frozen
-    rank: int | None = None  # # LoRA rank; None: the rank of the plan's `lora`
+    rank: int | None = None  # LoRA rank; None: the rank of the plan's `lora`
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):

@@ -34,7 +34,7 @@ class ModuleStatistics:
     """What a scorer may know about one candidate module."""
 
     name: str  # full dotted name of the module
-    weight: Tensor  # # [m, n], detached; do not change it; for experts, their first parameter, [experts, m, n]
+    weight: Tensor  # [m, n], detached; do not change it; for experts, their first parameter, [experts, m, n]
     parameters: int  # entries of weights and biases
     gradient: Gradient | None = None  # G, the mean over the calibration losses; None if the scorer does not need it
 

@@ -58,7 +58,7 @@ class Scoring:
         (['layers.0'], True)
     """
 
-    prints = True  # # whether this process warns; only one of several does
+    prints = True  # whether this process warns; only one of several does
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class SketchedGradients(GradientMode):
             raise ConfigError(f"size={size} is not above the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
-            return ExactSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # # these sums are float64
+            return ExactSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # these sums are float64
         return SketchedSum(name, (rows, columns), weight.device, size, self.seed)
 
 
@@ -134,7 +134,7 @@ class SketchedGradient(Gradient):
         """P from Q X; the missed part and the noise are assumed to be spread over rows and columns like G itself."""
         rows, columns = preconditioner(*self._moments)
         q, r = torch.linalg.qr(rows[:, None] * self._basis)
-        mean = float(self._moments[0].mean())  # # mean square of all entries of G; in P it is 1
+        mean = float(self._moments[0].mean())  # mean square of all entries of G; in P it is 1
         missed = self._missed / mean if mean > 0 else 0.0
         even = (torch.ones_like(rows), torch.ones_like(columns))
         return SketchedGradient(q, r @ self._coefficients * columns, missed, even)

@@ -74,7 +74,7 @@ def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:
             if bound <= KRYLOV_TOLERANCE * tail:
                 return tail
         block = product
-        for _ in range(2):  # # twice, so that it is orthonormal, and orthogonal to the basis, even where little is left of it
+        for _ in range(2):  # twice, so that it is orthonormal, and orthogonal to the basis, even where little is left of it
             block = torch.linalg.qr(block - basis[:, used] @ (basis[:, used].T @ block)).Q
     return None
 

@@ -14,8 +14,8 @@ from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError
 
-FACTORS = range(2, 10)  # # the digits that `ProductSource` multiplies by, by default
-_HASH_BUCKETS = 10  # # one is validation and one is test
+FACTORS = range(2, 10)  # the digits that `ProductSource` multiplies by, by default
+_HASH_BUCKETS = 10  # one is validation and one is test
 _MAX_NUMBERS = 2_000  # all pairs are enumerated: 4 million take some seconds
 _MAX_PRODUCTS = 8_000_000  # all of them are enumerated, which takes some seconds
 

@@ -153,7 +153,7 @@ class PromptDataModule(Configurable, LightningDataModule):
             prompts = [self.format.format(row) for row in getattr(self._splits, split)]
             prompts = self._draw(split, self._short_enough(split, prompts))
             check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
-            if check is not None:  # # finds rows that the reward cannot score now, not after hours of training
+            if check is not None:  # finds rows that the reward cannot score now, not after hours of training
                 check(prompts)
             self._prompts[split] = prompts
         return self._prompts[split]

@@ -121,7 +121,7 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
     else:
         raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}); correct the path")
     named = [file for file in files if (match := _SPLIT_IN_NAME.search(file.name.lower())) and match[1] == split]
-    for folder in (place, place / "data"):  # # preferred to folders of subsets, which repeat the same rows
+    for folder in (place, place / "data"):  # preferred to folders of subsets, which repeat the same rows
         named = [file for file in named if file.parent == folder] or named
     if not named and alone and len(files) == 1:
         named = files

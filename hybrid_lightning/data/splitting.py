@@ -19,7 +19,7 @@ from hybrid_lightning.errors import ConfigError, DataError
 class Row:
     """One problem as a source gives it, before it is formatted into a prompt."""
 
-    question: str  # # identifies the problem: must contain everything that tells it from other problems, unless `task` does
+    question: str  # identifies the problem: must contain everything that tells it from other problems, unless `task` does
     answer: str | None = None  # the reference answer alone, None where the data has none
     index: int = 0  # number of the row in its source, from 0; unique within a split and set
     source: str = ""  # where the row comes from, for error messages

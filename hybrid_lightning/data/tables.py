@@ -171,7 +171,7 @@ def has_image(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(has_image, value))
     if isinstance(value, dict):
-        is_file = value.keys() == {"bytes", "path"}  # # a file that has not been decoded
+        is_file = value.keys() == {"bytes", "path"}  # a file that has not been decoded
         return is_file or value.get("type") in ("image", "image_url") or any(map(has_image, value.values()))
     return type(value).__module__.startswith("PIL.")
 

@@ -62,7 +62,7 @@ def fill_template(name: str, template: str, values: Mapping[str, Any], where: st
             )
         try:
             value = _entry(values[column], match["keys"])
-            is_options = isinstance(value, (list, tuple, dict))  # # options are written one per line
+            is_options = isinstance(value, (list, tuple, dict))  # options are written one per line
             text.append(lettered_options(options_of(value)[0]) if is_options else to_text(value))
         except ValueError as error:
             remedy = f"correct {name} or the row" if match["keys"] else "correct or remove the row"

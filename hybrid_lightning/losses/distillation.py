@@ -43,14 +43,14 @@ class Divergence(Distillation):
     """Base class of divergences over the vocabulary; a subclass defines `of_logprobs`.
 
     Args:
-        top_k: Compare so many tokens alone, the most probable ones under the distribution that weighs the divergence, and all
-            others as if they were one; 0 compares the whole vocabulary.
+        top_k: Compare only this many tokens, the most probable ones under the distribution that weights the divergence, and treat
+            all others as one token; 0 compares the whole vocabulary.
     """
 
     of_distributions = True
-    weighed_by_teacher = False  # # whether `top_k` compares the teacher's most probable tokens
-top_k: Compare only this many tokens, the most probable ones under the distribution that weights the divergence, and treat all
-    others as one token; 0 compares the whole vocabulary.
+    weighed_by_teacher = False  # whether `top_k` compares the teacher's most probable tokens
+
+    def __init__(self, coef: float = 1.0, top_k: int = 0) -> None:
         super().__init__(coef)
         if top_k < 0:
             raise ConfigError(f"{type(self).__name__}: top_k={top_k} is not a number of tokens; set 0 for all, or e.g. 100")
@@ -113,5 +113,5 @@ def _kl(one: Tensor, other: Tensor) -> Tensor:
 
 def _with_rest(logprobs: Tensor) -> Tensor:
     """Log-probabilities of some tokens [K, k] with the log-probability of all others together, [K, k + 1]."""
-    known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # # rounding may take it to 0, and leave nothing for the rest
+    known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # else rounding may reach 0 and leave no rest
     return torch.cat([logprobs, torch.log(-torch.expm1(known))], dim=1)

@@ -68,10 +68,9 @@ def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 def off_policy_mistakes(
     logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float
 ) -> Tensor:
-    """Which sequences of A < 0 are less likely than when they were sampled by more than `threshold` nats per token, [B] bool.
-"""Which sequences with A < 0 became less likely by more than `threshold` nats per token since they were sampled, [B] bool.
+    """Which sequences with A < 0 became less likely by more than `threshold` nats per token since they were sampled, [B] bool.
 
-With advantages of tokens, [B, T]: which tokens with A < 0 are in such a sequence, [B, T].
+    With advantages of tokens, [B, T]: which tokens with A < 0 are in such a sequence, [B, T].
     """
     divergence = sequence_means(log_ratio(sampling_logprobs, logprobs.detach(), mask), mask)
     return (advantages < 0) & per_sequence_as(advantages, divergence > threshold)
@@ -84,7 +83,7 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     http://joschu.net/blog/kl-approx.html; GRPO, equation 4).
     """
     difference = log_ratio(ref_logprobs, logprobs, mask).clamp(max=MAX_LOG_RATIO)
-    return torch.expm1(difference) - difference  # # exp(d) - 1 would round a small d away
+    return torch.expm1(difference) - difference  # exp(d) - 1 would round a small d away
 
 
 def sequence_means(values: Tensor, mask: Tensor) -> Tensor:

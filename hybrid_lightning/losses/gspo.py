@@ -48,8 +48,8 @@ class SequenceClippedLoss(ClippedLoss):
         **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
-        ConfigError: If a value is out of its range, or the clip range is one for GRPO.
-    ConfigError: If a value is out of its range, or the clip range was meant for GRPO.
+        ConfigError: If a value is out of its range, or the clip range was meant for GRPO.
+    """
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, **others: Any) -> None:
         super().__init__(clip_low, clip_high, **others)

@@ -32,9 +32,10 @@ would add nothing since the gate is bounded.
 
 A token loses its gradient once its probability, not the ratio of its probabilities, has moved too far in the direction in which
 the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
-log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
-paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
-truncates r_t at 20 and gives the gradient to l_t, which is otherwise the same; an optional KL term and entropy bonus.
+log-ratio pulls back any token that has moved. The term is from prime-rl, where its weight is 1e-3 (after Kimi K2.5, arXiv
+2602.02276); the paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures:
+the paper's code truncates r_t at 20 and gives the gradient to l_t, which is equivalent apart from that; an optional KL term and
+entropy bonus.
 """
 
 import math
@@ -82,7 +83,7 @@ class CISPOLoss(PolicyLoss):
         return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """The share of tokens whose weight was capped and whose advantage is positive (as in TRL)."""
+        """The share of tokens with a capped weight and a positive advantage (as in TRL)."""
         capped = (ratio > self.cap) & (per_sequence_as(ratio, inputs.advantages) > 0)
         return {"cispo_clip_ratio": share(capped.to(ratio.dtype), inputs)}
 
@@ -118,11 +119,11 @@ class SAPOLoss(PolicyLoss):
 
 
 class DPPOLoss(PolicyLoss):
-    """Mask by how far the probability of a token has moved; mean over the tokens of the optimizer step.
+    """Objective with a mask by how far each token's probability has moved; mean over the tokens of the optimizer step.
 
     Args:
-        mask_low: Where A < 0, a token whose probability has fallen by more than this gets no gradient.
-        mask_high: Where A > 0, a token whose probability has risen by more than this gets no gradient.
+        mask_low: Where A < 0, a token gets no gradient if its probability has fallen by more than this.
+        mask_high: Where A > 0, a token gets no gradient if its probability has risen by more than this.
         log_ratio_coef: Weight of the squared log-ratio to the policy that sampled; 0 leaves the term out.
         **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
 
@@ -157,7 +158,7 @@ class DPPOLoss(PolicyLoss):
         return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """The shares of tokens masked since they fell, since they rose, and either way, by the names of clipped losses."""
+        """The shares of tokens masked because they fell, because they rose, and either way, under the names of clipped losses."""
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
         low, high = self._masked(inputs, old_logprobs)
         flags = {"low": low, "high": high, "region": low | high}

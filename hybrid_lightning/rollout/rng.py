@@ -17,14 +17,14 @@ _STEPS = 64  # tokens for which numbers are drawn at once: a compromise between 
 class PromptDraws:
     """Uniform random numbers for the completions of a batch of prompts, from one generator per prompt.
 
-    Batch size, number of ranks and order of prompts then change only how logits are rounded.
+    Batch size, number of ranks and order of prompts then affect only the rounding of logits.
 
     Args:
         prompts: P prompts.
         samples_per_prompt: G.
         seed: Seed that all generators share.
-        places: What distinguishes the prompts, such as their numbers in a rollout over all ranks, which may have a prompt twice;
-            None takes the set and the index of each prompt.
+        places: Distinguishes the prompts, for example by their numbers in a rollout over all ranks, which may have a prompt
+            twice; None takes the set and the index of each prompt.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class PromptDraws:
         assert len(names) == len(prompts)
         self._prompts, self._seed, self._names = prompts, seed, names
         digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
-        self.seeds = [int.from_bytes(digest) >> 1 for digest in digests]  # of each prompt, below 2^63
+        self.seeds = [int.from_bytes(digest) >> 1 for digest in digests]  # one per prompt, below 2^63
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._samples = samples_per_prompt
         self._block = torch.empty(0)

@@ -94,7 +94,7 @@ class AdvantageEstimator(Configurable, ABC):
         [0.0, -1.0]
     """
 
-    divides_by_group_std = False  # True favours prompts whose rewards hardly differ (see `PolicyLoss.takes_group_std`)
+    divides_by_group_std = False  # True favours prompts with almost equal rewards (see `PolicyLoss.takes_group_std`)
 
     @abstractmethod
     def estimate(self, groups: Tensor) -> Tensor:
@@ -273,6 +273,6 @@ class PerRewardAdvantage(GroupAdvantage):
 
 
 def centred(groups: Tensor) -> Tensor:
-    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards are all equal."""
+    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group with equal rewards."""
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))

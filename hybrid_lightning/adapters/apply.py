@@ -127,7 +127,7 @@ class FreedStartWeights(nn.Module):
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Take the weights out of modules whose originals will not be kept, so that PEFT does not copy them."""
+    """Take the weights out of modules without kept originals, so that PEFT does not copy them."""
     taken = {}
     for name in names:
         module = model.get_submodule(name)

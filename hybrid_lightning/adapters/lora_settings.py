@@ -195,7 +195,7 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
 def _check_suffixes(modes: Mapping[str, str]) -> None:
     """Refuse names that PEFT, which matches names by suffix, would also apply to modules with another mode.
 
-    PEFT also trains fully every module whose name ends with the name of a fully trained one, and gives LoRA to every module whose
+    PEFT also trains a module fully if its name ends with the name of a fully trained module. It gives LoRA to a module if its
     name ends, at a dot, with the name of a LoRA module.
     """
     full = tuple(name for name, mode in modes.items() if mode == "full")

@@ -101,8 +101,8 @@ class PresetSource(TableSource):
 def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
     """Read a split from a local copy of a data set, a file or a folder: where its rows come from, and the rows.
 
-    The rows are in all files whose name contains the split's name, in the folder of the `subset` if there is one. If this is the
-    only split to read (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
+    The rows are in all files with the split's name in theirs, in the folder of the `subset` if there is one. If this is the only
+    split to read (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
 
     Raises:
         ConfigError: If the split is a slice.

@@ -10,7 +10,7 @@ Departures from the paper:
 
 - The threshold is over all sampled tokens of the optimizer step, over its micro-batches and ranks, so that splitting a step
   changes neither the mask nor the gradient. In the paper and in TRL it is over a micro-batch.
-- Tokens of sequences without advantage, whose policy gradient is zero anyway, do not count.
+- Tokens of sequences without advantage do not count: their policy gradient is zero anyway.
 - The entropies come from the policy that sampled, computed together with the old log-probabilities, because they must be known
   before the first backward pass of a step. The paper takes the entropies of the policy that is being trained. On the first
   minibatch of a rollout, which is exactly on-policy, the two are the same, but cost an extra forward pass.

@@ -166,7 +166,7 @@ class CurrentWeights:
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
         seen: set[int] = set()  # tied weights come once
-        within = ""  # the adapted module whose descendants are skipped
+        within = ""  # name of the adapted module: its descendants are skipped
         for full_name, module in self._model.named_modules():
             if within and full_name.startswith(within):
                 continue

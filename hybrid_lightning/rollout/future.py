@@ -147,7 +147,7 @@ class RolloutFuture(Generic[_T]):
 
     def _fail(self, error: BaseException) -> None:
         self.cancel()
-        if not isinstance(error, KeyboardInterrupt):  # a user means an interrupt for now
+        if not isinstance(error, KeyboardInterrupt):  # an interrupt is meant for this moment only
             self._failure = error
 
 

@@ -44,7 +44,7 @@ class PromptDraws:
         """Numbers in [0, 1) for the next token.
 
         Args:
-            rows: [R] int64, the numbers of those P * G completions that are not finished.
+            rows: [R] int64, the numbers of the unfinished ones among the P * G completions.
             step: Number of tokens that they have; it must grow by one at each call.
 
         Returns:
@@ -60,13 +60,13 @@ class PromptDraws:
         return self._block[rows, step - self._next + _STEPS, None]
 
     def of_turns(self, rows: Sequence[int], turns: Sequence[int]) -> "PromptDraws":
-        """The draws of later messages of some episodes, from one generator for each message.
+        """The draws for later messages of some episodes, from one generator for each message.
 
-        Numbers depend on the prompt, the sample, the turn and the seed only, and not on which other episodes go on.
+        Numbers depend only on the prompt, the sample, the turn and the seed, and not on which other episodes continue.
 
         Args:
-            rows: Which of the P * G completions, R of them.
-            turns: The number of each one's message, from 1: that of the first, which these draws themselves are for, is 0.
+            rows: Numbers of R of the P * G completions.
+            turns: Number of the next message of each, from 1; message 0, the first, uses these draws themselves.
 
         Returns:
             Draws of R prompts with one sample each.
@@ -80,8 +80,8 @@ class PromptDraws:
 def capture_random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, as plain data and tensors.
 
-    Of CUDA it is the generator of this process's device alone: those of others are not its own, and asking for them would take
-    memory there.
+    On CUDA only the generator of this process's device is captured: other devices belong to other processes, and asking for their
+    state would take memory there.
     """
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -96,7 +96,7 @@ def capture_random_state() -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set the global generators to a state from `capture_random_state`.
 
-    Where the state comes from a process without CUDA, the generator of this process's device is left as it was seeded.
+    If the state comes from a process without CUDA, the generator of this process's device stays as it was seeded.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

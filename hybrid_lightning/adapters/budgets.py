@@ -131,7 +131,7 @@ def make_plan(
         lora: LoRA settings of the other modules.
         scores: Scores of all candidates; None only where the budget does not need any (`Budget.needs_scores`).
         ranks: Full dotted name -> LoRA rank where it differs from the rank of `lora`; 0 freezes a module that is not fully
-        trained.
+            trained.
 
     Raises:
         ConfigError: If the budget needs scores that are missing, or is too small for any module.

@@ -65,8 +65,7 @@ class PlannedModule:
         return tuple(self.shape) if isinstance(self.shape, Mapping) else ()
 
     def lora_layers(self) -> dict[str, str]:
-        """Name of each weight that LoRA adapts -> name of PEFT's layer for it; the first parameter of experts has the innermost
-        layer."""
+        """Name of each weight that LoRA adapts -> name of PEFT's layer; the first parameter of experts is innermost."""
         inner = ".base_layer"
         return {
             part: self.name + inner * (len(self.experts) - 1 - place) for place, part in enumerate(self.experts or ["weight"])

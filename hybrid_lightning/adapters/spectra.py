@@ -6,7 +6,7 @@ rounding error (1e-16 of the largest squared singular value) is far below the ro
 The tail energy of a large gradient does not need the whole spectrum: `krylov_tail_energy` is block Lanczos with a bound on the
 error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1 [m, b] grows into the basis of a Krylov space
 
-        Q = orth[X_1, A X_1, A^2 X_1, ...],    H = Q'A Q.
+    Q = orth[X_1, A X_1, A^2 X_1, ...],    H = Q'A Q.
 
 The Ritz pairs (theta_i, v_i) of H approach the leading eigenpairs of A, the squared singular values of G, from below (Golub and
 Underwood 1977; Golub and Van Loan, Matrix Computations, chapter 10). With residuals r_i = A v_i - theta_i v_i,

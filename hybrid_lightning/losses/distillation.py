@@ -58,8 +58,7 @@ class Divergence(Distillation):
 
     @abstractmethod
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence of each token, [K] in nats, from log-probabilities [K, V]; the policy's log-probabilities have a
-        gradient."""
+        """The divergence of each token, [K] in nats, from log-probabilities [K, V]; the policy's have a gradient."""
 
     def __call__(self, policy: Tensor, teacher: Tensor) -> Tensor:
         """`of_logprobs`, over the `top_k` tokens and the rest if `top_k` is set."""

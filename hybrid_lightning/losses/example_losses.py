@@ -98,10 +98,10 @@ class DPOLoss(ExampleLoss):
         loss = -(1 - label_smoothing) log sigmoid(beta margin) - label_smoothing log sigmoid(-beta margin)
 
     Log-probabilities are sums over the tokens of a completion; `ref` is the start policy. Rows come in pairs: the chosen
-    Log-probabilities are sums over the tokens of a completion; `ref` is the start policy. Rows come in pairs: the chosen
     completion, then the rejected one. Label smoothing is the conservative DPO in its authors' code: the assumed share of pairs
     with swapped labels. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite sign, in `robust`; its loss
     `sigmoid` has no label smoothing.)
+
     Args:
         beta: How strongly the policy is held to the start policy.
         label_smoothing: Share of pairs assumed to be labelled wrongly, in [0, 0.5).

@@ -37,8 +37,7 @@ def smallest(values: Tensor, inputs: LossInputs) -> Tensor:
 
 
 def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
-    """Flat values, with `other` for padding and for sequences without tokens, and once more at the end so that it is never
-    empty."""
+    """Flat values, with `other` for padding and for sequences without tokens, and once at the end so that it is never empty."""
     used = inputs.sampled_mask if values.dim() == 2 else inputs.sampled_mask.any(dim=1)
     return torch.cat([torch.where(used, values, other).flatten(), values.new_full((1,), other)])
 

@@ -139,8 +139,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
 
 
 def _won_at(height: int, camps: Sequence[tuple[int, float]], silent: int, samples: int) -> np.ndarray:
-    """How correct the winners are, summed over all sets of d completions in which the winners have `height` votes; [n + 1], by
-    d."""
+    """How correct the winners are, summed over all sets of d completions with `height` votes for the winners; [n + 1], by d."""
     most_winners = samples // height
     sets = np.zeros((samples + 1, most_winners + 1))  # number of sets, by their size and their number of winners
     sets[0, 0] = 1.0

@@ -3,7 +3,7 @@
     fully trained module     the trained weight and bias
     module with LoRA         weight with the update merged into it, in float32; its bias
     quantized module         the dequantized weight
-        any other module         as it is
+    any other module         as it is
 
 An engine that receives LoRA separately gets the base's weights, and the factors A and B of each module by PEFT's names.
 

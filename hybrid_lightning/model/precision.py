@@ -43,8 +43,7 @@ _MOST = 0.5  # share of the machine's memory that weights in float32 may take
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules in eval mode within this context; afterwards exactly the former train-mode modules are in train mode
-    again."""
+    """Put all modules in eval mode within this context; afterwards exactly the modules that were in train mode return to it."""
     trained = [module for module in model.modules() if module.training]
     # `nn.Module.__setattr__` looks for parameters first, which takes long for the hundreds of modules of an adapter.
     for module in trained:

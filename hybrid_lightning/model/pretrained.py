@@ -79,8 +79,7 @@ class Pretrained:
         return other
 
     def check(self) -> None:
-        """Raise ModelError unless all files of a usable policy are there; a GGUF file is not checked, since that would take
-        seconds."""
+        """Raise ModelError unless all files of a usable policy are there; skips a GGUF file, which would take seconds."""
         if "gguf_file" not in self.source.arguments:
             _ = self.config
             check_weights(self.source)

@@ -50,8 +50,7 @@ _KEEPING = """{%%- macro _original(messages, add_generation_prompt) %%}
 
 
 def chosen_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
-    """The Jinja template for a setting of `chat_template`, such as `KEEP_HISTORY`; None for the tokenizer's own, if it has
-    one."""
+    """The Jinja template for a `chat_template`, perhaps `KEEP_HISTORY`; None for the tokenizer's own, if it has one."""
     if chat_template != KEEP_HISTORY or tokenizer.chat_template is None:
         return None if chat_template == KEEP_HISTORY else chat_template
     # Jinja drops one line break at the end of a template, but not at the end of a macro.

@@ -1,7 +1,7 @@
 """`RolloutFuture`: a rollout in progress, and `in_thread`: a call in a separate thread.
 
     future = sampler.begin(engine, tokenizer, request)      begun: by servers or a thread, or not yet
-        future = future.then(score)                             then processed, in the thread that requests the result
+    future = future.then(score)                             then processed, in the thread that requests the result
     future.result()
 
 This file needs only Python, since it is also read in the workers of vLLM servers.

@@ -105,11 +105,11 @@ class PolicyWeights(Protocol):
         """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
-        """All weights, or the weights that training changes, one at a time. If they are split over ranks, all ranks iterate
-        together.
+        """All weights, or the weights that training changes, one at a time.
 
-        Weights that an engine may join into one layer (q/k/v, gate/up) always come as a whole. If LoRA is not merged,
-        `everything` means the base and the LoRA factors, and the weights that training changes are only the factors.
+        If they are split over ranks, all ranks iterate together. Weights that an engine may join into one layer (q/k/v, gate/up)
+        always come as a whole. If LoRA is not merged, `everything` means the base and the LoRA factors, and the weights that
+        training changes are only the factors.
         """
 
 

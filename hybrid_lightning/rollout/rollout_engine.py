@@ -9,8 +9,8 @@ makes stale: before such an engine samples, it receives the changed weights (`up
 `Conversation` continues episodes, turn by turn, after the text that an environment has added to them:
 
     conversation = sampler.conversation(engine, tokenizer, request, capacity=512)
-        turn = conversation.first()                         the first message of every episode: the result of `sample`
-        turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of these two, after the added text
+    turn = conversation.first()                         the first message of every episode: the result of `sample`
+    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of these two, after the added text
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
 """
@@ -100,8 +100,7 @@ class RolloutEngine(Configurable, ABC):
         self.top_p, self.top_k, self.min_p = top_p, top_k, min_p
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
-        """Make the conditions that end a completion: stop strings and these tokens, or None for the tokenizer's end-of-sequence
-        token.
+        """Make the conditions that end a completion: stop strings and these tokens; None: the tokenizer's end-of-sequence token.
 
         This is slow with stop strings, so callers that sample often make them once.
 
@@ -133,8 +132,7 @@ class RolloutEngine(Configurable, ABC):
         """Raise ConfigError if it cannot receive an adapter with LoRA of these ranks, with or without LoRA on `experts`."""
 
     def context(self, config: Any) -> tuple[float, str]:
-        """Most tokens of a prompt with its completion by the model's config, infinite if unknown, and the source of this
-        limit."""
+        """Most tokens of a prompt with its completion by the model's config, infinite if unknown, and the limit's source."""
         return model_context(config)
 
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:

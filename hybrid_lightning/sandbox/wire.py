@@ -233,8 +233,7 @@ class _Decoder:
 
 
 def own_classes(names: Mapping[str, Any], module: str, tested: Iterable[str]) -> dict[str, type]:
-    """Classes that the set-up code has defined in a module with these names, except the `tested` ones, which are the
-    program's."""
+    """Classes that the set-up code has defined in a module with these names, except `tested` ones, which are the program's."""
     kinds = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == module}
     return {name: kind for name, kind in kinds.items() if name not in tested}
 

@@ -1,8 +1,8 @@
 """Sharded checkpoints: folders to which every rank writes its own part of the weights and of the optimizer state.
 
-        NAME/.metadata      place of each part of each tensor: its file
+    NAME/.metadata      place of each part of each tensor: its file
     NAME/__R_0.distcp   the parts that rank R has written
-        NAME/meta.pt        everything else in a checkpoint file: plan, rollouts, loops, random states, ...
+    NAME/meta.pt        everything else in a checkpoint file: plan, rollouts, loops, random states, ...
 
 The first two are files of torch.distributed.checkpoint. Tensors have the same names as in a checkpoint file: weights
 `state_dict.NAME`, moments `optimizer_0.state.NAME.exp_avg`.

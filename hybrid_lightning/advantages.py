@@ -13,9 +13,8 @@ a group, unless marked as over the batch, which is a whole rollout over all rank
 - `PerRewardAdvantage`, GDPO (arXiv 2601.05242): A_k = (R_k - mean) / (std + eps) for each reward k, then S = sum_k weight_k A_k
   and A = S / (std of S over the batch + eps). If rewards are added up before they are normalised, different combinations of them
   can end up with the same advantage; here each reward has as much influence as its weight, however widely its values spread. The
-  paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since every group has
-  mean
-  zero, except for rounding, and the rounding would make a gradient where all rewards are equal.
+  paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
+  group is, except for rounding, and the rounding would make a gradient where all rewards are equal.
 
 - `ReinforcePlusPlusAdvantage`, REINFORCE++-baseline (arXiv 2501.03262): A = (R - mean) / (std of R - mean over the batch + eps).
   Easy prompts beside hard ones do not make it smaller. As in the paper and in ms-swift, the standard deviation is over

@@ -119,8 +119,7 @@ class Sequences(_TensorContainer):
     # [B, T] int64, optimizer steps of the weights that sampled each token; None if nothing was sampled.
     weights_step: Tensor | None = None
     # [B, T] bool, True on the tokens of `completion_mask` that the policy sampled (in a demonstration: tokens to learn), with
-    # holes
-    # where an environment added tokens. If it is not given, all were sampled.
+    # holes where an environment added tokens. If it is not given, all were sampled.
     sampled_mask: Tensor = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:

@@ -167,7 +167,7 @@ class DAPOMath17k(PresetSource):
 
 
 class LeetCode(PresetSource):
-    """LeetCodeDataset, for the reward `CodeTests`, which has its columns as defaults.
+    """LeetCodeDataset, for the reward `CodeTests`, which uses its columns by default.
 
     Columns: `query` (the problem with the code to complete), `prompt` (imports), `entry_point`, `test` (a function `check`) and
     `completion` (a solution). The solution is the reference answer: no reward compares with it, but modules can be scored with

@@ -51,9 +51,9 @@ With one completion per micro-batch it is `GRPOLoss`, and with the whole step in
 clip range); in between, a token weighs more if it shares its micro-batch with short completions. Use this loss to reproduce
 results that were obtained with it. Use `DAPOLoss` for a gradient that does not depend on devices and `accumulate_grad_batches`.
 
-A micro-batch is one call of `training_step` by Lightning: the rows of a step divided by `accumulate_grad_batches` and devices.
-Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage are not left
-out, since their tokens count in the denominator. Truncated completions that are masked do leave their micro-batch, and the
+A micro-batch is the batch that Lightning passes to `training_step`: the rows of a step divided by `accumulate_grad_batches` and
+devices. Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage are not
+left out, since their tokens count in the denominator. Truncated completions that are masked do leave their micro-batch, and the
 remaining rows of the step are distributed evenly over its micro-batches; in TRL they stay in their micro-batch, without tokens.
 
 Departures from TRL: an optional dual clip, and an entropy bonus with the denominator of the whole step. The paper with this name

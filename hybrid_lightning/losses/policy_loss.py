@@ -144,10 +144,9 @@ class PolicyLoss(Configurable, ABC):
 
         Returns:
             The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
-                shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens),
-                "ratio/max", "kl" if there is a KL term (mean over tokens, with its importance weight if it has one),
-                "off_policy/masked" if there is that mask (share of sequences; of tokens with advantages of tokens), and the
-                metrics of `policy_metrics`.
+            shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
+            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there
+            is that mask (share of sequences; of tokens with advantages of tokens), and the metrics of `policy_metrics`.
 
         Raises:
             ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus

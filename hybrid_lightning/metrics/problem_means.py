@@ -12,8 +12,7 @@ solved, or none; in simulations of 10 to 100 problems it covered the truth in as
 in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
 
 The interval of a difference comes from the intervals of the two means, so that it never leaves the possible range (Newcombe,
-1998:
-Statistics in Medicine 17, 873-890 for independent means, and 2635-2650 for pairs). With means p and intervals [l, u] it is
+1998: Statistics in Medicine 17, 873-890 for independent means, and 2635-2650 for pairs). With means p and intervals [l, u] it is
 
     lower = p1 - p0 - sqrt((p1 - l1)^2 - 2 phi (p1 - l1) (u0 - p0) + (u0 - p0)^2)
 
@@ -100,8 +99,8 @@ class ProblemMeans(Metric):
 
         Returns:
             Set -> name -> mean, float32 scalar, with NAME/ci_low and NAME/ci_high where there is an interval, and the number of
-                `problems` that have a value. If sets have names, the entry `OVERALL` is the mean over sets, without sets that
-                have no value. Empty if there were no problems; nan if there are no values.
+            `problems` that have a value. If sets have names, the entry `OVERALL` is the mean over sets, without sets that have no
+            value. Empty if there were no problems; nan if there are no values.
         """
         if len(self.identity) == 0:  # a list, or a tensor after gathering over ranks
             return {}

@@ -119,7 +119,7 @@ class Passes:
 
         Returns:
             For each part: the log-probabilities [B, T] of the policy, or None if not requested; their entropies [B, T], or zeros;
-                and the log-probabilities of the start policy, or None if not requested.
+            and the log-probabilities of the start policy, or None if not requested.
         """
         policy, together = self.policy, self.policy.weights.sharded
 

@@ -79,11 +79,11 @@ class RolloutFuture(Generic[_T]):
         return RolloutFuture(self.result, self, context=context)
 
     def done(self) -> bool:
-        """Whether nothing is left to wait for: remote work is finished or was cancelled."""
+        """Whether nothing is left to wait for: background work is finished or was cancelled."""
         return self._cancelled or self._waited or (self._source is not None and self._source.done())
 
     def cancel(self) -> bool:
-        """Begin to end remote work, because its result is no longer needed; False if the result is already known."""
+        """Begin to end background work, because its result is no longer needed; False if the result is already known."""
         if self._values or self._cancelled:
             return self._cancelled
         self._cancelled = True
@@ -93,10 +93,10 @@ class RolloutFuture(Generic[_T]):
         return True
 
     def wait(self) -> None:
-        """Wait for remote work; `result` has little left to do afterwards.
+        """Wait for background work; `result` has little left to do afterwards.
 
         Raises:
-            RolloutError: If it has failed. Other exceptions come from the remote work.
+            RolloutError: If it has failed. Other exceptions come from the background work.
         """
         if self._failure is not None:
             raise self._failure

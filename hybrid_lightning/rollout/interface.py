@@ -42,8 +42,7 @@ class SamplingRequest:
     # sampling.
     on_token: Callable[[int, int], None] | None = None
     # Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in another thread. Not
-    # called
-    # for every completion, for example if they end together.
+    # called for every completion, for example if they end together.
     on_completion: Callable[[int, Completion], None] | None = None
     # Receives the number and the tokens of each such completion, unless it is an episode.
     on_tokens: Callable[[int, Sequence[int]], object] | None = None
@@ -85,8 +84,7 @@ class PolicyWeight:
     name: str  # in a checkpoint of the base model
     shape: torch.Size  # in such a checkpoint
     # Fills a destination [rows, ...], on any device, with rows starting at a given number: computed in float32, and rounded once
-    # to
-    # its dtype.
+    # to its dtype.
     write_rows: Callable[[Tensor, int], None]
 
 

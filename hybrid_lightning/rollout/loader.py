@@ -381,8 +381,7 @@ class RolloutLoader:
             batches = self._micro_batches(first.result())
         except BaseException:
             # After a stop during generation, the state is the one of the last optimizer step. A run that resumes from a
-            # checkpoint saved now
-            # begins these rollouts again.
+            # checkpoint saved now begins these rollouts again.
             for entry in list(self._ahead)[len(ahead) :]:
                 entry.minibatches.cancel()
             self._ahead = deque(ahead)

@@ -80,7 +80,7 @@ class PromptDraws:
 def capture_random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, as plain data and tensors.
 
-    On CUDA only the generator of this process's device is captured: other devices belong to other processes, and asking for their
+    On CUDA only the generator of this process's device is captured: other devices belong to other processes, and reading their
     state would take memory there.
     """
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

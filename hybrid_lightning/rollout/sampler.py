@@ -335,8 +335,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
     # The first token with a cumulative probability above the number. If there is none, because the block's sum was rounded: the
-    # last
-    # token with any probability, since a token of probability 0 is never drawn.
+    # last token with any probability, since a token of probability 0 is never drawn.
     token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
     last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
     return block.squeeze(1) * _BLOCK + torch.minimum(token, last)

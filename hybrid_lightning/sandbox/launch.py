@@ -142,8 +142,7 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         spec = {**spec, "parent": os.getpid(), "report": report, "readable": readable_files()}
         passed = [report, *(value for entry in spec.get("boxes", []) for value in entry.values() if isinstance(value, int))]
         # The environment of this process is not passed on, since it may hold keys. A fixed hash seed gives sets the same order in
-        # every
-        # run of a program.
+        # every run of a program.
         try:
             process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],

@@ -56,7 +56,7 @@ def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: 
     `purpose` names the goal of the call, in words that follow "could not".
 
     Raises:
-        RunStopped: If one rank was requested to stop.
+        RunStopped: If one rank received a stop request.
         CalibrationError: If it failed only on another rank; where it failed, its own error is raised.
     """
     result: Any = None
@@ -90,7 +90,7 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
 
 
 def check_stop(signals: StopSignals, device: torch.device) -> None:
-    """Raise `RunStopped` on all ranks if one of them was requested to stop; `device` is the device on which the ranks train."""
+    """Raise `RunStopped` on all ranks if one of them received a stop request; `device` is the device on which the ranks train."""
     number = max(gather_counts(signals.requested, device))
     if number:
         raise RunStopped(number, together=True)

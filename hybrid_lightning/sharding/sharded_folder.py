@@ -1,6 +1,6 @@
 """Sharded checkpoints: folders to which every rank writes its own part of the weights and of the optimizer state.
 
-    NAME/.metadata      place of each part of each tensor: its file
+    NAME/.metadata      the file of each part of each tensor
     NAME/__R_0.distcp   the parts that rank R has written
     NAME/meta.pt        everything else in a checkpoint file: plan, rollouts, loops, random states, ...
 

@@ -1,7 +1,7 @@
 """The policy's LoRA without its base (`sync: adapter`): which plans allow it, and the folder from which vLLM loads it.
 
 The folder is written where vLLM is: in this process, or by `receiver.py` in a server. vLLM computes W x + s B (A x) instead of (W
-+ s B A) x, so it samples from a distribution that differs from merged weights only by rounding.
++ s B A) x. So its distribution differs from merged weights only by rounding.
 """
 
 import json

@@ -212,7 +212,7 @@ class Dispatch:
                 await self._end_all()
 
     def _look(self, now: float) -> None:
-        """Request the weights' label from servers that are not in use, or have not answered for a while."""
+        """Request the label of the weights from servers that are not in use, or have not answered for a while."""
         for place in self._places:
             due = now - place.heard > self._look_s if place.usable else now >= place.aside_until
             if due and not (place.stale or place.looked_at):

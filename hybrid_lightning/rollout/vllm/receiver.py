@@ -80,7 +80,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._loaded = None
 
     def finish_weight_update(self) -> None:
-        """Put weights that did not arrive back in place, and share tied weights.
+        """Put back the weights that did not arrive, and share tied weights.
 
         Raises:
             ValueError: If all weights should have arrived, and the policy does not have one that vLLM's model has.
@@ -164,7 +164,7 @@ def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:
 
 
 def pack_tied(model: torch.nn.Module) -> None:
-    """Pack weights that two layers share again: on a CPU the output layer keeps a packed copy of a tied embedding.
+    """Repack weights that two layers share: on a CPU the output layer keeps a packed copy of a tied embedding.
 
     vLLM makes the copy when it loads a model, but not when it receives new weights.
     """

@@ -39,7 +39,7 @@ class ServerFacts:
     workers: int
     on_cpu: bool
     splits_prompts_on_cpu: bool
-    max_lora_rank: int  # 0: LoRA is not enabled
+    max_lora_rank: int  # 0: no LoRA
     lora_anywhere: bool  # even at the output layer
     reads_weights: bool  # from files, when the server starts
 

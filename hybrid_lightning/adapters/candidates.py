@@ -113,7 +113,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses experts by a matrix of its own."""
+    """Whether a module chooses experts with its own matrix."""
     own = dict(module.named_parameters(recurse=False))
     return _is_of_a_model(module) and "weight" in own and own["weight"].dim() == 2
 

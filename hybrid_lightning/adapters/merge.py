@@ -3,8 +3,8 @@
 LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
 DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
 
-Each expert's matrix has an A and a B of its own. PEFT keeps the A of all experts one under another, [experts * rank, inputs],
-and the columns of their B in turn, [outputs, rank * experts]. It reads Llama 4's [experts, inputs, outputs] as [experts, outputs,
+Each expert's matrix has its own A and B. PEFT keeps the A of all experts one under another, [experts * rank, inputs], and the
+columns of their B in turn, [outputs, rank * experts]. It reads Llama 4's [experts, inputs, outputs] as [experts, outputs,
 inputs], so that A and B change places there.
 """
 

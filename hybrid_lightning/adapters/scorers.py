@@ -13,7 +13,7 @@ gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_
   1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v the mean squares of its columns and s the
   mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends only on the mean
   gradient, so it is the same however the calibration rollouts are split into micro-batches.
-- The experts of a layer are one module. Each expert's matrix has a low rank of its own, so their tails and energies are added up.
+- The experts of a layer are one module. Each expert's matrix has its own low rank, so their tails and energies are added up.
 - `GradientNorm`: a baseline that ignores the rank. `Random`: chance, which every other scorer has to beat.
 """
 

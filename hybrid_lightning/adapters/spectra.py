@@ -37,7 +37,7 @@ ONE_THREAD_UP_TO = 2048  # rows above which several threads pay off
 KRYLOV_TOLERANCE = 1e-8  # largest bound on the error that is accepted, relative to the tail energy
 KRYLOV_OVERSAMPLING = 8  # columns of a block (b) beyond the rank
 KRYLOV_FIRST_CHECK = 4  # steps before the first Ritz values are computed: fewer never sufficed
-KRYLOV_FEWEST_STEPS = 8  # where the matrix has no room for so many steps, all eigenvalues are computed instead
+KRYLOV_FEWEST_STEPS = 8  # if the matrix has no room for this many steps, all eigenvalues are computed instead
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Conversations in a column: lists of turns `{"role": ..., "content": ...}`, as data sets on the hub have them.
 
-Two layouts are read. Either the answer has a column of its own, beside the one with the turns before it:
+Two layouts are read. Either the answer has its own column, next to the column with the turns before it:
 
     {"prompt": [user turn, ...], "completion": [assistant turn]}
 

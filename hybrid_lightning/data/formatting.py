@@ -3,7 +3,7 @@ r"""`PromptFormat`: turns a row into a prompt, the class that a config swaps bet
 A template is text with the names of columns in braces: `"{question}\nAnswer:"`. It may use every column of the row, and
 `{question}` is the question as the source made it. Write `{{` and `}}` for literal braces: `\boxed{{}}`.
 
-`FormatBySet` gives each set of a mixture a format of its own.
+`FormatBySet` gives each set of a mixture its own format.
 """
 
 from abc import ABC, abstractmethod

@@ -1,13 +1,13 @@
-"""Distillation: how a policy p learns from a teacher q's probabilities for the tokens that the policy sampled.
+"""Distillation: how a policy p learns from what a teacher q says of the tokens that the policy sampled.
 
     SampledReverseKL     advantage of a token: A + coef * (log q(token) - log p_old(token)), the policy gradient of KL(p, q)
     ReverseKL            coef * KL(p, q), p over q, added to the loss of the token
     ForwardKL            coef * KL(q, p), likewise
     JensenShannon        coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise
 
-The first needs only the teacher's log-probability of each sampled token (Thinking Machines, "On-Policy Distillation", 2025). The
-others need its whole distribution (GKD, arXiv 2306.13649, which defines this beta). All are per token, with no credit for later
-tokens, at the sampling temperature. Divergences are aggregated like the loss's KL term, and not weighted by an importance ratio.
+The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
+others its whole distribution (GKD, arXiv 2306.13649, whose beta this is). All are per token, with no credit for later tokens, at
+the temperature of the sampling. Divergences are aggregated as the loss's KL term, and not weighted by an importance ratio.
 """
 
 import math
@@ -48,7 +48,7 @@ class Divergence(Distillation):
     """
 
     of_distributions = True
-    weighed_by_teacher = False  # whether `top_k` compares the teacher's most probable tokens
+    weighed_by_teacher = False  # whose most probable tokens `top_k` compares
 
     def __init__(self, coef: float = 1.0, top_k: int = 0) -> None:
         super().__init__(coef)
@@ -69,7 +69,7 @@ class Divergence(Distillation):
 
 
 class ReverseKL(Divergence):
-    """KL(p, q) = sum p (log p - log q): pulls the policy off tokens that the teacher would not write."""
+    """KL(p, q) = sum p (log p - log q): pulls the policy off tokens that the teacher would not say."""
 
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
         """See `Divergence`."""
@@ -111,6 +111,6 @@ def _kl(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
-    """Log-probabilities of some tokens [K, k] with the log-probability of all others together, [K, k + 1]."""
-    known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # else rounding may reach 0 and leave no rest
+    """Log-probabilities of some tokens [K, k] with that of all others together, [K, k + 1]."""
+    known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # rounding may take it to 0, and the rest to nothing
     return torch.cat([logprobs, torch.log(-torch.expm1(known))], dim=1)

@@ -122,9 +122,8 @@ class PolicyLoss(Configurable, ABC):
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The loss before KL and aggregation, and the importance ratio: one per token, [B, T], or one per sequence, [B].
 
-        All tensors are float32 or float64. Where nothing was sampled, log-probabilities are 0 and the returned values may be
-        anything. `old_logprobs`, [B, T], come from the inputs; if the inputs have none, they are the current ones without
-        gradient.
+        All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
+        anything. `old_logprobs` are those of the inputs, or if these are None the current ones without gradient, [B, T].
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:

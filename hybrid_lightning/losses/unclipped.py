@@ -4,8 +4,8 @@
 
     L = 1/(tokens of the optimizer step) sum over sequences sum_t -sg[min(r_t, cap)] A l_t
 
-The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought, with a ratio
-that leaves the range of GRPO at once, is still learned.
+The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought, and whose ratio
+leaves the range of GRPO at once, is still learned.
 
 `cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
 paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
@@ -32,10 +32,9 @@ would add nothing since the gate is bounded.
 
 A token loses its gradient once its probability, not the ratio of its probabilities, has moved too far in the direction in which
 the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
-log-ratio pulls back any token that has moved. The term is from prime-rl, where its weight is 1e-3 (after Kimi K2.5, arXiv
-2602.02276); the paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures:
-the paper's code truncates r_t at 20 and gives the gradient to l_t, which is equivalent apart from that; an optional KL term and
-entropy bonus.
+log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
+paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
+truncates r_t at 20 and gives the gradient to l_t, which is otherwise the same; an optional KL term and entropy bonus.
 """
 
 import math
@@ -122,8 +121,8 @@ class DPPOLoss(PolicyLoss):
     """Objective with a mask by how far each token's probability has moved; mean over the tokens of the optimizer step.
 
     Args:
-        mask_low: Where A < 0, a token gets no gradient if its probability has fallen by more than this.
-        mask_high: Where A > 0, a token gets no gradient if its probability has risen by more than this.
+        mask_low: Where A < 0, a token whose probability has fallen by more than this gets no gradient.
+        mask_high: Where A > 0, a token whose probability has risen by more than this gets no gradient.
         log_ratio_coef: Weight of the squared log-ratio to the policy that sampled; 0 leaves the term out.
         **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
 

@@ -43,7 +43,7 @@ _FULL = f".modules_to_save.{ADAPTER}."
 
 @dataclass(frozen=True)
 class _Part:
-    """A module with weights of its own, adapted or not."""
+    """A module with its own weights, adapted or not."""
 
     name: str  # of the module in the base model
     module: nn.Module  # the adapter's module, where there is one

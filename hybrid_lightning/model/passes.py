@@ -61,7 +61,7 @@ class Passes:
         return self._chosen
 
     def budget_of_now(self) -> int:
-        """The most tokens of a pass beside the weights already in memory, before there is an adapter and an optimizer."""
+        """The most tokens of a pass beside the weights that are there now, before there is an adapter and an optimizer."""
         return self.max_tokens or default_token_budget(self.policy.model, self.policy.device)
 
     def chunks(self, sequences: Sequences) -> list[slice]:

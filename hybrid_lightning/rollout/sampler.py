@@ -38,11 +38,11 @@ class Sampler(RolloutEngine):
     """Samples in the training process with the very weights that are trained; the default rollout engine.
 
     Args:
-        max_new_tokens: Longest completion in tokens. A completion that reaches it without a stop token counts as not finished.
+        max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
         cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
-            saves the time to launch its kernels one by one. It needs a GPU with kernels that attend by segments. `auto` uses
-            graphs if such a GPU is there and the first replayed steps give the same bits as the steps themselves, and shows its
-            choice on the screen; `true` raises an error in all other cases.
+            spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
+            `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
+            the screen which it is; `true` refuses to go on otherwise.
         options: Arguments of `RolloutEngine`.
 
     Raises:
@@ -185,7 +185,7 @@ class _Decoder:
         """
         decoding, graphs, self.generator = self.decoding, self.engine.graphs, generator
         batch, most = logits.shape[0], max(limits)
-        limit = None  # per sequence, if the limits differ
+        limit = None  # of each, where not all have the same
         if min(limits) < most:
             limit = torch.tensor(limits, device=self.device)
         cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by their own limit

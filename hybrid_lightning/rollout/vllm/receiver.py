@@ -116,7 +116,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             if update_info.adapter is not None:
                 self._folder = Path(update_info.folder)
                 write_folder(self._folder, update_info.adapter, {name: value.cpu() for name, value in factors.items()})
-                self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read anew
+                self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read again
         except BaseException:
             self.shutdown()  # so that the sender does not wait
             if self._loaded is not None:

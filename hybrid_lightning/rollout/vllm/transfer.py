@@ -184,7 +184,7 @@ class GlooTransfer(Transfer):
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
         asked = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
-        asked["timeout_s"] = 2 * self._limit  # while another server that hangs is waited for
+        asked["timeout_s"] = 2 * self._limit  # leaves time to wait for another server that hangs
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
         answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked), REQUEST)
         present = [f"worker {rank}" for rank in range(1, self._ranks)]

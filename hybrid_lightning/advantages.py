@@ -1,20 +1,20 @@
 """Group-relative advantages: how much better a completion is than the other completions of its prompt. Swap estimators by class.
 
 Axes: P prompts, G samples per prompt, B = P * G in prompt-major order. R are the rewards. Means and standard deviations are over
-a group, unless they are said to be over the batch, which is a whole rollout over all ranks.
+a group, unless marked as over the batch, which is a whole rollout over all ranks.
 
 - `GroupAdvantage`, GRPO (DeepSeekMath, arXiv 2402.03300): A = (R - mean) / (std + eps)
 - `GroupMeanAdvantage`, Dr. GRPO (arXiv 2503.20783): A = R - mean
 - `BatchStdAdvantage` (arXiv 2508.08221; TRL's `scale_rewards="batch"`): A = (R - mean) / (std over the batch + eps)
 - `LeaveOneOutAdvantage`, RLOO (Back to Basics, arXiv 2402.14740): A = R - mean over the other G - 1 samples, which is G / (G - 1)
   times `GroupMeanAdvantage`. The baseline does not contain the completion's own reward, and so leaves the policy gradient
-  unbiased. The loss is chosen separately here: the paper's is REINFORCE on whole sequences, which on-policy is `GRPOLoss` except
-  for the mean over tokens; TRL's RLOOTrainer clips the ratio of whole sequences.
+  unbiased. Choose the loss separately: the paper uses REINFORCE on whole sequences, which on-policy is `GRPOLoss` except for the
+  mean over tokens; TRL's RLOOTrainer clips the ratio of whole sequences.
 - `PerRewardAdvantage`, GDPO (arXiv 2601.05242): A_k = (R_k - mean) / (std + eps) for each reward k, then S = sum_k weight_k A_k
   and A = S / (std of S over the batch + eps). If rewards are added up before they are normalised, different combinations of them
   can end up with the same advantage; here each reward has as much influence as its weight, however widely its values spread. The
   paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
-  group is, except for rounding, which would make a gradient where all rewards are equal.
+  group is, except for rounding, and the rounding would make a gradient where all rewards are equal.
 
 - `ReinforcePlusPlusAdvantage`, REINFORCE++-baseline (arXiv 2501.03262): A = (R - mean) / (std of R - mean over the batch + eps).
   Easy prompts beside hard ones do not make it smaller. As in the paper and in ms-swift, the standard deviation is over
@@ -25,31 +25,34 @@ Departures of all estimators from their papers: the standard deviation is the un
 TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
 float32), and division by eps would make a gradient of it.
 
-Completions that are left out (see `Rewards.counted`) take part in nothing: their advantage is 0, and a group is what is left of
-it. Of a group of one the advantage is 0.
+Completions that are left out (see `Rewards.counted`) do not count: their advantage is 0, and a group consists of the completions
+that remain. In a group of one the advantage is 0.
 
-Credit by turn (`model.credit=turn`). An episode has turns k = 1, 2, ... What is paid before turn k cannot depend on what the
-policy says in turn k. So the tokens of turn k may be weighed by the reward to go, G_k = the sum of the rewards of turn k and all
+Credit by turn (`model.credit=turn`). An episode has turns k = 1, 2, ... A reward before turn k cannot depend on what the policy
+writes in turn k. So the tokens of turn k may be weighted by the reward to go, G_k = the sum of the rewards of turn k and all
 later turns, in place of the whole reward: the expected gradient is the same, with less noise. Every estimator here does that: its
-group is then all members of the group that have a turn k, with G_k for R, and its batch is all turns of all episodes. What of
-that is biased:
+group is then all members of the group that have a turn k, with G_k for R, and its batch is all turns of all episodes. Bias enters
+as follows:
 
-- The mean over the *other* members is not. Which of them get to turn k, and with what, does not depend on what this one says in
-  turn k. They are in other states at turn k, so that the mean does not know whether this member's position was good, as a critic
-  or a group of equal states (GiGPO, arXiv 2505.10978) would: that costs variance.
-- A mean that contains the member's own G_k makes A (n - 1) / n times as large, n being the members that have a turn k. At turn 1
-  that is the same for all; later it makes turns that few get to weigh less. `LeaveOneOutAdvantage` has no such factor.
-- The only member that gets to turn k has A = 0. So with every estimator the gradient of turn k is weighed by the probability that
-  another member gets there, and the last turns of an episode that outlasts its group train nothing. More samples per prompt make
-  that rarer. (Without a baseline, A = G_k would be unbiased, but many times as large as any other A where rewards have one sign.)
-- The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; of two members A is +-0.7,
-  whatever the difference.
+- The mean over the *other* members is unbiased. Which of them reach turn k, and with which reward, does not depend on what this
+  member writes in turn k. They are in other states at turn k, so the mean does not know whether this member's position was good,
+  as a critic or a group of equal states (GiGPO, arXiv 2505.10978) would: that costs variance.
+- A mean that contains the member's own G_k makes A (n - 1) / n times as large, where n members have a turn k. At turn 1 this
+  factor is the same for all; later it gives less weight to turns that few members reach. `LeaveOneOutAdvantage` has no such
+  factor.
+- The only member that reaches turn k has A = 0. So with every estimator the gradient of turn k is weighted by the probability
+  that another member reaches it, and the last turns of an episode that outlasts its group train nothing. More samples per prompt
+  make that rarer. (Without a baseline, A = G_k would be unbiased, but many times larger than any other A where rewards have one
+  sign.)
+- The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; with two members A is
+  +-0.7, whatever the difference.
 - A loss with a mean over the tokens of a sequence (`GRPOLoss`, `GSPOTokenLoss`, `SAPOLoss`) divides turn k by a length that later
-  turns decide; `DrGRPOLoss` does not, and `DAPOLoss` hardly.
+  turns determine; `DrGRPOLoss` does not, and `DAPOLoss` hardly does.
 
-Least biased is `LeaveOneOutAdvantage` with `DrGRPOLoss`. Not offered is to normalise the reward of each turn among the members
-that have it, and to add up those of later turns, as MT-GRPO (arXiv 2505.11821) does for two turns. How many means are subtracted
-then depends on when the policy stops, so that it pays the mean reward of each turn for taking it (verl issue 7244).
+`LeaveOneOutAdvantage` with `DrGRPOLoss` has the least bias. One scheme is not offered: to normalise the reward of each turn among
+the members that have it, and add up the rewards of later turns, as MT-GRPO (arXiv 2505.11821) does for two turns. The number of
+subtracted means then depends on when the policy stops, so that the policy pays the mean reward of each turn for taking it (verl
+issue 7244).
 """
 
 import math
@@ -78,8 +81,8 @@ __all__ = [
 class AdvantageEstimator(Configurable, ABC):
     """Base class of estimators. A subclass maps rewards in groups, [P, G], to advantages in groups.
 
-    What depends on more than one group belongs into `rescale`, which sees all completions of a rollout over all ranks, so that it
-    does not depend on their number.
+    Anything that depends on more than one group belongs in `rescale`, which sees all completions of a rollout over all ranks, so
+    that the result does not depend on the number of ranks.
 
     Example:
         >>> class BestOfGroup(AdvantageEstimator):
@@ -89,19 +92,19 @@ class AdvantageEstimator(Configurable, ABC):
         [0.0, -1.0]
     """
 
-    divides_by_group_std = False  # True favours prompts whose rewards hardly differ (see `PolicyLoss.takes_group_std`)
+    divides_by_group_std = False  # True favours prompts with almost equal rewards (see `PolicyLoss.takes_group_std`)
 
     @abstractmethod
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages for the rewards `groups`, both [P, G] with G at least 2; float32 or float64.
 
-        Where completions are left out, groups of different sizes come one size at a time.
+        Where completions are left out, `estimate` receives groups of one size at a time.
         """
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Change advantages by what only a whole rollout shows, [N] of all completions that count, at least 2; by default not.
+        """Adjust advantages by statistics of the whole rollout, [N] for all that count, at least 2; unchanged by default.
 
-        `advantages` are what `estimate` returned for them.
+        `advantages` are what `estimate` returned for these completions.
         """
         return advantages
 
@@ -145,7 +148,7 @@ class AdvantageEstimator(Configurable, ABC):
         return advantages
 
     def _over_rollout(self, advantages: Tensor, rewards: Tensor, counted: Tensor | None) -> Tensor:
-        """`rescale` of those that count, [B]."""
+        """Apply `rescale` to the advantages that count, [B]."""
         rows = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
         if int(rows.sum()) > 1:
             advantages[rows] = self.rescale(advantages[rows], rewards[rows])
@@ -239,7 +242,7 @@ class ReinforcePlusPlusAdvantage(_DividedAdvantage):
 
 
 class NoAdvantage(AdvantageEstimator):
-    """Always 0: rewards are measured, and nothing is learned from them. For learning from a teacher alone."""
+    """Always 0: rewards are measured, and nothing is learned from them. Use it to learn from a teacher alone."""
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -250,7 +253,7 @@ class NoAdvantage(AdvantageEstimator):
 
 
 class PerRewardAdvantage(GroupAdvantage):
-    """GDPO's advantage: each reward of a sum normalised in its group; their weighted sum scaled by its std over the rollout."""
+    """GDPO's advantage: each reward is normalised in its group, and the weighted sum is divided by its std over the rollout."""
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
@@ -267,6 +270,6 @@ class PerRewardAdvantage(GroupAdvantage):
 
 
 def centred(groups: Tensor) -> Tensor:
-    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards are all equal."""
+    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group with equal rewards."""
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))

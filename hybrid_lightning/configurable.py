@@ -50,7 +50,7 @@ class Configurable:
 def to_plain(value: Any, other: Callable[[Any], Any] = lambda value: value) -> Any:
     """Replace every `Configurable` in nested lists, tuples and dicts by its config, and every function by its path.
 
-    `other` says what becomes of other objects than numbers and text.
+    `other` converts all other objects except numbers and text.
     """
     if isinstance(value, Configurable):
         return to_plain(value.to_config(), other)
@@ -64,7 +64,7 @@ def to_plain(value: Any, other: Callable[[Any], Any] = lambda value: value) -> A
 
 
 def constructor_defaults(kind: type) -> dict[str, Any]:
-    """The defaults of all arguments that a class takes, those that it hands on to its parents by `**kwargs` included.
+    """The defaults of all arguments of a class, including the arguments that it passes to its parents through `**kwargs`.
 
     Example:
         >>> class Inner:
@@ -86,7 +86,7 @@ def constructor_defaults(kind: type) -> dict[str, Any]:
 
 
 def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments as plain data, by which a checkpoint can rebuild what was made in Python.
+    """Constructor arguments as plain data, from which a checkpoint can rebuild objects that were made in Python.
 
     Replaces configurables, classes and partial classes by `{"class_path": ..., "init_args": ...}`, at any depth.
 
@@ -125,7 +125,7 @@ def _describe(name: str, value: Any) -> Any:
 
 
 def lost_paths(config: Any) -> list[str]:
-    """Paths in a config by which another process finds no function or class: those of a script, or without a name.
+    """Paths in a config that another process cannot resolve: functions and classes of a script, or without a name.
 
     Example:
         >>> lost_paths({"class_path": "__main__.Mine", "init_args": {"rewards": [{"function": "tasks.<lambda>"}]}})
@@ -149,7 +149,8 @@ def public_path(kind: type) -> str:
     names = kind.__module__.split(".")
     places = [".".join(names[:end]) for end in range(1, len(names))]
     if names[0] == "hybrid_lightning":
-        # Not the package itself: files name the room. What trains a policy has one door for three rooms.
+        # Not the package itself: files name the subpackage. Classes that train a policy have one public path for three
+        # subpackages.
         places = [*places[1:], "hybrid_lightning.policy"]
     for place in places:
         if getattr(sys.modules.get(place), kind.__qualname__, None) is kind:

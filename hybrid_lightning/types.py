@@ -5,9 +5,9 @@
 Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are neighbours), S
 prompt tokens (left-padded), T completion tokens (right-padded).
 
-A completion holds all that follows the prompt: what the policy sampled and, in an episode of several turns, what an environment
-added. `completion_mask` says what is a token and not padding, for forward passes and for what these cost; `sampled_mask` says
-what was sampled, for losses, means, lengths and denominators.
+A completion holds everything after the prompt: the tokens that the policy sampled and, in an episode of several turns, the tokens
+that an environment added. `completion_mask` marks tokens as opposed to padding, for forward passes and their cost; `sampled_mask`
+marks sampled tokens, for losses, means, lengths and denominators.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-Message = Mapping[str, Any]  # of a conversation: {"role": ..., "content": text}, and what a chat template knows besides
+Message = Mapping[str, Any]  # of a conversation: {"role": ..., "content": text}, and other keys of a chat template
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Prompt:
 
     @property
     def place(self) -> str:
-        """Where the prompt comes from, for messages."""
+        """The place where the prompt comes from, for messages."""
         return f"{self.source or 'the data'} row {self.index}"
 
 
@@ -48,11 +48,11 @@ class Prompt:
 class Episode:
     """A conversation between a policy and an environment, for rewards, logs and predictions."""
 
-    messages: tuple[Message, ...]  # all of it: the prompt's, the policy's (role "assistant") and those that were added
+    messages: tuple[Message, ...]  # all of it: the prompt's, the policy's (role "assistant") and added messages
     turns: int  # messages of the policy
     end: str  # why it ended: "answered", "over" (by the environment), "turns", "tokens", "time", "failed"
-    rewards: tuple[float, ...]  # that the environment gave for each turn
-    counts: Mapping[str, float] = field(default_factory=dict)  # what the environment counted, such as {"calls": 2}
+    rewards: tuple[float, ...]  # from the environment, one per turn
+    counts: Mapping[str, float] = field(default_factory=dict)  # counts by the environment, such as {"calls": 2}
     lengths: tuple[int, ...] = ()  # sampled tokens of each turn; none of an episode that has failed
 
     @property
@@ -64,8 +64,8 @@ class Episode:
 class Completion(str):
     """The text of a completion, with its number of tokens, whether it is finished, and whether it begins within reasoning.
 
-    It is a string, and can be used as one. That of an episode is all that the policy said, a line break between its messages;
-    `episode` has the conversation.
+    It is a string, and can be used as one. For an episode, the text is everything that the policy wrote, with a line break
+    between its messages; `episode` has the conversation.
 
     Example:
         >>> completion = Completion("12", num_tokens=3, finished=True)
@@ -73,7 +73,7 @@ class Completion(str):
         (True, 3)
     """
 
-    num_tokens: int  # that were sampled, as in `Sequences.sampled_mask`: up to and including the stop token
+    num_tokens: int  # sampled tokens, as in `Sequences.sampled_mask`: up to and including the stop token
     finished: bool  # True if a stop token or stop string ended it, or an episode by its answer or its environment
     thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
     episode: Episode | None  # None without an environment
@@ -86,10 +86,10 @@ class Completion(str):
 
     @property
     def is_cut(self) -> bool:
-        """Whether a limit of tokens ended it: an episode may also be unfinished by its turns, its time or a failure."""
+        """Whether a limit of tokens ended it: an episode may also be unfinished because of its turns, its time or a failure."""
         return not self.finished if self.episode is None else self.episode.end == "tokens"
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # what copies and pickles are made from
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # copies and pickles are made from these
         return str(self), self.num_tokens, self.finished, self.thinking, self.episode
 
 
@@ -118,7 +118,7 @@ class Sequences(_TensorContainer):
     completion_mask: Tensor  # [B, T] bool, True on real tokens: up to and including the last one, without holes
     # [B, T] int64, optimizer steps of the weights that sampled each token; None if nothing was sampled.
     weights_step: Tensor | None = None
-    # [B, T] bool, True on the tokens of `completion_mask` that the policy sampled (of a demonstration: that it is to learn), with
+    # [B, T] bool, True on the tokens of `completion_mask` that the policy sampled (in a demonstration: tokens to learn), with
     # holes where an environment added tokens. If it is not given, all were sampled.
     sampled_mask: Tensor = None  # type: ignore[assignment]  # set below
 
@@ -130,7 +130,7 @@ class Sequences(_TensorContainer):
         return self.completion_ids.shape[0]
 
     def rows(self, index: Tensor | slice) -> "Sequences":
-        """The sequences at `index`, with the columns that are padding in all of them cut off."""
+        """The sequences at `index`, without the columns that are padding in all of them."""
         prompt_mask, completion_mask = self.prompt_mask[index], self.completion_mask[index]
         start = int(prompt_mask.shape[1] - prompt_mask.sum(dim=1).max()) if len(prompt_mask) else 0
         end = int(completion_mask.sum(dim=1).max()) if len(completion_mask) else 0
@@ -175,7 +175,7 @@ class Rewards(_TensorContainer):
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
     correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
     weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
-    # [B] bool: False for a completion that is left out, since its environment or its judge failed: it takes part in no mean,
+    # [B] bool: False for a completion that is left out, since its environment or its judge failed: it does not count in any mean,
     # deviation or count, and its rewards mean nothing. None: all count. It is None on all ranks or on none.
     counted: Tensor | None = None
 
@@ -195,11 +195,11 @@ class Rewards(_TensorContainer):
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout with its rewards, a tuple of three: what callbacks see as `batch.rollout` of the micro-batch that is trained on.
+    """A rollout with its rewards, a tuple of three: `batch.rollout` of the trained micro-batch, for callbacks.
 
-    It is of this process: with several, each has its share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
-    `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. All is as it was when the
-    rollout was made, before the policy was updated with it.
+    It belongs to this process: with several, each has its share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
+    `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. Everything is as it was
+    when the rollout was made, before the policy was updated with it.
 
     - `rollouts`: of P prompts, with G = `rollouts.samples_per_prompt` completions each. `prompts` are P objects with `text` or
       `messages`, `answer` and `columns`; `completions` are B = P * G texts, with `num_tokens` (sampled tokens), `finished`
@@ -222,7 +222,7 @@ class ScoredRollout(NamedTuple):
 
 
 def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> list[Tensor]:
-    """The groups of completions of the same prompt, without those that are left out.
+    """The groups of completions of the same prompt, without completions that are left out.
 
     Args:
         rewards: [B], or other values of completions.
@@ -230,7 +230,7 @@ def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | N
         counted: See `Rewards`, [B] bool or None.
 
     Returns:
-        For each number n of completions that count, from 1 on, the rows of these in the p groups that have so many, [p, n].
+        For each number n of completions that count, from 1 on: the rows of these in the p groups that have exactly n, [p, n].
 
     Example:
         >>> [rows.tolist() for rows in counted_groups(torch.zeros(4), 2, torch.tensor([True, True, False, True]))]
@@ -246,7 +246,7 @@ def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | N
 
 
 def equal_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
-    """In which groups all completions that count earn the same, [p] bool; also if only one counts, or none.
+    """In which groups all completions that count earn the same reward, [p] bool; also if only one counts, or none.
 
     Args:
         rewards: [p * G], or other values of completions.
@@ -265,19 +265,19 @@ class LossInputs(_TensorContainer):
 
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
     advantages: Tensor  # [B] float32; or [B, T], one for each token (see `PolicyLoss.takes_token_advantages`)
-    sampled_mask: Tensor  # [B, T] bool, True on the tokens that are learned; others may hold anything
-    old_logprobs: Tensor | None = None  # [B, T] of the policy that sampled; None: exactly on-policy, `logprobs.detach()`
+    sampled_mask: Tensor  # [B, T] bool, True on tokens to learn from; others may hold anything
+    old_logprobs: Tensor | None = None  # [B, T] under the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
-    sampling_logprobs: Tensor | None = None  # [B, T] as the sampler computed them; None: those of `old_logprobs`
-    num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
+    sampling_logprobs: Tensor | None = None  # [B, T] as the sampler computed them; None: `old_logprobs`
+    num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: the ones here
     num_tokens: float | None = None  # number of sampled tokens in the optimizer step, likewise
-    updated_sequences: float | None = None  # those of `num_sequences` that take part in the update: metrics are means over these
-    updated_tokens: float | None = None  # those of `num_tokens`, likewise
+    updated_sequences: float | None = None  # sequences of `num_sequences` in the update: metrics are means over these
+    updated_tokens: float | None = None  # tokens of `num_tokens`, likewise
     importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `PolicyLoss`); None: all 1
     entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed if `entropy_coef` is not 0
     divergence: Tensor | None = None  # [B, T] from a teacher, with gradient and weighted: added to the loss of each token
     max_completion_tokens: float | None = None  # the most tokens that can be sampled in a row; `DrGRPOLoss` needs it
-    micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch to which these rows belong; None: those here
+    micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch to which these rows belong; None: the ones here
     num_micro_batches: float | None = None  # number of micro-batches in the optimizer step, over ranks; None: 1
 
 
@@ -300,9 +300,9 @@ class PolicyBatch(_TensorContainer):
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
     num_sequences: float  # number of sequences in the optimizer step of this micro-batch, over all its micro-batches and ranks
     num_tokens: float  # number of sampled tokens in that optimizer step, likewise
-    updated_sequences: float  # those of `num_sequences` that are in a micro-batch: rows without advantage may be left out
-    updated_tokens: float  # those of `num_tokens`, likewise
-    metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to be logged
+    updated_sequences: float  # sequences of `num_sequences` in a micro-batch: rows without advantage may be left out
+    updated_tokens: float  # tokens of `num_tokens`, likewise
+    metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to log
     rollout: ScoredRollout | None = None  # the rollout that it belongs to, of this process; None for demonstrations and pairs
     rollout_number: int = 0  # its number in the run
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
@@ -313,7 +313,7 @@ class PolicyBatch(_TensorContainer):
         return replace(self, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
 
     def rows(self, index: Tensor | slice) -> "PolicyBatch":
-        """The rows at `index`, with the columns that are padding in all of them cut off."""
+        """The rows at `index`, without the columns that are padding in all of them."""
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
 
@@ -332,7 +332,7 @@ class PolicyBatch(_TensorContainer):
         )
 
     def loss_inputs(self, logprobs: Tensor) -> LossInputs:
-        """Combine the log-probabilities of the policy being trained, [B, T], with what was computed at rollout time."""
+        """Combine the log-probabilities of the policy being trained, [B, T], with the values computed at rollout time."""
         return LossInputs(
             logprobs=logprobs,
             advantages=self.advantages,

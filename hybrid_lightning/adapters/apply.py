@@ -35,8 +35,8 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
     Args:
         model: Base model; wrapped in place. LoRA's A matrices are drawn from torch's global random state.
         plan: Plan made for this model.
-        keep_start_weights: Whether to keep the original weights of fully trained modules, which `adapter_disabled` (the reference
-            policy of a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
+        keep_start_weights: Whether to keep the original weights of fully trained modules. The reference policy of a KL term
+            (`adapter_disabled`) needs them; without them full fine-tuning takes no more memory than usual.
         backend: Backend of the model's engine; None for a model without one.
 
     Returns:
@@ -74,7 +74,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
 
 @contextmanager
 def adapter_disabled(model: PeftModel) -> Iterator[None]:
-    """Within this context an adapted model is the start policy, bit for bit, however far it has been trained.
+    """Make an adapted model compute as the start policy within this context, bit for bit, however far it has been trained.
 
     Raises:
         ConfigError: If the start weights were freed, or LoRA is currently merged into the base weights.
@@ -112,7 +112,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class FreedStartWeights(nn.Module):
-    """Takes the place of the frozen original of a fully trained module of this name, which has been freed."""
+    """Placeholder for the frozen original of a fully trained module of this name, after the original was freed."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class FreedStartWeights(nn.Module):
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Take the weights out of modules whose originals will not be kept, so that PEFT does not copy them."""
+    """Take the weights out of modules without kept originals, so that PEFT does not copy them."""
     taken = {}
     for name in names:
         module = model.get_submodule(name)
@@ -137,7 +137,7 @@ def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[st
 
 
 def lora_layers(layer: nn.Module) -> dict[str, LoraLayer]:
-    """The layers with LoRA of an adapted module by the name of the weight that each adapts: of experts they are nested."""
+    """The LoRA layers of an adapted module, by the name of the weight that each one adapts; with experts they are nested."""
     if not isinstance(layer, LoraLayer):
         return {}
     if not isinstance(layer, ParamWrapper):

@@ -106,7 +106,7 @@ class ParameterBudget(Budget):
 
 @dataclass(frozen=True)
 class ModuleScores:
-    """The scores of modules, and what they were made from, which a plan keeps for whoever reads it."""
+    """Scores of modules and the calibration that they come from, which a plan keeps for its readers."""
 
     values: Mapping[str, float] = field(default_factory=dict)  # full dotted name -> score; empty where nothing was scored
     scorer: Configurable | None = None  # None: nothing was scored
@@ -130,7 +130,8 @@ def make_plan(
         budget: Chooses the fully trained modules.
         lora: LoRA settings of the other modules.
         scores: Scores of all candidates; None only where the budget does not need any (`Budget.needs_scores`).
-        ranks: Full dotted name -> LoRA rank where it is not that of `lora`; 0 freezes a module that is not fully trained.
+        ranks: Full dotted name -> LoRA rank where it differs from the rank of `lora`; 0 freezes a module that is not fully
+            trained.
 
     Raises:
         ConfigError: If the budget needs scores that are missing, or is too small for any module.
@@ -160,7 +161,7 @@ def make_plan(
 def plan_of_budget(
     candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings, rank_pattern: Mapping[str, int] | None = None
 ) -> AdapterPlan:
-    """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
+    """The plan if the largest modules have the highest scores, so that the budget trains as much as it can."""
     sizes = {name: float(sum(w.numel() for w in matrices_of(module).values())) for name, module in candidates.items()}
     ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
     return make_plan(PlannedModel("", ""), candidates, budget, lora, ModuleScores(sizes), ranks)

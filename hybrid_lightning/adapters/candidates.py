@@ -1,11 +1,11 @@
-"""Find the modules of a language model that can be adapted, linear modules, experts and routers in its blocks, and their ranks.
+"""Find the modules of a language model that can be adapted (linear modules, experts and routers in its blocks), and their ranks.
 
-Modules outside the blocks (embeddings, `lm_head`) are no candidates, nor is any module whose weight is shared with another (tied
-embeddings): a fully trained copy of a shared weight would silently untie it.
+Modules outside the blocks (embeddings, `lm_head`) are not candidates. Neither is a module that shares its weight with another one
+(tied embeddings): a fully trained copy of a shared weight would silently untie it.
 
 Most mixture-of-experts models keep the matrices of a layer's experts in three-dimensional parameters of one module. Such a module
-is one candidate, and only where it is named, since experts have most of a model's weights. So is a router, which has a weight of
-its own and returns more than a product.
+is one candidate, and only if it is named, since experts hold most of a model's weights. The same applies to a router, which has
+its own weight and returns more than a product.
 """
 
 from collections import Counter
@@ -19,13 +19,13 @@ from hybrid_lightning.adapters.gradients import matrices_of
 from hybrid_lightning.errors import ConfigError, ModelError
 
 LinearLike = nn.Linear | Conv1D
-# Of a candidate: (outputs, inputs), or of experts and routers name of each parameter with matrices -> its shape as it is stored.
+# (outputs, inputs) of a linear module; for experts and routers, name of each parameter with matrices -> its shape as stored.
 Shape = tuple[int, int] | Mapping[str, tuple[int, ...]]
 Group = Literal["attention", "mlp"]
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "expert")
 _MLP_MODULES = frozenset({"fc1", "fc2"})  # of families that have no module for the whole MLP, such as OPT
-# The last product of a state space layer (Mamba), whose weight fused kernels read themselves: LoRA on it would train nothing.
+# The last product of a state space layer (Mamba). Fused kernels read its weight themselves: LoRA on it would train nothing.
 _READ_BY_KERNELS = (".mamba.out_proj", ".mixer.out_proj")
 
 
@@ -44,7 +44,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def candidate_shape(module: nn.Module) -> Shape:
-    """Shape of a candidate; empty for another module."""
+    """Shape of a candidate; empty for any other module."""
     if is_linear(module):
         return linear_shape(module)
     own = matrices_of(module) if is_experts(module) or is_router(module) else {}
@@ -60,14 +60,14 @@ def find_candidates(
         model: Causal language model without an adapter.
         target_modules: Suffixes of the module names to take, whole dotted parts such as `["q_proj", "mlp.up_proj"]`; None takes
             all linear modules.
-        named: Suffixes of names, as of a pattern of ranks; experts and routers that one of them matches are candidates beside all
-            linear modules.
+        named: Suffixes of names, such as the keys of a rank pattern. Experts and routers that match one of them are candidates,
+            beside all linear modules.
 
     Returns:
         Full dotted name -> module, in the model's order.
 
     Raises:
-        ModelError: If there are none, a suffix matches nothing, or the model already has an adapter.
+        ModelError: If there are no candidates, a suffix matches nothing, or the model already has an adapter.
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the model already carries a PEFT adapter; find the candidates on the base model instead")
@@ -102,24 +102,24 @@ def share_of_experts(model: nn.Module, trained: Iterable[str] = ()) -> float:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has matrices of experts in three-dimensional parameters of its own."""
+    """Whether a module holds the matrices of experts in its own three-dimensional parameters."""
     own = module.parameters(recurse=False)
     return not isinstance(module, nn.Conv1d) and any(parameter.dim() == 3 for parameter in own)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear, and computes nothing else: Llama 4's router is a kind of `nn.Linear`."""
+    """Whether a module is linear and computes nothing else. (Llama 4's router is a kind of `nn.Linear`.)"""
     return isinstance(module, LinearLike) and not _is_of_a_model(module)
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses experts by a matrix of its own."""
+    """Whether a module chooses experts with its own matrix."""
     own = dict(module.named_parameters(recurse=False))
     return _is_of_a_model(module) and "weight" in own and own["weight"].dim() == 2
 
 
 def has_named_parameters(module: nn.Module) -> bool:
-    """Whether a candidate's LoRA goes on parameters by their names, as of experts and routers."""
+    """Whether LoRA adapts a candidate's parameters by name, as in experts and routers."""
     return not is_linear(module)
 
 
@@ -140,7 +140,7 @@ def _modules_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _block_lists(model: nn.Module) -> list[str]:
-    """Names of the lists of blocks; of a vision-language model, in its text part alone."""
+    """Names of the lists of blocks; in a vision-language model, only the lists of its text part."""
     names = {module: name for name, module in model.named_modules()}
     config = getattr(model, "config", None)
     is_wrapper = hasattr(config, "get_text_config") and config.get_text_config() is not config  # type: ignore[union-attr]
@@ -161,7 +161,7 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def module_group(name: str) -> Group | None:
-    """Whether a module of this full dotted name belongs to the attention of its decoder block or to the MLP; None: neither."""
+    """The group of a module by its full dotted name: attention or MLP of its decoder block; None for neither."""
     parts = name.lower().split(".")
     if any(word in part for part in parts for word in _ATTENTION):
         return "attention"
@@ -176,7 +176,7 @@ def without_lora(names: Iterable[str]) -> list[str]:
 
 
 def check_pattern(pattern: Mapping[str, int]) -> None:
-    """Raise ConfigError if a rank of a pattern is no whole number, or negative."""
+    """Raise ConfigError if a rank in a pattern is not a whole number, or is negative."""
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
@@ -185,12 +185,12 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
 
 
 def ranks_by_pattern(names: Iterable[str], pattern: Mapping[str, int], rank: int) -> dict[str, int]:
-    """The rank of each candidate by its full dotted name; 0 is no LoRA, and `rank` that of modules that no key matches.
+    """The rank of each candidate by its full dotted name. 0 means no LoRA; modules that no key matches get `rank`.
 
     Modules that cannot have LoRA (`without_lora`) get 0.
 
-    A key is `attention`, `mlp`, or the end of module names, in whole dotted parts such as `q_proj` or `0.mlp.down_proj`. Of the
-    keys that match a module the longest name decides, and any name before the two groups.
+    A key is `attention`, `mlp`, or the end of module names, in whole dotted parts such as `q_proj` or `0.mlp.down_proj`. If
+    several keys match a module, the longest name decides, and a name comes before the two groups.
 
     Raises:
         ConfigError: If a rank is impossible.

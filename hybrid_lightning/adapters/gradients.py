@@ -1,8 +1,8 @@
-"""Mean gradients of the candidate modules: what a scorer asks of one, how much of it is kept, and how it is added up.
+"""Mean gradients of the candidate modules: what a scorer reads from them, how much of them is kept, and how they are added up.
 
 A `GradientMode` decides how much of each gradient is kept: all of it (`ExactGradients`, here) or a sketch (`SketchedGradients`,
-in sketch.py). Either is a linear function of the gradient, so the gradients of micro-batches are added up in that form, module
-by module (`GradientSum`), as soon as a backward pass has made them.
+in sketch.py). Both are linear functions of the gradient, so the gradients of micro-batches are added up in that form, module by
+module (`GradientSum`), as soon as a backward pass has made them.
 
 Legend: a weight is an m x n matrix, G the mean gradient of the calibration loss with respect to it, sigma_i(G) the singular
 values of G in descending order. Every number here is the same for G and its transpose, so the orientation of a weight does not
@@ -19,11 +19,11 @@ from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singul
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 
-KRYLOV_FROM = 1024  # min(m, n) from which block Lanczos is cheaper than computing all eigenvalues
+KRYLOV_FROM = 1024  # smallest min(m, n) for which block Lanczos is cheaper than computing all eigenvalues
 
 
 def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a candidate by name: of experts their three-dimensional parameters, of others `weight`."""
+    """The weights of a candidate by name: the three-dimensional parameters of experts, `weight` for other modules."""
     experts = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
     return experts or {"weight": module.get_parameter("weight")}
 
@@ -39,7 +39,7 @@ class Gradient(ABC):
 
     @abstractmethod
     def spectrum(self) -> Tensor:
-        """Squared singular values of G in descending order, float64; of a sketch only the leading ones."""
+        """Squared singular values of G in descending order, float64; from a sketch only the leading ones."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -60,7 +60,7 @@ class Gradient(ABC):
 
 
 class ExactGradient(Gradient):
-    """Mean gradient of which all entries are kept, [m, n] of any floating dtype."""
+    """Mean gradient with all its entries, [m, n] of any floating dtype."""
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
@@ -136,7 +136,7 @@ class GradientSum(ABC):
 
     Args:
         shape: (m, n).
-        sums: What is kept of a zero gradient: float32, on the device where sums are kept.
+        sums: The sums for a zero gradient: float32, on the device where sums are kept.
     """
 
     def __init__(self, shape: tuple[int, int], sums: tuple[Tensor, ...]) -> None:
@@ -144,11 +144,11 @@ class GradientSum(ABC):
 
     @abstractmethod
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """What is kept of a gradient [m, n]; linear in the gradient."""
+        """Reduce a gradient [m, n] to the tensors that are kept; linear in the gradient."""
 
     @abstractmethod
     def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:
-        """Estimate a gradient from what was kept of it."""
+        """Estimate a gradient from the tensors that were kept."""
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradient [m, n] of one loss."""
@@ -156,12 +156,12 @@ class GradientSum(ABC):
             total.add_(part.to(total.device))
 
     def mean(self, losses: int) -> Gradient:
-        """Mean gradient over so many losses, of which some may not have used the module."""
+        """Mean gradient over this many losses; some of them may not have used the module."""
         return self.estimate(tuple(total * (1.0 / losses) for total in self.sums))
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the sums are in the memory of the host."""
+        """Whether the sums are in host memory."""
         return all(total.device.type == "cpu" for total in self.sums)
 
     def is_finite(self) -> bool:
@@ -169,7 +169,7 @@ class GradientSum(ABC):
         return all(bool(torch.isfinite(total).all()) for total in self.sums)
 
     def is_zero(self) -> bool:
-        """Whether the sum of all gradients is zero, as where no loss used the module."""
+        """Whether the sum of all gradients is zero, for example because no loss used the module."""
         return not any(bool(total.any()) for total in self.sums)
 
 
@@ -191,7 +191,7 @@ class GradientMode(Configurable, ABC):
 
     @abstractmethod
     def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:
-        """An empty sum for the gradients of a weight [m, n] that is scored at this LoRA rank; 0 is one without LoRA."""
+        """An empty sum for the gradients of a weight [m, n] that is scored at this LoRA rank; rank 0 means without LoRA."""
 
 
 class ExactGradients(GradientMode):

@@ -52,11 +52,11 @@ class LoraSettings:
 
     @property
     def variant(self) -> str:
-        """Its name: LoRA, DoRA or rsLoRA."""
+        """Name of this variant: LoRA, DoRA or rsLoRA."""
         return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
 
     def check_experts(self) -> None:
-        """Raise ConfigError unless these settings work for experts, whose weights PEFT adapts before it multiplies by them."""
+        """Raise ConfigError unless these settings work for experts: PEFT adapts their weights before it multiplies by them."""
         if self.use_dora or self.dropout:
             given = "use_dora=true" if self.use_dora else f"dropout={self.dropout}"
             raise ConfigError(
@@ -67,7 +67,7 @@ class LoraSettings:
     def with_rank(self, rank: int) -> "LoraSettings":
         """The same settings at another rank.
 
-        Of plain LoRA alpha / rank stays as it is, of rsLoRA alpha. At one learning rate steps grow with the rank, or its root.
+        Plain LoRA keeps alpha / rank, rsLoRA keeps alpha. At the same learning rate, steps grow with the rank or with its root.
         """
         return replace(self, rank=rank, alpha=self.alpha if self.use_rslora else self.alpha * rank / self.rank)
 
@@ -88,8 +88,8 @@ def lora_config(
 ) -> "LoraConfig":
     """Build the config with which PEFT's `get_peft_model` adapts modules as planned.
 
-    Modules go by their full names; `ranks` are those of LoRA modules with a rank of their own. `fan_in_fan_out` says that the
-    LoRA modules store their weights as [inputs, outputs], as GPT-2's do. Of modules of experts, `experts` names the parameters.
+    Modules are given by full name, and `ranks` holds the LoRA modules with a rank of their own. `fan_in_fan_out` means that the
+    LoRA modules store their weights as [inputs, outputs], as GPT-2 does. `experts` names the parameters of modules with experts.
 
     Raises:
         PlanError: If nothing is trained, or PEFT would mistake a module for one with another mode (see `_check_suffixes`).
@@ -159,7 +159,7 @@ def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
 
 @contextmanager
 def exact_names(model: "nn.Module") -> Iterator[None]:
-    """Within this context PEFT takes names of modules as they are (see `target_exactly`): it goes by the kind of model."""
+    """Within this context PEFT takes module names as they are (see `target_exactly`): it renames them by the kind of model."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind is None:
@@ -184,7 +184,7 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
         config = LoraConfig(target_modules=[kind])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # of a name that it wants together with others
+        except ValueError:  # for a name that PEFT accepts only together with others
             return True
         return config.target_modules != {kind}
 
@@ -193,9 +193,9 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
 
 
 def _check_suffixes(modes: Mapping[str, str]) -> None:
-    """Refuse names that PEFT, which matches names by suffix, would take for those of modules with another mode.
+    """Refuse names that PEFT, which matches names by suffix, would also apply to modules with another mode.
 
-    PEFT also trains fully every module whose name ends with the name of a fully trained one, and gives LoRA to every module whose
+    PEFT also trains a module fully if its name ends with the name of a fully trained module. It gives LoRA to a module if its
     name ends, at a dot, with the name of a LoRA module.
     """
     full = tuple(name for name, mode in modes.items() if mode == "full")

@@ -3,8 +3,8 @@
 LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
 DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
 
-Each expert's matrix has an A and a B of its own. PEFT keeps the A of all experts one under another, [experts * rank, inputs],
-and the columns of their B in turn, [outputs, rank * experts]. It reads Llama 4's [experts, inputs, outputs] as [experts, outputs,
+Each expert's matrix has its own A and B. PEFT keeps the A of all experts one under another, [experts * rank, inputs], and the
+columns of their B in turn, [outputs, rank * experts]. It reads Llama 4's [experts, inputs, outputs] as [experts, outputs,
 inputs], so that A and B change places there.
 """
 
@@ -26,19 +26,19 @@ class LowRankUpdate:
     magnitudes: Tensor | None = None  # [outputs], of DoRA
 
     def of_experts(self, number: int) -> "LowRankUpdate":
-        """The update of so many experts, from A and B as PEFT keeps them."""
+        """The update of this many experts, from A and B as PEFT keeps them."""
         lora_a = self.lora_a.reshape(number, -1, self.lora_a.shape[1])
         return LowRankUpdate(lora_a, self.lora_b.reshape(len(self.lora_b), -1, number).permute(2, 0, 1), self.scale)
 
 
 @torch.no_grad()
 def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False) -> None:
-    """Write rows of a weight, from the number `first` on, with its update merged into it; None copies the weight.
+    """Write rows of a weight, starting at row `first`, with its update merged into it; None copies the weight.
 
     Each number is computed in float32 and rounded once. Beside the destination, [rows, ...] of any dtype and device, this
     allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer; a float32 destination on the
-    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`; of experts
-    it is several of these, which are merged one after another, and a row is one of them.
+    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`. A weight of experts is
+    several such matrices, which are merged one after another; each matrix is then one row.
     """
     if update is None:
         destination.copy_(weight[first : first + len(destination)])

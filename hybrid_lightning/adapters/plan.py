@@ -1,9 +1,9 @@
-"""`AdapterPlan`: which module is trained how, and where that decision came from.
+"""`AdapterPlan`: how each module is trained, and where that decision came from.
 
 A plan is saved as `plan.json` in the run folder and inside every checkpoint. To change it by hand, edit the `mode` of a module
 and delete the line with the digest (or make it null): a file that has a digest must be exactly as it was written.
 
-`model_digest` is a cheap fingerprint of a model's weights, by which a plan or a checkpoint recognises its base model.
+`model_digest` is a cheap fingerprint of a model's weights. A plan or a checkpoint recognises its base model by it.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["full", "lora", "frozen"]
 SAMPLES_PER_PARAMETER = 1024  # values that are hashed
-FORMAT = 1  # version of the fields; a plan of another one is refused
+FORMAT = 1  # version of the fields; a plan with another version is refused
 _NEW_PLAN = "make a new plan for this model with the score command"
 
 
@@ -47,11 +47,11 @@ class PlannedModule:
     """One candidate module and how it is trained."""
 
     name: str  # full dotted name in the base model
-    shape: Shape  # (outputs, inputs), or of experts and routers name of each parameter with matrices -> its shape
+    shape: Shape  # (outputs, inputs); for experts and routers, name of each parameter with matrices -> its shape
     parameters: int  # entries of weights and biases: full training includes biases, LoRA leaves them alone
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
     mode: Mode  # fully trained, adapted with LoRA, or frozen
-    rank: int | None = None  # of its LoRA; None: that of the plan's `lora`
+    rank: int | None = None  # LoRA rank; None: the rank of the plan's `lora`
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -65,14 +65,14 @@ class PlannedModule:
         return tuple(self.shape) if isinstance(self.shape, Mapping) else ()
 
     def lora_layers(self) -> dict[str, str]:
-        """Name of each weight that LoRA adapts -> name of PEFT's layer for it; of experts the first parameter's is innermost."""
+        """Name of each weight that LoRA adapts -> name of PEFT's layer; the first parameter of experts is innermost."""
         inner = ".base_layer"
         return {
             part: self.name + inner * (len(self.experts) - 1 - place) for place, part in enumerate(self.experts or ["weight"])
         }
 
     def lora(self, settings: LoraSettings) -> LoraSettings:
-        """A plan's LoRA settings at the rank that this module has."""
+        """A plan's LoRA settings at the rank of this module."""
         return settings if self.rank is None else settings.with_rank(self.rank)
 
 
@@ -127,13 +127,13 @@ class AdapterPlan:
 
     @property
     def method(self) -> str:
-        """What kind of training it is: `full`, or `LoRA` (or its variant), or `Hybrid-LoRA` where some modules have each."""
+        """Kind of training: `full`, `LoRA` (or its variant), or `Hybrid-LoRA` if there are modules of both kinds."""
         if not self.lora_modules:
             return "full"
         return f"Hybrid-{self.lora.variant}" if self.full_modules else self.lora.variant
 
     def lora_of(self, module: PlannedModule) -> LoraSettings:
-        """LoRA settings of a module, at the rank that it has."""
+        """LoRA settings of a module, at its own rank."""
         return module.lora(self.lora)
 
     def modes(self) -> dict[str, Mode]:
@@ -157,8 +157,7 @@ class AdapterPlan:
         bits small optimizer steps vanish (`apply_plan` makes float32 copies).
 
         Args:
-            model: The base model, perhaps on the meta device, by which the config is made for GPT-2 and for models with experts;
-                others do not need it.
+            model: The base model, which may be on the meta device. Only GPT-2 and models with experts need it.
 
         Returns:
             A new `LoraConfig` with the LoRA modules as `target_modules` (experts as `target_parameters`) and the fully trained
@@ -174,7 +173,7 @@ class AdapterPlan:
         return config
 
     def lora_config(self, fan_in_fan_out: bool = False) -> "LoraConfig":
-        """Like `to_peft_config`, with names as they are; `fan_in_fan_out` is whether the LoRA modules are transposed (GPT-2)."""
+        """Like `to_peft_config`, with names as they are; `fan_in_fan_out`: whether the LoRA modules are transposed (GPT-2)."""
         experts = {module.name: module.experts for module in self.candidates}
         return lora_config(self.modes(), self.lora, self.own_ranks(), fan_in_fan_out, experts)
 
@@ -228,7 +227,7 @@ class AdapterPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "the adapter plan") -> "AdapterPlan":
-        """Build a plan from what `to_dict` returned; `source` says in error messages where it comes from.
+        """Build a plan from what `to_dict` returned; error messages name `source` as its origin.
 
         Raises:
             PlanError: If fields are missing or unknown, a value is impossible, or the digest does not fit.
@@ -260,7 +259,7 @@ class AdapterPlan:
         """Read a plan that `save` wrote and that may have been edited since.
 
         Raises:
-            PlanError: If the file is missing or holds no plan.
+            PlanError: If the file is missing or does not hold a plan.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

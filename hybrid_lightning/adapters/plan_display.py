@@ -61,8 +61,8 @@ def plan_rows(plan: AdapterPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 def draw_heatmap(plan: AdapterPlan) -> Figure:
     """Draw the scores of all candidate modules as a heat map.
 
-    Modules outside numbered layers go into a column of their own, the last one. Colors are logarithmic where the positive scores
-    span more than a factor of 30; scores of 0 and below then have the lightest color.
+    Modules outside numbered layers go into a separate column, the last one. Colors are logarithmic where the positive scores span
+    more than a factor of 30; scores of 0 and below then have the lightest color.
 
     Args:
         plan: Plan to draw; cells of modules without a score are grey.

@@ -7,13 +7,13 @@ gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_
 
 - `TailEnergy` and `TailFraction`: the part of G that LoRA of rank r cannot express, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2,
   and its share tau_r(G) = T_r(G) / ||G||_F^2.
-- `PreconditionedTail`: the tail of the step that Adam would take. Adam divides the gradient by the root of its second moment,
-  which at the first step is the square of that gradient: a module's step has the same size however large its gradient is, and
-  what then counts is how many directions the step has. A second moment of rank one, as Adafactor keeps it (Shazeer and Stern
-  2018, arXiv 1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v those of its columns and s
-  the mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends on the mean
-  gradient alone, so it is the same however the calibration rollouts are split into micro-batches.
-- The experts of a layer are one module. Each expert's matrix has a low rank of its own, so their tails and energies are added up.
+- `PreconditionedTail`: the tail of Adam's step. Adam divides the gradient by the root of its second moment, which at the first
+  step is the square of that gradient. A module's step therefore has the same size however large its gradient is, and the score
+  counts how many directions the step has. A second moment of rank one, as Adafactor keeps it (Shazeer and Stern 2018, arXiv
+  1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v the mean squares of its columns and s the
+  mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends only on the mean
+  gradient, so it is the same however the calibration rollouts are split into micro-batches.
+- The experts of a layer are one module. Each expert's matrix has its own low rank, so their tails and energies are added up.
 - `GradientNorm`: a baseline that ignores the rank. `Random`: chance, which every other scorer has to beat.
 """
 
@@ -35,7 +35,7 @@ class ModuleStatistics:
     """What a scorer may know about one candidate module."""
 
     name: str  # full dotted name of the module
-    weight: Tensor  # [m, n], detached; not to be changed; of experts their first parameter, [experts, m, n]
+    weight: Tensor  # [m, n], detached; do not change it; for experts, their first parameter, [experts, m, n]
     parameters: int  # entries of weights and biases
     gradient: Gradient | None = None  # G, the mean over the calibration losses; None if the scorer does not need it
 
@@ -43,7 +43,7 @@ class ModuleStatistics:
 class Scorer(Configurable, ABC):
     """Turns the calibration statistics of one module into a number; modules with the highest scores are fully trained.
 
-    A scorer of your own is a subclass, which a config names by its `class_path`.
+    To write your own scorer, subclass this and name the class by `class_path` in a config.
 
     Example:
         >>> class LargestSingularValue(Scorer):
@@ -59,7 +59,7 @@ class Scorer(Configurable, ABC):
         """Score one module.
 
         Args:
-            statistics: What is known of that module.
+            statistics: What is known about that module.
             rank: LoRA rank r; 0 for a module that would have no LoRA.
 
         Returns:
@@ -68,7 +68,7 @@ class Scorer(Configurable, ABC):
 
 
 class TailEnergy(Scorer):
-    """Tail energy T_r(G): what rank r loses to first order, in the unit in which modules compare under plain gradient descent."""
+    """Tail energy T_r(G): what rank r loses to first order, comparable between modules under plain gradient descent."""
 
     concurrent = True
 

@@ -2,8 +2,8 @@
 
     losses -> sums of gradients -> one number for each module
 
-The gradients of all losses are added up module by module (`gradients.py`), and the scorer (`scorers.py`) makes one number of what
-is known of a module. Ranks that have split the model share the work (`training/sharded_scoring.py`).
+The gradients of all losses are added up module by module (`gradients.py`), and the scorer (`scorers.py`) turns a module's
+statistics into one number. Ranks that have split the model share the work (`training/sharded_scoring.py`).
 
 This file and the scorers need only torch.
 """
@@ -38,10 +38,10 @@ class Scoring:
     Args:
         model: The start policy, with floating-point weights; unchanged afterwards, its modes and `requires_grad` flags included.
         candidates: Full dotted name -> module, as from `find_candidates`.
-        losses: Scalar calibration losses, each with the same weight. They have to be computed lazily, while they are iterated
-            over: the backward pass of each frees its graph. Not used if the scorer needs the weights alone.
+        losses: Scalar calibration losses, each with the same weight. Compute them lazily, during the iteration: the backward pass
+            of each frees its graph. Not used if the scorer needs only the weights.
         scorer: Defines the score.
-        rank: LoRA rank r, of all candidates or of each by its name; 0 for one that would have no LoRA.
+        rank: LoRA rank r, of all candidates or of each by its name; 0 for a candidate that would have no LoRA.
         gradients: How gradients are kept; None takes `ExactGradients()`.
         loss_scale: Factor of the losses in backward passes; in float16 gradients below 6e-8 are 0 without one.
 
@@ -58,7 +58,7 @@ class Scoring:
         (['layers.0'], True)
     """
 
-    prints = True  # whether this process warns; of several, one does
+    prints = True  # whether this process warns; only one of several does
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class Scoring:
     def run(self, on_loss: Callable[[int], None] = lambda seen: None) -> dict[str, float]:
         """Score the modules.
 
-        A candidate that no loss used has no gradient: it scores 0, with a warning. Experts that got no token add nothing to the
-        score of their layer, with a warning.
+        A candidate that no loss used has no gradient: it scores 0, with a warning. Experts that received no token add nothing to
+        the score of their layer, with a warning.
 
         Args:
             on_loss: Called after each loss with the number of losses seen so far.
@@ -96,7 +96,7 @@ class Scoring:
         Raises:
             ModelError: If a weight cannot have a gradient, as in a quantized model.
             CalibrationError: If the losses carry no signal, or a loss, a gradient or a score is not finite.
-            ConfigError: If the scorer returns no number, or needs what is not kept.
+            ConfigError: If the scorer does not return a number, or needs something that is not kept.
         """
         if self._scorer.needs_gradient:
             self.collect_gradients(on_loss)
@@ -104,7 +104,7 @@ class Scoring:
         scores = self.together(lambda: self._scores(self.own()))
         return {name: scores[name] for name in self._candidates}
 
-    # ---- what ranks that score together do in another way
+    # ---- steps that differ when several ranks score together
 
     def own(self) -> Sequence[str]:
         """Names of the candidates that this process scores."""
@@ -115,7 +115,7 @@ class Scoring:
         return self._candidates
 
     def together(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
-        """Call a function on each process, and unite what they return; an error of one is raised on all."""
+        """Call a function on each process and merge the results; an error on one process is raised on all."""
         return function()
 
     def backward_all(self) -> Iterator[int]:
@@ -184,7 +184,7 @@ class Scoring:
             )
 
     def differentiate(self, loss: Tensor) -> None:
-        """Run the backward pass of a loss, at the scale that `add` takes out again."""
+        """Run the backward pass of a loss, at a scale that `add` removes again."""
         scaled = loss if self._loss_scale == 1 else loss * self._loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]
 
@@ -234,7 +234,7 @@ class Scoring:
     # ---- scoring
 
     def _scores(self, names: Sequence[str]) -> dict[str, float]:
-        """The scores of some modules: first of those with small gradients, side by side where the scorer allows that."""
+        """The scores of some modules; modules with small gradients come first, side by side where the scorer allows that."""
         small: list[str] = []
         if self._scorer.concurrent:
             # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
@@ -243,7 +243,7 @@ class Scoring:
         return scores | {name: self._score(name) for name in names if name not in scores}
 
     def _score(self, name: str) -> float:
-        """The score of one module, whose sums are freed then."""
+        """The score of one module; frees its sums."""
         module, scorer, keys = self._candidates[name], self._scorer, self._keys(name)
         sums = [self._sums.pop(key) for key in keys if key in self._sums]
         if all(key in self._unused for key in keys):

@@ -49,7 +49,7 @@ class SketchedGradients(GradientMode):
             raise ConfigError(f"size={size} is not above the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
-            return ExactSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # whose sums are float64
+            return ExactSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # these sums are float64
         return SketchedSum(name, (rows, columns), weight.device, size, self.seed)
 
 
@@ -85,8 +85,8 @@ class SketchedSum(GradientSum):
             basis, triangle = torch.linalg.qr(psi_q)
             x = torch.linalg.solve_triangular(triangle, basis.T @ w, upper=True)
         missed = float((w - psi_q @ x).square().sum()) / (size + 1)  # ||E||_F^2; l - k = k + 1
-        # Energy of each row and column of G: that of Q X without its noise, plus its share of what was missed, which is taken to
-        # be distributed over rows as in Y and over columns as in W.
+        # Energy of each row and column of G: the energy of Q X without its noise, plus a share of what was missed, which is
+        # assumed to be distributed over rows as in Y and over columns as in W.
         energy = x.square().sum()
         captured = (1 - missed / energy).clamp(min=0) if energy > 0 else energy
         rows = ((q @ (x @ x.T)) * q).sum(1) * captured + missed * _shares(y.square().sum(1))
@@ -131,10 +131,10 @@ class SketchedGradient(Gradient):
         )
 
     def preconditioned(self) -> Gradient:
-        """P from Q X; what the sketches missed, and their noise, are taken to be spread over rows and columns like G itself."""
+        """P from Q X; the missed part and the noise are assumed to be spread over rows and columns like G itself."""
         rows, columns = preconditioner(*self._moments)
         q, r = torch.linalg.qr(rows[:, None] * self._basis)
-        mean = float(self._moments[0].mean())  # mean square of all entries of G; that of P is 1
+        mean = float(self._moments[0].mean())  # mean square of all entries of G; in P it is 1
         missed = self._missed / mean if mean > 0 else 0.0
         even = (torch.ones_like(rows), torch.ones_like(columns))
         return SketchedGradient(q, r @ self._coefficients * columns, missed, even)

@@ -1,14 +1,14 @@
 """Singular values of gradients: all of them, or only the tail energy, in float64.
 
 All singular values come from the smaller Gram matrix. That is many times cheaper than a singular value decomposition, and its
-rounding error (1e-16 of the largest squared singular value) is far below that of a float32 gradient.
+rounding error (1e-16 of the largest squared singular value) is far below the rounding error of a float32 gradient.
 
 The tail energy of a large gradient does not need the whole spectrum: `krylov_tail_energy` is block Lanczos with a bound on the
 error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1 [m, b] grows into the basis of a Krylov space
 
-    Q = orth[X_1, A X_1, A^2 X_1, ...],    H = Q'A Q,
+    Q = orth[X_1, A X_1, A^2 X_1, ...],    H = Q'A Q.
 
-whose Ritz pairs (theta_i, v_i) approach the leading eigenpairs of A, the squared singular values of G, from below (Golub and
+The Ritz pairs (theta_i, v_i) of H approach the leading eigenpairs of A, the squared singular values of G, from below (Golub and
 Underwood 1977; Golub and Van Loan, Matrix Computations, chapter 10). With residuals r_i = A v_i - theta_i v_i,
 
     0 <= sum_{i<=r} (lambda_i - theta_i) <= sum_{i<=r} ||r_i||^2 / gap,    gap = theta_r - (theta_{r+1} + ||r_{r+1}||),
@@ -19,7 +19,7 @@ start were almost orthogonal to its eigenvector: for b = 24 Gaussian columns and
 caller computes all eigenvalues.
 
 Cost: 4 m n b per step, and 5 to 8 steps for gradients of language models, against 2 m^2 n for the Gram matrix and 4/3 m^3 for all
-eigenvalues, most of which is bound by memory bandwidth.
+eigenvalues. Memory bandwidth bounds most of the eigenvalue computation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ ONE_THREAD_UP_TO = 2048  # rows above which several threads pay off
 KRYLOV_TOLERANCE = 1e-8  # largest bound on the error that is accepted, relative to the tail energy
 KRYLOV_OVERSAMPLING = 8  # columns of a block (b) beyond the rank
 KRYLOV_FIRST_CHECK = 4  # steps before the first Ritz values are computed: fewer never sufficed
-KRYLOV_FEWEST_STEPS = 8  # where the matrix has no room for so many steps, all eigenvalues are computed instead
+KRYLOV_FEWEST_STEPS = 8  # if the matrix has no room for this many steps, all eigenvalues are computed instead
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:
             if bound <= KRYLOV_TOLERANCE * tail:
                 return tail
         block = product
-        for _ in range(2):  # which makes it orthonormal, and orthogonal to the basis, even where little is left of it
+        for _ in range(2):  # twice, so that it is orthonormal, and orthogonal to the basis, even where little is left of it
             block = torch.linalg.qr(block - basis[:, used] @ (basis[:, used].T @ block)).Q
     return None
 
 
 @contextmanager
 def few_threads(size: int) -> Iterator[None]:
-    """Let torch use one thread within this context if the matrix to be decomposed is small, by the number of its rows.
+    """Let torch use one thread within this context if the matrix to be decomposed is small, judged by the number of its rows.
 
     LAPACK's threads gain little on small matrices and wait for each other at every step: on two cores that another process used
     as well, the eigenvalues of a 576 x 576 matrix took 12 s instead of 0.06 s.
@@ -96,7 +96,7 @@ def few_threads(size: int) -> Iterator[None]:
 
 
 def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-    """What a function, safe on several threads, returns for each item, in their order, on as many threads as torch may use.
+    """Map a thread-safe function over items on all threads that torch may use; results keep the order of the items.
 
     Many small decompositions run faster side by side than one after another on LAPACK's own threads, from which LAPACK gains
     little. Within the function torch uses one thread, so that results do not depend on the number of threads. torch releases
@@ -111,7 +111,7 @@ def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[O
 
 
 def _lower_gram(matrix: Tensor) -> Tensor:
-    """G G' in its lower triangle, which is all that torch's symmetric decompositions read; what is above it has no meaning."""
+    """G G' in its lower triangle, the only part that torch's symmetric decompositions read; the rest has no meaning."""
     gram = matrix.new_zeros(len(matrix), len(matrix))
     rows = -(-len(matrix) // 4)  # four blocks of rows: 10/16 of the full product's work
     for start in range(0, len(matrix), rows):

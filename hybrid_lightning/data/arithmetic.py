@@ -14,14 +14,14 @@ from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError
 
-FACTORS = range(2, 10)  # the digits that `ProductSource` multiplies by, unless it is told otherwise
-_HASH_BUCKETS = 10  # of which one is validation and one is test
+FACTORS = range(2, 10)  # the digits that `ProductSource` multiplies by, by default
+_HASH_BUCKETS = 10  # one is validation and one is test
 _MAX_NUMBERS = 2_000  # all pairs are enumerated: 4 million take some seconds
 _MAX_PRODUCTS = 8_000_000  # all of them are enumerated, which takes some seconds
 
 
 class OperandSource(PromptSource):
-    """Base of the arithmetic tasks: problems `a OP b=`, whose split is fixed by a hash of the operands, whatever the seed.
+    """Base of the arithmetic tasks, problems `a OP b=`; a hash of the operands fixes their split, whatever the seed.
 
     A model that was pretrained on training problems has therefore never seen a problem of validation or test, under any seed.
 
@@ -61,10 +61,10 @@ class OperandSource(PromptSource):
 
     @abstractmethod
     def row(self, a: int, b: int) -> Row:
-        """Row of the problem of two operands."""
+        """The row for the problem with these two operands."""
 
     def split_of(self, a: int, b: int) -> str:
-        """Split that the problem of two operands belongs to."""
+        """The split for the problem with these two operands."""
         return hashed_split(f"{a}{self.sign}{b}")
 
     def _row(self, a: int, b: int, answer: int, index: int, **columns: str) -> Row:
@@ -94,8 +94,8 @@ class OperandSource(PromptSource):
 class ArithmeticSource(OperandSource):
     """Sums such as `37+85=`.
 
-    The split of a sum is fixed by a hash of its operands regardless of their order, whatever the seed: 85+37 is never held out
-    while 37+85 is trained on.
+    A hash of the operands, regardless of their order, fixes the split of a sum, whatever the seed: 85+37 is never held out while
+    37+85 is trained on.
 
     Each row has the columns `a`, `b`, `question` (`"37+85="`) and `answer` (`"122"`).
 
@@ -105,7 +105,7 @@ class ArithmeticSource(OperandSource):
         **drawn: Arguments of `OperandSource`: sizes of the splits, and a seed.
 
     Raises:
-        ConfigError: If there are not that many problems.
+        ConfigError: If there are fewer problems than requested.
 
     Example:
         >>> splits = ArithmeticSource(validation_size=5, test_size=5).load()
@@ -140,20 +140,20 @@ class ArithmeticSource(OperandSource):
 class ProductSource(OperandSource):
     """Products such as `347*6=`, of a number and, by default, a digit from 2 to 9.
 
-    The split of a product is fixed by a hash of its operands, whatever the seed: problems that the embedded policy was pretrained
-    on are never in validation or test.
+    A hash of the operands fixes the split of a product, whatever the seed: problems that the embedded policy was pretrained on
+    are never in validation or test.
 
     Each row has the columns `a`, `b`, `question` (`"347*6="`), `answer` (`"2082"`) and `worked` (`"[42 28 20]2082"`).
 
     Args:
         low: Smallest number.
         high: Largest number; the embedded policy knows numbers of two and three digits.
-        low_factor: Smallest number that it is multiplied by.
-        high_factor: Largest number that it is multiplied by.
+        low_factor: Smallest number to multiply by.
+        high_factor: Largest number to multiply by.
         **drawn: Arguments of `OperandSource`: sizes of the splits, and a seed.
 
     Raises:
-        ConfigError: If there are not that many problems.
+        ConfigError: If there are fewer problems than requested.
 
     Example:
         >>> splits = ProductSource(validation_size=5, test_size=5).load()

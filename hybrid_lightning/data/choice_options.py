@@ -41,10 +41,10 @@ def parse_cell(cell: Any) -> Any:
 
 
 def options_of(cell: Any) -> tuple[list[str], list[str] | None]:
-    """Texts of the options in a cell, and their labels, or None where the cell has none.
+    """Texts and labels of the options in a cell; the labels are None if the cell has no labels.
 
     Raises:
-        ValueError: If the cell has none of the layouts above, or not 2 to 26 options that are text or numbers.
+        ValueError: If the cell fits none of the layouts above, or does not hold 2 to 26 options that are text or numbers.
     """
     cell = parse_cell(cell)
     labels = None

@@ -25,28 +25,28 @@ GSM8K_ANSWER = r"####\s*(.+)"
 
 
 class TableSource(PromptSource):
-    """Base of sources that read tables; a subclass says where the tables come from.
+    """Base of sources that read tables; a subclass defines where the tables come from.
 
     Args:
         question_column: Column with the question, or with the turns of a conversation (see `ConversationFormat`); not read if
             a `template` is given.
-        answer_column: Column with the reference answer; None if there is none. Numbers are written without exponent and without a
-            fractional part of zero: 5.0 gives "5".
+        answer_column: Column with the reference answer; None if there is none. Numbers are written without an exponent and
+            without a fractional part of zero: 5.0 gives "5".
         template: Template that makes the question from columns, such as `"{Body} {Question}"`; `{choices[0]}` is an entry of a
             list.
         options_column: Column with the options of a multiple-choice question, a list in one of the layouts of
             `data/choice_options.py`. They are added to the question, one per line as "A. ...", unless the template uses that
             column. An answer that is a label, a number from 0 or the text of an option becomes the letter that
             `MultipleChoice` needs.
-        answer_pattern: Regular expression that is searched in the answer column; its one group is the answer.
+        answer_pattern: Regular expression to search for in the answer column; its one group is the answer.
         max_rows: Read only this many rows of each file or hub split, the first ones; None for all.
-        skip_bad_rows: Whether to drop rows without a usable question or answer, and show their number; otherwise they are an
+        skip_bad_rows: Whether to drop rows without a usable question or answer, and show their number. If false, such rows are an
             error.
         validation_fraction: Share of the training rows that becomes the validation split, where none is given.
         test_fraction: Share of the training rows that becomes the test split, where none is given.
         split_seed: Seed of the shuffle that decides which problems these fractions hold out.
         set_column: Column with the name of the row's set. Sets are evaluated separately, and `RewardBySet`, `FormatBySet` and
-            `EnvironmentBySet` go by them. `Mixture` names its sources instead.
+            `EnvironmentBySet` select by set. `Mixture` names its sources instead.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class TableSource(PromptSource):
 
 @contextmanager
 def row_error(place: str) -> Iterator[None]:
-    """Turn a ValueError about a cell into a DataError that says at which place (a row, with column or class) and what to do."""
+    """Turn a ValueError about a cell into a DataError that names its place (a row, with column or class) and the remedy."""
     try:
         yield
     except ValueError as error:
@@ -191,7 +191,7 @@ def _cell_text(cell: Any) -> str:
 
 
 def given_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The pairs of a parameter that gives a split and its value which are not None; ConfigError if all are."""
+    """Pairs of the parameter for a split and its value, without values that are None; ConfigError if all are None."""
     given = [(split, value) for split, value in splits if value is not None]
     if not given:
         names = [split for split, _ in splits]

@@ -1,10 +1,10 @@
 """Conversations in a column: lists of turns `{"role": ..., "content": ...}`, as data sets on the hub have them.
 
-Two layouts are read. Either the answer has a column of its own, beside the one with the turns before it:
+Two layouts are read. Either the answer has its own column, next to the column with the turns before it:
 
     {"prompt": [user turn, ...], "completion": [assistant turn]}
 
-or one column holds the whole conversation, of which the last turn is the answer:
+or one column holds the whole conversation, and its last turn is the answer:
 
     {"messages": [user turn, ..., assistant turn]}
 """
@@ -24,7 +24,7 @@ class ConversationFormat(PromptFormat):
 
     Args:
         column: Name of the column.
-        system_prompt: Instruction in front of the turns, which replaces a system turn that they begin with; None keeps theirs.
+        system_prompt: Instruction before the turns; replaces a system turn at their beginning. None keeps the original one.
 
     Example:
         >>> turns = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]
@@ -40,7 +40,7 @@ class ConversationFormat(PromptFormat):
         """Make the prompt of a row from its turns, unchanged.
 
         Raises:
-            DataError: If the column is missing, holds no list of turns, or nothing is asked.
+            DataError: If the column is missing or does not hold a list of turns, or if there is no question.
         """
         where = row.place
         if self.column not in row.columns:
@@ -84,7 +84,7 @@ def asked_text(turns: Any) -> str:
 
 
 def answered_text(turns: Any, where: str) -> str:
-    """Text of the answer, the last turn of a conversation, or the only one; `where` says in errors where it is.
+    """Text of the answer, the last turn of a conversation, or the only one; error messages name its place by `where`.
 
     Raises:
         DataError: If the last turn is not the assistant's, or an answer alone has several turns.

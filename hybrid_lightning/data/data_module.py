@@ -19,7 +19,7 @@ from hybrid_lightning.types import Prompt
 
 Encode = Callable[[Prompt], list[int]]
 
-# Stage -> splits that it uses, of which the first must not be empty.
+# Stage -> the splits that it uses; the first one must not be empty.
 _STAGES = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -118,7 +118,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         """Loader of rollouts of the training prompts, made by the policy that is being trained.
 
         Raises:
-            ConfigError: If the trainer's module makes no rollouts.
+            ConfigError: If the trainer's module does not make rollouts.
         """
         rollout_loader = getattr(self.trainer and self.trainer.lightning_module, "rollout_loader", None)
         if rollout_loader is None:
@@ -136,11 +136,11 @@ class PromptDataModule(Configurable, LightningDataModule):
         return self._loader(self.test_prompts)
 
     def predict_dataloader(self) -> "DataLoader[Prompt]":
-        """Batches of test prompts, which are also those to predict."""
+        """Batches of test prompts, which are also the prompts to predict."""
         return self._loader(self.test_prompts)
 
     def _loader(self, prompts: list[Prompt]) -> "DataLoader[Prompt]":
-        # Each iteration draws a seed for workers: from the global generator it would change training after a validation.
+        # Each iteration draws a seed for workers. Drawn from the global generator, it would change training after a validation.
         options: Any = {"shuffle": False, "collate_fn": list, "generator": torch.Generator()}
         return DataLoader(prompts, batch_size=self.eval_batch_size, **options)  # type: ignore[arg-type]
 
@@ -153,7 +153,7 @@ class PromptDataModule(Configurable, LightningDataModule):
             prompts = [self.format.format(row) for row in getattr(self._splits, split)]
             prompts = self._draw(split, self._short_enough(split, prompts))
             check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
-            if check is not None:  # finds rows that the reward cannot score now, not when one is drawn after hours of training
+            if check is not None:  # finds rows that the reward cannot score now, not after hours of training
                 check(prompts)
             self._prompts[split] = prompts
         return self._prompts[split]

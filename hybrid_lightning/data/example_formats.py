@@ -46,7 +46,7 @@ class ExampleFormat(PromptFormat):
         """Format the prompt and fill in the completions.
 
         Raises:
-            ConfigError: If a template names a column that the row lacks.
+            ConfigError: If a template names a column that the row does not have.
             DataError: If a completion is empty, or belongs to another conversation than the prompt.
         """
         prompt = self.prompt.format(row)
@@ -57,7 +57,7 @@ class ExampleFormat(PromptFormat):
         values = {**row.columns, "question": row.question}
         for column in template_fields(name, template):
             turns = values.get(column)
-            entry_taken = f"{{{column}[" in template  # which is used unchanged
+            entry_taken = f"{{{column}[" in template  # an entry is used unchanged
             if entry_taken or not is_conversation(turns):
                 continue
             values[column] = answered_text(turns, f"{where}: column {column!r}")
@@ -92,7 +92,7 @@ class DemonstrationFormat(ExampleFormat):
 
 
 class PreferenceFormat(ExampleFormat):
-    """A prompt with two completions, of which one is preferred, for DPO.
+    """A prompt with a preferred and a rejected completion, for DPO.
 
     Args:
         prompt: Format of the prompt; None takes `PlainFormat()`.

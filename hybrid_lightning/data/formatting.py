@@ -3,7 +3,7 @@ r"""`PromptFormat`: turns a row into a prompt, the class that a config swaps bet
 A template is text with the names of columns in braces: `"{question}\nAnswer:"`. It may use every column of the row, and
 `{question}` is the question as the source made it. Write `{{` and `}}` for literal braces: `\boxed{{}}`.
 
-`FormatBySet` gives each set of a mixture a format of its own.
+`FormatBySet` gives each set of a mixture its own format.
 """
 
 from abc import ABC, abstractmethod
@@ -26,9 +26,9 @@ class PromptFormat(Configurable, ABC):
     """Turns rows into prompts.
 
     Args:
-        template: What the policy is asked, with columns in braces.
-        system_prompt: Instruction in front of everything, used unchanged; None for none.
-        few_shot: Solved examples in front of the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or the
+        template: The question to the policy, with columns in braces.
+        system_prompt: Instruction before everything else, used unchanged; None for none.
+        few_shot: Solved examples before the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or the
             path of a file with such rows (JSONL, JSON, CSV or Parquet). They need the columns that `template` and
             `answer_template` use.
         answer_template: Template of the answer of an example.
@@ -55,7 +55,7 @@ class PromptFormat(Configurable, ABC):
 
     @abstractmethod
     def format(self, row: Row) -> Prompt:
-        """Make the prompt of a row, which keeps everything else that the row has."""
+        """Make the prompt of a row; it keeps everything else that the row has."""
 
     def question(self, row: Row) -> str:
         """Fill the template of the question with a row."""
@@ -152,5 +152,5 @@ class FormatBySet(PromptFormat):
 
 
 def prompt_fields(row: Row) -> dict[str, Any]:
-    """Fields of a row that its prompt keeps: all but what identifies the problem."""
+    """Fields of a row that its prompt keeps: all except the fields that identify the problem."""
     return {field.name: getattr(row, field.name) for field in fields(row) if field.name not in ("question", "task")}

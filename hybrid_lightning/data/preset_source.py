@@ -1,4 +1,4 @@
-r"""`PresetSource`: base of the data sets whose columns are known, read from the hub or from a local copy.
+r"""`PresetSource`: base of the data sets with known columns, read from the hub or from a local copy.
 
 Helpers for subclasses: `cell_text` reads the first existing column of several names, since copies of a data set name their
 columns differently, and `boxed_answer` extracts the answer from the last `\boxed{}` of a solution.
@@ -20,12 +20,12 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$]+))")
 
 
 class PresetSource(TableSource):
-    """A data set from the hub, or a local copy of it, whose columns a subclass knows.
+    """A data set with known columns, from the hub or from a local copy.
 
     Args:
-        train_split: Name of the data set's split to train on; None for no training rows. Here and below "auto" is the one that
-            the data set has for this use, as listed in `data/presets.py`. It may also be any other split that it has,
-            such as "test", and from the hub a slice of one, such as "test[:90%]".
+        train_split: Name of the data set's split to train on; None for no training rows. Here and below, "auto" is the split that
+            the data set has for this use, as listed in `data/presets.py`. Any other split of the data set also works, such as
+            "test", and from the hub a slice of a split, such as "test[:90%]".
         validation_split: Name of the split to validate on; None for none.
         test_split: Name of the split to test on; None for none.
         local_path: Copy to read instead of the hub: a folder, such as a clone of the data set's repository, with files named
@@ -75,7 +75,7 @@ class PresetSource(TableSource):
         """Read question and reference answer from the columns of a row.
 
         Raises:
-            ValueError: If a column is missing or unusable; the message names the column and what is wrong.
+            ValueError: If a column is missing or unusable; the message names the column and the fault.
         """
 
     def read_tables(self) -> dict[str, tuple[str, Table]]:
@@ -90,7 +90,7 @@ class PresetSource(TableSource):
         return f"{self.hub_path} {split}", table
 
     def _check_columns(self, source: str, table: Table) -> None:
-        """Check nothing: copies of a data set name their columns differently, and errors of rows name what is missing."""
+        """Check nothing: copies of a data set name their columns differently, and errors of rows name the missing columns."""
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         with row_error(f"{source}, row {index} (the first is 0): {type(self).__name__}:"):
@@ -101,8 +101,8 @@ class PresetSource(TableSource):
 def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
     """Read a split from a local copy of a data set, a file or a folder: where its rows come from, and the rows.
 
-    They are in all files that have the split's name in theirs, in the folder of the `subset` where there is one. If no other
-    split is asked for (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
+    The rows are in all files with the split's name in theirs, in the folder of the `subset` if there is one. If this is the only
+    split to read (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
 
     Raises:
         ConfigError: If the split is a slice.
@@ -121,7 +121,7 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
     else:
         raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}); correct the path")
     named = [file for file in files if (match := _SPLIT_IN_NAME.search(file.name.lower())) and match[1] == split]
-    for folder in (place, place / "data"):  # preferred to folders of subsets, which repeat rows of the whole
+    for folder in (place, place / "data"):  # preferred to folders of subsets, which repeat the same rows
         named = [file for file in named if file.parent == folder] or named
     if not named and alone and len(files) == 1:
         named = files
@@ -139,7 +139,7 @@ def cell_text(columns: dict[str, Any], *names: str) -> str:
     """Text of a row's cell, in the first of the named columns that the row has.
 
     Raises:
-        ValueError: If it has none of them, or the cell is missing, empty or neither text nor number.
+        ValueError: If the row has none of the columns, or the cell is missing, empty or neither text nor number.
     """
     name = next((name for name in names if name in columns), None)
     if name is None:
@@ -158,7 +158,7 @@ def boxed_answer(columns: dict[str, Any], *names: str) -> str:
     r"""Content of the last `\boxed{}` of a solution, in the first of the named columns that the row has.
 
     Raises:
-        ValueError: If it has none of them, or there is no `\boxed{}` in the cell.
+        ValueError: If the row has none of the columns, or there is no `\boxed{}` in the cell.
     """
     solution = cell_text(columns, *names)
     answer = last_boxed(solution)

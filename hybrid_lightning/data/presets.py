@@ -1,4 +1,4 @@
-"""Data sets by name: where they are on the hub, and which of their columns hold question and answer.
+"""Data sets by name: their place on the hub, and their columns for question and answer.
 
 | class | hub id | training | validation | test |
 |---|---|---|---|---|
@@ -12,15 +12,15 @@
 | `MMLUPro` | TIGER-Lab/MMLU-Pro | | validation, 70 | test, 12,032 |
 | `LeetCode` | newfacade/LeetCodeDataset | train, 2,641 | | test, 228 |
 
-The table gives each class's default: the data set's split that is used for each purpose, and its rows. Other splits can be
-named, and a local copy used instead of the hub (see `PresetSource`). All but the last two are of mathematics, for `MathMatch`.
+The table gives each class's default: the data set's split for each purpose, and its number of rows. You can name other splits,
+and use a local copy instead of the hub (see `PresetSource`). All but the last two are of mathematics, for `MathMatch`.
 
-- GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems whose answers are whole numbers.
+- GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems; each answer is a whole number.
 - MATH (Hendrycks et al. 2021, arXiv 2103.03874): problems of competitions with answers in LaTeX. The original,
   hendrycks/competition_math, was taken down; this is the copy that verl trains on.
-- MATH-500: the problems of MATH's test split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate. Whoever tests on it may
-  also train on the other 4,500: a `Mixture` of MATH and MATH-500 drops what they have in common from training.
-- AIME 2024 and 2025: the 30 problems of each year's two papers, whose answers are whole numbers from 0 to 999.
+- MATH-500: the problems of MATH's test split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate. If you test on it, you
+  may also train on the other 4,500: a `Mixture` of MATH and MATH-500 drops their common problems from training.
+- AIME 2024 and 2025: the 30 problems of each year's two papers; each answer is a whole number from 0 to 999.
 - AMC 2023: 40 problems of AMC 12, reworded so that each answer is a number instead of a choice.
 - DAPO-Math-17k (arXiv 2503.14476): competition problems, reworded so that each answer is a whole number.
 - LeetCodeDataset (Xia et al. 2025, arXiv 2504.14655): Python problems with a class to complete, and tests.
@@ -51,14 +51,14 @@ _DAPO_SUBSETS = ("all", "en", "cn")
 
 
 class GSM8K(PresetSource):
-    """GSM8K, with columns `question` and `answer`, a worked solution in which the answer follows `####`."""
+    """GSM8K, with columns `question` and `answer`, a worked solution with the answer after `####`."""
 
     hub_path: ClassVar[str] = "openai/gsm8k"
     hub_name = "main"
     splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """Question, and what follows the last `####`."""
+        """Question, and the text after the last `####`."""
         solution = cell_text(columns, "answer")
         answer = solution.rpartition("####")[2].strip() if "####" in solution else ""
         if not answer:
@@ -73,7 +73,7 @@ class MATH(PresetSource):
     splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        r"""Problem, and the answer: its own column if there is one, otherwise the last `\boxed{}` of the solution."""
+        r"""Problem, and the answer: its own column if there is one, else the last `\boxed{}` of the solution."""
         answer = cell_text(columns, "answer") if "answer" in columns else boxed_answer(columns, "solution")
         return cell_text(columns, "problem", "question"), _words_as_text(answer)
 
@@ -86,7 +86,7 @@ class MATH500(MATH):
 
 
 class AIMESource(PresetSource):
-    """Base of the years of AIME, whose answers are whole numbers from 0 to 999."""
+    """Base of the years of AIME, with whole numbers from 0 to 999 as answers."""
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Problem and its answer."""
@@ -133,7 +133,7 @@ class AMC23(PresetSource):
 class DAPOMath17k(PresetSource):
     """DAPO-Math-17k, with columns `prompt` (the problem), `solution` (the answer) and `reward_model`.
 
-    From the hub the copy without the original's repetitions is read. A local copy of the original,
+    The hub copy that is read is free of the original's repetitions. A local copy of the original,
     BytedTsinghua-SIA/DAPO-Math-17k, can be read too: its problems are extracted from their conversations and instructions, and
     each is kept once. The original has every problem about a hundred times, and all of its 1.79 million rows are read into
     memory.
@@ -167,7 +167,7 @@ class DAPOMath17k(PresetSource):
 
 
 class LeetCode(PresetSource):
-    """LeetCodeDataset, for the reward `CodeTests`, whose defaults are its columns.
+    """LeetCodeDataset, for the reward `CodeTests`, which uses its columns by default.
 
     Columns: `query` (the problem with the code to complete), `prompt` (imports), `entry_point`, `test` (a function `check`) and
     `completion` (a solution). The solution is the reference answer: no reward compares with it, but modules can be scored with

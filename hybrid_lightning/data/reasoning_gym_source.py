@@ -1,4 +1,4 @@
-"""`ReasoningGymSource`: procedural problems of the library reasoning-gym, in which each task has its own verifier."""
+"""`ReasoningGymSource`: procedural problems from the library reasoning-gym; each task has its own verifier."""
 
 from typing import Any
 

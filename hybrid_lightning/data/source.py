@@ -22,7 +22,7 @@ _SEEDS = 2**31 // len(_SPLITS)  # of each split; an environment's seeds are belo
 class PromptSource(Configurable, ABC):
     """Problems in up to three splits: train, validation and test.
 
-    A source of your own implements `read` and nothing else:
+    To write your own source, implement `read` and nothing else:
 
     Example:
         >>> class Doubling(PromptSource):
@@ -43,8 +43,8 @@ class PromptSource(Configurable, ABC):
     def load(self) -> Splits:
         """Read the splits and remove problems that are in two of them.
 
-        Training rows with a question of validation or test, and validation rows with a question of the test, are dropped, and
-        their number is shown. Questions are compared regardless of case and spacing (see `problem_key`).
+        Drops training rows with a question of validation or test, and validation rows with a question of the test, and shows
+        their number. Questions are compared regardless of case and spacing (see `problem_key`).
 
         Returns:
             Splits that have no question in common.
@@ -65,16 +65,14 @@ class PromptSource(Configurable, ABC):
 class Mixture(PromptSource):
     """Named sets of problems to train and evaluate on; each prompt keeps the name of its set.
 
-    Training draws from the sets in proportion to their weights, however many rows they have, so that small sets are repeated
-    more often. Metrics of rollouts and evaluation are also reported for each set, and `RewardBySet` gives each set a reward of
-    its own. Sets without training rows are evaluated only. Training rows of any set whose question another set holds out are
-    dropped.
+    Training draws from the sets in proportion to their weights, however many rows they have, so that small sets are repeated more
+    often. Metrics of rollouts and evaluation are also reported for each set, and `RewardBySet` gives each set its own reward.
+    Sets without training rows are only evaluated. A training row is dropped if another set holds out its question.
 
     Args:
         sources: Name of the set -> source of its problems.
-        weights: Name of the set -> its weight in training, of which only the ratios count; every set with training rows needs
-            one.
-            None: all training rows are one pool, which each epoch goes through once.
+        weights: Name of the set -> its weight in training. Only the ratios count, and every set with training rows needs a
+            weight. None: all training rows are one pool, which each epoch goes through once.
 
     Raises:
         ConfigError: If there is no set, a set is a mixture, or a weight is not positive or belongs to no set.
@@ -125,17 +123,17 @@ class Mixture(PromptSource):
 
 
 class EpisodeSource(PromptSource):
-    """Tasks that an environment draws from a seed: the rows differ in the column `seed` alone, from which episodes begin.
+    """Tasks that an environment draws from a seed: the rows differ only in the column `seed`, from which episodes begin.
 
-    No seed of a split is in another one, whatever `seed` and the numbers of rows are. Two seeds may still give the same task,
-    where the environment has few of them.
+    No two splits share a seed, whatever `seed` and the numbers of rows are. Two seeds may still give the same task if the
+    environment has few tasks.
 
     Args:
         count: Number of training tasks.
         seed: Seed from which the seeds are drawn.
         validation_count: Number of validation tasks.
         test_count: Number of test tasks.
-        prompt: What the policy is asked in front of what the environment says.
+        prompt: Text for the policy before the environment's first message.
 
     Raises:
         ConfigError: If a number is negative, or there is no task.
@@ -175,7 +173,7 @@ class EpisodeSource(PromptSource):
 
 
 def _check(name: str, splits: Any) -> None:
-    """Refuse mistakes that a source of your own easily makes, and that would otherwise show up far away from it."""
+    """Refuse mistakes that are easy to make in your own source, and that would show up far away from it."""
     if not isinstance(splits, Splits):
         raise DataError(f"{name}.read returned a {type(splits).__name__}; return Splits(train=[Row(...), ...], ...)")
     for split, rows in vars(splits).items():

@@ -1,7 +1,7 @@
 """Rows and splits, and the rule that no problem is in two splits.
 
 A problem is identified by its question, not by its place in a file: data sets repeat questions, and a problem on both sides of a
-split would be trained on and then tested. Where a question does not say it all, as that of a game, `Row.task` does.
+split would be trained on and then tested. Where a question does not identify the problem, as in a game, `Row.task` does.
 """
 
 import random
@@ -19,7 +19,7 @@ from hybrid_lightning.errors import ConfigError, DataError
 class Row:
     """One problem as a source gives it, before it is formatted into a prompt."""
 
-    question: str  # identifies the problem: must contain everything that tells it from other problems, or else `task` must
+    question: str  # identifies the problem: must contain everything that tells it from other problems, unless `task` does
     answer: str | None = None  # the reference answer alone, None where the data has none
     index: int = 0  # number of the row in its source, from 0; unique within a split and set
     source: str = ""  # where the row comes from, for error messages
@@ -30,7 +30,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What copies of a problem have in common (see `problem_key`)."""
+        """Key that all copies of a problem have in common (see `problem_key`)."""
         return problem_key(self.question), self.task
 
     @property
@@ -97,7 +97,7 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Raise ConfigError if a fraction is not a share, or both leave nothing to train on."""
+    """Raise ConfigError if a fraction is not a share, or if the two leave nothing to train on."""
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise ConfigError(f"{name}={value}; give a share of the rows between 0 and 1, such as 0.1")
@@ -109,7 +109,7 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
 
 
 def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
-    """Drop training rows whose question is also in validation or test, and validation rows whose question is also in test.
+    """Drop training rows with a question of validation or test, and validation rows with a question of the test.
 
     Returns:
         Splits without shared problems, and the number of rows dropped from `train` and from `validation`.

@@ -18,8 +18,8 @@ from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreac
 class FileSource(TableSource):
     r"""Problems from local JSONL, JSON, CSV or Parquet files (text also in `.gz`), one file per split.
 
-    Training rows whose question is also in `validation` or `test` are dropped, and their number is shown. Splits without a file
-    can be split off from `train` with `validation_fraction` and `test_fraction`.
+    Training rows with a question that is also in `validation` or `test` are dropped, and their number is shown. Without a file
+    for a split, split it off from `train` with `validation_fraction` and `test_fraction`.
 
     Args:
         train: Path of the training file; None for no training rows.
@@ -48,7 +48,7 @@ class FileSource(TableSource):
 class RowsSource(TableSource):
     r"""Problems from rows in memory: lists of dicts, or a `datasets.Dataset` for each split.
 
-    Training rows whose question is also held out are dropped, and fractions split off, as by `FileSource`.
+    As in `FileSource`, training rows with a held-out question are dropped, and fractions are split off.
 
     Args:
         train: Training rows, each a dict from column to cell; None for none.
@@ -126,7 +126,7 @@ class HubSource(TableSource):
         )
 
     def read_tables(self) -> dict[str, tuple[str, Table]]:
-        """Read each split that is named; what is not in the cache is downloaded."""
+        """Read each split that is named; downloads what is not in the cache."""
         return {
             parameter.removesuffix("_split"): (f"{self.path} {split}", self._read(parameter, split))
             for parameter, split in self.hub_splits
@@ -168,7 +168,7 @@ def read_hub_split(
 
 
 def _check_revision(hub: HubRepository, data: Any) -> None:
-    """Refuse a cached data set of another revision: offline, `datasets` takes the one used last, whichever is asked for."""
+    """Refuse a cached data set of another revision: offline, `datasets` uses the one used last, whichever was requested."""
     assert hub.revision is not None
     kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub.id, repo_type="dataset"), "refs", hub.revision)
     commit = kept.read_text() if kept.is_file() else hub.revision
@@ -176,7 +176,7 @@ def _check_revision(hub: HubRepository, data: Any) -> None:
         raise DataError(hub.not_in_cache())
 
 
-# Message of `datasets` about a mistake in the config -> message that says what to change.
+# Message of `datasets` about a mistake in the config -> message that names the remedy.
 _DATASETS_MESSAGES = (
     (
         r"BuilderConfig '.*?' not found\. Available: \[(.*?)\]",

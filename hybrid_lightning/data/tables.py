@@ -1,9 +1,9 @@
-"""Read the rows of a local file, and write their cells as text: in the same way for answers, templates and error messages.
+"""Read the rows of a local file, and write their cells as text in one way for answers, templates and error messages.
 
-JSON and CSV are read by the standard library and Parquet by `datasets`. The JSON and CSV readers of `datasets` infer types:
-they turn the text "2020-01-01" into a timestamp and an integer beyond 64 bits into a rounded float, shift the columns of a CSV
-file whose rows all have one field too many, and do not name the line that they cannot read. An answer must not be changed by
-reading it.
+JSON and CSV are read by the standard library and Parquet by `datasets`. The JSON and CSV readers of `datasets` infer types: they
+turn the text "2020-01-01" into a timestamp and an integer beyond 64 bits into a rounded float. They also shift the columns of a
+CSV file if all its rows have one field too many, and do not name the line that they cannot read. Reading must not change an
+answer.
 """
 
 import csv
@@ -25,7 +25,7 @@ EXACT_FLOAT = 2.0**53  # from here on, a float cannot represent every integer
 def read_table(name: str, path: str) -> Table:
     """Read a JSONL, JSON, CSV or Parquet file; a `.gz` file is unpacked. Cells of a CSV file are text, exactly as in the file.
 
-    `name` is that of the parameter that holds the path, which is relative to the working directory.
+    `name` is the name of the parameter that holds the path, which is relative to the working directory.
 
     Raises:
         DataError: If the file is missing, of another type, malformed (the message names the line) or without rows.
@@ -171,7 +171,7 @@ def has_image(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(has_image, value))
     if isinstance(value, dict):
-        is_file = value.keys() == {"bytes", "path"}  # that has not been decoded
+        is_file = value.keys() == {"bytes", "path"}  # a file that has not been decoded
         return is_file or value.get("type") in ("image", "image_url") or any(map(has_image, value.values()))
     return type(value).__module__.startswith("PIL.")
 

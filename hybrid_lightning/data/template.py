@@ -17,7 +17,7 @@ _PLACEHOLDER = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
 def template_fields(name: str, template: str) -> list[str]:
-    """Names of the columns that a template uses, which is the value of the parameter `name`.
+    """Names of the columns that a template uses; the template is the value of the parameter `name`.
 
     Raises:
         ConfigError: If the braces do not match, or a placeholder is more than a column or an entry of one.
@@ -41,7 +41,7 @@ def template_fields(name: str, template: str) -> list[str]:
 
 
 def fill_template(name: str, template: str, values: Mapping[str, Any], where: str) -> str:
-    """Fill a template, the value of the parameter `name`, with the columns of a row, name -> value; `where` says which row it is.
+    """Fill a template, the value of the parameter `name`, with the columns of a row, name -> value; `where` names the row.
 
     Raises:
         ConfigError: If the template uses a column that the row does not have.
@@ -62,7 +62,7 @@ def fill_template(name: str, template: str, values: Mapping[str, Any], where: st
             )
         try:
             value = _entry(values[column], match["keys"])
-            is_options = isinstance(value, (list, tuple, dict))  # which are written one per line
+            is_options = isinstance(value, (list, tuple, dict))  # options are written one per line
             text.append(lettered_options(options_of(value)[0]) if is_options else to_text(value))
         except ValueError as error:
             remedy = f"correct {name} or the row" if match["keys"] else "correct or remove the row"
@@ -71,7 +71,7 @@ def fill_template(name: str, template: str, values: Mapping[str, Any], where: st
 
 
 def _entry(value: Any, keys: str) -> Any:
-    """Entry of a cell that brackets such as `[text][0]` take."""
+    """The entry of a cell that brackets such as `[text][0]` select."""
     for key in re.findall(r"\[([^\[\]]+)\]", keys):
         value = parse_cell(value)
         if isinstance(value, dict):

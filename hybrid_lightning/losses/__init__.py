@@ -1,8 +1,8 @@
 """Policy losses. Swap them by class, or write your own from `PolicyLoss` and the functions in `functional`.
 
 Two parts weight the policy term of any policy loss: importance corrections (`correction`) and the choice of tokens by their
-entropy (`top_entropy`). What is learned from a teacher (`distillation`) is added to it. `SupervisedLoss` and `DPOLoss` train on
-completions that the data has.
+entropy (`top_entropy`). The signal of a teacher (`distillation`) is added to the loss. `SupervisedLoss` and `DPOLoss` train on
+completions from the data.
 """
 
 from hybrid_lightning.losses.correction import (

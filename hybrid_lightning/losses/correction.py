@@ -1,20 +1,21 @@
-"""Importance corrections: weights for tokens or sequences whose sampling probability differs from the one computed in training.
+"""Importance corrections: weights for tokens or sequences with different probabilities in sampling and in training.
 
     w = bound(pi(token) / mu(token)),        loss = aggregate(w * policy_term + kl_coef * kl)
 
-pi and mu are the probabilities of a token under the same weights, those that sampled it: pi as the training forward pass computes
-it, mu as the sampler computed it. In exact arithmetic pi = mu. In bfloat16, with weights merged for sampling, or with another
-inference engine they differ, so that the gradient is that of an off-policy objective (Yao et al., "Your efficient RL framework
-secretly brings you off-policy RL training", 2025, which truncates the ratio of each token). The weight w has no gradient, and
-does not change the KL term.
+pi and mu are the probabilities of a token under the same weights, the ones that sampled it: pi as the training forward pass
+computes it, mu as the sampler computed it. In exact arithmetic pi = mu. They differ in bfloat16, with weights merged for
+sampling, or with another inference engine, and the gradient then belongs to an off-policy objective (Yao et al., "Your efficient
+RL framework secretly brings you off-policy RL training", 2025, which truncates the ratio of each token). The weight w has no
+gradient, and does not change the KL term.
 
 The four classes are the modes of TRL's `vllm_importance_sampling_mode`, with `cap` for its `clip_max` and `floor` for its
 `clip_min`. They take the ratio of each token, or the product of the ratios over a sequence, and either truncate it to the bounds
-or set it to 0 outside of them (by token and with both bounds, that is IcePop). Discarded tokens stay in the loss's denominators,
-as in TRL.
+or set it to 0 outside them (by token and with both bounds, this is IcePop). Discarded tokens stay in the loss's denominators, as
+in TRL.
 
-The metric `sampling/logp_difference/mean` shows whether a correction is worth having: in float32 it is about 1e-6, and w is 1; in
-bfloat16 it was 0.02 for SmolLM2-135M, where the w of a token was at most 1.3, so that a cap of 2 cuts only what has gone wrong.
+The metric `sampling/logp_difference/mean` shows whether a correction is worth having. In float32 it is about 1e-6, and w is 1. In
+bfloat16 it was 0.02 for SmolLM2-135M, where the w of a token was at most 1.3, so a cap of 2 cuts only ratios that have gone
+wrong.
 With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollouts.sampling_logprobs`): truncation is not corrected.
 """
 
@@ -45,7 +46,7 @@ class ImportanceCorrection(Configurable, ABC):
 
     @abstractmethod
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """Weights from log(pi / mu) of each token, [B, T], which has no gradient and is 0 outside the mask.
+        """Weights from log(pi / mu) of each token, [B, T]; the log-ratio has no gradient and is 0 outside the mask.
 
         Returns:
             One weight for each token, [B, T], or for each sequence, [B]; 1 where the ratio is 1. Padding may hold anything.
@@ -68,7 +69,7 @@ class ImportanceCorrection(Configurable, ABC):
 
 
 class BoundedCorrection(ImportanceCorrection):
-    """Base class of the four corrections, with the bounds of the ratio.
+    """Base class of the four corrections, which holds the bounds of the ratio.
 
     Args:
         cap: Largest ratio. The product over a long sequence needs more room than the ratio of a token (TRL's default is 3).
@@ -87,11 +88,11 @@ class BoundedCorrection(ImportanceCorrection):
         self.cap, self.floor = cap, floor
 
     def truncated(self, ratio: Tensor) -> Tensor:
-        """The ratio, set to the nearer bound where it lies outside of the bounds."""
+        """The ratio, set to the nearer bound if it is outside the bounds."""
         return ratio.clamp(self.floor, self.cap)
 
     def discarded(self, ratio: Tensor) -> Tensor:
-        """The ratio, set to 0 where it lies outside of the bounds."""
+        """The ratio, set to 0 if it is outside the bounds."""
         return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
 
 
@@ -104,7 +105,7 @@ class TokenTruncation(BoundedCorrection):
 
 
 class TokenMask(BoundedCorrection):
-    """The ratio of each token; a token outside of the bounds has weight 0."""
+    """The ratio of each token; a token outside the bounds has weight 0."""
 
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
         """One weight for each token, [B, T]."""
@@ -120,7 +121,7 @@ class SequenceTruncation(BoundedCorrection):
 
 
 class SequenceMask(BoundedCorrection):
-    """The ratio of each sequence; a sequence outside of the bounds has weight 0. TRL's default."""
+    """The ratio of each sequence; a sequence outside the bounds has weight 0. TRL's default."""
 
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
         """One weight for each sequence, [B]."""

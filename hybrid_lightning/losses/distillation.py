@@ -24,7 +24,7 @@ class Distillation(Configurable):
     """Base class of the ways to learn from a teacher.
 
     Args:
-        coef: Weight beside the other terms of the loss.
+        coef: Weight relative to the other terms of the loss.
     """
 
     of_distributions = False  # whether the teacher's whole distributions are needed
@@ -43,8 +43,8 @@ class Divergence(Distillation):
     """Base class of divergences over the vocabulary; a subclass defines `of_logprobs`.
 
     Args:
-        top_k: Compare so many tokens alone, the most probable ones under the distribution that weighs the divergence, and all
-            others as if they were one; 0 compares the whole vocabulary.
+        top_k: Compare only this many tokens, the most probable ones under the distribution that weights the divergence, and treat
+            all others as one token; 0 compares the whole vocabulary.
     """
 
     of_distributions = True
@@ -60,10 +60,10 @@ class Divergence(Distillation):
 
     @abstractmethod
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence of each token, [K] in nats, from log-probabilities [K, V], of which the policy's have a gradient."""
+        """The divergence of each token, [K] in nats, from log-probabilities [K, V]; the policy's have a gradient."""
 
     def __call__(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        """`of_logprobs`, of the `top_k` tokens and the rest where that is set."""
+        """`of_logprobs`, over the `top_k` tokens and the rest if `top_k` is set."""
         if 0 < self.top_k < policy.shape[1]:
             kept = (teacher if self.weighed_by_teacher else policy.detach()).topk(self.top_k, dim=1).indices
             policy, teacher = _with_rest(policy.gather(1, kept)), _with_rest(teacher.gather(1, kept))
@@ -79,7 +79,7 @@ class ReverseKL(Divergence):
 
 
 class ForwardKL(Divergence):
-    """KL(q, p) = sum q (log q - log p): what supervised training on the teacher's own tokens would minimise here."""
+    """KL(q, p) = sum q (log q - log p): the quantity that supervised training on the teacher's own tokens would minimise here."""
 
     weighed_by_teacher = True
 

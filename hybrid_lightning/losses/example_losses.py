@@ -1,4 +1,4 @@
-"""Losses on completions that the data has: supervised fine-tuning, and direct preference optimisation (DPO).
+"""Losses on completions from the data: supervised fine-tuning, and direct preference optimisation (DPO).
 
 Axes: E examples of R completions each (`rows_per_example`), which are neighbouring rows of [E * R, T].
 
@@ -25,7 +25,7 @@ class ExampleLoss(Configurable, ABC):
     """Base class of losses on given completions."""
 
     rows_per_example = 1  # R
-    # Metrics that count the examples on which the policy is ahead of the start policy: they say nothing before the first step.
+    # Metrics that count the examples on which the policy is ahead of the start policy: before the first step they mean nothing.
     shares_ahead: tuple[str, ...] = ()
 
     @property
@@ -87,7 +87,7 @@ class SupervisedLoss(ExampleLoss):
         return sampled_mask.sum(dim=1)
 
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
-        """The number of tokens in the step that are learned."""
+        """The number of trained tokens in the step."""
         return max(inputs.num_tokens, 1.0) if inputs.num_tokens is not None else inputs.sampled_mask.sum().clamp(min=1)
 
 
@@ -98,9 +98,9 @@ class DPOLoss(ExampleLoss):
         loss = -(1 - label_smoothing) log sigmoid(beta margin) - label_smoothing log sigmoid(-beta margin)
 
     Log-probabilities are sums over the tokens of a completion; `ref` is the start policy. Rows come in pairs: the chosen
-    completion, then the rejected one. Label smoothing is the conservative DPO in its authors' code: the share of pairs that are
-    assumed to be labelled the wrong way round. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite
-    sign, in `robust`; its loss `sigmoid` has no label smoothing.)
+    completion, then the rejected one. Label smoothing is the conservative DPO in its authors' code: the assumed share of pairs
+    with swapped labels. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite sign, in `robust`; its loss
+    `sigmoid` has no label smoothing.)
 
     Args:
         beta: How strongly the policy is held to the start policy.

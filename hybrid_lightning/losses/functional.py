@@ -1,15 +1,15 @@
-"""Pure functions from which policy losses are built: ratios, clipping, KL, and means with explicit denominators.
+"""Pure functions that build policy losses: ratios, clipping, KL, and means with explicit denominators.
 
 Axes: B sequences, T completion tokens (right-padded). Throughout:
 
-- `logprobs`, `old_logprobs`, `ref_logprobs`, [B, T]: log pi(token) of the policy being trained, of the one that sampled, and of
+- `logprobs`, `old_logprobs`, `ref_logprobs`, [B, T]: log pi(token) under the policy being trained, the policy that sampled, and
   the reference policy.
-- `mask`, [B, T] bool: True on sampled tokens. What is outside of it, padding and what an environment added within a completion,
-  may hold inf, nan or garbage, and contributes neither values nor gradients: `torch.where` replaces it before the arithmetic,
+- `mask`, [B, T] bool: True on sampled tokens. Values outside it (padding, and text that an environment added within a completion)
+  may be inf, nan or garbage, and contribute neither values nor gradients: `torch.where` replaces them before the arithmetic,
   since a product of 0 and inf is nan.
 - `values`: per token, [B, T], or per sequence, [B].
-- A mean is the share of these sequences in it, a scalar: the shares of all micro-batches and ranks add up to the mean, whose
-  denominators (`num_sequences`, `num_tokens`, `max_tokens`, ...) count all of them. None counts those that are here.
+- A mean is the share of these sequences in it, a scalar: the shares of all micro-batches and ranks add up to the mean. Its
+  denominators (`num_sequences`, `num_tokens`, `max_tokens`, ...) count all of them; None counts only the ones in this call.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 MAX_LOG_RATIO = 40.0
 """Larger log-ratios are clamped to this, without gradient: exp(89) overflows float32, and inf * 0 in the backward pass is nan.
-The square of exp(40) still fits float32, as gradient norms require. TRL has no such bound; below it nothing differs."""
+The square of exp(40) still fits float32, as gradient norms require. TRL has no such bound; below it the results are equal."""
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -68,9 +68,9 @@ def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 def off_policy_mistakes(
     logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float
 ) -> Tensor:
-    """Which sequences of A < 0 are less likely than when they were sampled by more than `threshold` nats per token, [B] bool.
+    """Which sequences with A < 0 became less likely by more than `threshold` nats per token since they were sampled, [B] bool.
 
-    With advantages of tokens, [B, T], which tokens of A < 0 are in such a sequence, [B, T].
+    With advantages of tokens, [B, T]: which tokens with A < 0 are in such a sequence, [B, T].
     """
     divergence = sequence_means(log_ratio(sampling_logprobs, logprobs.detach(), mask), mask)
     return (advantages < 0) & per_sequence_as(advantages, divergence > threshold)
@@ -83,7 +83,7 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     http://joschu.net/blog/kl-approx.html; GRPO, equation 4).
     """
     difference = log_ratio(ref_logprobs, logprobs, mask).clamp(max=MAX_LOG_RATIO)
-    return torch.expm1(difference) - difference  # exp(d) - 1 would round all of a small d away
+    return torch.expm1(difference) - difference  # exp(d) - 1 would round a small d away
 
 
 def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_over_sequences(values: Tensor, num_sequences: float | None = None) -> Tensor:
-    """Mean over sequences, empty ones included, of a value of each, [B]."""
+    """Mean over sequences, empty ones included, of one value per sequence, [B]."""
     return values.sum() / _denominator(num_sequences, len(values))
 
 
@@ -110,7 +110,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = No
 def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_sequences: float | None = None) -> Tensor:
     """Mean over all positions that a completion could fill (Dr. GRPO).
 
-    `max_tokens` positions of a sequence may be more than T; those without a token count as 0.
+    `max_tokens` positions of a sequence may be more than T; positions without a token count as 0.
     """
     return mean_over_sequences(torch.where(mask, values, 0.0).sum(dim=1), num_sequences) / _denominator(max_tokens, 1)
 
@@ -118,7 +118,7 @@ def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_seq
 def mean_of_micro_batch_means(
     values: Tensor, mask: Tensor, micro_batch_tokens: float | None = None, num_micro_batches: float | None = None
 ) -> Tensor:
-    """Mean over micro-batches (None: one) of the mean over the tokens of one, of which these rows are a part (TRL's "bnpo")."""
+    """Mean over micro-batches (None: one) of their mean over tokens, where these rows are part of one (TRL's "bnpo")."""
     return mean_over_tokens(values, mask, micro_batch_tokens) / _denominator(num_micro_batches, 1)
 
 
@@ -128,16 +128,16 @@ def per_token(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def per_sequence_as(like: Tensor, values: Tensor) -> Tensor:
-    """Reshape values per sequence, [B], so that they broadcast against `like`, which is [B, T] or [B]; [B, T] stays unchanged."""
+    """Reshape values per sequence, [B], to broadcast against `like`, which is [B, T] or [B]; [B, T] stays unchanged."""
     return values.unsqueeze(1) if like.dim() == 2 and values.dim() == 1 else values
 
 
 def any_advantage(advantages: Tensor) -> Tensor:
-    """Which sequences have an advantage that is not 0, [B] bool, from those of sequences, [B], or of tokens, [B, T]."""
+    """Which sequences have an advantage that is not 0, [B] bool, from advantages per sequence, [B], or per token, [B, T]."""
     return advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(dim=1)
 
 
 def _denominator(count: float | None, here: int) -> float:
-    """The given count, or else the count here; never 0, so that a mean over nothing is 0 and not nan."""
+    """The given count, or the count here if it is None; never 0, so that a mean over nothing is 0 and not nan."""
     count = float(here) if count is None else count
     return count if count > 0 else 1.0

@@ -13,16 +13,16 @@ and |o| the number of tokens of a sequence:
 Departures from the paper: two clip ranges (equal by default); an optional dual clip on r; kl_coef is 0 by default instead of
 0.04, because later work with verifiable rewards found the term unnecessary (DAPO, Dr. GRPO) and it costs a reference forward
 pass; an optional importance weight on the KL; an optional entropy bonus. The mean over sequences is over all sequences of the
-optimizer step instead of one group, which for groups of equal size is the paper's mean over groups.
+optimizer step instead of one group. For groups of equal size this is the paper's mean over groups.
 
 `DAPOLoss`: Decoupled Clip and Dynamic Sampling Policy Optimization (arXiv 2503.14476, equation 8).
 
     L = 1/(sum over sequences of |o|) sum over sequences sum_t c_t
 
 The class is the paper's objective: a clip range that is wider above ("clip-higher", 0.2 and 0.28), and the same weight for every
-token of the optimizer step, so that a long completion weighs more than a short one. The other parts of the paper's recipe are
-elsewhere: dynamic sampling is `PolicyModule.dynamic_sampling`, overlong filtering is `PolicyModule.mask_truncated_completions`,
-and the soft overlong punishment is the reward `OverlongPenalty`.
+token of the optimizer step, so that a long completion weighs more than a short one. The other parts of the paper's recipe have
+their own options: dynamic sampling is `PolicyModule.dynamic_sampling`, overlong filtering is
+`PolicyModule.mask_truncated_completions`, and the soft overlong punishment is the reward `OverlongPenalty`.
 
 Departures: the denominator is the number of tokens in the whole optimizer step, over its micro-batches and ranks. The paper's sum
 is over one group. TRL divides by the average over the steps of a generation batch (tokens of the batch / its steps), so that a
@@ -46,18 +46,18 @@ Departures: an optional dual clip, KL term (the paper has none) and entropy bonu
 
     L = mean over micro-batches of 1/(tokens of the micro-batch) sum_t c_t
 
-This is the only loss here whose gradient depends, by definition, on how a step is split into micro-batches. With one completion
-per micro-batch it is `GRPOLoss`, and with the whole step in one micro-batch it is `DAPOLoss` (at the same clip range); in
-between, a token weighs more if it shares its micro-batch with short completions. The loss is here to reproduce results that were
-obtained with it. Use `DAPOLoss` for a gradient that does not depend on devices and `accumulate_grad_batches`.
+By definition, the gradient of this loss depends on how a step is split into micro-batches; no other loss here has this property.
+With one completion per micro-batch it is `GRPOLoss`, and with the whole step in one micro-batch it is `DAPOLoss` (at the same
+clip range); in between, a token weighs more if it shares its micro-batch with short completions. Use this loss to reproduce
+results that were obtained with it. Use `DAPOLoss` for a gradient that does not depend on devices and `accumulate_grad_batches`.
 
-A micro-batch is what Lightning hands to `training_step`: the rows of a step divided by `accumulate_grad_batches` and devices.
-Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage are not left
-out, since their tokens count in the denominator. Truncated completions that are masked do leave their micro-batch, and the
+A micro-batch is the batch that Lightning passes to `training_step`: the rows of a step divided by `accumulate_grad_batches` and
+devices. Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage are not
+left out, since their tokens count in the denominator. Truncated completions that are masked do leave their micro-batch, and the
 remaining rows of the step are distributed evenly over its micro-batches; in TRL they stay in their micro-batch, without tokens.
 
-Departures from TRL: an optional dual clip, and an entropy bonus with the denominator of the whole step. The paper of this name
-(arXiv 2506.02864) is about something else: it normalises rewards by a Beta distribution.
+Departures from TRL: an optional dual clip, and an entropy bonus with the denominator of the whole step. The paper with this name
+(arXiv 2506.02864) has another topic: it normalises rewards by a Beta distribution.
 """
 
 import warnings
@@ -71,7 +71,7 @@ from hybrid_lightning.losses.policy_loss import ClippedLoss
 from hybrid_lightning.types import LossInputs
 
 # Published clip ranges are 0.1 to 0.3 for the ratios of tokens, and about 4e-4 for GSPO. The ratio of a single token easily moves
-# by more than 1% in one update: with a smaller range most tokens would be clipped after the first minibatch, and the policy would
+# by more than 1% in one update. With a smaller range most tokens would be clipped after the first minibatch, and the policy would
 # hardly learn, without any message.
 SMALLEST_CLIP = 0.01
 
@@ -79,10 +79,10 @@ SMALLEST_CLIP = 0.01
 class TokenClippedLoss(ClippedLoss):
     """Base class of losses with the clipped surrogate and one importance ratio per token.
 
-    Arguments are those of `ClippedLoss`; a subclass may define another aggregation.
+    Takes the arguments of `ClippedLoss`; a subclass may define another aggregation.
 
     Raises:
-        ConfigError: If a value is out of its range, or the clip range is one for GSPO.
+        ConfigError: If a value is out of its range, or the clip range was meant for GSPO.
     """
 
     def check_range(self) -> None:
@@ -108,7 +108,7 @@ class GRPOLoss(TokenClippedLoss):
         **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
-        ConfigError: If a value is out of its range, or the clip range is one for GSPO.
+        ConfigError: If a value is out of its range, or the clip range was meant for GSPO.
     """
 
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, **others: Any) -> None:
@@ -124,10 +124,11 @@ class DAPOLoss(TokenClippedLoss):
         **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
-        ConfigError: If a value is out of its range, or the clip range is one for GSPO.
+        ConfigError: If a value is out of its range, or the clip range was meant for GSPO.
 
     Warns:
-        UserWarning: If the range is not wider above, as when a class switched on the command line keeps the range of `GRPOLoss`.
+        UserWarning: If the range is not wider above, for example because a class switched on the command line keeps the range of
+            `GRPOLoss`.
     """
 
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, **others: Any) -> None:
@@ -147,7 +148,7 @@ class DAPOLoss(TokenClippedLoss):
 class DrGRPOLoss(GRPOLoss):
     """Clipped surrogate with one importance ratio per token; sum over tokens / (sequences x longest possible completion).
 
-    Arguments and errors are those of `GRPOLoss`. A `PolicyModule` warns if its advantages are divided by the standard
+    Arguments and errors are the same as in `GRPOLoss`. A `PolicyModule` warns if its advantages are divided by the standard
     deviation of the group.
     """
 
@@ -170,7 +171,7 @@ class DrGRPOLoss(GRPOLoss):
 class BNPOLoss(GRPOLoss):
     """Clipped surrogate with one importance ratio per token; mean over micro-batches of the mean over their tokens.
 
-    Arguments and errors are those of `GRPOLoss`.
+    Arguments and errors are the same as in `GRPOLoss`.
     """
 
     policy_term_ignores_zero_advantage = False  # its tokens count in the denominator of its micro-batch

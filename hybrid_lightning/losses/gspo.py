@@ -11,18 +11,18 @@ an optional dual clip on s, and an optional entropy bonus. The mean over sequenc
 
 With one minibatch per rollout s is exactly 1, and nothing is ever clipped: use several.
 
-`GSPOTokenLoss` (GSPO-token, equations 13 and 14) has a gradient of its own for each token:
+`GSPOTokenLoss` (GSPO-token, equations 13 and 14) has a separate gradient for each token:
 
     L = mean over sequences of (1/|o|) sum_t [ -min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A) + kl_coef k3_t ]
     s_t = sg[s] exp(l_t - sg[l_t]),      sg = without gradient
 
-The value of each s_t is the s of the sequence, so that either all tokens of a sequence are clipped or none. As long as they also
-share one advantage, the loss and its gradient are those of `GSPOLoss`. The two differ if tokens have different weights, from an
-importance correction per token or from `TopEntropyMask`: this class then stops the gradient of exactly the tokens that are left
-out, whereas `GSPOLoss` scales the gradient of all of them. Advantages of tokens, as `model.credit=turn` gives them, are what
-GSPO-token is for (A_t in place of A): `GSPOLoss` refuses them.
+The value of each s_t is the s of the sequence, so either all tokens of a sequence are clipped or none. As long as they also share
+one advantage, the loss and its gradient equal `GSPOLoss`. The two differ if tokens have different weights, from an importance
+correction per token or from `TopEntropyMask`: this class then stops the gradient of exactly the tokens that are left out, whereas
+`GSPOLoss` scales the gradient of all of them. GSPO-token exists for advantages of tokens, as `model.credit=turn` gives them (A_t
+in place of A): `GSPOLoss` refuses them.
 
-Departures: those of `GSPOLoss`; with `kl_importance_weight` the KL of a token is multiplied by its s_t.
+Departures: the same as in `GSPOLoss`; with `kl_importance_weight` the KL of a token is multiplied by its s_t.
 """
 
 from typing import Any
@@ -34,13 +34,13 @@ from hybrid_lightning.losses.functional import sequence_ratio, token_ratio
 from hybrid_lightning.losses.policy_loss import ClippedLoss
 from hybrid_lightning.types import LossInputs
 
-# Published clip ranges are 3e-4 to 4e-4 for GSPO, and 0.1 or more for GRPO. log s is an average over the tokens of a completion,
-# and so small that a range of GRPO's size never clips anything. Only completions of a few tokens need more than a thousandth.
+# Published clip ranges are 3e-4 to 4e-4 for GSPO, and 0.1 or more for GRPO. log s is an average over the tokens of a completion.
+# It is so small that a range of GRPO's size never clips anything. Only completions of a few tokens need more than a thousandth.
 CLIP_LIMIT = 0.1
 
 
 class SequenceClippedLoss(ClippedLoss):
-    """Clipped surrogate with one length-normalised importance ratio per sequence. A subclass says whose gradient it has.
+    """Clipped surrogate with one length-normalised importance ratio per sequence; a subclass defines the ratio and its gradient.
 
     Args:
         clip_low: Where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
@@ -48,7 +48,7 @@ class SequenceClippedLoss(ClippedLoss):
         **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
-        ConfigError: If a value is out of its range, or the clip range is one for GRPO.
+        ConfigError: If a value is out of its range, or the clip range was meant for GRPO.
     """
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, **others: Any) -> None:
@@ -67,7 +67,7 @@ class SequenceClippedLoss(ClippedLoss):
 class GSPOLoss(SequenceClippedLoss):
     """Clipped surrogate with one length-normalised importance ratio per sequence; mean over sequences.
 
-    Arguments and errors are those of `SequenceClippedLoss`.
+    Arguments and errors are the same as in `SequenceClippedLoss`.
     """
 
     takes_token_advantages = False  # one ratio weighs one advantage, and a clip has one side
@@ -80,7 +80,7 @@ class GSPOLoss(SequenceClippedLoss):
 class GSPOTokenLoss(SequenceClippedLoss):
     """Clipped surrogate with one ratio per sequence and one gradient per token; mean over sequences of the mean over tokens.
 
-    Arguments and errors are those of `SequenceClippedLoss`.
+    Arguments and errors are the same as in `SequenceClippedLoss`.
     """
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:

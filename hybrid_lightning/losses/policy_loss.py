@@ -1,30 +1,31 @@
-"""`PolicyLoss`: base class of policy losses, with everything that they share, so that a new one is a class of about ten lines.
+"""`PolicyLoss`: base class of policy losses with their common parts, so that a new loss is a class of about ten lines.
 
     loss = aggregate(importance_weights * policy_term + kl_coef * kl + divergence) - entropy_coef * entropy
 
 Axes: B sequences, T completion tokens (right-padded).
 
 A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
-`policy_metrics`. The base class checks the inputs, casts half precision to float32, sets what was not sampled to 0, adds the KL
-and entropy terms, and computes the metrics. `ClippedLoss` is the base class of losses with a clip.
+`policy_metrics`. The base class checks the inputs, casts half precision to float32, sets tokens that were not sampled to 0, adds
+the KL and entropy terms, and computes the metrics. `ClippedLoss` is the base class of losses with a clip.
 
-Shares. A call returns the *share* of its sequences in the optimizer step's loss: the denominators count the whole step
-(`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss, and how a step
-is split never changes its gradient. Metrics are shares, too (see `shares`).
+Shares. A call returns the *share* of its sequences in the optimizer step's loss. The denominators count the whole step
+(`LossInputs.num_sequences`, `num_tokens`), so the shares of all micro-batches and ranks add up to the loss, and the split of a
+step never changes its gradient. Metrics are shares, too (see `shares`).
 
 The KL estimate is k3 (see `functional.k3_kl`) as in GRPO (arXiv 2402.03300, equation 4): inside the aggregation, outside the
 clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old policy
 sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
 The entropy bonus is the mean entropy of the policy over all sampled tokens of the optimizer step, whatever the aggregation, so
-that its weight means the same for every loss (as in TRL, whose mean is over a micro-batch; verl aggregates it like the loss).
+that its weight means the same for every loss (as in TRL, except that TRL's mean is over a micro-batch; verl aggregates it like
+the loss).
 
 Importance weights are optional. They correct for a sampler that differs a little from the policy (see `correction`), or leave
 tokens out (see `top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy
 bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
 
-The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) leaves completions
-out of the policy term that have A < 0 and that the current policy would hardly sample:
+The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) removes completions
+from the policy term if they have A < 0 and the current policy would hardly sample them:
 
     M = 0 if A < 0 and (1/|o|) sum_t (l_sampled_t - l_t) > off_policy_mask_threshold; else 1
 
@@ -54,8 +55,8 @@ class PolicyLoss(Configurable, ABC):
         kl_coef: Weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
         kl_importance_weight: Multiply the KL by the importance ratio, gradient included.
         entropy_coef: Weight of the entropy bonus; 0 leaves it out, and costs nothing.
-        off_policy_mask_threshold: Completions with A < 0 get no policy gradient if their tokens are on average less likely than
-            when they were sampled by more than this, in nats (see the head of this file); None for no such mask.
+        off_policy_mask_threshold: Completions with A < 0 get no policy gradient if their tokens have become less likely since
+            they were sampled by more than this on average, in nats (see the head of this file); None for no such mask.
 
     Raises:
         ConfigError: If a weight is negative or not finite, or the threshold not positive.
@@ -119,7 +120,7 @@ class PolicyLoss(Configurable, ABC):
 
     @abstractmethod
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss before KL and aggregation, and the importance ratio: each of tokens, [B, T], or of sequences, [B].
+        """The loss before KL and aggregation, and the importance ratio: one per token, [B, T], or one per sequence, [B].
 
         All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
         anything. `old_logprobs` come from the inputs, or where these have none are the current ones without gradient, [B, T].
@@ -248,7 +249,7 @@ class ClippedLoss(PolicyLoss):
         self.check_range()
 
     def check_range(self) -> None:
-        """Raise ConfigError if the clip range is none for the ratio of this loss; by default any is."""
+        """Raise ConfigError if the clip range does not suit the ratio of this loss; by default every range does."""
 
     @abstractmethod
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
@@ -260,14 +261,14 @@ class ClippedLoss(PolicyLoss):
         return F.clipped_surrogate(ratio, inputs.advantages, self.clip_low, self.clip_high, self.dual_clip), ratio
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """The shares clipped below, above and either way (as in TRL); of tokens, or of sequences if these have one ratio each."""
+        """The shares clipped below, above and either way (as in TRL): of tokens, or of sequences if the ratio is per sequence."""
         low, high = F.clip_flags(ratio, inputs.advantages, self.clip_low, self.clip_high)
         flags = {"low": low, "high": high, "region": low | high}
         return {f"clip_ratio/{name}_mean": share(flag.to(ratio.dtype), inputs) for name, flag in flags.items()}
 
 
 def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_entropy: bool) -> None:
-    """Raise ConfigError for inputs that are missing, or would broadcast to something that is not meant."""
+    """Raise ConfigError for inputs that are missing, or that would broadcast to an unintended shape."""
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
@@ -290,7 +291,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
 
 
 def clean_inputs(inputs: LossInputs) -> LossInputs:
-    """Cast to float32 at least, set what was not sampled to 0, and detach what needs no gradient."""
+    """Cast to float32 at least, set tokens that were not sampled to 0, and detach tensors that need no gradient."""
     dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
 
     def unpad(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Shares: what a micro-batch on a rank contributes to a value of the whole optimizer step, and how shares are joined.
+"""Shares: the contribution of a micro-batch on a rank to a value of the whole optimizer step, and how shares are joined.
 
-The denominator of a share counts the whole step, so that the shares add up to the value. Metrics whose names end in "/max" or
-"/min" are extremes instead, which are joined as such.
+The denominator of a share counts the whole step, so that the shares add up to the value. Metrics with names in "/max" or "/min"
+are extremes instead, and are joined as extremes.
 """
 
 import math
@@ -17,7 +17,7 @@ from hybrid_lightning.types import LossInputs
 def share(values: Tensor, inputs: LossInputs) -> Tensor:
     """Share of values in a mean over the optimizer step: over its tokens for [B, T], over its sequences for [B].
 
-    If some sequences do not take part in the update, the mean is over those that do.
+    If some sequences do not contribute to the update, the mean is over the ones that do.
     """
     if values.dim() == 2:
         tokens = inputs.num_tokens if inputs.updated_tokens is None else inputs.updated_tokens
@@ -45,7 +45,7 @@ def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
 def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join the metrics of several parts of an optimizer step: extremes for names in "/max" or "/min", sums for all others.
 
-    The parts were computed with the step's denominators; what is returned is a share again if the step has more of them.
+    The parts were computed with the step's denominators; if the step has more parts, the result is again a share.
 
     Example:
         >>> parts = [{"kl": torch.tensor(0.5), "ratio/max": torch.tensor(2.0)}, {"kl": torch.tensor(0.25)}]
@@ -67,5 +67,5 @@ def join_metric(name: str, one: Tensor, other: Tensor) -> Tensor:
 
 
 def is_extreme(name: str) -> bool:
-    """Whether the values of a metric of this name are joined by the largest or smallest of them instead of the sum."""
+    """Whether the values of a metric with this name are joined by their largest or smallest instead of their sum."""
     return name.endswith(("/max", "/min"))

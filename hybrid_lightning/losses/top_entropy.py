@@ -2,18 +2,18 @@
 
     L = aggregate( 1[H_t >= threshold] policy_term_t )
 
-H_t is the entropy of the distribution from which token t was drawn, after the temperature; the threshold is chosen so that a
-given share of the tokens reaches it. Most tokens of a solution follow from those before them. The few tokens at which it could
-fork decide what is learned: in the paper a 32B model learned more from 20% of the tokens than from all.
+H_t is the entropy of the distribution from which token t was drawn, after the temperature. The threshold is chosen so that a
+given share of the tokens reaches it. Most tokens of a solution follow from the tokens before them. The few tokens at which it
+could fork decide what is learned: in the paper a 32B model learned more from 20% of the tokens than from all.
 
 Departures from the paper:
 
 - The threshold is over all sampled tokens of the optimizer step, over its micro-batches and ranks, so that splitting a step
   changes neither the mask nor the gradient. In the paper and in TRL it is over a micro-batch.
-- Tokens of sequences without advantage, whose policy gradient is zero anyway, do not count.
-- The entropies are those of the policy that sampled, computed together with the old log-probabilities, because they must be known
-  before the first backward pass of a step. The paper takes those of the policy that is being trained. On the first minibatch of
-  a rollout, which is exactly on-policy, the two are the same, but cost a forward pass that is otherwise not needed.
+- Tokens of sequences without advantage do not count: their policy gradient is zero anyway.
+- The entropies come from the policy that sampled, computed together with the old log-probabilities, because they must be known
+  before the first backward pass of a step. The paper takes the entropies of the policy that is being trained. On the first
+  minibatch of a rollout, which is exactly on-policy, the two are the same, but cost an extra forward pass.
 
 Tokens that are left out stay in the loss's denominators (as in the paper and in TRL). The KL and the entropy bonus are over all
 tokens. All tokens at the threshold are kept. Scoring for the adapter's plan uses the gradient of all tokens.
@@ -51,13 +51,13 @@ class TopEntropyMask(Configurable):
         """The entropy that `share` of the tokens reach: the (1 - share) quantile, rounded up to the entropy of a token.
 
         Args:
-            entropies: Of all tokens that take part, in nats, [N] float32; N may be 0.
+            entropies: Entropies of all tokens that contribute, in nats, [N] float32; N may be 0.
 
         Returns:
-            The threshold: tokens whose entropy is at least this get a policy gradient.
+            The threshold: tokens with at least this entropy get a policy gradient.
         """
         if not len(entropies):
             return math.inf
-        # Not `torch.quantile`, which takes at most 16 million numbers. Subtracting 1e-9 undoes rounding, such as that of 1 - 0.7.
+        # Not `torch.quantile`, which takes at most 16 million numbers. Subtracting 1e-9 undoes rounding, such as in 1 - 0.7.
         below = math.ceil((1 - self.share) * (len(entropies) - 1) - 1e-9)
         return float(torch.sort(entropies).values[below])

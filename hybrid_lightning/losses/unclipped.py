@@ -1,4 +1,4 @@
-"""Losses with another bound than a clip on the importance ratio of each token, r_t = exp(l_t - l_old_t); sg is without gradient.
+"""Losses with a bound other than a clip on the importance ratio of each token, r_t = exp(l_t - l_old_t); sg: without gradient.
 
 `CISPOLoss`: Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
 
@@ -9,11 +9,11 @@ although its ratio leaves GRPO's range at once.
 
 `cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
 paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
-from 1: a class switched on the command line inherits arguments of the same name, and a cap of 0.28 would scale the policy term
+from 1: a class switched on the command line inherits arguments with the same name, and a cap of 0.28 would scale the policy term
 down.
 
-Departures from the paper: an optional KL term, of which the paper has none, and an optional entropy bonus; denominators as in
-`DAPOLoss`. There is no dual clip, which would add nothing to the cap.
+Departures from the paper: an optional KL term (the paper has none), and an optional entropy bonus; denominators as in `DAPOLoss`.
+There is no dual clip, which would add nothing to the cap.
 
 `SAPOLoss`: Soft Adaptive Policy Optimization (arXiv 2511.20347).
 
@@ -118,7 +118,7 @@ class SAPOLoss(PolicyLoss):
 
 
 class DPPOLoss(PolicyLoss):
-    """Mask by how far the probability of a token has moved; mean over the tokens of the optimizer step.
+    """Objective with a mask by how far each token's probability has moved; mean over the tokens of the optimizer step.
 
     Args:
         mask_low: Where A < 0, a token gets no gradient once its probability has fallen by more than this.
@@ -157,7 +157,7 @@ class DPPOLoss(PolicyLoss):
         return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """The shares of tokens masked since they fell, since they rose, and either way, by the names of clipped losses."""
+        """The shares of tokens masked because they fell, because they rose, and either way, under the names of clipped losses."""
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
         low, high = self._masked(inputs, old_logprobs)
         flags = {"low": low, "high": high, "region": low | high}

@@ -1,4 +1,4 @@
-"""What the completions of a prompt say about the policy: avg@n, pass@k, maj@k, reward, length and truncation.
+"""Metrics of a policy from the completions of a prompt: avg@n, pass@k, maj@k, reward, length and truncation.
 
 Axes: P prompts, n completions per prompt.
 
@@ -7,8 +7,8 @@ Axes: P prompts, n completions per prompt.
 - maj@k: the probability that the most frequent answer of k completions is correct (self-consistency, arXiv 2203.11171).
 
 From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) sets of k of them. That is unbiased, since each
-set is a draw of k completions. Equally frequent answers share the vote: of two, each counts half, as if one were
-drawn at random. Completions without an answer do not vote, and a set in which none has an answer is wrong.
+set is a draw of k completions. Equally frequent answers share the vote: if there are two, each counts half, as if one were drawn
+at random. Completions without an answer do not vote, and a set without any answer is wrong.
 
 For maj@k the sets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the sets
 of d completions in which t answers have v votes and none has more, together with the sum of how correct those t answers are.
@@ -35,14 +35,14 @@ def completion_values(
     finished: Tensor,
     counted: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Metrics of each prompt from its n completions that count: name -> [P] float64, nan where these are too few.
+    """Metrics of each prompt from its n completions that count: name -> [P] float64, nan where too few count.
 
     Args:
         correct: [P, n] bool.
         answers: P times n; None for completions without one.
         reward: [P, n] float.
         length: In tokens, [P, n].
-        finished: Whether a completion ended by itself, [P, n] bool; False for those cut at the maximum length.
+        finished: Whether a completion ended by itself, [P, n] bool; False for completions cut at the maximum length.
         counted: False for completions that are left out, [P, n] bool; None: all count.
     """
     samples = correct.shape[1]
@@ -98,7 +98,7 @@ def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
     Args:
         samples: Number n of completions per prompt.
         correct: Number c of correct completions of each prompt, [P].
-        k: Number of completions of which at least one has to be correct.
+        k: Number of completions. At least one of them has to be correct.
 
     Example:
         >>> pass_at_k(4, torch.tensor([0, 1, 4]), 2)
@@ -116,8 +116,8 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
 
     Args:
         answers: Answer of each of n completions, at most 1000; None for completions without one.
-        correct: Whether each completion is correct. Completions with the same answer may differ, where more than the answer is
-            rewarded; the answer then counts as correct to the share of its completions that are.
+        correct: Whether each completion is correct. Completions with the same answer may differ, if more than the answer is
+            rewarded; the answer then counts with the share of its completions that are correct.
         ks: Numbers of voters k, each from 1 to n.
 
     Example:
@@ -129,7 +129,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     for answer, right in zip(answers, correct, strict=True):
         if answer is not None:
             votes.setdefault(answer, []).append(bool(right))
-    # Of each answer: its completions, and the share of them that is correct.
+    # For each answer: the number of its completions, and the share of them that is correct.
     camps = [(len(camp), sum(camp) / len(camp)) for camp in votes.values()]
     silent = samples - sum(size for size, _ in camps)  # completions without an answer
     won = np.zeros(samples + 1)  # by size of the set: how correct the winners are, summed over all sets of that size
@@ -139,7 +139,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
 
 
 def _won_at(height: int, camps: Sequence[tuple[int, float]], silent: int, samples: int) -> np.ndarray:
-    """How correct the winners are, summed over all sets of d completions whose winners have `height` votes; [n + 1], by d."""
+    """How correct the winners are, summed over all sets of d completions with `height` votes for the winners; [n + 1], by d."""
     most_winners = samples // height
     sets = np.zeros((samples + 1, most_winners + 1))  # number of sets, by their size and their number of winners
     sets[0, 0] = 1.0

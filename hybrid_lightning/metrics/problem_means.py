@@ -6,13 +6,13 @@ independent trials:
 
     n_eff = p (1 - p) / Var(mean),    Var(mean) = sum over sets of (variance over the set's problems / its problems) / sets^2
 
-For values of 0 and 1 in one set n_eff is n, and the interval Wilson's own. It is more than n where a problem's value is a mean
-over completions and therefore varies less. A normal or bootstrap interval would have no width at all where all problems are
-solved, or none; in simulations of 10 to 100 problems it covered the truth in as few as 14% of the cases where this one covered
-it in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
+For values of 0 and 1 in one set, n_eff is n and the interval is Wilson's own. n_eff is larger than n where a problem's value is a
+mean over completions and therefore varies less. A normal or bootstrap interval would have no width at all where all problems are
+solved, or none; in simulations of 10 to 100 problems it covered the truth in as few as 14% of the cases where this one covered it
+in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
 
-The interval of a difference comes from the intervals of the two means, so that it never leaves what is possible (Newcombe, 1998:
-Statistics in Medicine 17, 873-890 for independent means, and 2635-2650 for pairs). With means p and intervals [l, u] it is
+The interval of a difference comes from the intervals of the two means, so that it never leaves the possible range (Newcombe,
+1998: Statistics in Medicine 17, 873-890 for independent means, and 2635-2650 for pairs). With means p and intervals [l, u] it is
 
     lower = p1 - p0 - sqrt((p1 - l1)^2 - 2 phi (p1 - l1) (u0 - p0) + (u0 - p0)^2)
 
@@ -46,8 +46,8 @@ class ProblemMeans(Metric):
     its size.
 
     Args:
-        draws: Name of each value -> number of completions that it is made from, for shares from 0 to 1, which get an interval;
-            None for values without an interval.
+        draws: Name of each value -> number of completions that make it, for shares from 0 to 1, which get an interval; None for
+            values without an interval.
 
     Attributes:
         by_problem: (set, index) -> value by name, of the problems that the last `compute` has seen.
@@ -63,7 +63,7 @@ class ProblemMeans(Metric):
         super().__init__(**kwargs)
         self.draws = dict(draws)
         self.by_problem: dict[Problem, dict[str, float]] = {}
-        # All states are tensors, also the sets' names: every rank has rows, so each state has something to gather.
+        # All states are tensors, including the sets' names: every rank has rows, so each state has something to gather.
         self.add_state("identity", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
@@ -81,7 +81,7 @@ class ProblemMeans(Metric):
         Args:
             sets: Name of the set of each; "" for none.
             index: Number of each within its set, [P] int64.
-            values: Name -> value of each problem, [P], for every name in `draws`; nan takes part in no mean.
+            values: Name -> value of each problem, [P], for every name in `draws`; nan does not count in any mean.
 
         Raises:
             DataError: If the name of a set is longer than 64 bytes.
@@ -99,8 +99,8 @@ class ProblemMeans(Metric):
 
         Returns:
             Set -> name -> mean, float32 scalar, with NAME/ci_low and NAME/ci_high where there is an interval, and the number of
-            `problems` that have a value. Where sets have names, the entry `OVERALL` is the mean over sets, without those that
-            have no value. Empty if there were no problems; nan if there are no values.
+            `problems` that have a value. If sets have names, the entry `OVERALL` is the mean over sets, without sets that have no
+            value. Empty if there were no problems; nan if there are no values.
         """
         if len(self.identity) == 0:  # a list, or a tensor after gathering over ranks
             return {}
@@ -137,8 +137,8 @@ def confidence_interval(values: Sequence[Tensor], draws: float) -> tuple[float, 
 
     Args:
         values: Value of each problem, from 0 to 1, as one tensor [P] per set.
-        draws: Number of completions that a value is made from; a problem counts as at most so many independent trials. Infinite
-            for values that are not shares of completions.
+        draws: Number of completions that make a value; a problem counts as at most this many independent trials. Infinite for
+            values that are not shares of completions.
 
     Example:
         >>> import torch
@@ -148,7 +148,7 @@ def confidence_interval(values: Sequence[Tensor], draws: float) -> tuple[float, 
     """
     mean = sum(float(one.mean()) for one in values) / len(values)
     variance = sum(float(one.var(correction=0)) / len(one) for one in values) / len(values) ** 2
-    # n_eff if all values were 0 or 1 with the same variance in each set; used where the values are all alike and do not tell it.
+    # n_eff if all values were 0 or 1 with the same variance in each set; used where all values are alike and do not determine it.
     problems = len(values) ** 2 / sum(1 / len(one) for one in values)
     spread = mean * (1 - mean)
     most = problems if spread <= 1e-12 else draws * problems
@@ -156,7 +156,7 @@ def confidence_interval(values: Sequence[Tensor], draws: float) -> tuple[float, 
     square = Z_95**2 / number
     centre = (mean + square / 2) / (1 + square)
     width = sqrt(max(spread, 0.0) * square + square**2 / 4) / (1 + square)
-    # The interval contains the mean. Where all problems or none are solved, the mean is its end, which rounding must not move.
+    # The interval contains the mean. Where all problems or none are solved, the mean is its end: rounding must not move it.
     return max(0.0, min(centre - width, mean)), min(1.0, max(centre + width, mean))
 
 
@@ -164,7 +164,7 @@ class Difference(NamedTuple):
     """A difference of two means over problems, with its 95% interval."""
 
     value: float
-    low: float  # nan where too few problems give no interval, as the other end
+    low: float  # nan, like the other end, where too few problems give no interval
     high: float
     problems: int  # number of problems
 
@@ -175,13 +175,13 @@ class Difference(NamedTuple):
 
 
 def difference(before: Mapping[Problem, float], after: Mapping[Problem, float], paired: bool, draws: float) -> Difference:
-    """By how much `after` is above `before` on average. Each set has the same weight, as in `ProblemMeans`.
+    """How much higher `after` is than `before` on average; each set has the same weight, as in `ProblemMeans`.
 
     Args:
-        before: (set, index) -> value of the problem; nan takes no part.
-        after: The same of what is compared with it.
+        before: (set, index) -> value of the problem; nan does not count.
+        after: The same for the results to compare with `before`.
         paired: Whether equal keys are equal problems. Then only problems that both have count.
-        draws: See `confidence_interval`. If infinite, values may have any range, whose ends are taken to be the extremes that
+        draws: See `confidence_interval`. If infinite, values may have any range; its ends are taken to be the extremes that
             occur, and there is no interval below 5 problems.
 
     Returns:

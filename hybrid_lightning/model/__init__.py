@@ -1,1 +1,1 @@
-"""What a policy is, without a Trainer."""
+"""The policy model, without a Trainer."""

@@ -1,18 +1,18 @@
-"""`CurrentWeights`: the weights that a policy computes with now, by the names of its base model, for rollout engines.
+"""`CurrentWeights`: the weights that a policy currently computes with, by the names of its base model, for rollout engines.
 
     fully trained module     the trained weight and bias
     module with LoRA         weight with the update merged into it, in float32; its bias
     quantized module         the dequantized weight
-    any other                as it is
+    any other module         as it is
 
-For an engine that is given LoRA apart they are the base's weights, and the factors A and B of each module by PEFT's names.
+An engine that receives LoRA separately gets the base's weights, and the factors A and B of each module by PEFT's names.
 
-Engines join modules that have the same input into one layer (q/k/v, gate/up). A layer that gets only some of its parts would be
-silently wrong, so weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
+Engines join modules with the same input into one layer (q/k/v, gate/up). A layer that receives only some of its parts would be
+silently wrong. So weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
 
-Engines read what is in a checkpoint, so weights come under the names that they have there: those of a wrapper's text part have a
-prefix, and experts that transformers joins when it reads a checkpoint are taken apart again.
+Engines read checkpoints, so weights come under their names in a checkpoint: weights of a wrapper's text part have a prefix, and
+experts that transformers joins when it reads a checkpoint are taken apart again.
 """
 
 import hashlib
@@ -43,21 +43,21 @@ _FULL = f".modules_to_save.{ADAPTER}."
 
 @dataclass(frozen=True)
 class _Part:
-    """A module with weights of its own, adapted or not."""
+    """A module with its own weights, adapted or not."""
 
     name: str  # of the module in the base model
-    module: nn.Module  # the adapter's, where there is one
+    module: nn.Module  # the adapter's module, where there is one
 
     @property
     def group(self) -> str:
-        """The part of a decoder block that it is in, or the module itself outside of the blocks."""
+        """The part of a decoder block that contains the module, or the module itself outside the blocks."""
         names = self.name.split(".")
         number = next((place for place, name in enumerate(names) if name.isdecimal()), None)
         return self.name if number is None else ".".join(names[: number + 2])
 
     @property
     def source(self) -> nn.Module:
-        """The module whose weights are sent."""
+        """The module that provides the weights to send."""
         source: object = self.module
         if isinstance(self.module, ModulesToSaveWrapper):
             source = self.module.modules_to_save[ADAPTER] if self._is_on else self.module.original_module
@@ -68,12 +68,12 @@ class _Part:
 
     @property
     def is_trained(self) -> bool:
-        """Whether training changes it."""
+        """Whether training changes the module."""
         return isinstance(self.module, (ModulesToSaveWrapper, LoraLayer))
 
     @property
     def _is_on(self) -> bool:
-        """Whether its adapter takes part; not in the start policy, which is the same model without adapters."""
+        """Whether its adapter is active; not in the start policy, which is the same model without adapters."""
         return not getattr(self.module, "disable_adapters", False)
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -82,14 +82,14 @@ class _Part:
             yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(value) else tuple(value.shape)
 
     def weights(self, merges: bool) -> Iterator[tuple[str, Tensor, LowRankUpdate | None]]:
-        """Each weight with what is to be merged into it; under FSDP2 all ranks gather them here together."""
+        """Each weight with the update to merge into it; under FSDP2 all ranks gather the weights here together."""
         for key, value in _stored(self.source).items():
             layer = lora_layers(self.module).get(key) if merges and self._is_on else None
             whole = _whole(dequantize_module_weight(self.source) if _is_packed(value) else value)
             yield f"{self.name}.{key}", whole, None if layer is None else _update(layer, whole)
 
     def factors(self) -> Iterator[tuple[str, Tensor]]:
-        """PEFT's name and value, perhaps a share of it, of the factors A and B of its LoRA, if it has one that takes part."""
+        """PEFT's name and value, perhaps a shard of it, of the factors A and B of its LoRA, if it has an active one."""
         if isinstance(self.module, LoraLayer) and self._is_on:
             for key, factor in (("lora_A", self.module.lora_A), ("lora_B", self.module.lora_B)):
                 weight = factor[ADAPTER].weight
@@ -98,9 +98,10 @@ class _Part:
 
 
 class CurrentWeights:
-    """A policy's weights at the moment when this object is made (see `PolicyWeights`). All ranks make it, if they are split.
+    """A policy's weights at the moment when this object is made (see `PolicyWeights`). If weights are split, all ranks make it.
 
-    `base` distinguishes the base model from others, and `step` optimizer steps have been made. LoRA is merged, or comes apart.
+    `base` distinguishes the base model from others, and `step` is the number of optimizer steps so far. LoRA is merged or
+    separate.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, base: str, step: int, is_sender: bool, merges: bool = True) -> None:
@@ -117,7 +118,7 @@ class CurrentWeights:
         return shapes | {name: tuple(factor.shape) for name, factor in self._factors()}
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
-        """All weights, or those that training changes with all that is joined to them, one at a time."""
+        """All weights, or the weights that training changes with everything that is joined to them, one at a time."""
         with torch.no_grad():
             for part in self._chosen(everything):
                 for name, weight, update in part.weights(self._merges):
@@ -135,7 +136,7 @@ class CurrentWeights:
 
     @property
     def adapter(self) -> Mapping[str, Any] | None:
-        """What vLLM reads of PEFT's config of the factors that `stream` yields apart; None if it yields none."""
+        """The part of PEFT's config that vLLM reads, for the separate factors that `stream` yields; None if it yields none."""
         if next(self._factors(), None) is None:
             return None
         config: Any = self._model.peft_config[ADAPTER]  # type: ignore[union-attr, index]
@@ -148,7 +149,7 @@ class CurrentWeights:
             yield from part.factors()
 
     def _as_stored(self, part: _Part, name: str, value: Tensor) -> dict[str, Tensor]:
-        """A weight by its names in a checkpoint."""
+        """A weight under its names in a checkpoint."""
         return revert_weight_conversion(self._base, {name: value}) if is_experts(part.source) else {name: value}
 
     @property
@@ -165,7 +166,7 @@ class CurrentWeights:
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
         seen: set[int] = set()  # tied weights come once
-        within = ""  # the adapted module whose descendants are passed over
+        within = ""  # name of the adapted module: its descendants are skipped
         for full_name, module in self._model.named_modules():
             if within and full_name.startswith(within):
                 continue
@@ -181,14 +182,14 @@ class CurrentWeights:
         return parts
 
     def _stored_name(self, name: str, module: nn.Module) -> str:
-        """The name of a module in a checkpoint; experts keep theirs, since they are taken apart there."""
+        """The name of a module in a checkpoint; experts keep their names, since they are taken apart there."""
         if is_experts(_Part(name, module).source):
             return name
         (stored,) = revert_weight_conversion(self._base, {f"{name}.weight": torch.empty(0)})
         return str(stored).removesuffix(".weight")
 
     def _digest(self) -> str:
-        """A digest of the trained values: of the sum of each weight's bits, which reading alone takes time for."""
+        """A digest of the trained values: of the sum of each weight's bits, so that only reading takes time."""
         trained = {name: weight for name, weight in self._model.named_parameters() if ".lora_" in name or _FULL in name}
         text = self.base
         if trained and all(part._is_on for part in self._parts):
@@ -219,7 +220,7 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint has of a module itself: its parameters, and buffers such as the correction by which a router chooses."""
+    """The values that a checkpoint holds for a module itself: parameters, and buffers such as a router's correction."""
     values: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     unstored = module._non_persistent_buffers_set
     return values | {name: value for name, value in module.named_buffers(recurse=False) if name not in unstored}

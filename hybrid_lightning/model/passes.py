@@ -29,9 +29,9 @@ class Passes:
 
     Args:
         policy: The policy.
-        temperature: Divides the logits; must be that of the sampling.
+        temperature: Divides the logits; must equal the sampling temperature.
         max_tokens: Most tokens of a pass; None chooses by the sizes of the model and the memory of the device.
-        rows_per_example: So many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss.
+        rows_per_example: This many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss.
         entropy_gradient: Whether entropies have a gradient, as an entropy bonus needs.
 
     Raises:
@@ -66,7 +66,7 @@ class Passes:
         return self.max_tokens or default_token_budget(self.policy.model, self.policy.device, self.beside)
 
     def chunks(self, sequences: Sequences) -> list[slice]:
-        """Cut rows into chunks, each of which takes one forward and backward pass."""
+        """Cut rows into chunks; each chunk takes one forward and backward pass."""
         return split_by_tokens(sequences, self.token_budget(), self.rows_per_example)
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -75,12 +75,12 @@ class Passes:
         return self.policy.weights.as_forward(lambda: token_logprobs(engine, sequences, temperature, gradient))
 
     def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> tuple[Tensor, ...]:
-        """One pass as `logprobs`, with a divergence from what a teacher predicts at the same tokens (see `compared_logprobs`)."""
+        """One pass as `logprobs`, with a divergence from a teacher's predictions of the same tokens (see `compared_logprobs`)."""
         given = (sequences, teacher, divergence, self.temperature, self.entropy_gradient)
         return self.policy.weights.as_forward(lambda: compared_logprobs(self.policy.engine, *given))
 
     def idle(self) -> Tensor:
-        """The shortest pass, with a loss and a gradient of zero: for a rank that has no chunk left while others have."""
+        """The shortest pass, with a loss and a gradient of zero: for a rank without chunks while others still have some."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.policy.device)
         real = torch.ones_like(token, dtype=torch.bool)
         zero: Tensor = self.logprobs(Sequences(token, real, token, real))[0].sum() * 0
@@ -89,7 +89,7 @@ class Passes:
     def in_chunks(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """`logprobs` of all rows, chunk by chunk as in training, so that training gets exactly the same numbers.
 
-        Where ranks make passes together, all have to call it, also with no rows.
+        If ranks make passes together, all of them have to call it, even without rows.
         """
         width, device = sequences.completion_ids.shape[1], self.policy.device
         chunks = self.chunks(sequences) if len(sequences) else []
@@ -110,17 +110,17 @@ class Passes:
         reference: bool = False,
         interruptible: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[Measured]:
-        """Without gradient, what a loss has to know about some rows beforehand; all ranks have to call it together.
+        """Measure, without gradient, the values that a loss needs beforehand for some rows; all ranks have to call it together.
 
         Args:
             parts: Rows.
-            current: Whether the policy's log-probabilities are wanted.
-            reference: Whether the start policy's are.
+            current: Whether to compute the policy's log-probabilities.
+            reference: Whether to compute the start policy's log-probabilities.
             interruptible: Makes a context in which a signal may end the passes, used where no other rank waits for them.
 
         Returns:
-            For each part the log-probabilities [B, T] of the policy, None if not wanted; their entropies [B, T], or zeros; and
-            the log-probabilities of the start policy, None if not wanted.
+            For each part: the log-probabilities [B, T] of the policy, or None if not requested; their entropies [B, T], or zeros;
+            and the log-probabilities of the start policy, or None if not requested.
         """
         policy, together = self.policy, self.policy.weights.sharded
 
@@ -145,15 +145,15 @@ class Passes:
     # ---- checkpoints
 
     def state(self, device: torch.device) -> dict[str, Any]:
-        """The tokens of a pass that were chosen by the memory of a run's device, so that a resume splits rows alike.
+        """The tokens per pass that were chosen by the memory of a run's device, so that a resume splits rows in the same way.
 
-        On a CPU they follow from the model's sizes, and are not kept.
+        On a CPU they follow from the model's sizes, and are not saved.
         """
         total = accelerator_memory(device)
         return {} if total is None or self._chosen is None else {_PASS_TOKENS: {"tokens": self._chosen, "memory": total}}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take what `state` returned, unless this device is of another kind or has less memory."""
+        """Restore what `state` returned, unless this device is of another kind or has less memory."""
         saved, total = state.get(_PASS_TOKENS), accelerator_memory(device)
         if saved is None or total is None or self.max_tokens:
             return

@@ -2,8 +2,8 @@
 
     Pretrained -> load -> adapt (plan) -> shard (FSDP2)
 
-Each arrow changes the model in it: the weights are read, an adapter is put in, the weights are split over ranks. The engine and
-`weights`, which say how to compute with the model, change with it.
+Each arrow changes the model in it: the weights are read, an adapter is added, the weights are split over ranks. The engine and
+`weights`, which define how to compute with the model, change with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ class Policy:
         quantization: Quantizes the frozen base when the model is adapted; None keeps it as it is.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         precision: Makes a context with the precision of a run; None takes the precision of the model's dtype.
-        on_model: Called with the model each time it is another one, such as by a LightningModule that registers it.
+        on_model: Called with the model each time it is replaced; a LightningModule registers it this way, for example.
 
     Attributes:
-        plan: The plan by which the model is adapted; None before.
+        plan: The plan that adapted the model; None before adaptation.
         keep_start_weights: Whether the frozen originals of fully trained modules are kept.
         weights: How to compute with the model where its weights may be split over ranks.
         base_parameters: Number of parameters of the model without an adapter, once it is loaded.
@@ -63,9 +63,9 @@ class Policy:
         self._engine: Engine | None = None
         self._base_digest: str | None = None
         self._device: torch.device | None = None
-        self._has_chosen = False  # whether `choose_products` has
+        self._has_chosen = False  # whether `choose_products` has chosen
 
-    # ---- the model, which is loaded when it is first asked for
+    # ---- the model, which is loaded on first use
 
     @property
     def is_loaded(self) -> bool:
@@ -104,9 +104,9 @@ class Policy:
         return cast("Engine", self._engine)
 
     def set_model(self, model: nn.Module, is_copy: bool = False, device: torch.device | None = None) -> None:
-        """Compute with another model from now on: with this one adapted or split, or with a copy of it.
+        """Compute with another model from now on: the same model adapted or split, or a copy of it.
 
-        A model whose weights may be on another device than the one that computes is given with that one.
+        If the model's weights may be on another device than the one that computes, give the computing device as well.
         """
         self._engine = self.engine.of(model, is_copy)
         self._model, self.weights, self._device = model, weights_of(model), device
@@ -127,7 +127,7 @@ class Policy:
 
     @property
     def base_description(self) -> str:
-        """Tells the weights that training leaves alone from other models' weights."""
+        """Distinguishes the weights that training leaves alone from other models' weights."""
         if self.quantization is not None and self.plan is not None:  # the base is quantized when it is adapted
             return f"{self.base_digest} {self.quantization.to_config()}"
         return self.base_digest
@@ -140,12 +140,12 @@ class Policy:
         Args:
             plan: Which modules are trained fully and which by LoRA.
             keep_start_weights: Keep the frozen originals of fully trained modules, so that the start policy stays available.
-            device: The device that trains, on which a base is quantized: devices may round a weight differently, and a resumed
-                run must have the same base. None takes the device of each weight.
+            device: The device that trains. A base is quantized on it, because devices may round a weight differently, and a
+                resumed run must have the same base. None takes the device of each weight.
 
         Raises:
             PlanError: If another plan is applied already, or the plan belongs to another model.
-            ConfigError: If the base is to be quantized and the plan leaves nothing of it frozen.
+            ConfigError: If the base is to be quantized and the plan leaves no part of it frozen.
         """
         if self.plan is not None:
             if self.plan.digest != plan.digest:
@@ -169,7 +169,7 @@ class Policy:
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     def shard(self, split: Callable[[nn.Module], nn.Module], device: torch.device) -> None:
-        """Let a strategy split the model over ranks, each of which computes on `device`."""
+        """Let a strategy split the model over ranks; each rank computes on `device`."""
         assert self.base_digest  # computed now, while this rank has all weights
         self.choose_products(device)
         self.set_model(split(self.model), device=device)
@@ -191,7 +191,7 @@ class Policy:
     def precision(self) -> Iterator[None]:
         """A context with the precision of the run; without a run, with the precision of the model's dtype.
 
-        Products of 16 bits are computed in float32 where they are the faster ones (see `choose_products`).
+        Products of 16 bits are computed in float32 where that is faster (see `choose_products`).
         """
         with self._asked_precision():
             in_float32 = self.is_loaded and self.choose_products(self.device)  # a check before a run does not load it
@@ -202,9 +202,9 @@ class Policy:
         return autocast_of(self.model) if self._precision is None else self._precision()
 
     def choose_products(self, device: torch.device) -> bool:
-        """Whether products that are to have 16 bits are computed in float32 on a device, for which weights are widened once.
+        """Whether 16-bit products are computed in float32 on a device. If so, weights are widened once.
 
-        That is so on a CPU without instructions for them. It has to be found out before a model is split.
+        This applies to a CPU without instructions for 16-bit products. It has to be determined before a model is split.
         """
         backend = self.engine.backend
         if device.type != "cpu":

@@ -1,10 +1,10 @@
 """How a model computes: eval or train mode of each module, gradient checkpointing, and precision.
 
-The base model stays in eval mode while it is trained: its own dropout would make the log-probabilities of a training step
-differ from those of the policy that sampled, and the ratio of the first minibatch would not be 1. Modules that the adapter
-adds are in train mode, so that LoRA's dropout is active.
+The base model stays in eval mode during training: its own dropout would make the log-probabilities of a training step differ from
+the sampling policy's, and the ratio of the first minibatch would not be 1. Modules that the adapter adds are in train mode, so
+that LoRA's dropout is active.
 
-These values of `trainer.precision` work for a policy, whose trained weights and gradients are always float32:
+These values of `trainer.precision` work for a policy. Trained weights and gradients are always float32:
 
 | trainer.precision | model.dtype       | matrix products         |
 |-------------------|-------------------|-------------------------|
@@ -13,15 +13,15 @@ These values of `trainer.precision` work for a policy, whose trained weights and
 | `16-mixed`        | float32, float16  | float16, by autocast    |
 
 Under `16-mixed` the loss is scaled, so that small gradients do not vanish; if a gradient becomes too large for float16, all
-processes skip the step. On a CPU Lightning replaces it by `bf16-mixed`; with FSDP2 Lightning takes it as a plugin only:
+processes skip the step. On a CPU Lightning replaces it by `bf16-mixed`; with FSDP2 Lightning accepts it only as a plugin:
 
     --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed --trainer.plugins.device=cuda
 
-Losses, log-probabilities, attention scores and the optimizer's moments are float32 under all of them.
+Losses, log-probabilities, attention scores and the optimizer's moments are float32 under all three.
 
-A CPU without instructions for bfloat16 takes 4 to 60 times as long for products of 16 bits as for those of float32. There
-products are computed in float32 under all of them, and frozen weights of 16 bits become float32 in memory, with the same values:
-numbers are those of autocast but for its rounding (see `Policy.precision`).
+A CPU without instructions for bfloat16 takes 4 to 60 times as long for 16-bit products as for float32 products. On such a CPU
+products are computed in float32 under all three, and frozen 16-bit weights become float32 in memory, with the same values: the
+numbers are the same as with autocast, except for its rounding (see `Policy.precision`).
 """
 
 import os
@@ -43,7 +43,7 @@ _MOST = 0.5  # share of the machine's memory that weights in float32 may take
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within this context all modules are in eval mode; afterwards those that were in train mode, and no others, are again."""
+    """Put all modules in eval mode within this context; afterwards exactly the modules that were in train mode return to it."""
     trained = [module for module in model.modules() if module.training]
     # `nn.Module.__setattr__` looks for parameters first, which takes long for the hundreds of modules of an adapter.
     for module in trained:
@@ -58,7 +58,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def checkpoint_gradients(model: nn.Module, backend: Backend) -> None:
     """Recompute the activations of decoder blocks in the backward pass instead of keeping them.
 
-    transformers does so in train mode only. So the blocks, but not the modules in them, are put into train mode.
+    transformers does so only in train mode. So the blocks, but not the modules in them, are put into train mode.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": backend.recomputed_alike})  # type: ignore[operator]
     for module in model.modules():
@@ -78,7 +78,7 @@ def product_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def why_float32(model: nn.Module) -> str:
-    """Why a CPU is to compute a model's products of 16 bits in float32, in words for the user; empty where it is not."""
+    """Why a CPU should compute a model's 16-bit products in float32, in words for the user; empty if it should not."""
     reason, memory = why_no_halves(), memory_of(torch.device("cpu"))
     needed = 4 * sum(parameter.numel() for parameter in model.parameters()) * world_size()
     if not reason or memory is None or needed <= _MOST * memory:
@@ -91,14 +91,14 @@ def why_float32(model: nn.Module) -> str:
 
 
 def widen(model: nn.Module) -> None:
-    """Make float32 of all weights and buffers of 16 bits, in place, one after another; their values stay."""
+    """Convert all 16-bit weights and buffers to float32, in place, one after another; their values stay the same."""
     for part in (*model.parameters(), *model.buffers()):
         if part.dtype in HALF:
             part.data = part.data.float()
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of the memory of a GPU, or of this machine for a CPU; None where that is not known."""
+    """Bytes of memory of a GPU, or of this machine for a CPU; None if unknown."""
     if device.type == "cpu":
         with suppress(AttributeError, ValueError, OSError):  # not on Windows
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -109,7 +109,7 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], Optimizer]) -> None:
-    """Raise ConfigError unless the Trainer's precision, the dtype in which the model is loaded, and the optimizer fit."""
+    """Raise ConfigError unless the Trainer's precision, the dtype for loading the model, and the optimizer fit together."""
     if precision != "32-true" and not precision.endswith("-mixed"):
         raise ConfigError(
             f"trainer.precision={precision} is not supported: trained weights, gradients and losses are float32, since small "

@@ -1,4 +1,4 @@
-"""`Pretrained`: the config, tokenizer and weights that a policy starts from, each of which is read when it is first asked for.
+"""`Pretrained`: the config, tokenizer and weights that a policy starts from; each is read on first use.
 
 So the command line can refuse a wrong column or setting before the weights are read, which takes longest (see `Trainer.check`).
 """
@@ -28,11 +28,11 @@ from hybrid_lightning.model.prompts import PromptEncoder
 class Pretrained:
     """Config, tokenizer and weights of a causal language model.
 
-    Arguments are those of `PolicyModule`.
+    Takes the arguments of `PolicyModule`.
 
     Raises:
         ConfigError: If the dtype is unknown.
-        ModelError: If there is no such model. The properties raise it, too, if what they read cannot be read.
+        ModelError: If there is no such model. The properties also raise it if they cannot read their part.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Pretrained:
         return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
 
     def clone_for_thread(self) -> Self:
-        """This model for another thread: with a tokenizer that is read anew."""
+        """This model for another thread, with a tokenizer that is read again."""
         other = copy(self)
         for name in ("tokenizer", "encoder"):
             with suppress(AttributeError):  # it has not been read yet
@@ -79,7 +79,7 @@ class Pretrained:
         return other
 
     def check(self) -> None:
-        """Raise ModelError unless all files of a model that can be a policy are there; of a GGUF file that would take seconds."""
+        """Raise ModelError unless all files of a usable policy are there; skips a GGUF file, which would take seconds."""
         if "gguf_file" not in self.source.arguments:
             _ = self.config
             check_weights(self.source)
@@ -95,7 +95,7 @@ class Pretrained:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers has none such."""
+    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers does not have it."""
     config = deepcopy(config)
     if layers is not None:
         text: Any = config.get_text_config()

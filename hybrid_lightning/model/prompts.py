@@ -1,4 +1,4 @@
-"""`PromptEncoder`: from prompts, and from completions in the data, to token ids by tokenizer and chat template."""
+"""`PromptEncoder`: encodes prompts, and completions in the data, as token ids by tokenizer and chat template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
-KEEP_HISTORY = "keep_history"  # as a chat template: the tokenizer's own, but every turn of the assistant stays as it was
-# Stand for the turns before those that are added (see `TurnEncoder`).
+KEEP_HISTORY = "keep_history"  # as a chat template: the tokenizer's own, but every assistant turn stays as it was
+# Stands for the turns before the ones that are added (see `TurnEncoder`).
 ASKED = {"role": "user", "content": "QUESTION"}
 ANSWERED = {"role": "assistant", "content": "ANSWER-OF-THE-POLICY"}
-# A template that calls another one, which it has as a macro. It writes each turn of the assistant as it is, and the messages
-# between two of them as the other template writes them behind any answer: so nothing that follows changes what is there already.
-# The parts of a turn that servers take out of its text, calls and thoughts, are put back by the other template.
+# A template that calls another one, which it holds as a macro. It writes each assistant turn as it is. Messages between two
+# assistant turns are written as the other template writes them after any answer, so later turns never change earlier text.
+# Servers take some parts of a turn out of its text (calls and thoughts); the other template puts them back.
 _KEEPING = """{%%- macro _original(messages, add_generation_prompt) %%}
 %(template)s{%%+ endmacro -%%}
 {%%- macro _behind(messages, add_generation_prompt) -%%}
@@ -50,7 +50,7 @@ _KEEPING = """{%%- macro _original(messages, add_generation_prompt) %%}
 
 
 def chosen_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
-    """The Jinja template of a setting `chat_template`, perhaps `KEEP_HISTORY`; None for the tokenizer's own, if it has one."""
+    """The Jinja template for a `chat_template`, perhaps `KEEP_HISTORY`; None for the tokenizer's own, if it has one."""
     if chat_template != KEEP_HISTORY or tokenizer.chat_template is None:
         return None if chat_template == KEEP_HISTORY else chat_template
     # Jinja drops one line break at the end of a template, but not at the end of a macro.
@@ -59,7 +59,7 @@ def chosen_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
 
 
 class PromptEncoder:
-    """Renders and tokenizes prompts. Templates and their variables are those of `PolicyModule`."""
+    """Renders and tokenizes prompts; takes the templates and template variables of `PolicyModule`."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class PromptEncoder:
         return self.chat_template is not None or self.tokenizer.chat_template is not None
 
     def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The exact text that the model is given; the chat template gets the JSON schemas of tools.
+        """The exact text for the model; the chat template receives the JSON schemas of tools.
 
         Raises:
-            ConfigError: If the prompt has messages, and there is no chat template or it refuses them.
+            ConfigError: If the prompt has messages, and there is no chat template or the template refuses them.
         """
         if prompt.messages is None:
             assert prompt.text is not None
@@ -124,7 +124,7 @@ class PromptEncoder:
         return ids
 
     def tokenize(self, text: str, mark: str = "", add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text, cut at each `mark`, if there are any, which is left out: no token goes over it."""
+        """Token ids of a text. It is cut at each `mark`, if there are any, and the mark is left out: no token spans it."""
         first, *others = text.split(mark) if mark else [text]
         ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
         for part in others:
@@ -134,11 +134,11 @@ class PromptEncoder:
     def encode_completion(self, prompt: Prompt, text: str, stop_ids: Sequence[int]) -> list[int]:
         """Token ids of a completion in the data, with the token that ends it: the same ids as if the policy had sampled it.
 
-        The completion is tokenized by itself, since the policy, too, samples it after the prompt's tokens. In a chat it is what
-        the template writes for the assistant's turn, up to the last token that ends a completion.
+        The completion is tokenized by itself, since the policy also samples it after the prompt's tokens. In a chat it is the
+        text that the template writes for the assistant's turn, up to the last token that ends a completion.
 
         Raises:
-            ConfigError: If the chat template changes the text of the prompt once an answer follows.
+            ConfigError: If the chat template changes the text of the prompt once an answer follows it.
             DataError: If the completion has no tokens.
         """
         if prompt.messages is not None:
@@ -161,7 +161,7 @@ class PromptEncoder:
             raise DataError(f"a completion of {prompt.place} has no tokens; correct or remove the row")
         last = max((place for place, token in enumerate(ids) if token in stop_ids), default=None)
         if prompt.messages is not None and last is not None:
-            return ids[: last + 1]  # a template may write a line break behind it, which the policy need not learn
+            return ids[: last + 1]  # a template may add a line break, which the policy need not learn
         return ids if ids[-1] in stop_ids else [*ids, int(self.tokenizer.eos_token_id)]
 
     def apply_template(

@@ -3,8 +3,8 @@
     16-bit base -> scores -> plan -> quantized base + float32 copies of the fully trained modules -> adapter
 
 The base is loaded in 16 (or 32) bits, which scoring needs, and its linear modules are then quantized in memory, one at a time. So
-every model that can be loaded can be quantized, GGUF files included. The modules that the plan trains fully stay as they are, and
-so do those outside the decoder blocks (embeddings, output layer).
+every model that can be loaded can be quantized, including GGUF files. The modules that the plan trains fully stay as they are,
+and so do the modules outside the decoder blocks (embeddings, output layer).
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class Quantization(Configurable, ABC):
         ConfigError: If bitsandbytes is not installed.
     """
 
-    peft_flag: ClassVar[str]  # attribute of a model that tells PEFT of such layers in it
+    peft_flag: ClassVar[str]  # attribute of a model by which PEFT recognises such layers in it
 
     def __init__(self) -> None:
         if find_spec("bitsandbytes") is None:
@@ -51,15 +51,15 @@ class Quantization(Configurable, ABC):
         Args:
             weight: [m, n] in 16 or 32 bits.
             bias: [m], kept as it is.
-            device: Where the weight is quantized, and is afterwards.
+            device: The device that quantizes and then holds the weight.
         """
 
 
 class NF4(Quantization):
     """4 bits per weight (NormalFloat of QLoRA, arXiv 2305.14314), and 0.13 for scales.
 
-    The number of inputs must be a multiple of 64. Otherwise a block of weights with one scale spans two rows, which bitsandbytes'
-    kernels for CPUs unpack wrongly (0.50.2).
+    The number of inputs must be a multiple of 64. If it is not, a block of weights with one scale spans two rows, which
+    bitsandbytes' kernels for CPUs unpack wrongly (0.50.2).
     """
 
     peft_flag = "is_loaded_in_4bit"
@@ -78,9 +78,9 @@ class NF4(Quantization):
 def quantize_base(
     model: nn.Module, quantization: Quantization, full_modules: Collection[str], device: torch.device | None = None
 ) -> None:
-    """Quantize the linear modules in the decoder blocks, but for `full_modules`, before the adapter is applied.
+    """Quantize the linear modules in the decoder blocks, except `full_modules`, before the adapter is applied.
 
-    It is done in place, one at a time, on a device where the weights are afterwards; None leaves each on its own.
+    Modules are quantized in place, one at a time, on the device that will hold the weights; None leaves each on its own device.
 
     Raises:
         ConfigError: If nothing can be quantized.
@@ -113,7 +113,7 @@ def quantize_base(
 
 
 def check_quantization(quantization: Quantization, strategy: Strategy) -> None:
-    """Raise ConfigError if the strategy splits weights over devices, which a quantized base cannot be."""
+    """Raise ConfigError if the strategy splits weights over devices: a quantized base cannot be split."""
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):
         kind, name = type(quantization).__name__, type(strategy).__name__
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""`NF4Linear`: a linear layer whose frozen weight is stored in 4 bits, for which bitsandbytes must be installed.
+"""`NF4Linear`: a linear layer with a frozen weight in 4 bits; needs bitsandbytes.
 
-It unpacks the weight and multiplies the input by it, in the dtype of autocast. On CPUs with AVX512-bf16 bitsandbytes' own layer
-in eval mode rearranges its weight for a product in bfloat16, which has no gradient; but the base of a policy is in eval mode
-while it is trained. Here there is a gradient in both modes.
+It unpacks the weight and multiplies the input by it, in the dtype of autocast. On CPUs with AVX512-bf16, bitsandbytes' own layer
+in eval mode rearranges its weight for a product in bfloat16, which has no gradient. But the base of a policy is in eval mode
+during training. Here there is a gradient in both modes.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ class NF4Linear(Linear4bit):
     """A linear layer with 4 bits per weight; the scale of each block of 64 weights has 8 bits (see `Quantization.layer`)."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
-        # On the meta device no memory is taken for a weight, and no random numbers for its values.
+        # On the meta device, creating the weight takes no memory, and no random numbers for its values.
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, quant_type="nf4", device="meta")
         packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=self)
         self.weight = packed.to(device)  # this quantizes it

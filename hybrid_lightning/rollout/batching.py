@@ -2,9 +2,9 @@
 
 Axes: B rows (sequences), S prompt tokens (left-padded), T completion tokens (right-padded).
 
-How many rows fit into a forward and backward pass depends on their length. The denominators of a loss are those of the whole
-optimizer step, so that the gradient does not depend on how the rows of a step are split, or redistributed over another number of
-ranks than that which saved them.
+The number of rows in a forward and backward pass depends on their length. The denominators of a loss count the whole optimizer
+step. So the gradient does not depend on how the rows of a step are split, or redistributed to another number of ranks after a
+resume.
 """
 
 import json
@@ -22,7 +22,7 @@ from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rew
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up rows: the tokenizer's own, or the end-of-sequence token where it has none. No mask includes it."""
+    """The token that fills up rows: the tokenizer's own, or the end-of-sequence token if it has none. No mask includes it."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
@@ -41,12 +41,12 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device |
 
 
 def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) -> list[slice]:
-    """Split rows into runs of neighbours with at most `max_tokens` tokens. Only a single row that is longer exceeds that.
+    """Split rows into runs of neighbours with at most `max_tokens` tokens; only a single longer row may exceed that.
 
     The tokens of a prompt count once for neighbours that share it, as in the packed forward pass. If its completions are in
     several runs, the prompt counts in each of them.
 
-    `together` rows always stay together, counted from the first one; B must be a multiple of it.
+    Each group of `together` rows stays together, counted from the first row; B must be a multiple of `together`.
     """
     prompts = sequences.prompt_mask.sum(dim=1).tolist()
     completions = sequences.completion_mask.sum(dim=1).tolist()
@@ -67,7 +67,7 @@ def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) ->
 def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
     """Stack tensors of consecutive rows, [b, t] each, to [B, width], with zeros on the right of narrower parts.
 
-    None for `width` takes that of the widest part. They may also be [b] each, which become [B].
+    None for `width` takes the width of the widest part. Parts may also be [b] each, which become [B].
     """
     if parts[0].dim() == 1:
         return torch.cat(list(parts))
@@ -89,7 +89,7 @@ def join_sequences(parts: Sequence[Sequences]) -> Sequences:
 
 
 def _join_known(parts: Sequence[Tensor | None], width: int | None = None) -> Tensor | None:
-    """`join_rows`, or None where that of a part is not known."""
+    """`join_rows`, or None if a part is unknown."""
     known = [part for part in parts if part is not None]
     return join_rows(known, width) if len(known) == len(parts) else None
 
@@ -121,7 +121,7 @@ def join_rewards(parts: Sequence[Rewards]) -> Rewards:
 
 
 def batches_of_rank(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
-    """The micro-batches of one of now so many ranks, from those of each rank that saved, the same number for each."""
+    """Redistribute saved micro-batches to the current number of ranks; returns this rank's, the same number for each rank."""
     if len(batches) == ranks:
         return list(batches[rank])
     joined = [_join_batches(parts) for parts in zip(*batches, strict=True)]
@@ -147,7 +147,7 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
 
 
 def rollout_of_rank(parts: Sequence[ScoredRollout], rank: int, ranks: int) -> ScoredRollout:
-    """The part of a rollout that one of now so many ranks shows, from those of each rank that saved."""
+    """Redistribute a saved rollout to the current number of ranks; returns the part that this rank shows."""
     if len(parts) == ranks:
         return parts[rank]
     of_ranks, of_rewards, advantages = zip(*parts, strict=True)
@@ -170,19 +170,19 @@ def rollout_of_rank(parts: Sequence[ScoredRollout], rank: int, ranks: int) -> Sc
 
 
 def batch_to_state(batch: PolicyBatch) -> dict[str, Any]:
-    """A micro-batch, without its rollout, which others have as well."""
+    """A micro-batch without its rollout, which other micro-batches share."""
     state = {**vars(batch.to("cpu")), "rollout": None}
     return {name: dict(vars(value)) if isinstance(value, Sequences) else value for name, value in state.items()}
 
 
 def batch_from_state(state: dict[str, Any]) -> PolicyBatch:
-    """The micro-batch whose state `batch_to_state` returned."""
+    """Restore a micro-batch from the state that `batch_to_state` returned."""
     rows = {name: Sequences(**state[name]) for name in ("sequences", "seen_by_teacher") if state.get(name) is not None}
     return PolicyBatch(**{**state, **rows})
 
 
 def rollout_to_state(scored: ScoredRollout, places: Mapping[int, int]) -> dict[str, Any]:
-    """A rollout whose prompts, by their `id`, have these places among the training prompts."""
+    """A rollout as a state; `places` maps the `id` of its prompts to their places among the training prompts."""
     rollouts, rewards, advantages = scored
     texts = [[text, {**vars(text), "episode": text.episode and vars(text.episode)}] for text in rollouts.completions]
     return {
@@ -198,7 +198,7 @@ def rollout_to_state(scored: ScoredRollout, places: Mapping[int, int]) -> dict[s
 
 
 def rollout_from_state(state: dict[str, Any], prompts: Sequence[Prompt], device: torch.device) -> ScoredRollout:
-    """The rollout of some of these training prompts whose state `rollout_to_state` returned."""
+    """Restore a rollout of some of these training prompts from the state that `rollout_to_state` returned."""
     completions = [
         Completion(text, **{**named, "episode": named["episode"] and _episode(named["episode"])})
         for text, named in json.loads(state["completions"])

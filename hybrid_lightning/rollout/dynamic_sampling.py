@@ -1,27 +1,27 @@
-"""Dynamic sampling: replace groups from which nothing can be learned (DAPO, arXiv 2503.14476, section 3.2 and equation 11).
+"""Dynamic sampling: replace groups that teach nothing (DAPO, arXiv 2503.14476, section 3.2 and equation 11).
 
     0 < |{o_i : o_i is right}| < G      for each group of G completions that is trained on
 
 Axes: P prompts (groups) of a rollout, G completions per prompt, B = P * G.
 
 If all completions of a prompt are right, or all are wrong, every advantage of the group is 0. The more such groups a rollout
-has, the fewer are left to average out the noise of the gradient. So more prompts are sampled, until P groups are useful.
+has, the fewer are left to average out the noise of the gradient. So more prompts are sampled until P groups are useful.
 
-- Which groups are useful: a group is judged by the parts of the reward that measure correctness, so that a group whose
-  completions differ only in a penalty for length is replaced, as in the paper; if no part measures correctness, by the whole
-  reward. The values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests)
-  makes a difference, too. A group is also replaced if its whole rewards are equal, or if all its completions are masked. Episodes
-  that are left out, since their environment failed, judge nothing.
-  (With `PerRewardAdvantage`, whose parts may differ although their sums are equal, it might have been useful.)
-  With credit by turn a group is useful if it is so in one of its turns, by what is earned from then on.
-- Replacements are the next prompts of the order. An extra rollout has as many prompts as should give the missing groups at the
-  yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run the same
-  on any number of ranks that divides a quarter.
-- The first P useful groups in the order of the prompts are trained on, not the first that are finished, which would favour short
-  completions. Further useful groups are dropped: in the next rollout they would come from an older policy, so that its first
+- Which groups are useful: a group is judged by the parts of the reward that measure correctness, so that a group is replaced if
+  its completions differ only in a penalty for length, as in the paper; if no part measures correctness, by the whole reward. The
+  values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests) makes a difference,
+  too. A group is also replaced if its whole rewards are equal, or if all its completions are masked. (With `PerRewardAdvantage`
+  such a group might have been useful, since the parts may differ although their sums are equal.) Episodes that are left out
+  because their environment failed do not count. With credit by turn a group is useful if it is useful in one of its turns, judged
+  by the rewards from that turn on.
+- Replacements are the next prompts of the order. An extra rollout has the number of prompts that should give the missing groups
+  at the yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run
+  the same on any number of ranks that divides a quarter.
+- The first P useful groups in the order of the prompts are trained on, not the first to finish, which would favour short
+  completions. Further useful groups are dropped: in the next rollout they would come from an older policy, and its first
   minibatch would no longer be exactly on-policy.
 - Departure: the paper samples without limit. Here sampling ends after `max_extra_rollouts` (verl ends the run at its
-  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with others, whose advantage is set to 0, so
+  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with others. Their advantage is set to 0, so
   that the step has its usual size and denominators; the policy gradient computes nothing for them.
 - All ranks count the groups of all ranks, so that they make the same extra rollouts of the same size. A rank with more useful
   groups than its share gives some to ranks with fewer.
@@ -39,7 +39,7 @@ from hybrid_lightning.types import equal_groups
 
 
 class DynamicSampling(Configurable):
-    """Replaces groups from which nothing can be learned, with a limited number of extra rollouts.
+    """Replaces groups that teach nothing, with a limited number of extra rollouts.
 
     Args:
         max_extra_rollouts: Rollouts in addition to the first one, each of at most `prompts_per_rollout` prompts.
@@ -61,17 +61,17 @@ class DynamicSampling(Configurable):
         self.max_extra_rollouts = max_extra_rollouts
 
     def prompts_to_add(self, useful: int, sampled: int, wanted: int, extra_rollouts: int, ranks: int) -> int:
-        """Number of prompts in the next extra rollout, over all ranks, of which it is a multiple.
+        """Number of prompts in the next extra rollout, over all ranks: a multiple of the number of ranks.
 
         Args:
             useful: Number of useful groups so far.
             sampled: Number of all groups so far.
             wanted: P, a multiple of the ranks.
-            extra_rollouts: How many there were so far.
+            extra_rollouts: Number of extra rollouts so far.
             ranks: Number of ranks.
 
         Returns:
-            At most P; 0 if there are enough groups, or no more may be sampled.
+            At most P; 0 if there are enough groups, or if the limit of extra rollouts is reached.
         """
         missing = wanted - useful
         if missing <= 0 or extra_rollouts >= self.max_extra_rollouts:
@@ -90,7 +90,7 @@ def useful_groups(
     Args:
         total: [B] rewards.
         correctness: Parts of the reward that measure correctness, [B] each; may be empty.
-        trained: [B] bool, True for completions that take part in the loss.
+        trained: [B] bool, True for completions that contribute to the loss.
         samples_per_prompt: G.
         counted: See `Rewards`, [B] bool or None.
 
@@ -103,7 +103,7 @@ def useful_groups(
 
 
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:
-    """Positions of the groups to train on: the first useful ones and, if they are too few, the first of the others.
+    """Positions of the groups to train on: the first useful groups and, if these are too few, the first of the others.
 
     From `useful`, [N] bool in the order of the prompts; [P] int64, ascending, so that useful and other groups are mixed.
     """
@@ -111,7 +111,7 @@ def choose_groups(useful: Tensor, wanted: int) -> Tensor:
 
 
 def share_groups(owners: Sequence[int], ranks: int, minibatches: int) -> list[list[int]]:
-    """Distribute P chosen groups, each sampled by one of the ranks, evenly, moving as few as possible between ranks.
+    """Distribute P chosen groups evenly over ranks, and move as few as possible away from the rank that sampled them.
 
     If possible each minibatch is distributed evenly, so that it has the same groups on any number of ranks. Returns for each rank
     the numbers of its P / ranks groups, ascending.

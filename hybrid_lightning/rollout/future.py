@@ -1,7 +1,7 @@
-"""`RolloutFuture`: a rollout in progress, and `in_thread`: a call in a thread of its own.
+"""`RolloutFuture`: a rollout in progress, and `in_thread`: a call in a separate thread.
 
     future = sampler.begin(engine, tokenizer, request)      begun: by servers or a thread, or not yet
-    future = future.then(score)                             and what is done with it, in the thread that asks for the result
+    future = future.then(score)                             then processed, in the thread that requests the result
     future.result()
 
 This file needs only Python, since it is also read in the workers of vLLM servers.
@@ -18,28 +18,28 @@ from hybrid_lightning.errors import RolloutError
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-_SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
-_END_S = 4.0  # in which what was cancelled, since waiting for it was interrupted, has ended
+_SLICE_S = 0.1  # the main thread waits for this long, then looks at signals
+_END_S = 4.0  # time for cancelled work to end, after waiting for it was interrupted
 
 
 class RolloutFuture(Generic[_T]):
-    """A rollout in progress, as a `concurrent.futures.Future` whose last part is computed by the thread that asks for it.
+    """A rollout in progress: a `concurrent.futures.Future` with a last part that the thread requesting the result computes.
 
-    The first part may be made elsewhere, by servers or another thread; `wait` waits for it. The rest is computed by `result`,
-    once. An engine in this process has no first part: it computes all when `result` is called.
+    The first part may be made elsewhere, by servers or another thread; `wait` waits for it. `result` computes the rest, once. An
+    engine in this process has no first part: it computes everything when `result` is called.
 
-    If waiting or computing fails, what was begun is cancelled, and the next `result` raises the same: an exception, or that the
-    run has been asked to stop.
+    If waiting or computing fails, the work in progress is cancelled, and the next `result` raises the same: an exception, or a
+    requested stop of the run.
 
     Args:
         compute: Computes the result.
-        source: What has to be done before that.
-        context: Makes the context within which it is waited for and computed.
-        on_wait: Called from time to time while a `Future` is waited for.
+        source: Work that has to finish before that.
+        context: Makes the context for waiting and computing.
+        on_wait: Called from time to time while a `Future` is awaited.
         on_cancel: Called when this is cancelled, beside `source.cancel` of another `RolloutFuture`.
 
     Attributes:
-        waited_s: Seconds for which it was waited for.
+        waited_s: Seconds spent waiting for it.
 
     Example:
         >>> RolloutFuture(lambda: [1, 2]).then(sum).result()
@@ -67,23 +67,23 @@ class RolloutFuture(Generic[_T]):
 
     @classmethod
     def of(cls, value: _T) -> "RolloutFuture[_T]":
-        """The future of something that is made already."""
+        """A future for a value that exists already."""
         return RolloutFuture(lambda: value)
 
     def then(self, function: Callable[[_T], _U], on_cancel: Callable[[], object] = lambda: None) -> "RolloutFuture[_U]":
-        """The future of what a function makes of the result, in the thread that asks for it."""
+        """A future for a function of the result, computed in the thread that requests it."""
         return RolloutFuture(lambda: function(self.result()), self, on_cancel=on_cancel)
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> "RolloutFuture[_T]":
-        """This future, waited for and computed within a context."""
+        """This future, awaited and computed within a context."""
         return RolloutFuture(self.result, self, context=context)
 
     def done(self) -> bool:
-        """Whether there is nothing to wait for: what is made elsewhere is made, or was cancelled."""
+        """Whether nothing is left to wait for: background work is finished or was cancelled."""
         return self._cancelled or self._waited or (self._source is not None and self._source.done())
 
     def cancel(self) -> bool:
-        """Begin to end what is made elsewhere, since nobody needs it any more; False if the result is known already."""
+        """Begin to end background work, because its result is no longer needed; False if the result is already known."""
         if self._values or self._cancelled:
             return self._cancelled
         self._cancelled = True
@@ -93,10 +93,10 @@ class RolloutFuture(Generic[_T]):
         return True
 
     def wait(self) -> None:
-        """Wait for what is made elsewhere; `result` has little to do after it.
+        """Wait for background work; `result` has little left to do afterwards.
 
         Raises:
-            RolloutError: If it has failed. Other exceptions are those of what makes it.
+            RolloutError: If it has failed. Other exceptions come from the background work.
         """
         if self._failure is not None:
             raise self._failure
@@ -115,7 +115,7 @@ class RolloutFuture(Generic[_T]):
                         self._compute()  # raises
         except BaseException as error:
             self._fail(error)
-            if isinstance(source, Future):  # servers are told before the process ends
+            if isinstance(source, Future):  # servers are notified before the process ends
                 wait([source], _END_S)
             raise
         finally:
@@ -123,10 +123,10 @@ class RolloutFuture(Generic[_T]):
         self._waited = True
 
     def result(self) -> _T:
-        """The result; what is left to do for it is done now.
+        """The result; the remaining work is done now.
 
         Raises:
-            RolloutError: If it was cancelled. Other exceptions are those of what makes it.
+            RolloutError: If it was cancelled. Other exceptions come from the work itself.
         """
         if self._values:
             return self._values[0]
@@ -142,17 +142,17 @@ class RolloutFuture(Generic[_T]):
         except BaseException as error:
             self._fail(error)
             raise
-        self._compute = self._source = None  # whose results need not stay in memory
+        self._compute = self._source = None  # their results need not stay in memory
         return self._values[0]
 
     def _fail(self, error: BaseException) -> None:
         self.cancel()
-        if not isinstance(error, KeyboardInterrupt):  # which a user means for now
+        if not isinstance(error, KeyboardInterrupt):  # an interrupt is meant for this moment only
             self._failure = error
 
 
 def in_thread(call: Callable[[], _T], name: str) -> "Future[_T]":
-    """Make a call in a thread of its own, which does not keep the process alive."""
+    """Make a call in a separate thread, which does not keep the process alive."""
     answer: Future[_T] = Future()
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""What a rollout engine is asked, and what it is told of the policy's weights and model.
+"""Requests to a rollout engine, and its view of the policy's weights and model.
 
-`SamplingRequest` is what every engine gets. An engine that has a copy of the policy's weights is given new ones as
-`PolicyWeights`, whose `WeightsVersion` every completion then names.
+Every engine receives a `SamplingRequest`. An engine with a copy of the policy's weights receives new ones as `PolicyWeights`;
+every completion then names their `WeightsVersion`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt
 
 PEFT_PREFIX = "base_model.model."  # before the base model's names, in names of an adapter's weights
-Draws = torch.Generator | PromptDraws | None  # on the model's device, or of the prompts; None: torch's global generator
+Draws = torch.Generator | PromptDraws | None  # generator on the model's device, or draws by prompt; None: torch's global one
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends a completion."""
+    """Conditions that end a completion."""
 
     ids: tuple[int, ...]  # stop tokens
     strings: StopStringCriteria | None  # recognises stop strings; slow to make, since it looks at the whole vocabulary
@@ -29,7 +29,7 @@ class Stops:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """Prompts to be completed, and how: P prompts, G completions of each, B = P * G in prompt-major order."""
+    """Prompts to complete and how: P prompts, G completions of each, B = P * G in prompt-major order."""
 
     prompts: Sequence[Prompt]  # P, which become part of the result
     prompt_ids: Sequence[Sequence[int]] = ()  # token ids of each prompt
@@ -41,10 +41,10 @@ class SamplingRequest:
     # Called after every token with (sequences still running, tokens decoded), for progress bars. An exception from it ends the
     # sampling.
     on_token: Callable[[int, int], None] | None = None
-    # Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in another thread; not for
-    # all of them, as where they end together.
+    # Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in another thread. Not
+    # called for every completion, for example if they end together.
     on_completion: Callable[[int, Completion], None] | None = None
-    # Gets the number and the tokens of each such completion, unless it is an episode.
+    # Receives the number and the tokens of each such completion, unless it is an episode.
     on_tokens: Callable[[int, Sequence[int]], object] | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class WeightsVersion:
 
     @classmethod
     def parse(cls, label: str) -> Self | None:
-        """The version that `str` wrote, None if it did not write this label."""
+        """The version that `str` wrote; None if `str` did not write this label."""
         step, _, digest = label.partition("-")
         return cls(int(step), digest) if step.isdecimal() and digest else None
 
@@ -73,52 +73,53 @@ class PromptLogprobs:
     """Log-probabilities that one engine gives to the tokens of sequences, at temperature 1 and among all tokens."""
 
     engine: str  # which engine, such as the address of a server
-    version: WeightsVersion | None  # of the weights that it computed with; None: of several, or of another sender
-    logprobs: Sequence[Sequence[float]]  # of each sequence's tokens but the first
+    version: WeightsVersion | None  # of the weights it computed with; None: several versions, or another sender
+    logprobs: Sequence[Sequence[float]]  # of each sequence's tokens except the first
 
 
 @dataclass(frozen=True)
 class PolicyWeight:
-    """One weight as the policy computes with it: LoRA is merged into it."""
+    """One weight as the policy computes with it, with LoRA merged."""
 
     name: str  # in a checkpoint of the base model
     shape: torch.Size  # in such a checkpoint
-    # Fills a destination [rows, ...], on any device, with the rows from a number on: computed in float32, and rounded once to its
-    # dtype.
+    # Fills a destination [rows, ...], on any device, with rows starting at a given number: computed in float32, and rounded once
+    # to its dtype.
     write_rows: Callable[[Tensor, int], None]
 
 
 class PolicyWeights(Protocol):
-    """The weights of a policy at one moment, for engines that have weights of their own."""
+    """The weights of a policy at one moment, for engines with weights of their own."""
 
     version: WeightsVersion  # which weights these are
-    base: str  # what tells the weights that training leaves alone from those of other models
-    is_sender: bool  # whether this rank sends to engines that all ranks share; the others only help to gather what is split
+    base: str  # distinguishes the weights that training leaves alone from other models' weights
+    is_sender: bool  # whether this rank sends to engines that all ranks share; the others only help to gather split weights
 
     @property
     def adapter(self) -> Mapping[str, Any] | None:
-        """PEFT's config of LoRA whose factors `stream` yields, after the base and by PEFT's names; None if it yields none."""
+        """PEFT's config of the LoRA factors that `stream` yields, after the base and by PEFT's names; None if it yields none."""
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
-        """All weights, or those that training changes, one at a time. If they are split over ranks, all ranks iterate together.
+        """All weights, or the weights that training changes, one at a time.
 
-        What an engine may join into one layer (q/k/v, gate/up) always comes as a whole. Where LoRA is not merged, `everything`
-        is the base with the factors of LoRA, and what training changes the factors alone.
+        If they are split over ranks, all ranks iterate together. Weights that an engine may join into one layer (q/k/v, gate/up)
+        always come as a whole. If LoRA is not merged, `everything` means the base and the LoRA factors, and the weights that
+        training changes are only the factors.
         """
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an engine with weights of its own has to know of the policy's model."""
+    """The facts about the policy's model that an engine with its own weights needs."""
 
-    config: Any  # of transformers
+    config: Any  # config of transformers
     tokenizer: PreTrainedTokenizerBase
-    folder: str | None  # a folder with the weights that the policy started from; None: they have to be sent, all of them
+    folder: str | None  # a folder with the weights that the policy started from; None: all weights have to be sent
     dtype: torch.dtype  # of the policy's matrix products
-    device: torch.device  # that trains
+    device: torch.device  # device that trains
     resumed: bool = False  # whether the policy's training continues from a checkpoint
-    lora_rank: int = 0  # the largest of its LoRA; 0 without LoRA
+    lora_rank: int = 0  # largest LoRA rank; 0 without LoRA
     lora_modules: tuple[str, ...] = ()  # last parts of the names of modules that have LoRA

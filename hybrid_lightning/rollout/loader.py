@@ -7,16 +7,16 @@ every Trainer flag keeps its meaning. One *rollout* is P prompts with G completi
 
     epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches.
 
-One minibatch is one optimizer step. The denominators of the loss are those of the whole optimizer step, over its micro-batches
-and over all ranks: how a step is split never changes the gradient.
+One minibatch is one optimizer step. The denominators of the loss count the whole optimizer step, over its micro-batches and over
+all ranks: how a step is split never changes the gradient.
 
-With `rollouts_ahead` k, rollout r + k is begun before rollout r is trained on, with the weights of that moment:
+With `rollouts_ahead` k, rollout r + k begins before rollout r is trained on, with the weights of that moment:
 
     k = 0      begin 0   train 0   begin 1   train 1   begin 2   train 2   ...
     k = 1      begin 0, begin 1    train 0   begin 2   train 1   begin 3   train 2   ...
 
-An engine whose completions are made elsewhere makes them meanwhile; of another the same schedule is computed in turns. Rollouts
-are trained on in the order in which they were begun, none is dropped, and none is begun that the run will not train on.
+A remote engine makes completions in the meantime; with any other engine the same schedule is computed in turns. Rollouts are
+trained on in the order in which they began. None is dropped, and none begins unless the run will train on it.
 """
 
 from abc import abstractmethod
@@ -50,20 +50,20 @@ DrawPrompts = Callable[[int], Sequence[Prompt]]
 
 @dataclass(frozen=True)
 class TrainedRollout:
-    """This rank's part of a rollout, to be trained on."""
+    """This rank's part of a rollout to train on."""
 
-    sequences: Sequences  # B, which is G times the number of this rank's prompts, whatever else was sampled
+    sequences: Sequences  # B is G times the number of this rank's prompts, whatever else was sampled
     sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
     advantages: Tensor  # [B]; or [B, T] with credit by turn or from a teacher, 0 where nothing was sampled
     metrics: dict[str, float] = field(default_factory=dict)  # to log with the first step of the rollout
     counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
     contributes: Tensor | None = None  # [B] bool: rows that the update needs; None: all
-    scored: ScoredRollout | None = None  # what callbacks see of it; None where nothing was sampled
+    scored: ScoredRollout | None = None  # the part that callbacks see; None where nothing was sampled
     seen_by_teacher: Sequences | None = None  # see `PolicyBatch`
 
 
 class LoaderRun(Protocol):
-    """What the loader asks of the run that trains on its micro-batches (see `Run`)."""
+    """The interface of the run that trains on the loader's micro-batches (see `Run`)."""
 
     rank: int
     world_size: int
@@ -82,7 +82,7 @@ class LoaderRun(Protocol):
 
 
 class RolloutSource(Protocol):
-    """Makes rollouts, and computes what the update must know beforehand: the task that is trained."""
+    """Makes rollouts, and computes what the update needs beforehand: the training task."""
 
     @abstractmethod
     def roll_out(
@@ -90,8 +90,8 @@ class RolloutSource(Protocol):
     ) -> RolloutFuture[TrainedRollout]:
         """Begin to complete prompts with the current weights, and to score the completions.
 
-        With rollouts ahead, an engine in this process has made them when this returns, since the weights change before the
-        result is asked for.
+        With rollouts ahead, an engine in this process has finished them when this returns, since the weights change before the
+        result is requested.
 
         Args:
             prompts: The prompts of this rank: number `rank` of the rollout, and every `world_size`-th prompt after it.
@@ -100,7 +100,7 @@ class RolloutSource(Protocol):
                 the same number. None if only `prompts` may be used.
 
         Returns:
-            The future, whose result all ranks ask for together.
+            The future; all ranks request its result together.
         """
 
     @abstractmethod
@@ -121,7 +121,7 @@ class RolloutSchedule:
         samples_per_prompt: G.
         minibatches_per_rollout: Number of optimizer steps in one pass over a rollout.
         epochs_per_rollout: Number of passes over a rollout.
-        rollouts_ahead: How many rollouts before its training a rollout is begun (k).
+        rollouts_ahead: Number of rollouts (k) by which a rollout begins before its training.
     """
 
     prompts_per_rollout: int
@@ -138,7 +138,7 @@ class RolloutSchedule:
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps that are made from a rollout."""
+        """Optimizer steps per rollout."""
         return self.epochs_per_rollout * self.minibatches_per_rollout
 
     def check_prompts(self, available: int) -> None:
@@ -168,31 +168,31 @@ class RolloutSchedule:
 
 
 class _Position(NamedTuple):
-    """Where the drawing of prompts and of random numbers stands."""
+    """Position in the drawing of prompts and of random numbers."""
 
     prompts: tuple[int, int]  # see `PromptCursor`
-    generator: Tensor  # its state
+    generator: Tensor  # state of the generator
     rollouts: int  # number of the next rollout
 
 
 class _Ahead(NamedTuple):
-    """A rollout that was begun and is not trained on yet."""
+    """A rollout that has begun and is not trained on yet."""
 
     before: _Position  # before it was begun
-    minibatches: RolloutFuture[list[PolicyBatch]]  # without what `add_logprobs` computes; all ranks ask for it together
+    minibatches: RolloutFuture[list[PolicyBatch]]  # without the results of `add_logprobs`; all ranks request it together
 
 
 class RolloutLoader:
-    """Iterable of `PolicyBatch` micro-batches, with a length and a state from which it can be resumed.
+    """Iterable of `PolicyBatch` micro-batches, with a length and a state to resume from.
 
     The order of the prompts is a new permutation for each pass over them, or draws from sets in proportion to their weights (see
-    `PromptOrder`). It depends only on `seed` and the number of the pass. The last prompts of a pass that do not fill a rollout
-    are left out. An epoch has as many rollouts as one pass gives; `DynamicSampling` draws more prompts, so that a pass is over
-    before the epoch.
+    `PromptOrder`). It depends only on `seed` and the number of the pass. The last prompts of a pass are left out if they do not
+    fill a rollout. An epoch has the same number of rollouts as one pass; `DynamicSampling` draws more prompts, so that a pass
+    ends before the epoch.
 
     Args:
         prompts: The training prompts, the same on every rank.
-        source: Makes rollouts: the task that is trained.
+        source: Makes rollouts: the training task.
         schedule: Sizes of rollouts and minibatches.
         run: The run that trains on them. Each of its ranks takes its own P / `world_size` prompts of every rollout.
         generator: Random generator for sampling, on the CPU and the same on every rank; its state is part of `state_dict`, so
@@ -220,16 +220,16 @@ class RolloutLoader:
         self.prompts, self.source, self.schedule, self.run = list(prompts), source, schedule, run
         self.generator, self.shuffle = generator or torch.Generator(), shuffle
         self._cursor = PromptCursor(self.prompts, seed, epoch, shuffle, run.rank, run.world_size)
-        self._rollouts = epoch * (len(prompts) // schedule.prompts_per_rollout)  # number of the next one
+        self._rollouts = epoch * (len(prompts) // schedule.prompts_per_rollout)  # number of the next rollout
         self._pending: deque[PolicyBatch] = deque()
         self._ahead: deque[_Ahead] = deque()
         self._taken: list[PolicyBatch] = []  # micro-batches of the current optimizer step, or of the last one
-        self._random_before: dict[str, Any] = {}  # the random state before the first of these
+        self._random_before: dict[str, Any] = {}  # the random state before the first of these micro-batches
         self._resumed_random_state: dict[str, Any] | None = None
         self._resumed = False
 
     def __len__(self) -> int:
-        """Number of micro-batches in an epoch. Because there is a length, Lightning does not prefetch, from a stale policy."""
+        """Number of micro-batches in an epoch; with a length Lightning does not prefetch, which would use a stale policy."""
         rollouts = len(self.prompts) // self.schedule.prompts_per_rollout
         return rollouts * self.micro_batches_per_rollout
 
@@ -239,11 +239,11 @@ class RolloutLoader:
         return self.schedule.steps_per_rollout * self.run.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[PolicyBatch]:
-        """Yield the micro-batches of an epoch, beginning where the last iteration stopped.
+        """Yield the micro-batches of an epoch, starting where the last iteration stopped.
 
         So if an epoch is cut short (`limit_train_batches`, a stop, a resume), the rest of its rollout is not lost. The exception
-        is an epoch that ended in the middle of an optimizer step: Lightning has already made that step with the micro-batches
-        that it had, so the rest of the step is dropped.
+        is an epoch that ended in the middle of an optimizer step: Lightning has already made that step with its micro-batches so
+        far, so the rest of the step is dropped.
         """
         self._taken = []  # if an epoch ended in the middle of a step, Lightning has made that step
         if not self._resumed:
@@ -264,9 +264,9 @@ class RolloutLoader:
             yield self._taken[-1]
 
     def give_back(self, count: int) -> None:
-        """Take back all of the so many micro-batches that an optimizer step has had, since it will not be finished now.
+        """Take back all `count` micro-batches of an optimizer step that will not be finished now.
 
-        The random states before it are restored, too.
+        The random states before the step are restored, too.
         """
         if count:
             assert count == len(self._taken), f"{count} of {len(self._taken)} micro-batches of a step are given back"
@@ -277,11 +277,12 @@ class RolloutLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position in the prompt order, and for each rank its remaining micro-batches, their rollouts and all random states.
 
-        It is plain data and tensors. Rollouts ahead whose completions are under way are waited for; where the run has been asked
-        to stop, or its engine has failed, the run that is resumed begins them again. All ranks must call this together.
+        It is plain data and tensors. Saving waits for the completions of rollouts ahead; if the run was asked to stop, or its
+        engine failed, the resumed run begins them again. All ranks must call this together.
         """
         places, ahead, now = [], [], self._position
-        # What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise.
+        # Errors that keep a rollout from being made, but no checkpoint from being saved; with several ranks, the ones that all
+        # raise.
         put_off = RunStopped, RolloutError if self.run.world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
@@ -314,9 +315,9 @@ class RolloutLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`.
 
-        Another number of ranks distributes the remaining rows among themselves, and continues with the same completions. Other
-        training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up. It is given up
-        as well if the state says so (`given_up`), and the prompts of rollouts ahead are drawn again.
+        A different number of ranks distributes the remaining rows among themselves, and continues with the same completions.
+        Other training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up. It is
+        also given up if the state says so (`given_up`); the prompts of rollouts ahead are then drawn again.
         """
         same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
         given_up = state.get("given_up", False)
@@ -367,7 +368,7 @@ class RolloutLoader:
         return _Position(self._cursor.position, self.generator.get_state(), self._rollouts)
 
     def _roll_out(self) -> deque[PolicyBatch]:
-        """The micro-batches of the next rollout; those ahead of it are begun before."""
+        """The micro-batches of the next rollout; the rollouts ahead of it begin first."""
         before, ahead, random = self._position, list(self._ahead), capture_random_state()
         try:
             if not self._ahead:
@@ -379,8 +380,8 @@ class RolloutLoader:
                 self._begin()
             batches = self._micro_batches(first.result())
         except BaseException:
-            # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
-            # checkpoint saved now begins these rollouts anew.
+            # After a stop during generation, the state is the one of the last optimizer step. A run that resumes from a
+            # checkpoint saved now begins these rollouts again.
             for entry in list(self._ahead)[len(ahead) :]:
                 entry.minibatches.cancel()
             self._ahead = deque(ahead)
@@ -402,7 +403,7 @@ class RolloutLoader:
         """The optimizer steps of one pass over a rollout, with the rows that contribute to each."""
         sequences, advantages, counted = rollout.sequences, rollout.advantages, rollout.counted
         rows = len(sequences) // self.schedule.minibatches_per_rollout
-        # A completion without tokens adds nothing to any loss. A masked one counts as a sequence, one that is left out does not.
+        # A completion without tokens adds nothing to any loss. A masked one counts as a sequence; one that is left out does not.
         contributes = sequences.sampled_mask.any(dim=1)
         if rollout.contributes is not None:
             contributes = contributes & rollout.contributes
@@ -410,7 +411,7 @@ class RolloutLoader:
         for step in range(self.schedule.minibatches_per_rollout):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
             updated_sequences = self._sum(contributes[of_step])
-            if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs what every step does
+            if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs the usual metrics
                 shown = of_step[sequences.sampled_mask[of_step].any(dim=1)]
                 contributes[shown[:: self.schedule.samples_per_prompt]] = True
                 updated_sequences = self._sum(contributes[of_step])
@@ -434,7 +435,7 @@ class RolloutLoader:
         return minibatches
 
     def _micro_batches(self, minibatches: Sequence[PolicyBatch]) -> deque[PolicyBatch]:
-        """The micro-batches of all passes over a rollout, with what the update has to know, under the current weights."""
+        """The micro-batches of all passes over a rollout, with the values that the update needs, under the current weights."""
         accumulate, epochs = self.run.accumulate_grad_batches, self.schedule.epochs_per_rollout
         self.schedule.check_split(accumulate, self.run.world_size)
         one_pass: list[PolicyBatch] = []

@@ -1,6 +1,6 @@
 """The order in which training prompts are drawn: each prompt once per epoch, or sets in proportion to their weights.
 
-The order is a function of seed and epoch alone, so that a checkpoint only has to hold a position in it.
+The order is a function of seed and epoch alone, so a checkpoint only has to hold a position in it.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ class PromptCursor:
         self, prompts: Sequence[Prompt], seed: int = 0, epoch: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
     ) -> None:
         self.prompts, self.shuffle = prompts, shuffle
-        # All that a checkpoint has to hold: the epoch of the order, and how many of its prompts have been drawn.
+        # The whole state for a checkpoint: the epoch of the order, and the number of its prompts drawn so far.
         self.position = (epoch, 0)
         self._rank, self._world_size = rank, world_size
         self._prompt_order = PromptOrder(prompts, seed)
 
     def draw(self, count: int) -> list[Prompt]:
-        """This rank's part of the next `count` prompts. If fewer than that are left in an epoch, they are left out."""
+        """This rank's part of the next `count` prompts; fewer remaining prompts at the end of an epoch are left out."""
         epoch, start = self.position
         if start + count > len(self.prompts):
             epoch, start = epoch + 1, 0
@@ -38,11 +38,11 @@ class PromptCursor:
 
 
 class PromptOrder:
-    """The order of the prompts in each epoch, as positions. An epoch has as many draws as there are prompts.
+    """The order of the prompts in each epoch, as positions; an epoch has one draw per prompt.
 
     Without weights an epoch is a permutation. With weights (`Prompt.set_weight`) the sets take turns: among the first n draws of
-    an epoch each set has its share of n, to within less than one. The prompts of a set are drawn in one permutation after the
-    other, across epochs, so that all of them are drawn equally often, to within one.
+    an epoch each set has its share of n, to within less than one. The prompts of a set are drawn in one permutation after
+    another, across epochs, so that all of them are drawn equally often, to within one.
 
     Raises:
         ConfigError: If the weight of a set is so small that its prompts are never drawn.
@@ -85,7 +85,7 @@ class PromptOrder:
         return [next(streams[name]) for name in self._turns]
 
     def _stream(self, name: str, members: list[int], start: int, count: int) -> list[int]:
-        """The draws number `start` to `start + count` from a set."""
+        """Draws `start` to `start + count` from a set."""
         cycle, skip = divmod(start, len(members))
         drawn: list[int] = []
         while len(drawn) < skip + count:
@@ -97,8 +97,8 @@ class PromptOrder:
 def take_turns(weights: dict[str, float], count: int) -> list[str]:
     """Distribute turns in proportion to weights: among the first n turns each name has its share of n, to within less than one.
 
-    This is Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): of the names that lag behind
-    their share far enough, the next turn goes to the one that would be the first to lag too far.
+    This is Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): among the names that lag far
+    enough below their share, the next turn goes to the one that would be the first to lag too far.
 
     Example:
         >>> "".join(take_turns({"a": 3, "b": 1}, 8))
@@ -121,7 +121,7 @@ def take_turns(weights: dict[str, float], count: int) -> list[str]:
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of the content of prompts, in their order.
 
-    Columns that are not plain data count by their type only, since the text of an object may differ between processes. `source`
+    Columns that are not plain data count only by their type, since the text of an object may differ between processes. `source`
     does not count, since it may be the path of a file that has been moved.
     """
     digest = hashlib.sha256()

@@ -17,14 +17,14 @@ _STEPS = 64  # tokens for which numbers are drawn at once: a compromise between 
 class PromptDraws:
     """Uniform random numbers for the completions of a batch of prompts, from one generator per prompt.
 
-    Batch size, number of ranks and order of prompts then change only how logits are rounded.
+    Batch size, number of ranks and order of prompts then affect only the rounding of logits.
 
     Args:
         prompts: P prompts.
         samples_per_prompt: G.
         seed: Seed that all generators share.
-        places: What distinguishes the prompts, such as their numbers in a rollout over all ranks, which may have a prompt twice;
-            None takes the set and the index of each prompt.
+        places: Distinguishes the prompts, for example by their numbers in a rollout over all ranks, which may have a prompt
+            twice; None takes the set and the index of each prompt.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class PromptDraws:
         assert len(names) == len(prompts)
         self._prompts, self._seed, self._names = prompts, seed, names
         digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
-        self.seeds = [int.from_bytes(digest) >> 1 for digest in digests]  # of each prompt, below 2^63
+        self.seeds = [int.from_bytes(digest) >> 1 for digest in digests]  # one per prompt, below 2^63
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._samples = samples_per_prompt
         self._block = torch.empty(0)
@@ -44,7 +44,7 @@ class PromptDraws:
         """Numbers in [0, 1) for the next token.
 
         Args:
-            rows: [R] int64, the numbers of those P * G completions that are not finished.
+            rows: [R] int64, the numbers of the unfinished ones among the P * G completions.
             step: Number of tokens that they have; it must grow by one at each call.
 
         Returns:
@@ -60,13 +60,13 @@ class PromptDraws:
         return self._block[rows, step - self._next + _STEPS, None]
 
     def of_turns(self, rows: Sequence[int], turns: Sequence[int]) -> "PromptDraws":
-        """The draws of later messages of some episodes, from one generator for each message.
+        """The draws for later messages of some episodes, from one generator for each message.
 
-        Numbers depend on the prompt, the sample, the turn and the seed only, and not on which other episodes go on.
+        Numbers depend only on the prompt, the sample, the turn and the seed, and not on which other episodes continue.
 
         Args:
-            rows: Which of the P * G completions, R of them.
-            turns: The number of each one's message, from 1: that of the first, which these draws themselves are for, is 0.
+            rows: Numbers of R of the P * G completions.
+            turns: Number of the next message of each, from 1; message 0, the first, uses these draws themselves.
 
         Returns:
             Draws of R prompts with one sample each.
@@ -80,8 +80,8 @@ class PromptDraws:
 def capture_random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, as plain data and tensors.
 
-    Of CUDA it is the generator of this process's device alone: those of others are not its own, and asking for them would take
-    memory there.
+    On CUDA only the generator of this process's device is captured: other devices belong to other processes, and reading their
+    state would take memory there.
     """
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -96,7 +96,7 @@ def capture_random_state() -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set the global generators to a state from `capture_random_state`.
 
-    Where the state comes from a process without CUDA, the generator of this process's device is left as it was seeded.
+    If the state comes from a process without CUDA, the generator of this process's device stays as it was seeded.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

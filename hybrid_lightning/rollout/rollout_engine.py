@@ -1,16 +1,16 @@
-"""`RolloutEngine`: the interface by which the policy, its evaluation and its calibration get completions of prompts.
+"""`RolloutEngine`: the interface through which the policy, its evaluation and its calibration get completions of prompts.
 
 Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
 log-probability under softmax(logits / temperature).
 
-Our `Sampler` computes with the policy's own weights. Another engine has a copy of them (`needs_weight_sync`), which training
-makes stale: before it samples it is given what has changed (`update`).
+Our `Sampler` computes with the policy's own weights. Other engines have a copy of them (`needs_weight_sync`), which training
+makes stale: before such an engine samples, it receives the changed weights (`update`).
 
-`Conversation` continues episodes, turn by turn, with what an environment has added to them:
+`Conversation` continues episodes, turn by turn, after the text that an environment has added to them:
 
     conversation = sampler.conversation(engine, tokenizer, request, capacity=512)
-    turn = conversation.first()                         the first message of every episode: what `sample` gives
-    turn = conversation.next([0, 3], [[5, 6], [7]])     the next one of these two, after what was added
+    turn = conversation.first()                         the first message of every episode: the result of `sample`
+    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of these two, after the added text
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
 """
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
 
 class RolloutEngine(Configurable, ABC):
-    """Makes completions; a subclass says how.
+    """Makes completions; a subclass defines how.
 
     Args:
-        max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
-        temperature: Divides the logits; must be positive. Greedy decoding is an argument of `sample` instead, since training
-            with it would have no exploration.
-        top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 keeps all tokens.
+        max_new_tokens: Longest completion in tokens. A completion that reaches it without a stop token counts as not finished.
+        temperature: Divides the logits; must be positive. Greedy decoding is an argument of `sample` instead, since training with
+            it would not explore.
+        top_p: Sample from the smallest set of most probable tokens with probabilities that add up to this; 1 keeps all tokens.
         top_k: Sample from this many most probable tokens; 0 keeps all tokens.
         stop: Strings that end a completion. The tokens of such a string stay in the sequence; the text is cut before it.
         min_p: Sample from the tokens that are at least this share as probable as the most probable one (arXiv 2407.01082); 0
@@ -62,16 +62,16 @@ class RolloutEngine(Configurable, ABC):
         ConfigError: If a value is impossible.
     """
 
-    shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
-    needs_weight_sync = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
-    # Whether completions are made in other processes, while this one goes on (see `begin`), by engines that all ranks share.
+    shares_device = False  # whether it allocates memory in this process, in its own way, on the training device
+    needs_weight_sync = False  # whether `update` has to give it the policy's weights; other engines sample with the policy itself
+    # Whether completions are made in other processes, while this one continues (see `begin`), by engines that all ranks share.
     is_remote = False
-    inflight_updates = False  # whether requests under way continue with new weights that `update` gives; else there must be none
-    idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
-    version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
-    scores_prompts = False  # whether it has `prompt_logprobs`, by which its weights are compared with the policy's
-    sends_adapter = False  # whether it is given LoRA apart from the base, instead of merged weights
-    renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
+    inflight_updates = False  # whether open requests continue with new weights from `update`; else no request may be open
+    idle_seconds = 0.0  # idle time before the last requests, for a remote engine
+    version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or no own weights
+    scores_prompts = False  # whether it has `prompt_logprobs`, which compare its weights with the policy's
+    sends_adapter = False  # whether it receives LoRA separately from the base, instead of merged weights
+    renormalizes = False  # whether its log-probabilities are over the tokens that top-k, top-p and min-p keep
 
     def __init__(
         self,
@@ -100,12 +100,12 @@ class RolloutEngine(Configurable, ABC):
         self.top_p, self.top_k, self.min_p = top_p, top_k, min_p
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
-        """Make what ends a completion: stop strings and these tokens, or None the tokenizer's end-of-sequence token.
+        """Make the conditions that end a completion: stop strings and these tokens; None: the tokenizer's end-of-sequence token.
 
-        That is slow where there are stop strings, so callers that sample often make it once.
+        This is slow with stop strings, so callers that sample often make them once.
 
         Raises:
-            ConfigError: If stop strings cannot be found in what this tokenizer decodes.
+            ConfigError: If stop strings cannot be found in the text that this tokenizer decodes.
         """
         try:
             strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
@@ -129,10 +129,10 @@ class RolloutEngine(Configurable, ABC):
         """
 
     def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
-        """Raise ConfigError if it cannot be given an adapter with LoRA of these ranks, which `experts` have or have not."""
+        """Raise ConfigError if it cannot receive an adapter with LoRA of these ranks, with or without LoRA on `experts`."""
 
     def context(self, config: Any) -> tuple[float, str]:
-        """Most tokens of a prompt with its completion by the model's config, infinite if not known, and what sets this limit."""
+        """Most tokens of a prompt with its completion by the model's config, infinite if unknown, and the limit's source."""
         return model_context(config)
 
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
@@ -148,44 +148,44 @@ class RolloutEngine(Configurable, ABC):
         return limits
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """Whether the next `update` has to give it all weights, and not only those that training changes."""
+        """Whether the next `update` has to give it all weights, and not only the weights that training changes."""
         return False
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """Give an engine with weights of its own those of the policy, unless it has them already.
+        """Give an engine with its own weights the policy's, unless it has them already.
 
-        Where weights are split over ranks, all ranks call this, and iterate over what `stream` yields.
+        If weights are split over ranks, all ranks call this, and iterate over what `stream` yields.
 
         Args:
-            weights: The policy's weights now.
+            weights: The policy's current weights.
             model: The policy's model.
-            everything: Whether all weights are given, as all ranks have agreed; None: what `needs_everything` says.
+            everything: Whether all weights are given, as agreed by all ranks; None takes the answer of `needs_everything`.
 
         Raises:
-            RolloutError: If they cannot be given to it.
+            RolloutError: If the engine cannot receive them.
         """
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
-        """Begin to compute log-probabilities of sequences of at least two tokens, by each copy of the weights that answers."""
+        """Begin to compute log-probabilities of sequences of at least two tokens, on each copy of the weights that answers."""
         raise NotImplementedError
 
     @property
     def has_lost_weights(self) -> bool:
-        """Whether requests under way wait for weights that only `update` can give, since what makes them was started again."""
+        """Whether open requests wait for weights that only `update` can give, because their engine was restarted."""
         return False
 
     def go_on_with(self, version: WeightsVersion) -> None:
-        """Take tokens by these weights from requests that are under way. All ranks call it before one of them updates."""
+        """Accept tokens by these weights from open requests. All ranks call it before one of them updates."""
 
     def updating(self) -> AbstractContextManager[Any]:
-        """Within this context, in which it is given weights, completions that other threads ask for are not begun."""
+        """Within this context it receives weights, and completions that other threads request do not begin."""
         return nullcontext()
 
     def release_memory(self) -> None:
-        """Free what is not needed until the next call, if the engine shares a device with training."""
+        """Free memory that is not needed until the next call, if the engine shares a device with training."""
 
     def shut_down(self) -> None:
-        """End what this engine has started, but no server that others started."""
+        """End everything that this engine has started, but no server that others started."""
 
     @abstractmethod
     def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
@@ -194,18 +194,18 @@ class RolloutEngine(Configurable, ABC):
         Args:
             engine: Engine of a causal language model, which the caller puts into eval mode.
             tokenizer: Decodes the completions.
-            request: What is completed, and how.
+            request: What to complete, and how.
 
         Returns:
             Rollouts of B = P * G sequences, on the model's device.
 
         Raises:
             ConfigError: If a prompt with its longest completion exceeds the model's positions.
-            RolloutError: If the engine fails, or completes with other weights than those of the last `update`.
+            RolloutError: If the engine fails, or completes with weights other than the last `update` gave it.
         """
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """Begin to `sample`. A remote engine completes from now on, another one when the result is asked for."""
+        """Begin to `sample`. A remote engine starts now; any other one completes when the result is requested."""
         return RolloutFuture(lambda: self.sample(engine, tokenizer, request))
 
     def conversation(
@@ -227,9 +227,9 @@ class RolloutEngine(Configurable, ABC):
         """The rollouts of a request, from the tokens that were sampled for it.
 
         Args:
-            tokenizer: Decodes them.
+            tokenizer: Decodes the tokens.
             request: The request, of P prompts.
-            tokens: [B, T] int64, right-padded, with the token that ended each, if one did.
+            tokens: [B, T] int64, right-padded, including the token that ended each sequence, if one did.
             mask: [B, T] bool, True on tokens.
             logprobs: [B, T] float32.
             finished: [B] bool.
@@ -250,12 +250,12 @@ class RolloutEngine(Configurable, ABC):
         tokens: Sequence[Sequence[int]],
         finished: Sequence[bool],
     ) -> tuple[Completion, ...]:
-        """Decode B = P * G completions, the G of a prompt side by side, with the token or string that ended them, if one did."""
+        """Decode B = P * G completions, the G of a prompt side by side, including the token or string that ended them, if any."""
         decoded = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
-        # Before the first stop string in it.
+        # Up to the first stop string in it.
         texts = [text[: min((text.index(stop) for stop in self.stop if stop in text), default=None)] for text in decoded]
         samples = len(tokens) // max(1, len(prompt_ids))
-        # Prompts that end in <think>, as chat templates of some reasoning models write it.
+        # Prompts that end in <think>, as chat templates of some reasoning models do.
         begun = [str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>") for ids in prompt_ids]
         thinking = [within for within in begun for _ in range(samples)]
         lengths = [len(row) for row in tokens]
@@ -264,23 +264,23 @@ class RolloutEngine(Configurable, ABC):
 
 
 class Conversation:
-    """Episodes by any rollout engine: the context of a message is given to it as a longer prompt.
+    """Episodes with any rollout engine: the context of a message is passed to it as a longer prompt.
 
-    What was sampled is never tokenized again. An episode's random numbers depend on its prompt, its number among the samples, and
-    how many messages it has had (see `PromptDraws.of_turns`).
+    Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its number among the samples, and the
+    number of its messages so far (see `PromptDraws.of_turns`).
 
-    Weights must not change while a conversation lasts, unless the engine allows `inflight_updates`: a turn that is begun after an
-    update is by the new weights, and each token says by which.
+    Weights must not change during a conversation, unless the engine allows `inflight_updates`. A turn that begins after an update
+    uses the new weights, and each token records its weights.
 
     Args:
         sampler: Makes the messages.
-        engine: As in `RolloutEngine.sample`, as are tokenizer and request.
+        engine: As in `RolloutEngine.sample`, like tokenizer and request.
         tokenizer: See above.
         request: The first message of all B episodes.
-        capacity: Most tokens of an episode after its prompt: those sampled, and those that are added.
+        capacity: Most tokens of an episode after its prompt: sampled tokens and added tokens.
 
     Raises:
-        ConfigError: If a prompt with an episode of this capacity exceeds the model's positions, or those of the engine.
+        ConfigError: If a prompt with an episode of this capacity exceeds the positions of the model or of the engine.
     """
 
     def __init__(
@@ -295,9 +295,9 @@ class Conversation:
             sampler.check_prompt(getattr(engine.model, "config", None), len(ids), capacity)
         self._sampler, self._engine, self._tokenizer, self._capacity = sampler, engine, tokenizer, capacity
         self._request = replace(request, stops=request.stops or sampler.stops(tokenizer))
-        # Each episode's tokens so far.
+        # Tokens of each episode so far.
         self._own: list[list[int]] = [[] for _ in range(len(request.prompts) * request.samples_per_prompt)]
-        self._messages = [0] * len(self._own)  # of the policy, in each episode
+        self._messages = [0] * len(self._own)  # number of the policy's messages in each episode
 
     def first(self) -> Rollouts:
         """The first message of all B episodes."""
@@ -306,11 +306,11 @@ class Conversation:
         return self._noted(range(len(self._own)), self._first(request))
 
     def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
-        """The next message of some episodes, each with all before it as its prompt. The others wait, and may continue later.
+        """The next message of some episodes, with everything before it as its prompt; the others wait, and may continue later.
 
         Args:
             rows: Numbers of R episodes, ascending.
-            added: Token ids that come after the last message of each.
+            added: Token ids to add after the last message of each.
         """
         assert list(rows) == sorted(set(rows)) and all(self._messages[row] for row in rows)
         for row, tokens in zip(rows, added, strict=True):
@@ -348,7 +348,7 @@ class Conversation:
 
 
 def model_context(config: Any) -> tuple[float, str]:
-    """See `RolloutEngine.context`: by the positions of a model with this config alone."""
+    """See `RolloutEngine.context`; uses only the positions of a model with this config."""
     positions = getattr(config, "max_position_embeddings", math.inf)
     return positions, f"the model's {positions} positions"
 

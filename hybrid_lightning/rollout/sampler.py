@@ -1,9 +1,9 @@
 """`Sampler`: completions of prompts by a causal language model, in the training process.
 
 Each prompt is prefilled once for its G completions, and sequences that have ended leave the decoding batch. Decoding is written
-here rather than taken from `generate`, since training needs three things that `generate` does not give together: the shared
-prefill, the log-probability of each token under softmax(logits / temperature) in float32, and a random generator of its own,
-whose state a checkpoint can hold. Top-k and top-p (nucleus) truncate as the logits processors of transformers do.
+here rather than taken from `generate`. Training needs three things that `generate` does not give together: the shared prefill,
+the log-probability of each token under softmax(logits / temperature) in float32, and its own random generator with a state that a
+checkpoint can hold. Top-k and top-p (nucleus) truncate like the logits processors of transformers.
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, R rows of the decoding batch, S prompt tokens, T completion tokens,
 V tokens of the vocabulary.
@@ -36,7 +36,7 @@ _EVERY = 16  # steps after which the number of running rows is copied from an ac
 
 
 class Sampler(RolloutEngine):
-    """Samples in the training process, with the very weights that are trained: the default rollout engine.
+    """Samples in the training process with the very weights that are trained; the default rollout engine.
 
     Args:
         max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
@@ -45,7 +45,7 @@ class Sampler(RolloutEngine):
             segments, and a model whose rotary embeddings do not depend on the longest row.
             `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
             the screen which it is; `true` refuses to go on otherwise.
-        options: Of `RolloutEngine`.
+        options: Arguments of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -62,23 +62,23 @@ class Sampler(RolloutEngine):
         self.cuda_graphs = cuda_graphs
 
     def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
-        """Complete every prompt of a request by the model's own passes."""
+        """Complete every prompt of a request with the model's own passes."""
         return self.first(engine, tokenizer, request)[0]
 
     def conversation(
         self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
     ) -> Conversation:
-        """Begin episodes of several turns, whose keys and values are kept where the model's way to decode can."""
+        """Begin episodes of several turns; keys and values are kept if the model's way of decoding can keep them."""
         return _ContinuedConversation(self, engine, tokenizer, request, capacity)
 
     @torch.no_grad()
     def first(
         self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
     ) -> "tuple[Rollouts, _Decoder]":
-        """Complete a request: what `sample` does and, with a capacity, the first message of episodes.
+        """Complete a request, as `sample` does, and with a capacity the first message of episodes.
 
         Returns:
-            The rollouts, and what has decoded them, which has room for episodes of `capacity` tokens.
+            The rollouts, and their decoder, which has room for episodes of `capacity` tokens.
         """
         limits = self._checked_limits(engine, request)
         samples, on_completion, on_tokens = request.samples_per_prompt, request.on_completion, request.on_tokens
@@ -113,7 +113,7 @@ class Sampler(RolloutEngine):
 
 
 class _ContinuedConversation(Conversation):
-    """Continues from the keys and values that are there, where the model's way to decode can."""
+    """Continues from the existing keys and values, if the model's way of decoding can."""
 
     _sampler: Sampler
     _decoder: "_Decoder"
@@ -139,7 +139,7 @@ class _Decoder:
 
     decoding: Decoding
     generator: Draws
-    # Gets the number, the tokens and whether a stop ended it, of each sequence that ends before all have to.
+    # Receives the number, the tokens and whether a stop ended it, for each sequence that ends before all have to.
     on_ended: Callable[[int, list[int], bool], None] | None = None
 
     def __init__(
@@ -159,7 +159,7 @@ class _Decoder:
     def prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool = False) -> Tensor:
         """Read left-padded prompts [P, S] for completions of at most `capacity` tokens; logits [B, V] of the first token of each.
 
-        Completions go on after they have ended where it `keeps_rows`.
+        With `keeps_rows`, completions stay in the batch after they have ended.
         """
         self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
         wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
@@ -200,7 +200,7 @@ class _Decoder:
         limit = None  # of each, where not all have the same
         if min(limits) < most:
             limit = torch.tensor(limits, device=self.device)
-        cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by a limit of their own
+        cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by their own limit
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
@@ -228,7 +228,7 @@ class _Decoder:
             leaving = max(1, round(self.decoding.leave_together * batch))
             remaining = -(-alive // leaving) * leaving
             if remaining < len(rows):
-                # Rows leave in multiples of `leaving`: the rows that run stay, and as many of those that have ended as needed.
+                # Rows leave in multiples of `leaving`: the running rows stay, and enough of the ended ones to fill up.
                 keep = running.logical_not().long().argsort(stable=True)[:remaining].sort().values
                 self.decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]
@@ -242,7 +242,7 @@ class _Decoder:
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
-        if logits.device.type == "mps":  # which has no float64
+        if logits.device.type == "mps":  # MPS has no float64
             token, logprob = self._choose(logits.cpu(), rows.cpu(), step)
             return token.to(logits.device), logprob.to(logits.device)
         sampler = self.sampler
@@ -280,9 +280,9 @@ def _replays(device: torch.device) -> bool:
 class _Running:
     """How many rows run, which the host has to know now and then.
 
-    On a CPU that is known at every step. On an accelerator asking would wait until all that was asked for is done, which leaves
-    the device without work: the number is copied every `_EVERY` steps, and read when the next copy begins. Until then a few rows
-    go on that have ended, whose tokens nobody reads.
+    On a CPU the number is known at every step. On an accelerator, reading it would wait until all queued work is done, which
+    leaves the device without work. So the number is copied every `_EVERY` steps, and read when the next copy begins. Until then a
+    few rows that have ended continue; nobody reads their tokens.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -292,7 +292,7 @@ class _Running:
         self._event: Any = None
 
     def after(self, step: int, running: Tensor) -> int:
-        """The number that is known after a step, never less than the true one, which is the sum of `running` [R] bool."""
+        """The number known after a step, never less than the true one, which is the sum of `running` [R] bool."""
         if (step + 1) % self._every:
             return self.known
         count = running.sum()
@@ -300,7 +300,7 @@ class _Running:
             self.known = int(count)
             return self.known
         if self._event is not None:
-            self._event.synchronize()  # over for long
+            self._event.synchronize()  # finished long ago
             self.known = int(self._copy.numpy()[0])
         self._copy.copy_(count[None], non_blocking=True)
         self._event = torch.Event(count.device)
@@ -309,11 +309,11 @@ class _Running:
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
-    """Logits [R, V] with minus infinity for the tokens that are left out: by top-k, then top-p, then min-p, as in `generate`."""
+    """Logits [R, V] with minus infinity for excluded tokens: by top-k, then top-p, then min-p, as in `generate`."""
     if top_k > 0:
         unused = torch.empty(0, dtype=torch.long)  # in place of the tokens so far, which the processor does not use
         logits = TopKLogitsWarper(top_k)(unused, logits)
-    if top_p < 1:  # as `TopPLogitsWarper`, whose sums on a GPU have no fixed order
+    if top_p < 1:  # like `TopPLogitsWarper`; on a GPU the order of its sums is not fixed
         ascending, order = logits.sort(dim=1, stable=True)
         left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
         left_out[:, -1] = False
@@ -324,11 +324,11 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) 
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a token for each row of logits by one random number, by inverting the cumulative distribution.
+    """Draw a token for each row of logits from one random number, by inverting the cumulative distribution.
 
     `torch.multinomial` draws V exponential numbers for a token, which for a vocabulary of 50,000 takes longer on a CPU than the
-    model's output layer. Here the one number is looked up among the sums of blocks of tokens first, so that only one block is
-    summed up token by token. Running sums are float64: in float32, V small numbers would not add up to 1 closely enough.
+    model's output layer. Here the one number is first looked up among the sums of blocks of tokens, so that only one block is
+    summed token by token. Running sums are float64: in float32, V small numbers would not add up to 1 closely enough.
 
     Args:
         logits: [R, V].
@@ -346,8 +346,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
-    # The first token whose cumulative probability exceeds the number. If there is none, since the block's sum was rounded, the
-    # last token with any probability: a token of probability 0 is never drawn.
+    # The first token with a cumulative probability above the number. If there is none, because the block's sum was rounded: the
+    # last token with any probability, since a token of probability 0 is never drawn.
     token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
     last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
     return block.squeeze(1) * _BLOCK + torch.minimum(token, last)
@@ -356,8 +356,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw a token for each row of logits on an accelerator, with its log-probability, in few passes over the logits.
 
-    Probabilities are summed up as whole multiples of 2^-40, so that sums are exact, and the same in whatever order the device
-    adds. A probability that is smaller than that counts as 0.
+    Probabilities are summed as whole multiples of 2^-40, so that sums are exact, and the same in whatever order the device adds.
+    A probability below that counts as 0.
 
     Args:
         logits: [R, V].
@@ -381,7 +381,7 @@ def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tup
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1).float() / temperature - top
     weights = _whole(inside.exp())
     token = torch.searchsorted(weights.cumsum(dim=1), target - before, right=True).squeeze(1)
-    # As in `draw_tokens`: the whole parts of a block's numbers may add up to a little less than that of their sum.
+    # As in `draw_tokens`: the whole parts of a block's numbers may add up to a little less than the whole part of their sum.
     last = size - 1 - weights.flip(1).gt(0).long().argmax(dim=1)
     token = torch.minimum(token, last)
     logprob = inside.gather(1, token[:, None]).double() - (ends[:, -1:].double() / _ONE).log()
@@ -404,7 +404,7 @@ def _whole(values: Tensor) -> Tensor:
 
 
 def running_sums(values: Tensor) -> Tensor:
-    """Cumulative sums of [R, n] along the second axis, always added up in the same order.
+    """Cumulative sums of [R, n] along the second axis, always added in the same order.
 
     `torch.cumsum` has no fixed order on a GPU, and `trainer.deterministic=true` refuses it there.
     """

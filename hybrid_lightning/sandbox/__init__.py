@@ -1,4 +1,4 @@
-"""Run untrusted Python programs in isolation, with nothing but the standard library, of which each start loads little.
+"""Run untrusted Python programs in isolation, with only the standard library; each start loads little of it.
 
 From a program to its result:
 
@@ -6,8 +6,8 @@ From a program to its result:
     launch.py        starts a launcher process for one program, and reads the result
     launcher.py      the launcher process: starts the boxes of the program, waits for them and ends them; tries mechanisms
     box.py           a box: a process that is isolated before it runs the program, or its tests
-    harness.py       what the box of the tests runs
-    candidate.py     what the box of the program runs
+    harness.py       runs in the box of the tests
+    candidate.py     runs in the box of the program
     wire.py          values as bytes between these two
 
 How a box is isolated:

@@ -1,4 +1,4 @@
-"""A box: a process that can reach only what it was given, and the process that waits for it."""
+"""A box: a process that can reach only the resources it was given, and the process that waits for it."""
 
 import _sitebuiltins
 import builtins
@@ -13,14 +13,14 @@ from typing import Any
 
 from hybrid_lightning.sandbox import candidate, harness, landlock, libc, namespaces, privileges, seccomp
 
-# File descriptors in a box. 0 to 2 are the standard streams; then come its job, two pipes to the other box, and two files that
-# are written only by the tests (the verdict) and by the set-up of a box (a report of errors).
+# File descriptors in a box. 0 to 2 are the standard streams. Then come its job, two pipes to the other box, and two files: only
+# the tests write the first (the verdict), only the set-up of a box the second (a report of errors).
 JOB, REPLIES_OR_REQUESTS_IN, OUT, VERDICT, REPORT = 3, 4, 5, 6, 7
 _SETUP_FAILED, _OUT_OF_TIME, _SIGNALLED = 125, 124, 128
 
 
 def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number: int) -> int:
-    """Start a box; the id of the process that waits for it, whose exit code says how it ended (see `describe_ending`).
+    """Start a box; returns the id of the process that waits for it, with an exit code for how it ended (see `describe_ending`).
 
     Args:
         spec: See `launcher.main`.
@@ -36,7 +36,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
     try:
         _place(descriptors)
     except BaseException:
-        os._exit(_SETUP_FAILED)  # the descriptor for a reason is not there yet
+        os._exit(_SETUP_FAILED)  # the descriptor for a reason does not exist yet
     try:
         privileges.die_with_parent(launcher)
         root = os.geteuid() == 0
@@ -60,7 +60,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
 
 
 def describe_ending(code: int) -> str:
-    """How a box ended, from the exit code of the process that waited for it; empty if it ended normally."""
+    """Describe how a box ended, from the exit code of the process that waited for it; empty if it ended normally."""
     if code == _OUT_OF_TIME:
         return "out of CPU time"
     if code > _SIGNALLED:
@@ -80,9 +80,9 @@ def _place(descriptors: list[int | None]) -> None:
 
 
 def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
-    """Apply every mechanism to this process, and let it become another user, unless that is None.
+    """Apply every mechanism to this process, and let it become another user, unless `user` is None.
 
-    Threads are allowed where the system limits their number: for a user namespace or a user of its own, and never for root.
+    Threads are allowed if the system limits their number: for a user namespace or a separate user, and never for root.
     """
     mechanisms, limits = spec["mechanisms"], spec["limits"]
     within = tuple(f"{path}/" for path in spec["readable"])
@@ -101,7 +101,7 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
         landlock.restrict(readable, writable)
     os.environ.clear()
     if spec["packages"]:
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # otherwise numpy starts a thread for each processor
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # without it numpy starts a thread for each processor
     libc.share_memory_between_threads()
     privileges.limit(limits["cpu_seconds"], limits["memory_bytes"], limits["file_bytes"], limits["threads"])
     if "seccomp" in mechanisms:
@@ -118,7 +118,7 @@ def _run(role: str, job: dict[str, Any]) -> None:
     sys.stdout = _stream(1, "w", "surrogateescape")
     sys.stderr = _stream(2, "w", "backslashreplace")
     sys.argv = ["solution.py"]
-    for name in ("exit", "quit"):  # defined by Python's module site, which is not loaded here
+    for name in ("exit", "quit"):  # Python's module site defines them, and is not loaded here
         setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
     if role == "candidate":
         candidate.run_function(job["setup"], job["source"], job["tested"], REPLIES_OR_REQUESTS_IN, OUT)
@@ -133,7 +133,7 @@ def _stream(descriptor: int, mode: str, errors: str) -> io.TextIOWrapper:
 
 
 def _wait(pid: int, cpu_seconds: int) -> None:
-    """Wait for the box, and end with an exit code that says how it ended."""
+    """Wait for the box, and end with an exit code that describes how it ended."""
     _, status, usage = os.wait4(pid, 0)
     used = usage.ru_utime + usage.ru_stime
     if os.WIFSIGNALED(status):
@@ -160,7 +160,7 @@ class _Packages:
                 self.files[name] = path
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
-        """Find a module, as the import system asks of entries in `sys.meta_path`."""
+        """Find a module for the import system, as an entry of `sys.meta_path` must."""
         folders = self.folders.get(name)
         if name in self.files:
             return util.spec_from_file_location(name, self.files[name], submodule_search_locations=folders)

@@ -1,7 +1,7 @@
-"""What the box of the untrusted program runs: a server that answers requests of the tests' process with plain data, or all of it.
+"""Server in the box of the untrusted program: answers requests of the tests' process with plain data, or runs all of it.
 
-Nothing in this process is trusted once the program runs: the program may change all of it, and gains no more by that than to send
-other data.
+Nothing in this process is trusted once the program runs. The program may change all of it, but gains by that only the power to
+send other data.
 """
 
 import ast
@@ -62,14 +62,14 @@ class Server:
         exec(program, names)
 
     def keep(self, value: Any) -> int:
-        """Keep an object that is not plain data, and return a number by which the tests can refer to it."""
+        """Keep an object that is not plain data, and return a number for the tests to refer to it."""
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.kept)
             self.kept.append(value)
         return self.numbers[id(value)]
 
     def serve(self, first: Callable[[], None]) -> None:
-        """Load the program with `first`, reply whether that worked, and answer requests until there are no more."""
+        """Load the program with `first`, reply whether loading worked, and answer requests until there are no more."""
         wire.send(self.replies, self.attempt(first))
         with open(self.requests, "rb", closefd=False) as stream:
             for body in wire.frames(stream.read):
@@ -84,7 +84,7 @@ class Server:
             return wire.encode(["error", kind.__name__, str(error)[:500]], self.keep, self.classes)
 
     def answer(self, body: bytes) -> Any:
-        """Do what a request asks. If a function returns None, its arguments are sent back, since it may have changed them."""
+        """Do what a request needs. If a function returns None, its arguments are sent back, since it may have changed them."""
         known = self.module.__dict__
         operation, *operands = wire.decode(body, self.kept.__getitem__, self.kept.__getitem__, known)
         if operation == "evaluate":
@@ -99,7 +99,7 @@ class Server:
 
 
 def run_function(setup: str, source: str, tested: Sequence[str], requests: int, replies: int) -> None:
-    """Serve the functions of a program over two pipes, among them the names `tested` (see `Server`)."""
+    """Serve the functions of a program over two pipes, including the names `tested` (see `Server`)."""
     sys.setrecursionlimit(RECURSION_LIMIT)
     server = Server(tested, requests, replies)
     server.serve(lambda: server.load(setup, source))
@@ -116,11 +116,11 @@ def run_script(setup: str, source: str) -> None:
 
 
 def run_cells(cells: Sequence[str], seed: int) -> None:
-    """Run pieces of code one after the other, show the output of the last one alone, and end with a mark (see `WHOLE`).
+    """Run pieces of code one after another, show only the output of the last one, and end with a mark (see `WHOLE`).
 
-    They share their names, and the seed of `random`, so that the earlier cells of a session do the same when they run again.
-    After what a cell prints comes the value of the expression that it may end with, or a line about its error, after which later
-    cells run all the same.
+    They share their names and the seed of `random`, so that the earlier cells of a session do the same when they run again. After
+    the text that a cell prints comes the value of its last expression, if it ends with one, or a line about its error. Later
+    cells run even after an error.
     """
     random.seed(seed)
     module = types.ModuleType(MAIN)
@@ -133,12 +133,12 @@ def run_cells(cells: Sequence[str], seed: int) -> None:
             print(_short(error))
     _begin_output(keep=True)  # whether another cell could run; if not, this process ends with an error
     os.write(2, b"%s %d" % (WHOLE, time.process_time() * 1000))
-    os._exit(0)  # threads that a cell has left are not waited for
+    os._exit(0)  # without waiting for threads that a cell has left
 
 
 def _begin_output(keep: bool) -> None:
-    """Write standard output behind what is there, or over it, by a stream that no cell has closed or replaced."""
-    with suppress(Exception):  # what is too long to be written, a stream that a cell has closed, or no stream
+    """Write standard output after its existing content, or over it, by a stream that no cell has closed or replaced."""
+    with suppress(Exception):  # output that is too long, a stream that a cell has closed, or no stream
         sys.stdout.flush()
     size = os.fstat(1).st_size if keep else 0
     os.ftruncate(1, size)
@@ -158,7 +158,7 @@ def _run_cell(cell: str, names: dict[str, Any]) -> None:
 
 
 def _short(error: BaseException) -> str:
-    """An error in one line, with the line of the cell in which it came up."""
+    """An error in one line, with the line of the cell that raised it."""
     text = traceback.format_exception_only(error)[-1].strip()
     lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == CELL]
     number = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None

@@ -1,9 +1,9 @@
-"""What the box of the tests runs: the tests, in an interpreter that the program never enters.
+"""Runner of the tests in their box: an interpreter that the program never enters.
 
 The tests use the program's functions and objects through proxies, which send requests to the program's process and get plain data
-back. The verdict goes into a file that only this process has open. So nothing that the program prints, exits with, patches,
-compares or inspects can change the verdict: the program knows neither the tests nor what they expect, and its answers are rebuilt
-here from built-in types and the classes of the set-up code.
+back. The verdict goes into a file that only this process has open. So the program cannot change the verdict by anything that it
+prints, exits with, patches, compares or inspects: it knows neither the tests nor the results that they expect, and its answers
+are rebuilt here from built-in types and the classes of the set-up code.
 """
 
 import builtins
@@ -17,7 +17,7 @@ from hybrid_lightning.sandbox import wire
 from hybrid_lightning.sandbox.candidate import RECURSION_LIMIT
 
 MODULE = "tests"
-RESULTS = "__results__"  # in the tests' namespace: a bool for each test, where they are counted
+RESULTS = "__results__"  # in the tests' namespace: a bool for each test, if they are counted
 # Exceptions of the program that are not raised here: they would end loops of the tests early, or look like failed asserts.
 _NEVER_RAISED = (StopIteration, StopAsyncIteration, AssertionError)
 # Methods that tests may not call on an object that a function returned: tests that call them expect data, and the methods would
@@ -32,14 +32,14 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
     """Run tests against the program at the other end of two pipes.
 
     Args:
-        job: `setup` (code before the tests), `tests` (a list of code, each of which is a test), `names` (names of the program
-            that the tests use), `entry_point` (expression that is passed to `check`; None if the tests define no such function),
-            `tested` (all names in these two), `all` (whether to go on after a test fails).
+        job: `setup` (code before the tests), `tests` (a list of pieces of code, each a test), `names` (names of the program that
+            the tests use), `entry_point` (expression that is passed to `check`; None if the tests define no such function),
+            `tested` (all names in these two), `all` (whether to continue after a test fails).
         requests: File descriptor to write requests to.
         replies: File descriptor to read replies from.
 
     Returns:
-        `passed` and `total` (numbers of tests), `reason` (why not all passed), and `unusable` (if the set-up code fails).
+        `passed` and `total` (numbers of tests), `reason` (why not all passed), and `unusable` (whether the set-up code fails).
     """
     sys.setrecursionlimit(RECURSION_LIMIT)
     peer = Peer(requests, replies)
@@ -80,10 +80,10 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
 
 
 class Proxy(wire.Remote):
-    """Stands for an object of the program, by its number there, which can be called and asked for attributes.
+    """Stands for an object of the program, by its number there; it can be called, and its attributes can be read.
 
-    Operators are not forwarded: an object that claims to be equal to everything is equal only to itself here. `of_class` says
-    that it is a class that the tests name, such as Bank, or comes from one, so that its methods are what is tested.
+    Operators are not forwarded: an object that claims to be equal to everything is equal only to itself here. `of_class` marks a
+    class that the tests name, such as Bank, or an object that comes from one; its methods are then under test.
     """
 
     def __init__(self, peer: "Peer", number: int, of_class: bool) -> None:
@@ -108,7 +108,7 @@ class Proxy(wire.Remote):
 
 
 class Peer:
-    """The program's process, seen from here."""
+    """The program's process, as seen from here."""
 
     def __init__(self, requests: int, replies: int) -> None:
         self.requests = requests
@@ -117,10 +117,10 @@ class Peer:
         self.proxies: dict[int, Proxy] = {}
         self.of_class = False  # whether the next answer is, or comes from, a class that the tests name
         self.calls = 0
-        self.broken = ""  # why the program cannot be asked any more; kept because tests may catch the exception
+        self.broken = ""  # why the program cannot take requests any more; kept because tests may catch the exception
 
     def proxy(self, number: int) -> Proxy:
-        """The proxy of an object of the program, always the same one."""
+        """The proxy of an object of the program; always the same proxy for the same object."""
         return self.proxies.setdefault(number, Proxy(self, number, self.of_class))
 
     def reply(self) -> Any:
@@ -182,7 +182,7 @@ class Peer:
         return called
 
     def call(self, function: Proxy, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Call a function of the program. If it returns None, its changes of the arguments are copied to the arguments here."""
+        """Call a function of the program; if it returns None, its changes of the arguments are copied to the arguments here."""
         self.calls += 1
         result, changed = self.ask("call", function, list(arguments), keywords)
         if result is None and isinstance(changed, list) and len(changed) == 2:

@@ -3,8 +3,8 @@
 Isolation is enough if a program
 
 - has no network;
-- reads no files except those of the Python installation and the system's libraries;
-- writes only into a temporary folder of its own, or nowhere at all;
+- reads only files of the Python installation and the system's libraries;
+- writes only into its own temporary folder, or nowhere at all;
 - cannot see, signal or trace other processes, and leaves no process behind;
 - gets no more CPU time, memory, threads and output than the limits allow.
 
@@ -13,11 +13,12 @@ There are two ways to achieve that, both with a filter of system calls (seccomp)
 - namespaces, and Landlock on top if the kernel has it;
 - Landlock alone, for containers that forbid namespaces. A program then has no temporary folder.
 
-A program may start threads only if the kernel can limit their number: not with Landlock alone for a user other than root, and not
-for a root that may not become another user.
+A program may start threads only if the kernel can limit their number. It may not with Landlock alone for a user other than root,
+or for a root that may not become another user.
 
 All mechanisms are called directly in the kernel: no tool such as bubblewrap is needed, nor used if it is installed. A program
-cannot start processes, so the memory limit of its one process is the limit of the program; its tests may use as much again.
+cannot start processes, so the memory limit of its one process is the limit of the program; its tests may use the same amount
+again.
 """
 
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 from hybrid_lightning.errors import SandboxError
 from hybrid_lightning.sandbox.launch import Box, Limits, launch, probe
 
-# A program that tries to escape from the sandbox, run in it at the start. It prints the names of the attempts that succeed.
+# A program that tries to escape from the sandbox, which runs it at the start. It prints the names of the attempts that succeed.
 _ATTEMPTS = """
 import os, statistics
 def attempt(name, action):
@@ -63,7 +64,7 @@ class Isolation:
     """How programs are isolated on this machine."""
 
     mechanisms: tuple[str, ...]  # mechanisms that work and are used
-    missing: tuple[str, ...]  # the others, each with the reason why it does not work
+    missing: tuple[str, ...]  # the other mechanisms, each with the reason why it does not work
 
     @property
     def is_enough(self) -> bool:
@@ -114,7 +115,7 @@ def _found() -> Isolation:
 
 @cache
 def _try(isolation: Isolation) -> str:
-    """Run a program that tries to escape, as all programs are run, and return the attempts that succeeded.
+    """Run a program that tries to escape, in the same way as all programs, and return the attempts that succeeded.
 
     Raises:
         SandboxError: If no program runs at all.
@@ -122,7 +123,7 @@ def _try(isolation: Isolation) -> str:
     with tempfile.TemporaryDirectory(prefix="sandbox_") as folder:
         secret, beside = Path(folder, "secret"), Path(folder, "beside")
         secret.write_text("secret")
-        for path, mode in ((Path(folder), 0o777), (secret, 0o666)):  # the sandbox must stop a program, not permissions of files
+        for path, mode in ((Path(folder), 0o777), (secret, 0o666)):  # the sandbox must stop a program, not file permissions
             path.chmod(mode)
         source = _ATTEMPTS.format(secret=str(secret), beside=str(beside), parent=os.getpid())
         ran = launch([Box("script", {"setup": "", "source": source})], isolation.mechanisms, Limits())

@@ -1,6 +1,6 @@
 """Run one program: start its launcher process, wait for it, and read what its boxes left.
 
-The launcher gets a description in JSON (see `launcher.main`), and files in memory for everything that goes in and out.
+The launcher receives a description in JSON (see `launcher.main`), and files in memory for everything that goes in and out.
 """
 
 import json
@@ -27,7 +27,7 @@ _COMMAND = f"import sys; sys.path.append({_ROOT!r}); from hybrid_lightning.sandb
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program. Its tests, in a process of their own, have the same limits.
+    """Limits of one program; its tests, in a separate process, have the same limits.
 
     Raises:
         ConfigError: If a limit is too low for any program, or not a number.
@@ -85,7 +85,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
         packages: Files and folders that may be imported besides the standard library (see `find_packages`).
 
     Raises:
-        SandboxError: If the boxes could not be made in two attempts, which says nothing about the program.
+        SandboxError: If the boxes could not be made in two attempts, which means nothing for the program.
     """
     try:
         return _launch(boxes, mechanisms, limits, packages)
@@ -95,7 +95,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
 
 
 def probe() -> dict[str, str]:
-    """Try each mechanism of isolation on this machine: its name -> why it does not work, empty if it does.
+    """Try each mechanism of isolation on this machine: its name -> why it does not work, empty if it works.
 
     Raises:
         SandboxError: If the launcher itself cannot run.
@@ -141,8 +141,8 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         report, errors = _file(stack), _file(stack)
         spec = {**spec, "parent": os.getpid(), "report": report, "readable": readable_files()}
         passed = [report, *(value for entry in spec.get("boxes", []) for value in entry.values() if isinstance(value, int))]
-        # The environment of this process is not passed on, since it may hold keys. With a fixed hash seed the order of sets is
-        # the same in every run of a program.
+        # The environment of this process is not passed on, since it may hold keys. A fixed hash seed gives sets the same order in
+        # every run of a program.
         try:
             process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],

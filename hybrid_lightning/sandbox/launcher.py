@@ -1,6 +1,6 @@
 """The launcher: a process that starts the boxes of one program, waits for them and ends them.
 
-Each program has a new launcher, so that nothing is carried over from one program to the next.
+Each program has a new launcher, so that nothing carries over from one program to the next.
 """
 
 # Modules that programs and tests use most are imported before the boxes are forked, once for both. Many are not used here.
@@ -29,11 +29,11 @@ from typing import Any
 
 from hybrid_lightning.sandbox import box, landlock, libc, namespaces, privileges, seccomp
 
-_PATIENCE_S = 0.1  # seconds that boxes get to end by themselves
+_PATIENCE_S = 0.1  # seconds for boxes to end by themselves
 
 
 def main() -> None:
-    """Do what the first argument asks for, in JSON.
+    """Carry out the first argument, a request in JSON.
 
     Its keys are `parent` (process id), `probe` (true to report which mechanisms work, and nothing else), `report` (descriptor to
     write the result to), `mechanisms`, `readable`, `packages`, `limits`, and `boxes`, a list of objects with `role` and the
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _probe(readable: Sequence[str]) -> dict[str, str]:
-    """Try each mechanism of isolation in a process of its own; by name why it does not work, empty if it does."""
+    """Try each mechanism of isolation in a separate process; by name why it does not work, empty if it works."""
 
     def try_landlock() -> None:
         privileges.drop(None)
@@ -72,7 +72,7 @@ def _probe(readable: Sequence[str]) -> dict[str, str]:
 
 
 def _attempt(action: Callable[[], None]) -> str:
-    """Perform an action in a forked process. Returns why it failed, or an empty text."""
+    """Perform an action in a forked process; returns why it failed, or an empty text."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -113,7 +113,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait(pids: dict[int, str], last: str, deadline: float) -> tuple[dict[str, int], bool]:
-    """Wait until the box of the role `last` has ended. Returns the exit codes by role, and whether that was in time."""
+    """Wait until the box of the role `last` has ended; returns the exit codes by role, and whether it ended in time."""
     codes: dict[str, int] = {}
     while last not in codes:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -127,10 +127,10 @@ def _wait(pids: dict[int, str], last: str, deadline: float) -> tuple[dict[str, i
 
 
 def _end(pids: list[int]) -> None:
-    """Kill all boxes. This process is the parent of whatever they leave behind, and waits for it.
+    """Kill all boxes; this process is the parent of everything they leave, and waits for it.
 
     A box dies with the process that waits for it, except if that process is killed while the box is still being set up, or if a
-    program without isolation has started processes: so the remaining children are searched for and killed as well.
+    program without isolation has started processes. So the remaining children are searched for and killed as well.
     """
     left = pids
     with suppress(ChildProcessError):

@@ -38,6 +38,6 @@ def prctl(option: int, value: int, extra: bytes | None = None) -> None:
 
 
 def share_memory_between_threads() -> None:
-    """Let all threads allocate from one arena: otherwise glibc reserves 64 MiB of address space for each thread."""
+    """Let all threads allocate from one arena: by default glibc reserves 64 MiB of address space for each thread."""
     if hasattr(_LIBC, "mallopt"):
         _LIBC.mallopt(_M_ARENA_MAX, 1)

@@ -1,6 +1,6 @@
-"""Namespaces: no network, no other processes, and a root folder that holds only what is named.
+"""Namespaces: no network, no other processes, and a root folder that holds only named files.
 
-They need user namespaces, which take no privilege, or root (Linux `namespaces(7)`, `user_namespaces(7)`).
+They need user namespaces, which require no privilege, or root (Linux `namespaces(7)`, `user_namespaces(7)`).
 """
 
 import os
@@ -20,7 +20,7 @@ _MOUNT_SETATTR, _AT_EMPTY_PATH, _AT_RECURSIVE, _PIVOT_ROOT = 442, 0x1000, 0x8000
 
 
 def unshare() -> None:
-    """Move this process into new namespaces. The new process ids hold for its children, but not for the process itself."""
+    """Move this process into new namespaces; the new process ids apply to its children, but not to the process itself."""
     user, group = os.geteuid(), os.getegid()
     if user == 0:
         try:
@@ -37,8 +37,8 @@ def unshare() -> None:
 def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
     """Change to a root folder in memory that holds only some files of the old one, read-only, and a temporary folder.
 
-    The temporary folder, of this size, is empty, except for kept files whose paths lie below it, which are read-only as well.
-    What is `readable` is kept with everything in it; what does not exist is ignored.
+    The temporary folder, of this size, is empty, except for kept files with paths inside it, which are read-only as well.
+    `readable` paths are kept with everything in them; paths that do not exist are ignored.
     """
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     kept = [path for path in readable if os.path.exists(path)]

@@ -14,9 +14,9 @@ STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) -> None:
-    """Set the resource limits (see `Limits`), soft and hard, except for the stack, whose hard limit stays.
+    """Set the resource limits (see `Limits`), soft and hard; only the stack's hard limit stays as it is.
 
-    That on the threads of the user has no effect for root.
+    The limit on the user's threads has no effect for root.
     """
     for name, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -39,7 +39,7 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
 def other_user(number: int) -> int | None:
     """Number of the user that a box becomes if this process is root; None if it is not root, or may not change its user.
 
-    The number given differs between boxes that run at the same time.
+    Pass different numbers for boxes that run at the same time.
     """
     if os.geteuid():
         return None
@@ -51,7 +51,7 @@ def other_user(number: int) -> int | None:
 
 
 def _has_number(kind: str, number: int) -> bool:
-    """Whether the number of a user or group exists here: the user namespace of a container without root may have only one."""
+    """Whether a user or group with this number exists here: the user namespace of a container without root may have only one."""
     with open(f"/proc/self/{kind}_map") as stream:
         ranges = [(int(first), int(count)) for first, _, count in map(str.split, stream)]
     return any(first <= number < first + count for first, count in ranges)
@@ -63,7 +63,7 @@ def _may_set_groups() -> bool:
 
 
 def drop(user: int | None) -> None:
-    """Give up root and all capabilities for good, and become the user and group of a number, unless that is None."""
+    """Give up root and all capabilities for good, and become the user and group with this number, unless it is None."""
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -75,7 +75,7 @@ def drop(user: int | None) -> None:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent ends, or end now if that is not `parent` (None: its id cannot be seen).
+    """Let the kernel kill this process when its parent ends; end now if the parent is not `parent` (None: its id is not visible).
 
     A later change of user undoes this.
     """

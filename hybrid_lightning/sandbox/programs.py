@@ -15,7 +15,7 @@ from hybrid_lightning.sandbox.launch import Box, Limits, Ran, launch
 
 @dataclass(frozen=True)
 class Settings:
-    """How programs are run."""
+    """How to run programs."""
 
     mechanisms: tuple[str, ...]  # mechanisms of isolation (see `isolation.Isolation`)
     limits: Limits = field(default_factory=Limits)  # limits of each program
@@ -27,7 +27,7 @@ class Settings:
 class CallTests:
     """Tests that call functions of the program."""
 
-    tests: tuple[str, ...]  # pieces of Python code, each of which is a test
+    tests: tuple[str, ...]  # pieces of Python code, each a test
     setup: str = ""  # code before the program: imports, classes such as ListNode
     test_setup: str = ""  # code before the tests, after `setup`
     names: tuple[str, ...] = ()  # names of the program that the tests use
@@ -59,13 +59,13 @@ class CallTests:
 
 @dataclass(frozen=True)
 class StandardStreamTests:
-    """Tests that compare what a program prints; white space at the ends of lines is ignored."""
+    """Tests that compare the program's output; white space at the ends of lines is ignored."""
 
     pairs: tuple[tuple[str, str], ...]  # (standard input, standard output)
     setup: str = ""  # code before the program
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
-        """Run a program on each input (see `run_programs`). Outputs are compared here, in a process that never runs programs."""
+        """Run a program on each input (see `run_programs`); outputs are compared here, in a process that never runs programs."""
         passed, reason = 0, ""
         for given, expected in self.pairs:
             box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogatepass"))
@@ -102,7 +102,7 @@ def run_programs(
     This takes at most `wall_seconds` for each program and for each pair of standard streams, divided by `workers`.
 
     Raises:
-        SandboxError: If programs cannot be run, which says nothing about them.
+        SandboxError: If programs cannot be run, which means nothing for the programs.
     """
     pool = ThreadPoolExecutor(max(1, min(workers, len(programs))), thread_name_prefix="sandbox")
     try:
@@ -113,7 +113,7 @@ def run_programs(
 
 
 def _failure(ran: Ran, limits: Limits, expected: str) -> str:
-    """Why a run does not count as passed, empty if it does."""
+    """Why a run does not count as passed; empty if it does."""
     if not ran.in_time:
         return f"not done after {limits.wall_seconds:g} s"
     if ran.endings["script"]:
@@ -136,8 +136,8 @@ def make_settings(
 ) -> Settings:
     """Settings for this machine; for `allow_without_isolation` see `require_isolation`.
 
-    Packages, named as in an import, are imported in the sandbox: if that failed only later, every program that needs one would
-    fail and earn 0. The packages that a package needs must be named, too.
+    Packages, named as in an import, are imported in the sandbox now: if that failed only later, every program that needs one
+    would fail and earn 0. Name the packages that a package needs, too.
 
     Raises:
         ConfigError: If a package is not installed, or cannot be imported.
@@ -156,7 +156,7 @@ def make_settings(
 
 
 def find_packages(names: Sequence[str]) -> tuple[str, ...]:
-    """The files and folders of installed packages, which are not imported.
+    """The files and folders of installed packages; the packages are not imported.
 
     Raises:
         ConfigError: If a package is not installed.

@@ -1,8 +1,8 @@
 """The filter of system calls: an allow-list as a BPF program (Linux `Documentation/userspace-api/seccomp_filter.rst`).
 
-Everything that is not in the list is refused: sockets, processes, exec, ptrace, mounts, keys, bpf, io_uring, userfaultfd, memfd,
-changes of modes, owners and times of files, and whatever future kernels add. The numbers of the calls are from Linux's
-`asm/unistd_64.h` and `asm-generic/unistd.h`.
+Everything outside the list is refused: sockets, processes, exec, ptrace, mounts, keys, bpf, io_uring, userfaultfd, memfd, changes
+of modes, owners and times of files, and whatever future kernels add. The numbers of the calls are from Linux's `asm/unistd_64.h`
+and `asm-generic/unistd.h`.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ rt_sigsuspend 130 133; rt_sigpending 127 136; sigaltstack 131 132; pause 34 -; a
 getitimer 36 102; restart_syscall 219 128;
 """
 ALLOWED = [entry.split() for line in _TABLE.splitlines() if line[:1] != "#" for entry in line.split(";") if entry.strip()]
-# Calls for which an argument decides.
+# Calls that are allowed or refused by an argument.
 FCNTL, IOCTL = (72, 25), (16, 29)
 KILL, TGKILL, PRLIMIT64 = (62, 129), (234, 131), (302, 261)
 CLONE, CLONE3 = (56, 220), (435, 435)
@@ -50,11 +50,11 @@ CLONE_THREAD = 0x10000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; an argument has 8 bytes, the low half first
-_X32 = 0x40000000  # bit of system calls of the x32 ABI, whose numbers mean other calls than those of x86_64
+_X32 = 0x40000000  # bit of system calls of the x32 ABI; its numbers mean other calls than on x86_64
 
 
 def install(threads: bool) -> None:
-    """Filter the system calls of this process from now on. Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone."""
+    """Filter the system calls of this process from now on; needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone."""
     code = build(platform.machine(), os.getpid(), threads)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
@@ -64,7 +64,7 @@ def install(threads: bool) -> None:
 def build(machine: str, pid: int, threads: bool) -> bytes:
     """Assemble the filter for a machine type, as `platform.machine()` returns it.
 
-    Signals may be sent to `pid` alone, an id in the process's own namespace; `threads` says whether threads may be started.
+    Signals may be sent only to `pid`, an id in the process's own namespace; `threads` allows threads to be started.
 
     Raises:
         OSError: If there is no table of system calls for this machine type.
@@ -97,7 +97,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
     if threads:  # clone may make a thread, but not a process
         block = [(_LOAD, 0, 0, _ARGUMENTS), (_ANY_BIT, 0, 1, CLONE_THREAD), (_RETURN, 0, 0, _ALLOW), *refuse]
         program += [(_EQUAL, 0, len(block), CLONE[column]), *block]
-    # The flags of clone3 are in memory, where a filter cannot look. If the call does not exist, libc falls back on clone.
+    # The flags of clone3 are in memory, which a filter cannot read. If the call does not exist, libc falls back on clone.
     program += [(_EQUAL, 0, 1, CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     program += refuse
     return b"".join(struct.pack("HBBI", *step) for step in program)

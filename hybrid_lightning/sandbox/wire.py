@@ -1,7 +1,7 @@
 """Values as bytes between the tests' process and the program's process: plain data, never code, and never a class of the sender.
 
-A value is a JSON list: the value itself, then every container to which it refers as `[tag, item, ...]`. An item is a JSON scalar,
-or `[n]` for container number n. So nesting is not limited in depth, and shared and circular references stay as they are.
+A value is a JSON list: the value itself, then every container that it refers to as `[tag, item, ...]`. An item is a JSON scalar,
+or `[n]` for container number n. So nesting has no depth limit, and shared and circular references stay as they are.
 
 Objects of the classes of the set-up code, such as ListNode, are plain data as well: they are sent by their attributes. All other
 objects stay in their process, and are sent as a number (`Remote`).
@@ -65,9 +65,9 @@ class Remote:
 
 
 def encode(value: Any, unknown: Unknown, classes: Set[str]) -> bytes:
-    """Encode any object; `unknown` returns a number for one that is not plain data.
+    """Encode any object; `unknown` returns a number for an object that is not plain data.
 
-    Objects of `classes`, given by name, and of their subclasses are plain data as well, by their attributes.
+    Objects of `classes`, given by name, and of their subclasses are also plain data, through their attributes.
     """
     return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
 
@@ -78,7 +78,7 @@ def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any
     Args:
         data: The bytes.
         known: Number of an object of this process -> the object.
-        remote: Number of an object of the other process -> what stands for it here.
+        remote: Number of an object of the other process -> its stand-in here.
         classes: Name -> class of objects that are plain data.
 
     Raises:
@@ -176,7 +176,7 @@ class _Decoder:
         return self.values[number]
 
     def shell(self, number: int) -> Any:
-        """The container with a number: complete if it is immutable, else still empty, to be filled by `fill`."""
+        """The container with this number: complete if it is immutable, else still empty until `fill` fills it."""
         if not 0 <= number < len(self.entries):
             raise WireError("no such container")
         tag, *items = self.entries[number]
@@ -233,7 +233,7 @@ class _Decoder:
 
 
 def own_classes(names: Mapping[str, Any], module: str, tested: Iterable[str]) -> dict[str, type]:
-    """Classes that the set-up code has defined in a module of these names, without the `tested` ones, which are the program's."""
+    """Classes that the set-up code has defined in a module with these names, except `tested` ones, which are the program's."""
     kinds = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == module}
     return {name: kind for name, kind in kinds.items() if name not in tested}
 
@@ -245,13 +245,13 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def is_computed(kind: type, name: str) -> bool:
-    """Whether a class has a method or a computed attribute of that name, which data must not replace."""
+    """Whether a class has a method or a computed attribute with this name, which data must not replace."""
     held = next((type(vars(base)[name]) for base in kind.__mro__ if name in vars(base)), None)
     return hasattr(held, "__get__") and not hasattr(held, "__set__")
 
 
 def frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Read messages, each of which comes after its length, until the other process closes its end and fewer bytes are read."""
+    """Read messages, each after its length, until the other process closes its end and fewer bytes are read."""
     while len(head := read(4)) == 4:
         (length,) = struct.unpack(">I", head)
         if length > MAX_BYTES:

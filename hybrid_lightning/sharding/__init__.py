@@ -1,4 +1,4 @@
-"""Training over several processes: communication, strategies that split the model, and checkpoints that all of them can read."""
+"""Training over several processes: communication, strategies that split the model, and checkpoints that all strategies read."""
 
 from hybrid_lightning.lazy import lazy_names
 

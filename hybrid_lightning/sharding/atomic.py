@@ -1,8 +1,8 @@
-"""Replace a file or a folder by another one, so that at every moment one of the two is complete.
+"""Replace a file or a folder with another one, so that at every moment one of the two is complete.
 
-Between two renames a folder has only its former name's `replaced_path`; `checkpoint_exists` says so.
+Between two renames a folder exists only as `replaced_path` of its name; `checkpoint_exists` reports this.
 
-A file that is being written, or removed, is beside its final place, under a name that nothing takes for a checkpoint.
+A file that is being written or removed is next to its final place, under a name that nothing takes for a checkpoint.
 """
 
 import os
@@ -12,17 +12,17 @@ from pathlib import Path
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where to write what will become `path`. A process that is killed meanwhile leaves an unfinished file there."""
+    """Path for writing what will become `path`; a process that is killed meanwhile leaves an unfinished file there."""
     return path.with_name(f".{path.name}.part")
 
 
 def replaced_path(path: Path) -> Path:
-    """Where the predecessor of `path` is for a moment: a folder cannot take the place of another one in one step."""
+    """Path of the predecessor of `path` for a moment: a folder cannot replace another one in one step."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def put_in_place(path: Path) -> None:
-    """Rename `unfinished_path(path)` to `path`. What had the name before is removed once the new one is safe."""
+    """Rename `unfinished_path(path)` to `path`; the predecessor is removed once the new one is safe."""
     part, replaced = unfinished_path(path), replaced_path(path)
     if part.is_file() and not path.is_dir():
         part.replace(path)
@@ -37,7 +37,7 @@ def put_in_place(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder. A folder is renamed first, so that an incomplete one never has its name."""
+    """Remove a file or a folder; a folder is renamed first, so that an incomplete one never has its name."""
     if path.is_dir() and not path.is_symlink():
         part = unfinished_path(path)
         discard(part)
@@ -56,7 +56,7 @@ def discard(path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until the content of a file, or the names in a folder, are on the disk."""
-    if sys.platform == "win32":  # which opens no folders, and flushes no file that is opened to be read
+    if sys.platform == "win32":  # Windows opens no folders, and flushes no file that is opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

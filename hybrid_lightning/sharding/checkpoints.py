@@ -1,4 +1,4 @@
-"""Write and read checkpoints, which are complete or not there at all, however a process ends that writes or removes one.
+"""Write and read checkpoints, which are complete or absent, however a process ends that writes or removes one.
 
 - `WholeFiles` writes a checkpoint as one file, under every strategy; folders are written by `FSDP2Strategy`.
 - The functions find and read a checkpoint before a run.
@@ -23,19 +23,19 @@ _SHOWN = 4  # number of checkpoints that an error names
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether a path lies in a file system, and is not a URL of another protocol."""
+    """Whether a path is in a file system, and not a URL of another protocol."""
     return bool(get_protocol(str(path)) == "file")
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a file beside its place, waits for the disk, then renames it. Also reads the folders of sharded checkpoints.
+    """Writes a file next to its place, waits for the disk, then renames it; also reads the folders of sharded checkpoints.
 
     Lightning's own class writes into the folder for temporary files, which may be on another disk, so that moving the file is not
-    one step; and it removes a folder file by file.
+    one step. It also removes a folder file by file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save a checkpoint. An existing file or folder of this name is replaced once the new one is safe.
+        """Save a checkpoint; an existing file or folder with this name is replaced once the new one is safe.
 
         Raises:
             CheckpointError: If it could not be written; the existing one stays.
@@ -54,7 +54,7 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # after an OSError torch closes the file, and fails again with a RuntimeError
             with suppress(OSError):
-                discard(part)  # it takes up space, which may be what is missing
+                discard(part)  # it takes up space, which may be needed
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise CheckpointError(f"{path} could not be written: {cause}; what was there before is as it was") from error
         put_in_place(path)
@@ -74,13 +74,13 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def write_whole_files(strategy: Strategy) -> None:
-    """Let a strategy write checkpoints with `WholeFiles`, unless it was given another class for that."""
+    """Let a strategy write checkpoints with `WholeFiles`, unless it was given another class for checkpoints."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = WholeFiles()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read the content of a checkpoint: of a sharded one without the tensors; those of a file are loaded only when used.
+    """Read the content of a checkpoint: a sharded one without its tensors; tensors of a file are loaded only on use.
 
     Raises:
         CheckpointError: If it cannot be read, or is incomplete.
@@ -98,7 +98,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def require_checkpoint(path: str | Path) -> None:
-    """Check that there is a file or folder at the path of a checkpoint. Paths on other machines are left to Lightning.
+    """Check that there is a file or folder at the path of a checkpoint; paths on other machines are left to Lightning.
 
     Raises:
         CheckpointError: If there is none; the message names other checkpoints nearby.
@@ -129,6 +129,6 @@ def checkpoint_exists(path: str | Path) -> bool:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints in a folder; if it has none, in the checkpoint folders of the run or the runs that it contains."""
+    """Checkpoints in a folder; if it has none, the ones in the checkpoint folders of the run or runs that it contains."""
     patterns = [f"{above}*.ckpt" for above in ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/", "runs/*/*/checkpoints/")]
     return next((found for pattern in patterns if (found := list(folder.glob(pattern)))), [])

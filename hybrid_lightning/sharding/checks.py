@@ -1,4 +1,4 @@
-"""Refuse what a strategy cannot do, before time is spent on it."""
+"""Refuse unsupported uses of a strategy, before time is spent on them."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 
 def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer]) -> None:
-    """Check that the strategy is one that works here, and that it works with the optimizer that is made of parameter groups.
+    """Check that the strategy is supported, and that it works with an optimizer made of parameter groups.
 
     Raises:
         ConfigError: If it does not work.
@@ -46,7 +46,7 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer])
 
 
 def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -> None:
-    """Check that the state of an optimizer, which is made of parameter groups, can be split over devices by a strategy.
+    """Check that a strategy can split the state of an optimizer, made of parameter groups, over devices.
 
     Raises:
         ConfigError: If it cannot be split.

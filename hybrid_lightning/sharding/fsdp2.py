@@ -29,10 +29,10 @@ _OFFLOADS = {"fsdp": False, "fsdp_cpu_offload": True}  # Lightning's names for F
 
 
 def chosen_strategy(given: Any) -> Any:
-    """The value of `trainer.strategy`, but for Lightning's names `fsdp` and `fsdp_cpu_offload` an `FSDP2Strategy`.
+    """The value of `trainer.strategy`, except that Lightning's names `fsdp` and `fsdp_cpu_offload` give an `FSDP2Strategy`.
 
     Raises:
-        ConfigError: If it is Lightning's own strategy of these names, which is FSDP1.
+        ConfigError: If it is Lightning's own strategy with these names, which is FSDP1.
     """
     if isinstance(given, FSDPStrategy):
         raise ConfigError(f"trainer.strategy={type(given).__name__} is FSDP1, which is not supported; give fsdp, which is FSDP2")
@@ -40,7 +40,7 @@ def chosen_strategy(given: Any) -> Any:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2. It splits the model, by its decoder blocks, over all devices of all nodes.
+    """Lightning's strategy for FSDP2; it splits the model, by its decoder blocks, over all devices of all nodes.
 
     Checkpoints hold tensors by name, so that every strategy and every number of processes can resume from them.
 
@@ -71,7 +71,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def module(self) -> LightningModule:
-        """The module that is trained, which there is once the Trainer has set the strategy up."""
+        """The module being trained, available once the Trainer has set the strategy up."""
         module = self.lightning_module
         assert module is not None
         return module
@@ -90,7 +90,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super()._setup_distributed()
         group = torch.distributed.group.WORLD
         if self.offloads and group is not None:
-            # Subgroups of a group that is bound to a device work for that device only (before torch 2.9 they cannot be made).
+            # Subgroups of a group that is bound to a device work only for that device (before torch 2.9 they cannot be made).
             group.bound_device_id = None
 
     def _get_process_group_backend(self) -> str:
@@ -105,7 +105,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return f"cpu:gloo,{self.root_device.type}:{backend}"
 
     def model_to_device(self) -> None:
-        """Move what is not split, such as metrics, to the device; with offloading the parts stay on the host."""
+        """Move tensors that are not split, such as metrics, to the device; with offloading the parts stay on the host."""
         assert self.model is not None
         if not self.cpu_offload:
             super().model_to_device()
@@ -115,7 +115,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 module.to(self.root_device)
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Split a model that every rank holds in full. A model that is already split stays unchanged."""
+        """Split a model that every rank holds in full; a model that is already split stays unchanged."""
         if isinstance(model, FSDPModule):
             return model
         mesh = self.device_mesh["data_parallel"]
@@ -153,7 +153,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             if keys[0] != "state_dict" and not self.optimizers:
                 return None
             part = parts.get(keys[1] if keys[0] == "state_dict" else keys[2])
-            if part is None or part.shape != size:  # a counter of the optimizer, or something that is going to be refused
+            if part is None or part.shape != size:  # a counter of the optimizer, or something that will be refused
                 return torch.empty(size, dtype=dtype)
             return torch.empty_like(part, dtype=dtype)
 
@@ -212,9 +212,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _part_of(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a tensor, split like its parameter; a tensor that is already that part is returned as it is."""
+    """This rank's part of a tensor, split like its parameter; a tensor that is already this part is returned as it is."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    # src_data_rank=None: every rank has read the whole tensor, so that none has to be sent.
+    # src_data_rank=None: every rank has read the whole tensor, so no tensor has to be sent.
     whole = value.to(parameter.device)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

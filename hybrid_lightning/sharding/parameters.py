@@ -1,8 +1,8 @@
-"""Parameters under sharding: the blocks by which a model is split, names of parameters, and optimizer state by name.
+"""Parameters under sharding: the blocks that split a model, names of parameters, and optimizer state by name.
 
-The names are the same whether or not the model is sharded. With them in place of torch's numbers, the optimizer state of a
-checkpoint does not depend on how parameters are numbered or split. Torch takes whatever stands in the place of the numbers
-from the saved `param_groups` when it loads, so that state by name can be loaded into any optimizer with the same groups.
+The names are the same whether or not the model is sharded. With names in place of torch's numbers, the optimizer state of a
+checkpoint does not depend on how parameters are numbered or split. When torch loads a state, it takes whatever stands in place of
+the numbers from the saved `param_groups`, so state by name can be loaded into any optimizer with the same groups.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks of a model, which are the units of sharding: the modules in its outermost `ModuleList`s.
 
     Raises:
-        ModelError: If the model has none.
+        ModelError: If the model has no decoder blocks.
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -37,12 +37,12 @@ def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that are trained."""
+    """Names of the trained parameters."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, where Lightning has wrapped it."""
+    """The optimizer itself, without Lightning's wrapper."""
     inner: Optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     return inner
 
@@ -50,7 +50,7 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
 def name_optimizer_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """Replace the numbers of parameters in an optimizer's `state_dict` by their names.
 
-    It may be by name already, or empty on a rank that does not save.
+    The state may be by name already, or empty on a rank that does not save.
     """
     if not state or any(isinstance(number, str) for group in state["param_groups"] for number in group["params"]):
         return state

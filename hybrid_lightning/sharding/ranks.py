@@ -1,6 +1,6 @@
 """Communication between the processes (ranks) of a run, and the norm of gradients that are split over ranks.
 
-All ranks must call each of these functions, in the same order. In a run of one process they return their argument at no cost.
+All ranks must call each of these functions, in the same order. In a run with one process they return their argument at no cost.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ def world_size() -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks. A value can be anything that can be pickled, with tensors on the CPU."""
+    """The values of all ranks; a value can be anything that can be pickled, with tensors on the CPU."""
     values: list[Any] = [None] * world_size()
     if len(values) == 1:
         return [value]
@@ -32,7 +32,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def first_rank_does(function: Callable[[], None]) -> None:
-    """Let rank 0 write something while the others wait. A failure is raised on all ranks, so that none waits forever.
+    """Let rank 0 write something while the others wait; a failure is raised on all ranks, so that none waits forever.
 
     Raises:
         CheckpointError: If the function raises; with its message.
@@ -51,20 +51,20 @@ def first_rank_does(function: Callable[[], None]) -> None:
 
 
 def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: str) -> list[Result]:
-    """What a function returns on each rank (picklable, with tensors on the CPU), where it may fail or be asked to stop.
+    """Results of a function on each rank (picklable, with tensors on the CPU), where it may fail or be stopped.
 
-    `purpose` is what it is for, in words that follow "could not".
+    `purpose` names the goal of the call, in words that follow "could not".
 
     Raises:
-        RunStopped: If one was asked to stop.
-        CalibrationError: If it failed on another rank alone; where it failed, its own error is raised.
+        RunStopped: If one rank received a stop request.
+        CalibrationError: If it failed only on another rank; where it failed, its own error is raised.
     """
     result: Any = None
     failure: Exception | None = None
     try:
         result = function()
     except RunStopped:
-        pass  # `requested` says so
+        pass  # `requested` records it
     except Exception as error:
         failure = error
     answers = gather_objects((result, None if failure is None else f"{type(failure).__name__}: {failure}", signals.requested))
@@ -79,7 +79,7 @@ def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: 
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
-    """The numbers of all ranks; `device` is the one on which the ranks train."""
+    """The numbers of all ranks; `device` is the device on which the ranks train."""
     ranks = world_size()
     if ranks == 1:
         return [count]
@@ -90,7 +90,7 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
 
 
 def check_stop(signals: StopSignals, device: torch.device) -> None:
-    """Raise `RunStopped` on all ranks if one of them has been asked to stop; `device` is the one on which the ranks train."""
+    """Raise `RunStopped` on all ranks if one of them received a stop request; `device` is the device on which the ranks train."""
     number = max(gather_counts(signals.requested, device))
     if number:
         raise RunStopped(number, together=True)
@@ -109,7 +109,7 @@ def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def own_rows(rows: Tensor) -> Tensor:
-    """The rows of this rank, from rows that `gather_columns` has concatenated."""
+    """The rows of this rank, out of the rows that `gather_columns` has concatenated."""
     ranks = world_size()
     return rows if ranks == 1 else rows.tensor_split(ranks)[dist.get_rank()]
 
@@ -135,7 +135,7 @@ def largest_over_ranks(values: Tensor) -> Tensor:
 def send_trained_weights(model: nn.Module, device: torch.device) -> None:
     """Give every rank the trained weights of rank 0, since each rank may have initialized LoRA with other random numbers.
 
-    All other weights are the same on all ranks. `device` is the one on which the ranks train.
+    All other weights are the same on all ranks. `device` is the device on which the ranks train.
     """
     if world_size() == 1:
         return
@@ -151,7 +151,7 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
     Args:
         gradients: The gradients of this rank, in float32, which may be on the CPU.
-        device: The device on which the ranks train, and on which the result is.
+        device: The device on which the ranks train; the result is on it.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)

@@ -1,10 +1,10 @@
-"""Sharded checkpoints: folders into which every rank writes its own part of the weights and of the optimizer state.
+"""Sharded checkpoints: folders to which every rank writes its own part of the weights and of the optimizer state.
 
-    NAME/.metadata      which part of which tensor is in which file
+    NAME/.metadata      the file of each part of each tensor
     NAME/__R_0.distcp   the parts that rank R has written
-    NAME/meta.pt        everything else that a checkpoint file holds: plan, rollouts, loops, random states, ...
+    NAME/meta.pt        everything else in a checkpoint file: plan, rollouts, loops, random states, ...
 
-The first two are files of torch.distributed.checkpoint. Tensors have the names that they have in a checkpoint file: weights
+The first two are files of torch.distributed.checkpoint. Tensors have the same names as in a checkpoint file: weights
 `state_dict.NAME`, moments `optimizer_0.state.NAME.exp_avg`.
 """
 
@@ -32,10 +32,10 @@ leaves it out."""
 
 
 def write_folder(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint on all ranks together. An existing file or folder of this name is replaced once the new one is safe.
+    """Write a checkpoint on all ranks together; an existing file or folder with this name is replaced once the new one is safe.
 
-    The content is that of a checkpoint file, except that the tensors in `state_dict` and `optimizer_states` are the parts of this
-    rank; what is not split is taken from the first rank. All ranks have to share the file system of the path.
+    The content is the same as in a checkpoint file, except that the tensors in `state_dict` and `optimizer_states` are the parts
+    of this rank; content that is not split is taken from the first rank. All ranks have to share the file system of the path.
 
     Raises:
         CheckpointError: If it could not be written, on all ranks; the existing one stays.
@@ -66,7 +66,7 @@ def write_folder(content: Mapping[str, Any], path: Path) -> None:
 
 
 def is_sharded_checkpoint(path: Any) -> bool:
-    """Whether a checkpoint is a sharded one, which is to say a folder."""
+    """Whether a checkpoint is sharded, that is, a folder."""
     return isinstance(path, (str, Path)) and Path(path).is_dir()
 
 
@@ -85,10 +85,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_folder(path: Path, target: Target | None = None, together: bool = False) -> dict[str, Any]:
-    """Read a checkpoint into the form that a checkpoint file has.
+    """Read a checkpoint into the form of a checkpoint file.
 
     `target` chooses the tensor to read each tensor into; None reads all tensors whole, on the CPU. If `together`, all ranks read
-    at once, each into its own parts; otherwise this rank reads by itself.
+    at once, each into its own parts; if not, this rank reads by itself.
 
     Raises:
         CheckpointError: If it is not a sharded checkpoint, or incomplete.
@@ -114,7 +114,7 @@ def read_folder(path: Path, target: Target | None = None, together: bool = False
 
 
 def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """Read a checkpoint with whole weights on the CPU, those whose names are `wanted`, without the tensors of optimizers.
+    """Read a checkpoint with whole weights on the CPU, only names that are `wanted`, and without the tensors of optimizers.
 
     Raises:
         CheckpointError: If it is not a sharded checkpoint, or incomplete.
@@ -130,7 +130,7 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separate the content of a checkpoint into the tensors of weights and optimizers, and the rest."""
     rest = {name: value for name, value in content.items() if name != "state_dict"}
     tensors: dict[str, Any] = {"state_dict": content["state_dict"]}
-    if "optimizer_states" in content:  # and not weights only
+    if "optimizer_states" in content:  # and not only weights
         rest["optimizer_states"] = [{**state, "state": {}} for state in content["optimizer_states"]]
     for number, state in enumerate(content.get("optimizer_states", [])):
         parts, others = ({name: dict[str, Any]() for name in state["state"]} for _ in range(2))
@@ -159,7 +159,7 @@ def _metadata(path: Path) -> Metadata:
 
 
 def _check_files(path: Path, stored: Metadata) -> None:
-    """Raise CheckpointError if a file is missing or too short, which is quickly seen."""
+    """Raise CheckpointError if a file is missing or too short, which is quick to see."""
     ends: dict[str, int] = {}
     for place in stored.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -173,7 +173,7 @@ def _check_files(path: Path, stored: Metadata) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first error on any rank. Torch also wraps Ctrl-C, which is raised again as it was."""
+    """The first error on any rank; Ctrl-C, which torch also wraps, is raised again as it was."""
     if isinstance(error, distributed_checkpoint.CheckpointException):
         error = next(iter(error.failures.values()))[0]
         if not isinstance(error, Exception):

@@ -2,8 +2,8 @@
 
 If the command starts its processes itself, the first process starts the others and watches them, but nothing watches the first
 one. If it is killed, gloo's connections break and each rank prints which checkpoint to resume from (`lost_contact` in
-`callbacks/graceful_stop.py`). NCCL between the GPUs of a machine notices nothing, nor does a rank that still waits for the others
-to connect: they would wait for half an hour without a message. Torchrun and SLURM watch their processes themselves.
+`callbacks/graceful_stop.py`). NCCL between the GPUs of a machine notices nothing, and neither does a rank that still waits for
+the others to connect: they would wait for half an hour without a message. Torchrun and SLURM watch their processes themselves.
 """
 
 import os
@@ -13,15 +13,15 @@ import time
 from hybrid_lightning.stopping import StopSignals
 
 _STARTER = "HYBRID_LIGHTNING_STARTER"  # environment variable with the id of the process that starts the other ranks
-_EVERY_S = 0.5  # seconds between two looks at the starter
-_GRACE_S = 10.0  # seconds in which a rank may still end by itself: with gloo's error, or as the starter has, with all work done
+_EVERY_S = 0.5  # seconds between two checks of the starter
+_GRACE_S = 10.0  # seconds for a rank to end by itself: with gloo's error, or like the starter, with all work done
 
 
 def end_with_starter(signals: StopSignals) -> bool:
     """In a started rank, watch the process that started it for the whole run; in the first rank, note its id.
 
-    Must be called before anything takes time. If the starter ends and this process does not, the watching thread ends it with
-    exit code 1 and one line, which has the `last_words` of the signals. Returns whether another rank started this process.
+    Call it before anything that takes time. If the starter ends and this process does not, the watching thread ends it with exit
+    code 1 and one line, which has the `last_words` of the signals. Returns whether another rank started this process.
     """
     starter = os.environ.get(_STARTER)
     if os.environ.get("LOCAL_RANK", "0") == "0" or starter != str(os.getppid()):

@@ -1,7 +1,7 @@
-"""`Weights`: computing with a model whose weights may be split over ranks, by other ways than its own `forward`.
+"""`Weights`: ways to compute with a model other than its own `forward`, with weights that may be split over ranks.
 
-FSDP2 gathers the weights of a module before its forward pass, and reduces its gradients after its backward pass, around the
-call of the module. The policy computes log-probabilities from parts of the model, so the whole is called once around them.
+FSDP2 gathers the weights of a module before its forward pass, and reduces its gradients after its backward pass, around the call
+of the module. The policy computes log-probabilities from parts of the model, so the whole model is called once around them.
 """
 
 from collections.abc import Callable
@@ -15,39 +15,39 @@ Result = TypeVar("Result")
 
 
 class Weights:
-    """Of a model that every rank has in full, so that nothing has to be gathered."""
+    """The weights of a model that every rank has in full, so nothing has to be gathered."""
 
-    # Whether they are split over ranks, which then gather them in each pass, together, and so have to make equally many passes.
+    # Whether they are split over ranks. Ranks then gather them together in each pass, and have to make the same number of passes.
     sharded = False
 
     def as_forward(self, function: Callable[[], Result]) -> Result:
-        """Call a function, which computes with the model's parts, as if it were the model's forward pass.
+        """Call a function that computes with the model's parts, as if it were the model's forward pass.
 
-        It may also make whole passes. Tensors with gradient must be in what it returns, alone or in a tuple.
+        It may also make whole passes. Tensors with gradient must be in its result, alone or in a tuple.
         """
         return function()
 
     def gathered(self, function: Callable[[], Result]) -> Result:
         """Call a function, without gradient, while every rank holds all weights, so that ranks may compute different things.
 
-        They may also make different numbers of passes.
+        Ranks may also make different numbers of passes.
         """
         return function()
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """How to compute with the weights of a model, which may have been split."""
+    """The way to compute with the weights of a model, which may have been split."""
     return _SplitWeights(model) if isinstance(model, FSDPModule) else Weights()
 
 
 class _SplitWeights(Weights):
-    """Of FSDP2, which can be told of another forward method."""
+    """Weights of FSDP2, which accepts a different forward method."""
 
     sharded = True
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._within = False  # a forward pass, for which weights have been gathered
+        self._within = False  # whether in a forward pass, for which weights have been gathered
         model.computed = _call
         register_fsdp_forward_method(model, "computed")
 
@@ -59,7 +59,7 @@ class _SplitWeights(Weights):
             result: Result = self._model.computed(function)
         finally:
             self._within = False
-        if not torch.is_grad_enabled():  # no backward pass lets go of the outermost part
+        if not torch.is_grad_enabled():  # no backward pass releases the outermost part
             self._forget_calls()
             self._model.reshard()
         return result

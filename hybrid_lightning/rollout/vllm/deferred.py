@@ -1,4 +1,4 @@
-"""Weights that are computed where they are copied to, and how an engine in this process loads them."""
+"""Weights that are computed at their destination, and how an engine in this process loads them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +12,10 @@ from hybrid_lightning.rollout.interface import PolicyWeight
 
 
 class Deferred(torch.Tensor):
-    """A weight that is computed where it is copied to.
+    """A weight that is computed at the destination to which it is copied.
 
     vLLM collects the parts of a joined layer until it has all, allocates the layer, and copies the parts into it. With ordinary
-    tensors there would be two copies of the layer beside the engine's own; here there is one.
+    tensors there would be two copies of the layer in addition to the engine's own; here there is one.
     """
 
     _weight: PolicyWeight
@@ -42,7 +42,7 @@ class Deferred(torch.Tensor):
         ops = torch.ops.aten
         if function is ops.copy_.default and isinstance(arguments[1], cls):
             destination, source = arguments[0], arguments[1]
-            if not destination.is_meta:  # on which vLLM counts what it is going to load
+            if not destination.is_meta:  # vLLM counts the coming weights on meta tensors
                 assert destination.shape == source.shape, f"{source._weight.name}: {source.shape} into {destination.shape}"
                 source._weight.write_rows(destination, source._first)
             return destination
@@ -59,11 +59,11 @@ class Deferred(torch.Tensor):
 
 
 def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> None:
-    """Load weights, name and value of each, layer by layer in an engine's worker; `everything` if these are all of the model.
+    """Load weights, name and value of each, layer by layer in an engine's worker; `everything` if these are all of the model's.
 
     Raises:
-        ValueError: If a joined layer got only some of its parts. Nothing of it is loaded then.
-        RolloutError: If these are not all that vLLM has.
+        ValueError: If a joined layer received only some of its parts. No part of it is loaded then.
+        RolloutError: If vLLM has weights that are not among these.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload

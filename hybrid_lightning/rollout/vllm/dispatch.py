@@ -1,9 +1,9 @@
-"""`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives those that fail to others.
+"""`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives failed requests to other servers.
 
-A server gets a request when it has room, so that a slow one gets fewer. One that fails is set aside, for longer each time, and
-looked at again; one that has other weights, since it was restarted, stays aside until it is given the policy's. One that has not
-completed anything for a while is looked at, too: it may hang. Each rollout begins with a look at all servers, and shares with
-others how long none could be used (`Outage`).
+A server gets a request when it has room, so that a slow server gets fewer. A server that fails is set aside, for longer each
+time, and checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's. A
+server that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers,
+and shares with other rollouts how long no server could be used (`Outage`).
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_SLICE_S = 0.1  # after which it is looked at what has to be done
-_FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
-_LOOK_S = 30.0  # in which a server has to say which weights it has
-_GRACE_S = 1.0  # in which all should have said so, before requests are spread over those that have
-STARTED = "default"  # how vLLM labels the weights that a server was started with
+_SLICE_S = 0.1  # interval of checks for work
+_FAREWELL_S = 2.0  # time to notify servers that answers are no longer needed
+_LOOK_S = 30.0  # time limit for a server to report its weights
+_GRACE_S = 1.0  # time for all servers to report, before requests are spread over the ones that have
+STARTED = "default"  # vLLM's label of the weights that a server was started with
 _ON_THEIR_WAY = "its weights are on their way"
 
 
 @dataclass
 class _Request:
-    """A prompt to be completed."""
+    """A prompt to complete."""
 
     number: int
     ids: Sequence[int]
@@ -49,14 +49,14 @@ class _Request:
 
 @dataclass(eq=False)
 class _Place:
-    """A server, and how it is doing in this rollout."""
+    """A server, and its condition in this rollout."""
 
     server: Server
     room: int  # requests that it may have at once
-    heard: float  # when it last answered as it should
+    heard: float  # time of its last correct answer
     usable: bool = False
     restarted: bool = False  # it has the weights that it was started with
-    looked_at: bool = False  # a look is under way
+    looked_at: bool = False  # a check is in progress
     failures: int = 0  # since its last answer
     aside_until: float = 0.0
     running: int = 0
@@ -69,15 +69,15 @@ class Dispatch:
 
     Args:
         servers: The servers.
-        label: Of the weights that they should have.
-        updating: Label of a server whose weights are on their way.
+        label: Label of the weights that they should have.
+        updating: Label of a server that is receiving weights.
         prompt_ids: Token ids of P prompts.
         parameters: Arguments of vLLM's `SamplingParams` for each prompt.
         timeout: Longest time for a request in seconds.
         outage: Ends the rollout when servers have failed for too long.
 
     Raises:
-        ConfigError: If a server cannot complete a prompt so many times at once.
+        ConfigError: If a server cannot complete a prompt this many times at once.
     """
 
     _client: httpx.AsyncClient
@@ -97,7 +97,7 @@ class Dispatch:
         timeout: float,
         outage: Outage,
     ) -> None:
-        self._labels, self._updating = [label], updating  # those that tokens may have
+        self._labels, self._updating = [label], updating  # labels that tokens may have
         self._timeout, self._outage = timeout, outage
         self._look_s = min(_LOOK_S, max(1.0, outage.limit / 3))
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
@@ -107,7 +107,7 @@ class Dispatch:
         self._waiting = deque(map(_Request, range(len(prompt_ids)), prompt_ids, parameters))
         self._answers: dict[int, list[Answer]] = {}
         self._total = len(prompt_ids)
-        self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a look at the server
+        self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a check of the server
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._is_ending = False
@@ -115,11 +115,11 @@ class Dispatch:
     def start(
         self, on_token: Callable[[int, int], None] | None = None, on_answers: OnAnswers | None = None
     ) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks.
+        """Begin to make the requests, in a separate thread: the caller's may already have an event loop, as in notebooks.
 
         Args:
-            on_token: Called while the answers are waited for; how far the rollout is stands in for the tokens decoded. An
-                exception from it, or by a signal, ends the requests, on the servers as well.
+            on_token: Called while the answers are awaited; the progress of the rollout stands in for the number of decoded
+                tokens. An exception from it, or from a signal, ends the requests, on the servers as well.
             on_answers: See `VLLMEngine.complete`; it is called in the thread of the requests.
 
         Returns:
@@ -153,7 +153,7 @@ class Dispatch:
         return [self._answers[number] for number in range(self._total)]
 
     def go_on_with(self, label: str) -> None:
-        """Servers are given weights, by which requests under way may be answered from now on."""
+        """Accept answers by new weights for open requests: servers are receiving these weights."""
         if label not in self._labels:
             self._labels.append(label)
         for place in self._places:
@@ -161,13 +161,13 @@ class Dispatch:
 
     @property
     def has_lost_weights(self) -> bool:
-        """Whether nothing can be completed before servers that were started again are given weights."""
+        """Whether nothing can be completed until restarted servers receive weights."""
         running = not self._work.done() and not any(place.usable for place in self._places)
         return running and any(place.restarted for place in self._places)
 
     def leave(self, server: Server) -> None:
-        """Give what a server has not answered to others: it did not take the weights, and is paused."""
-        with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+        """Give a server's unanswered requests to others: it did not take the weights, and is paused."""
+        with contextlib.suppress(RuntimeError):  # it has ended in the meantime
             self._loop.call_soon_threadsafe(self._leave, server)
 
     def _leave(self, server: Server) -> None:
@@ -177,19 +177,19 @@ class Dispatch:
 
     @property
     def seconds_since_end(self) -> float:
-        """Seconds since the last answer; 0 while requests are under way."""
+        """Seconds since the last answer; 0 while requests are open."""
         return time.monotonic() - self._ended_at if self._work.done() else 0.0
 
     def end(self) -> None:
         """Begin to end the requests."""
         if self._is_ending:
-            return  # or what tells the servers would be ended, too
+            return  # or the notification of the servers would be ended, too
         self._is_ending = True
-        with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # it has ended in the meantime
             self._loop.call_soon_threadsafe(self._main.cancel)
 
     def wait(self) -> None:
-        """Wait a little for what `end` has begun."""
+        """Wait a little for the end that `end` has begun."""
         wait([self._work], 2 * _FAREWELL_S)
 
     async def _complete(self) -> None:
@@ -212,7 +212,7 @@ class Dispatch:
                 await self._end_all()
 
     def _look(self, now: float) -> None:
-        """Ask servers that are not in use, or have not answered for a while, which weights they have."""
+        """Request the label of the weights from servers that are not in use, or have not answered for a while."""
         for place in self._places:
             due = now - place.heard > self._look_s if place.usable else now >= place.aside_until
             if due and not (place.stale or place.looked_at):
@@ -220,7 +220,7 @@ class Dispatch:
                 self._begin(self._look_s, place, None, place.server.label_now(self._client))
 
     def _assign(self, now: float) -> None:
-        """Give waiting requests to the servers that have most room."""
+        """Give waiting requests to the servers with the most room."""
         for _ in range(len(self._waiting)):
             free = [place for place in self._places if place.usable and place.running < place.room]
             if not free:
@@ -236,7 +236,7 @@ class Dispatch:
             self._begin(self._timeout, place, request, answers)
 
     def _begin(self, limit: float, place: _Place, request: _Request | None, answer: Awaitable[Any]) -> None:
-        """Wait for an answer beside others; one that does not come in time is ended by closing its connection."""
+        """Wait for an answer in parallel; a late one is ended by closing its connection."""
 
         async def within() -> Any:
             try:
@@ -249,7 +249,7 @@ class Dispatch:
         self._tasks[asyncio.create_task(within())] = (place, request)
 
     def _take(self, task: asyncio.Task[Any], place: _Place, request: _Request | None) -> None:
-        """Take what has come back: which weights a server has, or the answers to a request."""
+        """Process a result: a server's weights, or the answers to a request."""
         if request is None:
             place.looked_at = False
         else:
@@ -287,7 +287,7 @@ class Dispatch:
                 self._on_answers(request.number, found)
 
     def _set_aside(self, place: _Place) -> None:
-        """Do not use a server for a while. What it already has may still be answered."""
+        """Stop using a server for a while; requests that it already has may still be answered."""
         place.usable = False
         place.aside_until = time.monotonic() + _pause(place.failures)
         place.failures += 1
@@ -317,7 +317,7 @@ class Dispatch:
             self._outage.end()
         elif all(place.stale for place in self._places):
             raise self._failure()
-        elif any(place.failures for place in self._places):  # else their first answers are still to come
+        elif any(place.failures for place in self._places):  # else their first answers have not arrived yet
             updating = any(place.why == _ON_THEIR_WAY for place in self._places)
             since = max(place.heard for place in self._places)
             if self._outage.left("" if updating else self._causes, since) < 0:
@@ -337,7 +337,7 @@ class Dispatch:
         )
 
     async def _end_all(self) -> None:
-        """End what is still running, on the servers as well."""
+        """End all running requests, on the servers as well."""
         running: dict[Server, list[str]] = {}
         for task, (place, request) in self._tasks.items():
             task.cancel()
@@ -355,8 +355,9 @@ class Dispatch:
 
 
 def _room(server: Server, samples: int) -> int:
-    """Requests that a server may have at once: twice what it completes at once, or it would wait for us whenever some completions
-    of a prompt end before the others.
+    """Requests that a server may have at once: twice the number that it completes at once.
+
+    With fewer it would wait for us whenever some completions of a prompt end before the others.
     """
     if not server.is_known:
         return 1

@@ -28,36 +28,37 @@ from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, install
 from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not leave it
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or training's threads would be bound to cores, too
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights do not have to leave it
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without it training's threads would be bound to cores, too
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": None,  # which would take the place of what is planned
+    "VLLM_CPU_KVCACHE_SPACE": None,  # it would override the planned size
 }
-# Arguments of vLLM that are given in another way, and how.
+# Arguments of vLLM that are set in another way, and how.
 _NOT_FURTHER = {
     **dict.fromkeys(("model", "dtype", "load_format", "logprobs_mode"), "it follows from the policy"),
     **{name: f"give it as sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len")},
     "enable_sleep_mode": "give sampler.sleep",
 }
-_CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
-_CPU_SEQUENCES = 128  # that are completed together there
-_CPU_TOKENS = 2**13  # of prompts that are taken in together there, at least
+_CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM's default is a share of the whole memory
+_CPU_SEQUENCES = 128  # sequences completed together there
+_CPU_TOKENS = 2**13  # tokens of prompts processed together there, at least
 
 
 class VLLMSampler(VLLMEngine):
-    """Samples by a vLLM engine in the training process, on the device that trains.
+    """Samples with a vLLM engine in the training process, on the device that trains.
 
-    The engine has weights of its own, to which those that training has changed are copied before each rollout, LoRA merged,
-    without a file in between. Needs the extra `vllm`.
+    The engine has its own weights. Before each rollout the weights that training has changed are copied to it, with LoRA merged
+    and without a file in between. Needs the extra `vllm`.
 
     Args:
-        gpu_memory_utilization: Share of the device's memory that the engine may take, for its weights and its KV cache. On a CPU
-            it is not used: the cache has room for 128 sequences of `max_model_len` tokens, 1 GiB at most.
-        max_model_len: Longest prompt with completion, in tokens; None takes the model's positions, or what fits into memory.
+        gpu_memory_utilization: Share of the device's memory that the engine may take, for its weights and its KV cache. Not used
+            on a CPU: there the cache has room for 128 sequences of `max_model_len` tokens, 1 GiB at most.
+        max_model_len: Longest prompt with completion, in tokens; None takes the model's positions, or the length that fits into
+            memory.
         sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
             `nothing` keeps all. On a CPU nothing is freed.
         engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
-        options: Of `RolloutEngine`.
+        options: Arguments of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -90,15 +91,15 @@ class VLLMSampler(VLLMEngine):
         self.engine_args = dict(engine_args or {})
         self._process = IsolatedProcess(_ENVIRONMENT)
         self._llm: Any = None
-        self._base = ""  # what `PolicyWeights.base` was when the engine got all weights
+        self._base = ""  # `PolicyWeights.base` at the time when the engine got all weights
         self._asleep = False
-        self._adapter: tempfile.TemporaryDirectory[str] | None = None  # folder of LoRA that is given apart
+        self._adapter: tempfile.TemporaryDirectory[str] | None = None  # folder of separately sent LoRA
         self._adapter_is_on = False  # whether the current policy has it
         self._room = 0  # largest rank that the engine was started for
         self._requests = itertools.count()
 
     def check_model(self, model: ServedModel) -> None:
-        """Raise ConfigError unless vLLM is installed, and its engine can be had on the device that trains."""
+        """Raise ConfigError unless vLLM is installed, and its engine is available for the device that trains."""
         completing.check_installed(model.device.type)
         if torch.cuda.is_available() and model.device.type == "cpu":
             raise ConfigError(
@@ -120,11 +121,11 @@ class VLLMSampler(VLLMEngine):
         return model.folder is None if self._llm is None or self._has_no_room(model) else self._base != weights.base
 
     def _has_no_room(self, model: ServedModel) -> bool:
-        """Whether the engine was started for less LoRA than the policy now has, as before it was adapted."""
+        """Whether the engine was started for less LoRA than the policy now has, for example before it was adapted."""
         return self.sends_adapter and self._room < model.lora_rank
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """Give the engine the policy's weights, unless it has them already. The first call starts it."""
+        """Give the engine the policy's weights, unless it has them already; the first call starts it."""
         everything = self.needs_everything(weights, model) if everything is None else everything
         if self._has_no_room(model):
             self.shut_down()
@@ -135,7 +136,7 @@ class VLLMSampler(VLLMEngine):
             elif self.version == weights.version:
                 return
             self._wake("weights")
-        self.version, self._base = None, ""  # until all is well
+        self.version, self._base = None, ""  # until everything has succeeded
         with self._process.entered():
             stream, factors = self._gathered(weights.stream(everything)), dict[str, Tensor]()
             if everything or not self.sends_adapter:
@@ -150,7 +151,7 @@ class VLLMSampler(VLLMEngine):
         self._base, self.version = weights.base, weights.version
 
     def _gathered(self, weights: Iterator[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each weight; ranks may have to gather it, by their own process groups."""
+        """Name and value of each weight; ranks may have to gather it, through their own process groups."""
         while True:
             with self._process.with_own_groups():
                 weight = next(weights, None)
@@ -159,7 +160,7 @@ class VLLMSampler(VLLMEngine):
             yield weight.name, Deferred.of(weight)
 
     def _load_adapter(self, config: Mapping[str, Any], factors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Let the engine load LoRA in place of what it has, from a folder."""
+        """Let the engine load LoRA from a folder in place of its current LoRA."""
         self._llm.collective_rpc(lambda worker: check_applied(worker.model_runner.model, factors))
         self._adapter = self._adapter or tempfile.TemporaryDirectory(prefix="hybrid_lightning_")
         values = {name: value.computed().to(dtype) for name, value in factors.items() if isinstance(value, Deferred)}
@@ -167,7 +168,7 @@ class VLLMSampler(VLLMEngine):
         self._llm.llm_engine.add_lora(self._lora_request(load_inplace=True))
 
     def _lora_request(self, load_inplace: bool = False) -> Any:
-        """The adapter by vLLM's name. With `load_inplace` in the request of a completion vLLM would load it for each token."""
+        """The adapter by vLLM's name; with `load_inplace` in a completion request, vLLM would load it for each token."""
         from vllm.lora.request import LoRARequest
 
         assert self._adapter is not None
@@ -196,7 +197,7 @@ class VLLMSampler(VLLMEngine):
                         "give servers on other devices (VLLMServerSampler)"
                     )
                 raise RolloutError(f"vLLM did not start: {text}; {remedy}") from error
-        # A run that is stopped by a signal has no teardown; vLLM's own end, which comes later, would not find its groups.
+        # A run that a signal stops has no teardown. vLLM's own end comes later, and would not find its groups.
         atexit.register(self.shut_down)
         context = self._llm.llm_engine.model_config.max_model_len
         if context <= self.max_new_tokens:
@@ -207,7 +208,7 @@ class VLLMSampler(VLLMEngine):
         self.max_model_len = context
 
     def _options(self, model: ServedModel, folder: str) -> dict[str, Any]:
-        """Arguments of `vllm.LLM`; a model whose weights are sent is described to it by a folder without weights."""
+        """Arguments of `vllm.LLM`; if weights are sent, a folder without weights describes the model."""
         options: dict[str, Any] = {
             "model": model.folder or folder,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -225,27 +226,27 @@ class VLLMSampler(VLLMEngine):
             model.tokenizer.save_pretrained(folder)
             options["load_format"] = "dummy"
         if self.sends_adapter and model.lora_rank:
-            # Without the list vLLM makes room at the output layer as well, and fails on a CPU at log-probabilities of prompts.
+            # Without the list vLLM reserves room at the output layer as well, and fails on a CPU at log-probabilities of prompts.
             options |= {"enable_lora": True, "lora_target_modules": list(model.lora_modules)}
             options["max_lora_rank"] = least_max_rank(model.lora_rank)
         if model.device.type == "cpu":
             options |= {"enforce_eager": True, "max_num_seqs": _CPU_SEQUENCES}
             context = options["max_model_len"] = self._context_on_cpu(model.config)
-            # A prompt with a seed that vLLM 0.32 takes in pieces ends it on a CPU ("CPU Generator does not use offset").
+            # If vLLM 0.32 processes a prompt with a seed in pieces, it ends on a CPU ("CPU Generator does not use offset").
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, _CPU_TOKENS)}
-            if states_of(model.config):  # which vLLM keeps for prefixes only where it takes prompts in pieces
+            if states_of(model.config):  # vLLM keeps states for prefixes only if it takes prompts in pieces
                 options["enable_prefix_caching"] = False
             options["kv_cache_memory_bytes"] = self.cache_bytes_on_cpu(model.config, model.dtype)
             del options["gpu_memory_utilization"]
         else:
             options["enable_sleep_mode"] = self.sleep != "nothing"
-            options["distributed_executor_backend"] = "external_launcher"  # which takes the device from the variables below
+            options["distributed_executor_backend"] = "external_launcher"  # it takes the device from the variables below
             self._process.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
             self._process.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache on a CPU: for 128 sequences of the longest kind, within bounds, and for one in any case."""
+        """Bytes of the KV cache on a CPU: for 128 of the longest sequences, within bounds, and for one in any case."""
         one = self._context_on_cpu(config) * cache_bytes_of_token(config, dtype)
         chosen = max(2**26, one, min(_CPU_CACHE, _CPU_SEQUENCES * one))
         return int(self.engine_args.get("kv_cache_memory_bytes") or chosen)
@@ -260,7 +261,7 @@ class VLLMSampler(VLLMEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None = None,
     ) -> RolloutFuture[list[list[Answer]]]:
-        """The answers to P prompts, which are made when they are asked for."""
+        """The answers to P prompts, made when they are requested."""
         return RolloutFuture(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
 
     @torch.no_grad()
@@ -308,7 +309,7 @@ class VLLMSampler(VLLMEngine):
 
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
-        """Log-probabilities of sequences, which are there when this returns."""
+        """Log-probabilities of sequences, ready when this returns."""
         with self._process.entered():
             from vllm import SamplingParams
 
@@ -336,7 +337,7 @@ class VLLMSampler(VLLMEngine):
         self._asleep = True
 
     def _wake(self, tag: str) -> None:
-        """Take back the memory of weights or KV cache; that of the cache only when weights have been updated."""
+        """Take back the memory of weights or KV cache; the cache's memory only after the weights have been updated."""
         if not self._asleep or (tag == "weights" and self.sleep == "kv_cache"):
             return
         self._llm.wake_up(tags=[tag])
@@ -370,5 +371,5 @@ def _answer(output: Any) -> Answer:
 
 
 def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache for one token, which has the dtype of the engine's weights."""
+    """Bytes of the KV cache for one token, in the dtype of the engine's weights."""
     return TokenSizes(config).cached * dtype.itemsize

@@ -1,10 +1,10 @@
 """`IsolatedProcess`: lets vLLM work in the training process without changing it.
 
 vLLM takes a process for its own. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`,
-makes a default process group where there is none and further groups in one that is there, freezes the garbage collector, binds
-memory to NUMA nodes, and sets environment variables, such as LD_PRELOAD. Training would then draw other numbers, take itself for
-distributed, or hand those variables to processes that it starts. So every call of vLLM is made within `entered`, which gives
-vLLM a world of its own, kept from call to call, and puts everything back afterwards.
+makes a default process group where there is none and further groups in an existing one, freezes the garbage collector, binds
+memory to NUMA nodes, and sets environment variables such as LD_PRELOAD. Training would then draw other numbers, take itself for
+distributed, or pass those variables to processes that it starts. So every call of vLLM is made within `entered`. It gives vLLM
+its own world, kept from call to call, and restores everything afterwards.
 """
 
 import ctypes
@@ -30,28 +30,28 @@ _NODES = 1024  # bits of a mask of NUMA nodes
 
 
 class IsolatedProcess:
-    """The state of a process as vLLM wants it, put in place while vLLM works.
+    """The process state that vLLM expects, put in place while vLLM works.
 
     Args:
-        environment: Variables that vLLM finds beside those of the process; None for one that it shall not find.
+        environment: Variables for vLLM in addition to the process's own; None hides a variable from it.
     """
 
     def __init__(self, environment: Mapping[str, str | None]) -> None:
         self._environment = dict(environment)
         self._world: Any = _World()
-        self._outside: Any = None  # training's, while vLLM works
+        self._outside: Any = None  # training's state, while vLLM works
         self._random: dict[str, Any] | None = None
         self._set_threads: Any = torch.set_num_threads
         self._within = False
 
     def set(self, **variables: str) -> None:
-        """Set environment variables for vLLM alone."""
+        """Set environment variables for vLLM only."""
         assert self._within
         os.environ.update(variables)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within this context the process is vLLM's; nested contexts change nothing."""
+        """Within this context the process belongs to vLLM; nested contexts change nothing."""
         if self._within:
             yield
             return
@@ -59,17 +59,17 @@ class IsolatedProcess:
         before = dict(os.environ)
         random, threads, set_threads = capture_random_state(), torch.get_num_threads(), torch.set_num_threads
         self._outside, groups = distributed_c10d._world, distributed_c10d._group_count
-        policy, freeze, depth = _memory_policy(), gc.freeze, sys.getrecursionlimit()  # which torch's compiler raises
-        dtype, hook = torch.get_default_dtype(), sys.excepthook  # which torch replaces with the first process group
+        policy, freeze, depth = _memory_policy(), gc.freeze, sys.getrecursionlimit()  # torch's compiler raises the limit
+        dtype, hook = torch.get_default_dtype(), sys.excepthook  # torch replaces the hook with the first process group
         _set_environment(self._environment)
         if self._random is not None:
             restore_random_state(self._random)
         _enter_world(self._world)
         torch.set_num_threads = self._set_threads
-        gc.freeze = lambda: None  # what was frozen could not be told apart from what was before
+        gc.freeze = lambda: None  # newly frozen objects could not be told apart from earlier ones
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what vLLM calls in torch, about which no user can do anything
+                warnings.simplefilter("ignore")  # of vLLM's calls in torch, about which users can do nothing
                 yield
         finally:
             _enter_world(self._outside)
@@ -93,7 +93,7 @@ class IsolatedProcess:
 
     @contextmanager
     def with_own_groups(self) -> Iterator[None]:
-        """Within this context, inside of `entered`, the process groups are training's."""
+        """Within this context, inside `entered`, the process groups are training's."""
         _enter_world(self._outside)
         try:
             yield
@@ -101,7 +101,7 @@ class IsolatedProcess:
             _enter_world(self._world)
 
     def end_groups(self) -> None:
-        """End vLLM's process groups, inside of `entered`. torch's `destroy_process_group` would end training's, too."""
+        """End vLLM's process groups, inside `entered`; torch's `destroy_process_group` would end training's, too."""
         assert self._within
         for group in list(self._world.pg_map):
             group.shutdown()
@@ -111,9 +111,9 @@ class IsolatedProcess:
 
 
 class _World(distributed_c10d._World):
-    """Process groups apart from those that there are; torch has this class so that it can be replaced.
+    """Process groups separate from the existing ones; torch has this class so that it can be replaced.
 
-    Groups are told apart by numbers, which count on in all worlds.
+    Groups are distinguished by numbers, which continue across all worlds.
     """
 
     pg_map = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
@@ -127,11 +127,11 @@ class _World(distributed_c10d._World):
 def _enter_world(world: Any) -> None:
     distributed_c10d._world = world
     group = world.default_pg
-    torch._C._distributed_c10d._set_global_rank(-1 if group is None else group.rank())  # which torch's logs name
+    torch._C._distributed_c10d._set_global_rank(-1 if group is None else group.rank())  # torch's logs name it
 
 
 def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
-    """What turns one environment into another: name -> value, None for a variable that is gone."""
+    """Changes from one environment to another: name -> value, None for a variable that is gone."""
     gone: dict[str, str | None] = {name: None for name in before if name not in after}
     return gone | {name: value for name, value in after.items() if before.get(name) != value}
 
@@ -145,7 +145,7 @@ def _set_environment(changes: Mapping[str, str | None]) -> None:
 
 
 def _memory_policy() -> tuple[int, Any] | None:
-    """How the kernel places this thread's memory on NUMA nodes; None where that cannot be found out."""
+    """The kernel's policy for placing this thread's memory on NUMA nodes; None if it cannot be found out."""
     numbers = _MEMORY_POLICY.get(platform.machine())
     if numbers is None or platform.system() != "Linux" or threading.current_thread() is not threading.main_thread():
         return None

@@ -1,7 +1,7 @@
-"""What this package uses of vLLM, and which version has it: any version that has the names can be used.
+"""The names of vLLM that this package uses, and the versions that have them; any version with these names works.
 
-The names are checked when an engine starts in this process, and the paths of a server before it is used. A version with which the
-tests were not run gets a warning, and is refused only where a name is missing. docs/how-to/vllm.md says what was run.
+The names are checked when an engine starts in this process, and the paths of a server before it is used. A version that was not
+tested gets a warning, and is refused only if a name is missing. docs/how-to/vllm.md lists the tested versions.
 """
 
 import importlib
@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hybrid_lightning.errors import ConfigError
 
-RUN = ("0.32",)  # with which tests/with_vllm passes
-OLDEST = "0.31"  # that was looked at
-# What this one does not have yet.
+RUN = ("0.32",)  # versions with which tests/with_vllm passes
+OLDEST = "0.31"  # oldest version that was looked at
+# Names that this version does not have yet.
 SINCE = {
     "vllm.outputs.CompletionOutput.weight_versions": "0.32",
     "vllm.utils.nccl.unpinned_nccl_env": "0.32",
@@ -25,7 +25,7 @@ SINCE = {
     "/shutdown_weight_transfer_engine": "0.32",
     "weight_versions in its completions": "0.32",
 }
-# Module -> names, for an engine in this process. The last ones are for LoRA that it is given apart.
+# Module -> names, for an engine in this process. The last ones are for separate LoRA.
 IN_PROCESS = {
     "vllm": "LLM.collective_rpc LLM.generate LLM.release_kv_cache_memory LLM.reset_prefix_cache LLM.sleep LLM.wake_up "
     "SamplingParams",
@@ -40,7 +40,7 @@ IN_PROCESS = {
     "vllm.lora.request": "LoRARequest.load_inplace",
     "vllm.lora.utils": "parse_fine_tuned_lora_name",
 }
-# By the receiver in a server, beside some of these; a server without one ends when it starts.
+# Used by the receiver in a server, beside some of these; a server without one of them ends when it starts.
 RECEIVER = {
     "vllm.distributed.weight_transfer.base": "WeightTransferEngine WeightTransferInitInfo WeightTransferUpdateInfo",
     "vllm.distributed.weight_transfer.factory": "WeightTransferEngineFactory._registry",
@@ -63,7 +63,7 @@ def installed_version() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The version of a package that is installed, None if it is not."""
+    """The version of an installed package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -71,7 +71,7 @@ def version_of(package: str) -> str | None:
 
 
 def warn_unless_run(found: str, where: str) -> None:
-    """Warn of a version of vLLM with which the tests were not run."""
+    """Warn about a version of vLLM that was not tested."""
     if ".".join(re.findall(r"\d+", found)[:2]) not in RUN:
         rank_zero_warn(f"{where} has vLLM {found}, with which this package was not tested; vLLM {', '.join(RUN)} was")
 
@@ -87,7 +87,7 @@ def check_names(used: Mapping[str, str], found: str, where: str) -> None:
 
 
 def check_paths(description: Any, found: str, where: str) -> None:
-    """Look for what is used of a server in its description (OpenAPI); ConfigError if something is missing."""
+    """Look for the used paths of a server in its description (OpenAPI); ConfigError if something is missing."""
     told = "weight_versions in its completions"
     has = {*description["paths"], told if "weight_versions" in str(description.get("components")) else ""}
     for name in (*PATHS, told):

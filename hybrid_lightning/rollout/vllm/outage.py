@@ -1,16 +1,16 @@
-"""`Outage`: how long servers that cannot be used are waited for, whatever is asked of them meanwhile."""
+"""`Outage`: how long to wait for servers that cannot be used, for all requests together."""
 
 import threading
 import time
 
 from lightning.pytorch.utilities import rank_zero_info
 
-_GRACE_S = 1.0  # after which an outage is reported
-_AGAIN_S = 60.0  # after which it is reported again
+_GRACE_S = 1.0  # time until an outage is reported
+_AGAIN_S = 60.0  # time until it is reported again
 
 
 class Outage:
-    """A time in which no server can be used, shared by all requests and updates, so that together they take no longer than one.
+    """A time without a usable server, shared by all requests and updates, so that together they wait no longer than one.
 
     It is reported at once and every minute.
 
@@ -18,7 +18,7 @@ class Outage:
         limit: Seconds after which the run stops (`give_up_after`).
 
     Attributes:
-        answered: When a server completed a prompt last, by `time.monotonic`.
+        answered: Time of the last completed prompt on any server, by `time.monotonic`.
     """
 
     def __init__(self, limit: float) -> None:
@@ -28,7 +28,7 @@ class Outage:
         self._lock = threading.Lock()
 
     def left(self, causes: str, since: float | None = None) -> float:
-        """Seconds that are left, as no server can be used: from now on, or since a time before. Reported if there are causes."""
+        """Seconds left while no server can be used, counted from now or from an earlier time; reported if there are causes."""
         now = time.monotonic()
         with self._lock:
             since = now if since is None else since
@@ -43,7 +43,7 @@ class Outage:
         return self.limit - lasted
 
     def end(self, answered: bool = False) -> None:
-        """A server can be used, or has `answered` with completions."""
+        """End the outage: a server can be used, or has `answered` with completions."""
         with self._lock:
             self.answered = time.monotonic() if answered else self.answered
             if self._since is not None and self._reported:

@@ -1,4 +1,4 @@
-"""`GlooReceiver`: receives the policy's weights in a vLLM server, over gloo, on CPUs and wherever NCCL cannot be had.
+"""`GlooReceiver`: receives the policy's weights in a vLLM server, over gloo, on CPUs and wherever NCCL is not available.
 
 This file runs in the server's workers, which find it by the name that the package registers. The sender is in `transfer.py`. Each
 update comes as one message with the names and shapes of all its weights, followed by their values, one broadcast each.
@@ -26,36 +26,36 @@ from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, fa
 
 @dataclass
 class GlooInit(WeightTransferInitInfo):
-    """Where the sender is, and which model it has."""
+    """Place of the sender, and its model."""
 
     host: str
-    port: int  # 0: the model is compared, and nothing else
+    port: int  # 0: only compare the model
     ranks: int  # the sender and all workers of this server
     timeout_s: float
-    config: dict[str, Any] = field(default_factory=dict)  # what the model's config has to say (see `facts_of`)
+    config: dict[str, Any] = field(default_factory=dict)  # required values in the model's config (see `facts_of`)
 
 
 @dataclass
 class GlooUpdate(WeightTransferUpdateInfo):
-    """The weights of an update, in the order in which they come."""
+    """The weights of an update, in the order of arrival."""
 
     names: list[str]
     shapes: list[list[int]]
     dtype: str
     everything: bool = False  # whether these are all weights of the policy
-    adapter: dict[str, Any] | None = None  # PEFT's config of the LoRA whose factors are among them
-    folder: str = ""  # where they are put, for vLLM to load them
+    adapter: dict[str, Any] | None = None  # PEFT's config of the LoRA factors among them
+    folder: str = ""  # where they are written, for vLLM to load them
 
 
 class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
-    """Receives weights by broadcasts of rank 0, the sender."""
+    """Receives weights by broadcast from rank 0, the sender."""
 
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
-    _loaded: set[str] | None = None  # names of vLLM's weights of the base that came; None: none came
-    _everything = False  # whether all should have come
-    _folder: Path | None = None  # of LoRA that came
+    _loaded: set[str] | None = None  # names of vLLM's base weights that arrived; None: none arrived
+    _everything = False  # whether all should have arrived
+    _folder: Path | None = None  # of LoRA that arrived
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Connect to the sender.
@@ -76,14 +76,14 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group = gloo_group(store, rank, init_info.ranks, address, limit)
 
     def start_weight_update(self) -> None:
-        """Let vLLM expect weights; until they come it is not known which."""
+        """Let vLLM expect weights; until they arrive it is not known which."""
         self._loaded = None
 
     def finish_weight_update(self) -> None:
-        """Put weights that did not come back in place, and share those that are tied.
+        """Put back the weights that did not arrive, and share tied weights.
 
         Raises:
-            ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
+            ValueError: If all weights should have arrived, and the policy does not have one that vLLM's model has.
         """
         loaded, self._loaded = self._loaded, None
         if loaded is None:
@@ -99,7 +99,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Receive the weights of one update.
 
         Raises:
-            ValueError: If a joined layer would get only some of its parts, or there is no LoRA for a module.
+            ValueError: If a joined layer would receive only some of its parts, or there is no LoRA for a module.
         """
         factors: dict[str, torch.Tensor] = {}
         names = [name for name in update_info.names if not name.startswith(PEFT_PREFIX)]
@@ -116,7 +116,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             if update_info.adapter is not None:
                 self._folder = Path(update_info.folder)
                 write_folder(self._folder, update_info.adapter, {name: value.cpu() for name, value in factors.items()})
-                self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read anew
+                self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read again
         except BaseException:
             self.shutdown()  # so that the sender does not wait
             if self._loaded is not None:
@@ -137,9 +137,9 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
 
 
 def abandon(model: torch.nn.Module, config: Any) -> None:
-    """Drop layers that came in part, after which the model can compute, and can be given all weights again.
+    """Drop layers that arrived in part; the model can then compute, and receive all weights again.
 
-    Layers that came whole stay. The version of the weights, which is set at the end, tells the sender to send all again.
+    Layers that arrived whole stay. The version of the weights, which is set at the end, makes the sender send all of them again.
     """
     for layer in model.modules():
         info = get_layerwise_info(layer)
@@ -150,7 +150,7 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
 
 
 def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
-    """Pack experts that came: on a CPU vLLM (0.32) does it when it loads a model, and not when it gets weights anew."""
+    """Pack experts that arrived: on a CPU vLLM (0.32) packs them when it loads a model, but not when it receives new weights."""
     for name, layer in model.named_modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None and f"{name}.w13_weight" in loaded and next(layer.parameters()).device.type == "cpu":
@@ -158,15 +158,15 @@ def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
 
 
 def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:
-    """Names of a model's weights that are not among those that it has loaded. With LoRA, its layers have the base's in them."""
+    """Names of a model's weights that it has not loaded; with LoRA, its layers contain the base's weights."""
     has, came = ({n.replace(".base_layer.", ".") for n in names} for names in (dict(model.named_parameters()), loaded))
     return has - came
 
 
 def pack_tied(model: torch.nn.Module) -> None:
-    """Pack weights again that two layers share: on a CPU the output layer keeps a packed copy of a tied embedding.
+    """Repack weights that two layers share: on a CPU the output layer keeps a packed copy of a tied embedding.
 
-    vLLM makes it when it loads a model, and not when it gets weights anew.
+    vLLM makes the copy when it loads a model, but not when it receives new weights.
     """
     sharing: dict[int, list[torch.nn.Module]] = {}
     for layer in model.modules():

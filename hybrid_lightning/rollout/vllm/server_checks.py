@@ -19,7 +19,7 @@ _START = (
     "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model ... --enable-scale-out --logprobs-mode "
     "processed_logprobs --generation-config vllm --weight-transfer-config '{\"backend\": ...}'"
 )
-# Texts by which tokenizers are told apart: digits, spaces, several scripts, words that chat templates use.
+# Texts that distinguish tokenizers: digits, spaces, several scripts, words that chat templates use.
 _PROBES = (
     "0123456789 12*34=408",
     "  two  spaces\n\tand a tab ",
@@ -29,10 +29,10 @@ _PROBES = (
 
 
 def check_server(server: Server, model: ServedModel, max_new_tokens: int, takes_adapter: bool = False) -> None:
-    """Make sure that it can complete for a policy, whose LoRA it may be given apart from the base (`takes_adapter`).
+    """Make sure that a server can complete for a policy; `takes_adapter` if it may receive LoRA separately from the base.
 
     Raises:
-        ConfigError: If it cannot; the message says how to start it.
+        ConfigError: If it cannot; the message explains how to start it.
         ServerError: If it does not answer.
     """
     _check_interface(server)
@@ -101,7 +101,7 @@ def _check_interface(server: Server) -> None:
 
 
 def _ask_if_there(server: Server, path: str) -> Any:
-    """The answer to a GET request; None if there is no such path. Where only POST is allowed the answer is empty."""
+    """The answer to a GET request; None if there is no such path, and empty if only POST is allowed."""
     try:
         return server.ask("GET", path)
     except ServerError as error:
@@ -117,7 +117,7 @@ def check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, remedy: 
     for text in (*_PROBES, str(words), " ".join(tokenizer.all_special_tokens)):
         try:
             wanted = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Exception:  # of a tokenizer without an unknown token, whose class the library keeps to itself
+        except Exception:  # of a tokenizer without an unknown token; the library hides its class
             continue
         try:
             found: Any = server.ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]

@@ -1,7 +1,7 @@
-"""`Server`: one vLLM server: what it says of itself, its requests, its completions and its weights.
+"""`Server`: one vLLM server: its description, its requests, its completions and its weights.
 
-Used of its interface: `/inference/v1/generate`, token ids in and out, which is there with `--enable-scale-out`; and what trains
-need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which is there with VLLM_SERVER_DEV_MODE=1.
+It uses two parts of the server's interface. `/inference/v1/generate`, token ids in and out, exists with `--enable-scale-out`. The
+paths for training (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on) exist with VLLM_SERVER_DEV_MODE=1.
 """
 
 import asyncio
@@ -21,34 +21,34 @@ from hybrid_lightning.rollout.vllm import LACKS, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
 
 _CONNECT_S = 10.0
-_SHORT_S = 30.0  # for questions that a server answers between two steps of its engine
-_PAUSE_S = 120.0  # in which it has stopped its engine
+_SHORT_S = 30.0  # for requests that a server answers between two steps of its engine
+_PAUSE_S = 120.0  # for a server to stop its engine
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server has."""
+    """Properties of a server."""
 
     model: str
     context: int  # tokens
-    sequences: int  # that it completes at once
+    sequences: int  # completed at once
     dtype: str
     logprobs_mode: str
-    backend: str | None  # by which it takes weights
+    backend: str | None  # its weight transfer backend
     workers: int
     on_cpu: bool
     splits_prompts_on_cpu: bool
-    max_lora_rank: int  # 0: it takes no LoRA
-    lora_anywhere: bool  # also at the output layer
-    reads_weights: bool  # from files, when it is started
+    max_lora_rank: int  # 0: no LoRA
+    lora_anywhere: bool  # even at the output layer
+    reads_weights: bool  # from files, when the server starts
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
-        """Read them from vLLM's config, and the answers to /v1/models and /get_world_size.
+        """Read them from vLLM's config, and from the answers to /v1/models and /get_world_size.
 
         Raises:
-            KeyError: If something is not there. Other errors are raised if it is of another kind.
+            KeyError: If something is missing. Other errors are raised if it has an unexpected type.
         """
         model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
         lora = config.get("lora_config") or {}
@@ -70,7 +70,7 @@ class ServerFacts:
 
 
 class ServerError(RolloutError):
-    """A server does not answer, or refuses, for a cause in a line; without a status it did not answer."""
+    """A server does not answer, or refuses; the message has the cause in one line, and without a status there was no answer."""
 
     def __init__(self, url: str, cause: str, status: int | None = None) -> None:
         super().__init__(f"{url}: {cause}")
@@ -84,23 +84,23 @@ class ServerError(RolloutError):
 
 
 class Server:
-    """A vLLM server at an address such as http://node7:8000, with an API key if it asks for one.
+    """A vLLM server at an address such as http://node7:8000, with an API key if it requires one.
 
     A request may take `timeout` seconds.
     """
 
     def __init__(self, url: str, timeout: float, key: str | None) -> None:
         self.url, self.timeout = url, timeout
-        self.adapter: str | None = None  # LoRA that completions are by, which goes by the folder that it is in; None: none
-        self._known: str | None = None  # the LoRA that it was told of last
+        self.adapter: str | None = None  # LoRA of the completions, named after its folder; None: no LoRA
+        self._known: str | None = None  # the LoRA that was last loaded into it
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._facts: ServerFacts | None = None
 
     @property
     def facts(self) -> ServerFacts:
-        """What it has; asked once."""
+        """Properties of the server; requested once."""
         if self._facts is None:
-            # The first time it looks at its whole environment, which takes seconds.
+            # On first use the server inspects its whole environment, which takes seconds.
             info = self.ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
             names, size = self.ask("GET", "/v1/models"), self.ask("GET", "/get_world_size")
             try:
@@ -112,25 +112,25 @@ class Server:
 
     @property
     def is_known(self) -> bool:
-        """Whether `facts` have been asked."""
+        """Whether `facts` have been requested."""
         return self._facts is not None
 
     def forget(self) -> None:
-        """Ask `facts` again when they are needed: it may have been started again."""
+        """Request `facts` again when they are needed: the server may have been restarted."""
         self._facts = None
 
     # ---- weights
 
     def label(self, limit: float = _SHORT_S) -> str:
-        """Which weights it has, as it was told."""
+        """Label of its weights, as last set."""
         return self._label(self.ask("GET", "/weight_info", limit=limit))
 
     def set_label(self, label: str) -> None:
-        """Tell it which weights it has."""
+        """Set the label of its weights."""
         self.ask("POST", "/update_weight_version", {"new_version": label})
 
     def pause(self, keeps: bool) -> None:
-        """Begin no requests, and keep those that are under way for `resume`, or end them."""
+        """Begin no requests, and keep open ones for `resume`, or end them."""
         self.ask("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=min(_PAUSE_S, self.timeout))
 
     def resume(self) -> None:
@@ -138,7 +138,7 @@ class Server:
         self.ask("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
-        """Forget what other weights have computed; requests that are kept read their tokens again."""
+        """Forget results of other weights; requests that are kept read their tokens again."""
         answer = self.ask("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"}, limit=self.timeout)
         if answer is not None and not answer.get("success", True):
             raise ServerError(self.url, "it did not forget what the weights before have computed")
@@ -160,18 +160,18 @@ class Server:
         self.ask("POST", "/update_weights", {"update_info": update_info}, limit=limit)
 
     def finish_weight_update(self) -> None:
-        """Let it use the weights that came."""
+        """Let it use the weights that arrived."""
         self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
 
     def use_adapter(self, folder: str | None) -> None:
-        """Complete with LoRA from here on that its workers read from a folder, or without."""
+        """Complete from here on with LoRA that its workers read from a folder, or without."""
         if folder is not None and folder != self._known:
             self.ask("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
             self._known = folder
         self.adapter = folder
 
     def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
-        """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""
+        """Make a request; make it again if an update is open because its sender was stopped before ending it."""
         try:
             self.ask("POST", path, body, limit=limit or self.timeout)
         except ServerError as error:
@@ -185,10 +185,10 @@ class Server:
     async def complete(
         self, client: httpx.AsyncClient, name: str, ids: Sequence[int], parameters: dict[str, Any]
     ) -> list[Answer]:
-        """Complete a prompt of these token ids, by a request that can be ended by its name.
+        """Complete a prompt of these token ids, with a request that can be ended by its name.
 
         Raises:
-            ServerError: If it does not, or has been told to end the request.
+            ServerError: If it does not complete the prompt, or was instructed to end the request.
         """
         body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters, "model": self.adapter}
         try:
@@ -206,7 +206,7 @@ class Server:
             raise ServerError(self.url, f"its completions cannot be read ({type(error).__name__}: {error})") from error
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> tuple[set[str], list[list[float]]]:
-        """Which weights it has, and the log-probabilities of each sequence's tokens but the first.
+        """The label of its weights, and the log-probabilities of each sequence's tokens except the first.
 
         Raises:
             ServerError: If it does not answer, or cannot compute them.
@@ -228,13 +228,13 @@ class Server:
             raise ServerError(self.url, f"its log-probabilities of prompts cannot be read ({error})", 422) from error
 
     async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
-        """End requests, if it still answers."""
-        with contextlib.suppress(httpx.HTTPError):  # it ends them by itself when their connections are closed
+        """End requests, if the server still answers."""
+        with contextlib.suppress(httpx.HTTPError):  # the server ends them itself when their connections are closed
             ids = [f"generate-tokens-{name}" for name in names]  # as vLLM calls them
             await client.post(f"{self.url}/inference/v1/abort_requests", json={"request_ids": ids}, headers=self._headers)
 
     async def label_now(self, client: httpx.AsyncClient) -> str:
-        """Which weights it has, asked beside other requests."""
+        """The label of its weights, requested in parallel with other requests."""
         try:
             return self._label(self._content(await client.get(f"{self.url}/weight_info", headers=self._headers)))
         except httpx.HTTPError as error:
@@ -247,7 +247,7 @@ class Server:
             raise ServerError(self.url, f"its answer to /weight_info says no version: {shorten(answer)}") from error
 
     def connections(self) -> httpx.AsyncClient:
-        """Connections to this server and others like it; who makes a request limits its time."""
+        """Connections to this server and others like it; each request limits its own time."""
         return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=_CONNECT_S), **self._options)
 
     # ---- requests
@@ -255,16 +255,16 @@ class Server:
     @cached_property
     def _options(self) -> dict[str, Any]:
         return {
-            "trust_env": False,  # no proxy of the environment: weights go to a server directly, too
+            "trust_env": False,  # ignore the environment's proxy: weights go directly to a server, too
             "verify": ssl.create_default_context() if self.url.startswith("https") else False,
-            # None is used twice: a server may have closed it meanwhile, as vLLM's does after an error.
+            # No connection is used twice: a server may have closed it in the meantime, as vLLM's does after an error.
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
         }
 
     def ask(
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
     ) -> Any:
-        """Make a GET or POST request, which may take `limit` seconds; the JSON of its answer, None if that is empty.
+        """Make a GET or POST request, which may take `limit` seconds; returns the JSON of its answer, None if that is empty.
 
         Raises:
             ServerError: If it does not answer, or refuses.
@@ -276,7 +276,7 @@ class Server:
         return self._content(self._within(min(limit, self.timeout) if limit <= _SHORT_S else limit, answer))
 
     def _within(self, limit: float, answer: Callable[[httpx.AsyncClient], Awaitable[_T]]) -> _T:
-        """What is answered within so many seconds in all, however slowly it comes."""
+        """The answer if it arrives within this many seconds in all, however slowly."""
 
         async def limited() -> _T:
             async with asyncio.timeout(limit), self.connections() as client:
@@ -292,7 +292,7 @@ class Server:
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
             try:
-                is_text = response.content.startswith(b"Success")  # as vLLM answers where adapters are concerned
+                is_text = response.content.startswith(b"Success")  # vLLM answers so for adapters
                 return response.json() if response.content and not is_text else None
             except ValueError as error:
                 raise ServerError(self.url, f"{response.request.url.path}: no JSON, so no vLLM answers there", 404) from error
@@ -310,10 +310,10 @@ class Server:
 
 
 def _answer(choice: dict[str, Any], longest: int) -> Answer:
-    """A completion of at most so many tokens.
+    """A completion of at most `longest` tokens.
 
     Raises:
-        LookupError, TypeError, ValueError, AttributeError: If it is none.
+        LookupError, TypeError, ValueError, AttributeError: If the choice is not a completion.
     """
     tokens = [int(token) for token in choice["token_ids"]]
     logprobs = [float(entry["logprob"]) for entry in (choice["logprobs"] or {}).get("content") or ()]
@@ -329,7 +329,7 @@ def _answer(choice: dict[str, Any], longest: int) -> Answer:
 
 
 def _cause(response: httpx.Response) -> str:
-    """What a server says is wrong, in a line."""
+    """The error that a server reports, in a line."""
     try:
         content = response.json()
         error = content.get("error", content.get("detail", content))

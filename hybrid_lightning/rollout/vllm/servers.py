@@ -41,30 +41,30 @@ from hybrid_lightning.types import Rollouts
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
 
-_UPDATING = "updating"  # label of a server whose weights are on their way
-# Seconds in which a server has to say which weights it has, and those for one that could not be updated.
+_UPDATING = "updating"  # label of a server that is receiving weights
+# Seconds for a server to report its weights, and for a server that could not be updated.
 _FIRST_S, _AGAIN_S = 30.0, 3.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _T = TypeVar("_T")
 
 
 class VLLMServerSampler(VLLMEngine):
-    """Samples by vLLM servers, which are given the policy's weights before each rollout.
+    """Samples with vLLM servers, which receive the policy's weights before each rollout.
 
-    The prompts of a rollout are spread over the servers. What a server that fails does not complete is completed by the others. A
-    server that was started again takes part from the next rollout on. Servers are never ended.
+    The prompts of a rollout are spread over the servers. If a server fails, the others complete its prompts. A server that was
+    restarted is used again from the next rollout on. Servers are never ended.
 
-    Each is started with `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out`, `--logprobs-mode processed_logprobs`,
-    `--generation-config vllm` and `--weight-transfer-config`, whose backend is `nccl` on GPUs and `hybrid_lightning` on CPUs. If
-    servers ask for an API key, it is read from the environment variable VLLM_API_KEY.
+    Start each server with `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out`, `--logprobs-mode processed_logprobs`,
+    `--generation-config vllm` and `--weight-transfer-config`, with the backend `nccl` on GPUs and `hybrid_lightning` on CPUs. If
+    servers require an API key, it is read from the environment variable VLLM_API_KEY.
 
     Args:
         urls: Addresses of the servers, such as `[http://node7:8000, http://node8:8000]`.
         timeout: Longest time for one request in seconds; it is then given to another server.
-        give_up_after: Seconds after which the run stops, so that it can be resumed, if no server answers, completes a request or
-            takes weights. Until then it is tried again, in growing intervals.
-        address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
-        options: Of `RolloutEngine`.
+        give_up_after: Seconds until the run stops, so that it can be resumed, if no server answers, completes a request or takes
+            weights. Until then they are tried again, in growing intervals.
+        address: Address under which the servers reach this machine; None takes the address by which this machine reaches them.
+        options: Arguments of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -97,21 +97,21 @@ class VLLMServerSampler(VLLMEngine):
                 raise ConfigError(f"sampler.{name} must be positive, got {seconds}; it is in seconds")
         self.urls, self.timeout, self.give_up_after, self.address = urls, timeout, give_up_after, address
         self._servers = [Server(url, timeout, os.environ.get("VLLM_API_KEY")) for url in urls]
-        self._transfers: dict[Server, Transfer] = {}  # over which a server gets weights
-        self._base = ""  # what the weights that training leaves alone were when they were sent
+        self._transfers: dict[Server, Transfer] = {}  # connections that bring weights to a server
+        self._base = ""  # `PolicyWeights.base` when the base weights were sent
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
-        self._taking: list[Server] = []  # those that take the weights of the update under way
-        self._dispatches: list[Dispatch] = []  # that may have requests under way
-        self._asking = threading.RLock()  # held while requests are begun, and while weights are on their way
-        self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
+        self._taking: list[Server] = []  # servers that take the weights of the current update
+        self._dispatches: list[Dispatch] = []  # may have open requests
+        self._asking = threading.RLock()  # held while requests begin, and while weights are being sent
+        self._hopeless: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
         self._outage = Outage(give_up_after)
 
     def check_model(self, model: ServedModel) -> None:
-        """Make sure that all servers are there, at a resume one of them, and have the policy's model.
+        """Make sure that all servers answer (one of them at a resume) and have the policy's model.
 
         Raises:
             ConfigError: If one has been started for something else.
-            RolloutError: If one does not answer, at a resume if none does.
+            RolloutError: If one does not answer; at a resume, if none does.
         """
         found = self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens, self.sends_adapter))
         missing = [s for s, failure in found.items() if isinstance(failure, ServerError) and not failure.is_final]
@@ -130,14 +130,14 @@ class VLLMServerSampler(VLLMEngine):
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 
     def context(self, config: Any) -> tuple[float, str]:
-        """The model's limit, or that of a server."""
+        """The model's limit, or a server's limit."""
         least = min((server.facts.context for server in self._servers if server.is_known), default=math.inf)
         return min(super().context(config), (least, f"a server's context of {least} tokens (--max-model-len)"))
 
     # ---- weights
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """Whether a server has other weights than those of the last update. Asks until one answers; only the sender does that.
+        """Whether a server has weights other than the last update's; repeats until one answers, and only on the sender.
 
         Raises:
             RolloutError: If none answers within `give_up_after`.
@@ -148,7 +148,7 @@ class VLLMServerSampler(VLLMEngine):
         return weights.base != self._base and self.version is not None
 
     def _has_base(self, server: Server, label: str, before: WeightsVersion | None, model: ServedModel) -> bool:
-        """Whether a server with a label needs no more than what training changes, where all should have the version before."""
+        """Whether a server with this label needs only the weights that training changes; all should have the version before."""
         if before is not None or not self.sends_adapter:
             return label == str(before)
         return label == STARTED and model.folder is not None and server.facts.reads_weights
@@ -156,8 +156,8 @@ class VLLMServerSampler(VLLMEngine):
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
         """Give the servers the policy's weights, unless they have them already.
 
-        With what `needs_everything` has said the weights are iterated over once, whatever happens, as on other ranks; else an
-        update that fails is made again.
+        With the result of `needs_everything` the weights are iterated over once, whatever happens, as on other ranks. Without it
+        an update that fails is made again.
 
         Raises:
             RolloutError: If no server could be updated within `give_up_after`.
@@ -168,7 +168,7 @@ class VLLMServerSampler(VLLMEngine):
             self._outage.end()
             return
         self.go_on_with(weights.version)
-        before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
+        before, self.version = self.version, None  # until all has succeeded; without a version, everything is sent next time
         stream = weights.stream(everything)
         try:
             for _ in self._attempts() if weights.is_sender else ():
@@ -181,25 +181,25 @@ class VLLMServerSampler(VLLMEngine):
                     everything, stream = True, weights.stream(True)
         finally:
             if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
-                deque(stream, maxlen=0)  # or other ranks, which gather the weights with this one, would wait
+                deque(stream, maxlen=0)  # without this, other ranks, which gather the weights with this one, would wait
         self.version, self._base = weights.version, weights.base
         self._outage.end()
         self.go_on_with(weights.version)
 
     def go_on_with(self, version: WeightsVersion) -> None:
-        """Take tokens by these weights from requests that are under way."""
+        """Accept tokens by these weights from open requests."""
         for dispatch in self._running:
             dispatch.go_on_with(str(version))
 
     def updating(self) -> AbstractContextManager[Any]:
-        """Within this context completions that other threads ask for are not begun."""
+        """Within this context, completions that other threads request do not begin."""
         return self._asking
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """Begin to complete a request, by the servers. Another thread may call it, too.
+        """Begin to complete a request on the servers; another thread may call it, too.
 
         Raises:
-            RolloutError: If an update before has failed, so that no server has known weights.
+            RolloutError: If an earlier update has failed, so that no server has known weights.
         """
         with self._asking:
             if self.version is None:
@@ -210,12 +210,12 @@ class VLLMServerSampler(VLLMEngine):
 
     @property
     def has_lost_weights(self) -> bool:
-        """Whether requests under way wait for servers that were started again, which `update` gives weights."""
+        """Whether open requests wait for restarted servers, to which `update` gives weights."""
         return any(dispatch.has_lost_weights for dispatch in self._running)
 
     @property
     def _running(self) -> list[Dispatch]:
-        """Those with requests under way."""
+        """Dispatches with open requests."""
         return [dispatch for dispatch in self._dispatches if not dispatch.seconds_since_end]
 
     def _update(
@@ -226,10 +226,10 @@ class VLLMServerSampler(VLLMEngine):
         before: WeightsVersion | None,
         everything: bool,
     ) -> bool | None:
-        """Send weights in one pass to all servers that can be reached, which had the version before.
+        """Send weights in one pass to all reachable servers, which had the version before.
 
         Returns:
-            Whether a server has them then; None if none could be reached, and the pass has not begun.
+            Whether a server then has them; None if none could be reached, and the pass has not begun.
         """
         labels = self._labels()
         has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
@@ -252,7 +252,7 @@ class VLLMServerSampler(VLLMEngine):
         except BaseException:
             self._taking = []
             for server in chosen:
-                self._disconnect(server)  # or what is under way would stay on the GPU
+                self._disconnect(server)  # without this, pending work would stay on the GPU
             raise
         for server in self._taking:
             if self._left_out.pop(server, None) is not None:
@@ -260,7 +260,7 @@ class VLLMServerSampler(VLLMEngine):
         return bool(has_them or self._taking)
 
     def _send(self, update: Update, stream: Iterator[PolicyWeight], model: ServedModel) -> None:
-        """Send weights to all servers at once. Each is computed when all have taken the one before, in the same memory."""
+        """Send weights to all servers at once; each is computed after all have taken the one before, in the same memory."""
         by_nccl = any(server.facts.backend == "nccl" for server in self._taking)
         memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
         sent: dict[Server, Future[None]] = {}
@@ -295,7 +295,7 @@ class VLLMServerSampler(VLLMEngine):
             server.resume()
 
     def _settle(self, asked: dict[Server, "Future[None]"], limit: float) -> None:
-        """Wait for what servers do in an update. Those that fail, or take longer, are left out of it."""
+        """Wait for the servers' part of an update; servers that fail, or take longer, are left out of it."""
         wait(asked.values(), limit)
         for server, answer in asked.items():
             failure = answer.exception() if answer.done() else RolloutError(f"it hangs in the update, for {limit:.0f} s")
@@ -311,7 +311,7 @@ class VLLMServerSampler(VLLMEngine):
                 dispatch.leave(server)
 
     def _connected(self, server: Server, model: ServedModel) -> Transfer:
-        """Connect to a server that may have been started again, as something else."""
+        """Connect to a server that may have been restarted, as something else."""
         self._disconnect(server)
         server.forget()
         try:
@@ -326,8 +326,8 @@ class VLLMServerSampler(VLLMEngine):
         return transfer
 
     def _labels(self) -> dict[Server, str]:
-        """What the servers that can be used say of their weights."""
-        # One that hangs is waited for once.
+        """Labels of the weights of all usable servers."""
+        # A server that hangs is waited for once.
         first = min(_FIRST_S, self.give_up_after)
         labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else first))
         for server, found in labels.items():
@@ -351,7 +351,7 @@ class VLLMServerSampler(VLLMEngine):
         """Attempts in growing intervals, until the caller needs no more.
 
         Raises:
-            RolloutError: If none has succeeded `give_up_after` seconds after servers were found to fail, or none can.
+            RolloutError: If none has succeeded `give_up_after` seconds after servers were found to fail, or if none can succeed.
         """
         for number in itertools.count():
             began = time.monotonic()
@@ -373,7 +373,7 @@ class VLLMServerSampler(VLLMEngine):
     def _of_each(
         self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
     ) -> dict[Server, _T | BaseException]:
-        """Ask all servers at once; what goes wrong becomes the answer. What takes longer than a limit has none."""
+        """Make one request to all servers at once; an error becomes the answer, and a server that exceeds the limit has none."""
         answers = self._ask(servers, question)
         done = wait(answers.values(), limit).done
         return {server: answer.exception() or answer.result() for server, answer in answers.items() if answer in done}
@@ -387,7 +387,7 @@ class VLLMServerSampler(VLLMEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None = None,
     ) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to complete P prompts, by requests in a thread of their own."""
+        """Begin to complete P prompts, with requests in a separate thread."""
         if not prompt_ids:
             return RolloutFuture(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
@@ -399,7 +399,7 @@ class VLLMServerSampler(VLLMEngine):
         return begun
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
-        """Begin to compute log-probabilities of sequences, by all servers that have weights."""
+        """Begin to compute log-probabilities of sequences, on all servers that have weights."""
         servers = [server for server in self._servers if server not in self._left_out]
 
         def of_all() -> list[PromptLogprobs]:
@@ -408,14 +408,14 @@ class VLLMServerSampler(VLLMEngine):
                 if isinstance(answer, tuple):
                     labels, logprobs = answer
                     found.append(PromptLogprobs(server.url, one_version(labels), logprobs))
-                elif isinstance(answer, ServerError) and answer.is_final:  # what else is wrong completions will show
+                elif isinstance(answer, ServerError) and answer.is_final:  # completions will show any other error
                     rank_zero_warn(f"vLLM: {answer}; whether it computes what the policy computes is not watched")
             return found
 
         return in_thread(of_all, REQUEST)
 
     def shut_down(self) -> None:
-        """End requests and close the connections; the servers go on, and may be used by another run."""
+        """End requests and close the connections; the servers keep running, and another run may use them."""
         for dispatch in self._dispatches:
             dispatch.end()
         for dispatch in self._dispatches:

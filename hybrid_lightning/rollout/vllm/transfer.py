@@ -1,7 +1,7 @@
 """Sends the policy's weights to vLLM servers: `GlooTransfer` from anywhere to anywhere, `NcclTransfer` between GPUs.
 
-Each server has a connection of its own to the sender, with all its workers, so that one server's fault does not disturb others.
-The receiver of `GlooTransfer` is `receiver.py`; that of `NcclTransfer` is in vLLM.
+Each server has its own connection to the sender, with all its workers, so that one server's fault does not disturb others. The
+receiver of `GlooTransfer` is `receiver.py`; the receiver of `NcclTransfer` is in vLLM.
 """
 
 import math
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from hybrid_lightning.rollout.vllm.server_client import Server
 
 REQUEST = "request to a vLLM server"  # name of threads
-_LIMIT_S = 120.0  # longest time in which a weight may be on its way
-_SLOWEST = 1e7  # bytes in a second that a network brings at least
+_LIMIT_S = 120.0  # longest time to send a weight
+_SLOWEST = 1e7  # bytes per second on the slowest network
 _FACTS = (
     "model_type",
     "hidden_size",
@@ -50,21 +50,21 @@ _FACTS = (
 
 @dataclass(frozen=True)
 class Update:
-    """The weights that a server is going to be sent."""
+    """The weights to send to a server."""
 
-    shapes: Mapping[str, tuple[int, ...]]  # of each weight, in the order in which they come
-    dtype: torch.dtype  # in which they come
+    shapes: Mapping[str, tuple[int, ...]]  # of each weight, in the order of sending
+    dtype: torch.dtype  # dtype of sending
     everything: bool  # whether these are all weights of the model
-    adapter: Mapping[str, Any] | None = None  # PEFT's config of the LoRA whose factors are among them
+    adapter: Mapping[str, Any] | None = None  # PEFT's config of the LoRA factors among them
 
     @property
     def description(self) -> dict[str, Any]:
-        """What receivers are told."""
+        """Description of the update for receivers."""
         return {"names": list(self.shapes), "shapes": [list(shape) for shape in self.shapes.values()]}
 
     @property
     def dtype_name(self) -> str:
-        """Such as float32."""
+        """Name of the dtype, such as float32."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
@@ -74,7 +74,7 @@ class Update:
 
     @property
     def longest_s(self) -> float:
-        """Seconds in which all are sent over the slowest network."""
+        """Seconds to send all of them over the slowest network."""
         return sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize / _SLOWEST
 
 
@@ -88,8 +88,8 @@ class Transfer(ABC):
         model: The policy's model.
     """
 
-    folder: str  # on the server's machine, for LoRA that is sent apart
-    _answer: "Future[None]"  # of the server, to the update under way
+    folder: str  # on the server's machine, for separate LoRA
+    _answer: "Future[None]"  # the server's answer to the current update
     _longest: float  # time for it in seconds
 
     def __init__(self, server: "Server", address: str, timeout: float, model: "ServedModel") -> None:
@@ -103,14 +103,14 @@ class Transfer(ABC):
         """Connect to all workers of the server.
 
         Raises:
-            RolloutError: If the server refuses, such as one with another model.
+            RolloutError: If the server refuses, for example because it has another model.
         """
 
     def begin(self, update: Update) -> None:
         """Let the server expect the weights of an update.
 
         Raises:
-            RolloutError: If it does not.
+            RolloutError: If it refuses.
         """
         self._longest = self._timeout + update.longest_s
         self._server.start_weight_update()
@@ -120,7 +120,7 @@ class Transfer(ABC):
         """Send the next weight, which has been read when this returns.
 
         Raises:
-            RolloutError: If the server does not take it. The connection is closed then.
+            RolloutError: If the server does not take it. The connection is then closed.
         """
         answer = self._answer
         try:
@@ -128,15 +128,15 @@ class Transfer(ABC):
                 answer.result()
             self._broadcast(value, answer)
         except Exception as error:
-            self.close()  # here, where the value is still kept for what may be reading it
+            self.close()  # here, while the value is still kept for its readers
             if isinstance(error, RolloutError):
                 raise
-            if wait([answer], self._limit / 10).done:  # the worker has closed the connection; why, it says in its answer
+            if wait([answer], self._limit / 10).done:  # the worker has closed the connection; its answer has the reason
                 answer.result()
             raise RolloutError(f"{self._server.url}: the connection for weights broke: {one_line(error)}") from error
 
     def end(self) -> None:
-        """Let the server use the weights that came.
+        """Let the server use the weights that arrived.
 
         Raises:
             RolloutError: If it has not loaded them.
@@ -146,18 +146,18 @@ class Transfer(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the connection, whatever is under way."""
+        """Close the connection, even if something is in progress."""
 
     @abstractmethod
     def _told(self, update: Update) -> dict[str, Any]:
-        """What the server is told of an update."""
+        """Description of an update for the server."""
 
     @abstractmethod
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
-        """Send a weight to all workers, and wait until they have it or the server's answer says why not."""
+        """Send a weight to all workers, and wait until they have it or the server's answer explains why not."""
 
     def _wait_until(self, is_over: Callable[[], bool], answer: "Future[None]", what: str, remedy: str) -> None:
-        """Wait, and look at the server's answer meanwhile.
+        """Wait, and watch the server's answer in the meantime.
 
         Raises:
             RolloutError: If it is not over within the limit.
@@ -173,7 +173,7 @@ class Transfer(ABC):
 
 
 class GlooTransfer(Transfer):
-    """Sends weights over gloo, which needs no GPU; LoRA apart goes into a folder of the server's machine."""
+    """Sends weights over gloo, which needs no GPU; separate LoRA goes into a folder on the server's machine."""
 
     _store: TCPStore | None = None
     _group: ProcessGroupGloo | None = None
@@ -184,7 +184,7 @@ class GlooTransfer(Transfer):
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
         asked = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
-        asked["timeout_s"] = 2 * self._limit  # while another server that hangs is waited for
+        asked["timeout_s"] = 2 * self._limit  # leaves time to wait for another server that hangs
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
         answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked), REQUEST)
         present = [f"worker {rank}" for rank in range(1, self._ranks)]
@@ -203,16 +203,16 @@ class GlooTransfer(Transfer):
         return update.description | told
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
-        group = self._group  # kept until it has ended, even if the connection is closed meanwhile
+        group = self._group  # kept until it has ended, even if the connection is closed in the meantime
         assert group is not None, "connect has to be called first"
         group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
 
 
 class NcclTransfer(Transfer):
-    """Sends weights from GPU to GPUs over NCCL, as vLLM's own receiver wants them. Needs vLLM in this environment, too.
+    """Sends weights from GPU to GPUs over NCCL, for vLLM's own receiver; needs vLLM in this environment, too.
 
-    NCCL waits on the GPU, without end, for workers that have died. So each server has a stream of its own, which nothing else
-    waits for, and the host polls it; what does not end is aborted, and with it what occupies the stream.
+    NCCL waits on the GPU, without end, for workers that have died. So each server has its own stream, which nothing else waits
+    for, and the host polls it. A broadcast that does not end is aborted, and with it whatever occupies the stream.
     """
 
     _communicator: Any = None  # vLLM's PyNcclCommunicator
@@ -249,20 +249,20 @@ class NcclTransfer(Transfer):
         from vllm.utils.nccl import unpinned_nccl_env
 
         group = StatelessProcessGroup.create(self._address, port, 0, self._ranks, store_timeout=math.ceil(self._limit))
-        # Known before it is initialized: that ends with a first all-reduce, which may have to be aborted as well.
+        # Stored before it is initialized: initialization ends with a first all-reduce, which may have to be aborted as well.
         self._communicator = communicator = PyNcclCommunicator.__new__(PyNcclCommunicator)
         with torch.cuda.stream(self._stream), unpinned_nccl_env():
             communicator.__init__(group, self._device)
-        if communicator.disabled:  # it would send nothing, and not say so
+        if communicator.disabled:  # it would silently send nothing
             remedy = f'start the server with --weight-transfer-config \'{{"backend": "{BACKEND}"}}\', or install NCCL'
             raise RolloutError(f"{self._server.url}: vLLM finds no NCCL in training's environment; {remedy}")
 
     def close(self) -> None:
-        """Abort what is under way, and close the connection."""
+        """Abort pending work, and close the connection."""
         with self._closing:
             communicator, self._communicator = self._communicator, None
         if hasattr(communicator, "comm"):
-            communicator.destroy()  # which is ncclCommAbort
+            communicator.destroy()  # this calls ncclCommAbort
 
     def _told(self, update: Update) -> dict[str, Any]:
         return update.description | {"dtype_names": [update.dtype_name] * len(update.shapes)}
@@ -270,7 +270,7 @@ class NcclTransfer(Transfer):
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         assert self._communicator is not None and self._stream is not None, "connect has to be called first"
         with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(torch.cuda.default_stream(self._device))  # on which the value is computed
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))  # the value is computed on this stream
             self._communicator.broadcast(value, 0, self._stream)
             sent = self._stream.record_event()
         remedy = "see what it logs and start it again; if NCCL takes the wrong network, set NCCL_SOCKET_IFNAME here and there"
@@ -278,14 +278,14 @@ class NcclTransfer(Transfer):
 
 
 def _wait_for(answer: "Future[None]", limit: float) -> None:
-    """Wait until a call has returned, and raise what it has raised."""
+    """Wait until a call has returned, and raise its exception."""
     if not wait([answer], limit).done:
         raise RolloutError(f"no answer within {limit:.0f} s")
     answer.result()
 
 
 def gloo_group(store: TCPStore, rank: int, ranks: int, address: str, limit: timedelta) -> ProcessGroupGloo:
-    """Connect processes by gloo, on the network that an address of this machine belongs to."""
+    """Connect processes by gloo, on the network of one of this machine's addresses."""
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # which torch does not declare
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = limit
@@ -297,7 +297,7 @@ def local_address(url: str) -> str:
     parts = urlsplit(url)
     host, port = parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80)
     places = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    # IPv4 first, where servers listen that were not told where.
+    # IPv4 first: servers without a given address listen there.
     family, kind, _, _, place = min(places, key=lambda found: found[0] != socket.AF_INET)
     with socket.socket(family, kind) as probe:
         probe.connect(place)  # of a datagram socket: nothing is sent
@@ -305,7 +305,7 @@ def local_address(url: str) -> str:
 
 
 def facts_of(config: Any) -> dict[str, bool | int | float | str]:
-    """What changes a model's results or shapes, from its config of transformers; only what is plain."""
+    """The plain values in a model's transformers config that change its results or shapes."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = text.to_dict()
     rope = values.get("rope_parameters")  # rope_theta itself in older versions of transformers
@@ -314,21 +314,21 @@ def facts_of(config: Any) -> dict[str, bool | int | float | str]:
 
 
 def check_facts(mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError if a server has another model than weights are for, by what both of them say (see `facts_of`)."""
+    """Raise ValueError if a server has a model other than the weights are for, comparing the facts of both (see `facts_of`)."""
     for name, value in wanted.items():
         if name in mine and mine[name] != value:
             raise ValueError(f"another model: {name} is {mine[name]!r} there and {value!r} in the policy's config")
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens at."""
+    """A port of this machine on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
 
 
 def check_joined(names: Collection[str], model: Any) -> None:
-    """Raise ValueError unless each layer that vLLM joins gets all of its parts or none: it would not say so itself.
+    """Raise ValueError unless each layer that vLLM joins gets all of its parts or none: vLLM itself would not report it.
 
     Args:
         names: Names of the weights of an update, as in a checkpoint.

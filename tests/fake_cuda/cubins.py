@@ -1,11 +1,13 @@
-"""CUDA code of all that is compiled for a GPU that is not there, as JSON: `python cubins.py FILE CAPABILITY`, such as 90.
+"""CUDA code of all that is compiled for GPUs that are not there, as JSON: `python cubins.py FILE CAPABILITY...`, such as 90.
 
 torch's compiler and Triton get a device of made-up properties; Triton's own ptxas makes the code, which nothing runs.
 """
 
 import json
+import os
 import sys
 import tempfile
+import traceback
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -146,6 +148,24 @@ def main(capability):
     return found
 
 
+def forked(capability, path):
+    """Write what is found for a capability from a process of its own, which need not import anything; its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = f"{path}.cache"
+        path.write_text(json.dumps(main(int(capability))))
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    Path(sys.argv[1]).write_text(json.dumps(main(int(sys.argv[2]))))
+    path, *capabilities = sys.argv[1:]
+    parts = {capability: Path(f"{path}.{capability}") for capability in capabilities}
+    for capability, part in parts.items():  # one after the other, beside `counts.py`
+        assert os.waitpid(forked(capability, part), 0)[1] == 0, f"no code for {capability}"
+    Path(path).write_text(json.dumps({capability: json.loads(part.read_text()) for capability, part in parts.items()}))

@@ -40,16 +40,15 @@ def run(script, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What all scripts find, two at a time: of `counts.py`, and of `cubins.py` by compute capability where there is Triton."""
-    scripts = [("counts.py",), *(("cubins.py", name) for name in CAPABILITIES if importlib.util.find_spec("triton"))]
+    """What the scripts find, side by side: `counts.py`, and where there is Triton `cubins.py`."""
+    scripts = {"counts.py": (), **({"cubins.py": CAPABILITIES} if importlib.util.find_spec("triton") else {})}
     with ThreadPoolExecutor(2) as threads:
-        made = {(script, *of): threads.submit(run, script, tmp_path_factory.mktemp("found"), *of) for script, *of in scripts}
-        yield made
+        yield {script: threads.submit(run, script, tmp_path_factory.mktemp("found"), *of) for script, of in scripts.items()}
 
 
 @pytest.fixture
 def counts(found):
-    return found["counts.py",].result()
+    return found["counts.py"].result()
 
 
 def test_mistakes_that_are_planted_are_found(counts):
@@ -174,9 +173,9 @@ OF_FUNCTIONS = {
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_chosen_by_a_clock(found, capability):
     """Of LoRA and a hybrid, whose layers share it, in both precisions."""
-    if ("cubins.py", capability) not in found:
+    if "cubins.py" not in found:
         pytest.skip("there is no Triton: pip install -e '.[cuda-code]'")
-    codes = found["cubins.py", capability].result()
+    codes = found["cubins.py"].result()[capability]
     assert {name.partition(",")[0] for name in codes} == set(OF_FUNCTIONS)
     for name, code in codes.items():
         kernels, products, looks = OF_FUNCTIONS[name.partition(",")[0]]

@@ -59,7 +59,7 @@ TAKEN = {
     "torch._subclasses.fake_tensor": "FakeTensor FakeTensorMode",
     "torch.Tensor": "_make_wrapper_subclass",
     "torch.cpu": "_is_avx512_bf16_supported",
-    "torch.cuda.memory": "_set_allocator_settings",
+    "torch.cuda.memory": "_cuda_endAllocateToPool _cuda_releasePool _set_allocator_settings",
     "torch.distributed.distributed_c10d": "_group_count _register_process_group _set_global_rank "
     "_unregister_process_group _world",
     "torch.distributed.fsdp._fully_shard._fully_shard": "_get_fsdp_state",

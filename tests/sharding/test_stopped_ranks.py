@@ -94,6 +94,7 @@ def fail_on_one_rank(folder):
         patch.setattr(RLTask, "roll_out", lambda *given: rollouts.append(1) or roll_out(*given))
         patch.setattr(JudgeReward, "__call__", graded)
         options = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
+        options.append("--trainer.logger.name=judged")
         return run_command(folder, *FIT[:2], *options, "--adapter.scorer=Random", *(f"--model.reward{part}" for part in given))
 
 
@@ -101,7 +102,7 @@ def fail_on_one_rank(folder):
 def test_a_judge_that_fails_on_one_rank_ends_all_with_a_checkpoint(folder, tmp_path):
     for result in run(2, tmp_path, fail_on_one_rank, timeout_s=120, folder=folder):
         assert result.code == 1 and "error: the judge is gone" in result.err, result.err[-2000:]
-    (saved,) = folder.rglob("stopped.ckpt")
+    (saved,) = (folder / "runs" / "judged").rglob("stopped.ckpt")
     assert torch.load(saved, weights_only=False)["global_step"] == 2
 
 

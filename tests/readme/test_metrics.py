@@ -83,9 +83,19 @@ def of_teachers():
     """What is measured of a teacher, when a rollout is made and in an update."""
     logprobs = torch.zeros(2, 3)
     trained = SimpleNamespace(sampled_mask=torch.ones(2, 3, dtype=torch.bool))
-    kinds = {"listen": None, "needs_start_policy": False, "is_remote": False, "held_bytes": lambda *_: 0}
+    kinds = {
+        "listen": None,
+        "needs_start_policy": False,
+        "is_remote": False,
+        "held_bytes": lambda *_: 0,
+        "check_prompts": lambda *_: None,
+    }
     teacher = SimpleNamespace(seen=lambda *_: trained, logprobs=lambda *_: logprobs, predict=lambda *_: None, **kinds)
-    parts = (SimpleNamespace(compared=lambda *_: [logprobs] * 4), SimpleNamespace(run=Run(), encode=None), teacher)
+    parts = (
+        SimpleNamespace(compared=lambda *_: [logprobs] * 4),
+        SimpleNamespace(run=Run(), encode=None, check_lengths=None),
+        teacher,
+    )
     rollouts, chunk = (
         SimpleNamespace(prompts=(), sampling_logprobs=logprobs),
         SimpleNamespace(seen_by_teacher=None, sequences=None),

@@ -120,7 +120,8 @@ def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_use
         log = After(2, again)
         train(sampler(), log, ahead=1, steps=5, model=model)
         assert len(log.metrics) == 5 and all(step["sampling/mismatch/max"] < 1e-3 for step in log.metrics)
-        with pytest.raises(RolloutError, match=rf"for 6 s.*{own.url}") as raised:
+        # Found by the rollout under way, or, where that had ended, by the next update.
+        with pytest.raises(RolloutError, match=rf"(completes for 6 s|tried for \d+ s).*{own.url}") as raised:
             train(sampler(), GracefulStop(), After(2, hang), ahead=1, steps=9, model=model)
         assert time.monotonic() - began[0] < 200, "where a request may take ten minutes"
         assert "Checkpoint saved" in "".join(raised.value.__notes__)

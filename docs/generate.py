@@ -50,7 +50,7 @@ Most runs start from a [shipped config](commands.md) and change only these optio
 | how a problem is written | [`data.format`](#promptdatamodule): `ChatFormat` or `PlainFormat` |
 | what is rewarded | [`model.reward`](#policymodule): `MathMatch`, `ExactMatch`, `FunctionReward`, ... |
 | the learning rate | `model.lr_lora`; `model.lr_full` follows from it |
-| LoRA, hybrid or full | [`adapter.rank`, `adapter.alpha`](#hybridadaptersetup), `adapter.budget.share` (0: LoRA alone, 1: all modules fully trained) |
+| LoRA, hybrid or full | [`adapter.rank`, `adapter.alpha`](#hybridadaptersetup), `adapter.budget.share` (0: LoRA, 1: full) |
 | how much is sampled | `model.prompts_per_rollout`, `model.samples_per_prompt`, [`model.sampler.max_new_tokens`](#sampler) |
 | how long to train | `trainer.max_steps`, `trainer.val_check_interval` |
 | precision | `model.dtype`, `trainer.precision` |
@@ -206,8 +206,8 @@ _API = """\
 # API
 
 The public names of the package, by room (subpackage). Import a name from its room, such as
-`from hybrid_lightning.losses import GSPOLoss`: these paths stay, even if files move. The built pages have the whole docstrings, with
-all members; in Python, use `help(GSPOLoss)`. Losses, advantages and scorers need only torch.
+`from hybrid_lightning.losses import GSPOLoss`: these paths stay, even if files move. The built pages have the whole docstrings,
+with all members; in Python, use `help(GSPOLoss)`. Losses, advantages and scorers need only torch.
 """
 
 
@@ -233,9 +233,9 @@ def public(room: str) -> Mapping[str, Any]:
 _MODELS = """\
 # Models
 
-This table shows what works with each family of models. A test tries each cell with a tiny random model (`tests/families`), on a CPU,
-and takes the numbers and names of the last two columns from the family's default config in transformers {version}. Nothing here tells
-how well a large model learns: see [Limitations](../limitations.md#models).
+This table shows what works with each family of models. A test tries each cell with a tiny random model (`tests/families`), on a
+CPU, and takes the numbers and names of the last two columns from the family's default config in transformers {version}. Nothing
+here tells how well a large model learns: see [Limitations](../limitations.md#models).
 
 - *LoRA*, *full*: the candidates that LoRA, and full fine-tuning, train in two steps of GRPO. LoRA leaves out the last product
   of a state space layer, because kernels read its weight directly: it is frozen, or trained fully.

@@ -1,9 +1,9 @@
-"""Writes the pages of the reference that say what classes say, and the one that says what was tried with families of models.
+"""Writes the reference pages that come from docstrings, and the table of what was tried with families of models.
 
     python docs/generate.py             # reference/configuration.md and reference/api.md; or --check, whether they are stale
     python docs/generate.py --models    # reference/models.md, by tests/families: minutes
 
-They are kept in git, so that they can be read where the repository is; a test fails when one of them is stale.
+They are kept in git so that they can be read in the repository; a test fails when one of them is stale.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from hybrid_lightning.policy import LanguageModule, PolicyModule
 from hybrid_lightning.sharding import FSDP2Strategy
 
 REFERENCE = Path(__file__).parent / "reference"
-# Rooms of the package whose names are public, in the order of the two flows.
+# Rooms of the package with public names, in the order of the two flows.
 ROOMS = (
     "types", "data", "rollout", "rewards", "advantages", "losses", "adapters", "policy", "metrics", "sharding", "export",
     "callbacks", "trainer", "process", "configurable", "errors",
@@ -41,8 +41,22 @@ GENERATED = "<!-- Written by docs/generate.py from signatures and docstrings: ch
 _CONFIGURATION = """\
 # Configuration
 
-Every option of every class that a config or the command line can name, with its type, its default and what its docstring says of
-it. A config has them as `class_path` and `init_args`, the command line as `--KEY=CLASS` and `--KEY.OPTION=VALUE`:
+Most runs start from a [shipped config](commands.md) and change only these options.
+
+| to choose | option |
+|---|---|
+| the model | [`model.model`](#policymodule): a folder, a GGUF file, a hub id, or `embedded` |
+| your problems | [`data.source=FileSource`](#filesource), `data.source.train=FILE`, `data.source.validation_fraction` |
+| how a problem is written | [`data.format`](#promptdatamodule): `ChatFormat` or `PlainFormat` |
+| what is rewarded | [`model.reward`](#policymodule): `MathMatch`, `ExactMatch`, `FunctionReward`, ... |
+| the learning rate | `model.lr_lora`; `model.lr_full` follows from it |
+| LoRA, hybrid or full | [`adapter.rank`, `adapter.alpha`](#hybridadaptersetup), `adapter.budget.share` (0: LoRA, 1: full) |
+| how much is sampled | `model.prompts_per_rollout`, `model.samples_per_prompt`, [`model.sampler.max_new_tokens`](#sampler) |
+| how long to train | `trainer.max_steps`, `trainer.val_check_interval` |
+| precision | `model.dtype`, `trainer.precision` |
+| seeds | `seed_everything`, `model.seed` |
+
+Set an option in a config, or on the command line after it:
 
 ```yaml
 model:
@@ -55,12 +69,14 @@ model:
 python -m hybrid_lightning fit --config configs/gspo.yaml --model.loss=GSPOLoss --model.loss.clip_high=5e-4
 ```
 
-A class of this package goes by its name alone, any other one, such as your own, by `module.Class`. Where a text says None, a
-config and the command line say `null`. `--print_config` shows the config that results, and `--help` behind it the options of the
-classes that it names, with their values.
+- Parts such as losses and rewards are classes. A config names one by `class_path` and `init_args`, the command line by
+  `--KEY=CLASS` and `--KEY.OPTION=VALUE`. A class of this package goes by its name alone, any other by `module.Class`.
+- Where a text below says None, write `null`.
+- `--print_config` shows the config that results. `--help` after a command and its config lists the options of the classes that
+  the config names, with their values.
 
-What is not listed here is Lightning's or torch's: the options of `trainer`, of optimizers and of loggers. These defaults of
-`trainer` and `checkpoint` differ from Lightning's:
+The rest of this page lists every option of every class that a config or the command line can name. The options of `trainer`, of
+optimizers and of loggers are Lightning's or torch's and are not listed, but these defaults differ from Lightning's:
 
 """
 
@@ -85,7 +101,7 @@ def keys() -> set[str]:
 
 
 def _parts(key: str, classes: list[type]) -> Iterator[tuple[str, type, list[Any]]]:
-    """Where a class can be named, the class, and its options; what it takes itself comes after all classes of its kind."""
+    """Yield where a class can be named, the class, and its options; the classes of its options come after all of its kind."""
     waiting = [(key, part) for part in classes]
     found = set()
     while waiting:
@@ -100,16 +116,16 @@ def _parts(key: str, classes: list[type]) -> Iterator[tuple[str, type, list[Any]
 
 def _roots() -> Iterator[tuple[str, str, str, list[type]]]:
     models = sorted(_ours(LanguageModule), key=lambda part: part is not PolicyModule)  # stable: it comes first
-    yield "model", "What is trained and how: by RL, on demonstrations, or on preferences.", "model", models
-    yield "data", "Where problems come from and how they are asked.", "data", [PromptDataModule]
+    yield "model", "The model and how it is trained: by RL, on demonstrations, or on preferences.", "model", models
+    yield "data", "Where problems come from, and how they become prompts.", "data", [PromptDataModule]
     yield "adapter", "Which modules are fully trained, and the LoRA of the others.", "adapter", [HybridAdapterSetup]
     yield "samples", "Pages of sampled completions for the loggers.", "samples", [RolloutSamples]
     yield "divergence", "A warning where a part of the reward rises while correctness falls.", "divergence", [RewardDivergence]
-    yield "predictions", "What `predict` writes.", "predictions", [PredictionWriter]
-    yield "form", "What `export` writes: `--form CLASS`, `--form.OPTION`.", "form", _ours(export.ExportForm)
-    text = "Beside those that every command adds: `--trainer.callbacks+=CLASS`."
+    yield "predictions", "The file that `predict` writes.", "predictions", [PredictionWriter]
+    yield "form", "The form of an export: `--form CLASS`, `--form.OPTION`.", "form", _ours(export.ExportForm)
+    text = "Add a callback with `--trainer.callbacks+=CLASS`. Every command adds its own as well."
     yield "trainer.callbacks", text, "trainer.callbacks", [PolicyExport]
-    text = "For several devices (`configs/strategy/` has them ready); what they hand on is Lightning's."
+    text = "For several devices: `configs/strategy/` has overlays. Options that are not listed are Lightning's."
     yield "trainer.strategy", text, "trainer.strategy", [FSDP2Strategy]
 
 
@@ -124,7 +140,7 @@ def _changed_defaults() -> list[str]:
 
 
 class _Recorder:
-    """Takes down what the command line adds to its parser."""
+    """Records what the command line adds to its parser."""
 
     def __init__(self) -> None:
         self.parts: dict[str, type] = {}
@@ -179,7 +195,7 @@ def _sentence(part: Any) -> str:
 
 
 def _text(text: str | None) -> str:
-    """One line of Markdown: docstrings are nearly that, but for what stands in doubled backticks and signs outside of any."""
+    """One line of Markdown from a docstring: single backticks, and signs escaped outside of them."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join((text or "").replace("``", "`").split()))
     parts = text.split("`")
     parts[::2] = [re.sub(r"([*_<>|\[\]])", r"\\\1", part) for part in parts[::2]]
@@ -189,9 +205,9 @@ def _text(text: str | None) -> str:
 _API = """\
 # API
 
-The public names of the package, by room. Import them from there, such as `from hybrid_lightning.losses import GSPOLoss`: these
-paths stay, also where files move. The built pages have the whole docstrings, with all members; `help(GSPOLoss)` has them in
-Python. Losses, advantages and scorers need torch alone.
+The public names of the package, by room (subpackage). Import a name from its room, such as
+`from hybrid_lightning.losses import GSPOLoss`: these paths stay, even if files move. The built pages have the whole docstrings,
+with all members; in Python, use `help(GSPOLoss)`. Losses, advantages and scorers need only torch.
 """
 
 
@@ -217,23 +233,22 @@ def public(room: str) -> Mapping[str, Any]:
 _MODELS = """\
 # Models
 
-What each family of models can do. A test tries each cell with a tiny random model (`tests/families`), on a CPU, and finds the
-numbers and names of the two last columns from the family's default config in transformers {version}. Nothing here says how well
-a large model learns: see [what was not run](../limitations.md#models).
+This table shows what works with each family of models. A test tries each cell with a tiny random model (`tests/families`), on a
+CPU, and takes the numbers and names of the last two columns from the family's default config in transformers {version}. Nothing
+here tells how well a large model learns: see [Limitations](../limitations.md#models).
 
 - *LoRA*, *full*: the candidates that LoRA, and full fine-tuning, train in two steps of GRPO. LoRA leaves out the last product
-  of a state space layer, whose weight kernels read themselves: it is frozen, or trained fully.
+  of a state space layer, because kernels read its weight directly: it is frozen, or trained fully.
 - *hybrid by score*: two steps with a plan in which the scores of all candidates choose the fully trained ones.
 - *passes*: whether training packs sequences, or pads them; [on a GPU](../performance.md#what-makes-the-difference) kernels of
   other packages let it pack more families.
 - *agreement*: after these steps, sampling, training and plain transformers compute the same log-probabilities, up to rounding.
-- *export*: the merged model as plain transformers loads it, and the adapter as plain PEFT loads it, have the logits of the
-  policy in memory.
+- *export*: the merged model in plain transformers, and the adapter in plain PEFT, have the logits of the policy in memory.
 - *NF4 base*: two steps of LoRA on a base in 4 bits.
-- *memory*: `plan` predicts what a run takes, or bounds it from above.
-- *vLLM*: the name by which vLLM 0.32 has the architecture; what was run by vLLM is [listed elsewhere](../how-to/vllm.md).
-- *stays frozen*: the share of the weights that are no candidates: embeddings, norms, a vision tower and, by far the most,
-  experts, unless [they are named](../how-to/adapter.md).
+- *memory*: `plan` predicts the memory of a run, or gives an upper bound.
+- *vLLM*: the architecture's name in vLLM 0.32; [Generate with vLLM](../how-to/vllm.md#what-was-run) lists what vLLM was run with.
+- *stays frozen*: the share of the weights that are not candidates: embeddings, norms, a vision tower and, by far the most,
+  experts, unless [they are named](../how-to/adapter.md#experts).
 
 """
 
@@ -241,18 +256,18 @@ a large model learns: see [what was not run](../limitations.md#models).
 _WRAPPERS = """
 ## Models that see images as well
 
-Of a vision-language model the text part is trained, loaded as what transformers' `AutoModelForCausalLM` gives:
+Only the text part of a vision-language model is trained. It is loaded as transformers' `AutoModelForCausalLM` loads it:
 
 | on the hub | loaded | its vision tower |
 |---|---|---|
-| `Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration` | the text part | is left out, of exports as well |
-| `Gemma3ForConditionalGeneration`, `Gemma4ForConditionalGeneration` | the whole | stays as it is, in exports as well |
+| `Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration` | the text part | left out, of exports too |
+| `Gemma3ForConditionalGeneration`, `Gemma4ForConditionalGeneration` | the whole model | stays as it is, in exports too |
 | `Mistral3ForConditionalGeneration` and others | refused | |
 
-The export loads in plain transformers as what was loaded. Its weights have the names of the hub, and so have those that go to
-vLLM. Rows with images are refused, since nothing would read them.
+Plain transformers loads an export as the same class. Exports, and the weights that go to vLLM, have the hub's names. Rows with
+images are refused, since nothing would read them.
 
-Where a model is refused, save its text part in a folder of its own, and give that as `model.model`:
+If a model is refused, save its text part in a folder of its own, and give that folder as `model.model`:
 
 <!-- run: text_part -->
 ```python
@@ -270,7 +285,7 @@ AutoTokenizer.from_pretrained(name).save_pretrained("text")
 
 
 def models() -> str:
-    """The page of what families of models can do, which takes minutes."""
+    """The page of what works with each family of models; takes minutes."""
     sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "families")]
     import torch
     import transformers

@@ -36,7 +36,7 @@ _MESSAGES = {
     "Lightning": r"Child process with PID \d+ terminated with code",
     "torchrun": r"Signal 9 \(SIGKILL\) received by PID|exitcode\s*: -9",
 }
-HEADER = ["checkpoints", "started by", "jobs", "right", "in a write", "went on", "weights differ by", "gone after, s"]
+HEADER = ["checkpoints", "started by", "jobs", "right", "in a write", "resumed", "weights differ by", "gone after, s"]
 
 
 @dataclass(frozen=True)

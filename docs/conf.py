@@ -36,7 +36,7 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 python_maximum_signature_line_length = 100
 napoleon_use_rtype = False
-WIDE = 3  # a table with more columns becomes a list on a narrow screen
+WIDE = 2  # a table with more columns becomes a list on a narrow screen
 # What people search for, where the section's title has other words: page, section -> words.
 SEARCHED = {
     ("troubleshooting", "Out of memory"): "! OOM, ! CUDA out of memory",
@@ -122,7 +122,8 @@ def complete_page(app: Any, page: str, template: str, context: dict[str, Any], d
                 table["class"] = [*table["class"], "wide"]
                 for row in table.find_all("tr"):
                     for title, cell in zip(titles, row.find_all("td"), strict=False):
-                        cell["data-title"] = title
+                        if cell.get_text(strip=True):
+                            cell["data-title"] = title
         context["body"] = str(body)
 
 

@@ -88,13 +88,20 @@ def add_contents(app: Any, page: str, source: list[str]) -> None:
         source[0] += "\n" + _toctree("", [f"api/{room}" for room in generate.ROOMS])
     if page == "index":
         for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", source[0], re.DOTALL | re.MULTILINE):
-            links = re.findall(r"^- \[(.*?)\]\(([\w/-]+)\.(?:md|ipynb)(#[\w-]+)?\)", section, re.MULTILINE)
-            source[0] += "\n" + _toctree(title, [f"{text} <page://{page}{at}>" if at else page for text, page, at in links])
+            links = re.findall(r"^- \[(.*?)\]\(([\w/-]+)(\.md|\.ipynb)(#[\w-]+)?\)", section, re.MULTILINE)
+            source[0] += "\n" + _toctree(title, [_entry(*link) for link in links])
     for (where, title), words in SEARCHED.items():
         if where == page:
             before, heading, after = source[0].partition(f"\n## {title}\n")
             assert heading, f"SEARCHED in docs/conf.py: {page}.md has no section {title}"
             source[0] = f"{before}{heading}\n```{{index}} {words}\n```\n{after}"
+
+
+def _entry(text: str, page: str, kind: str, place: str) -> str:
+    """A page by its own title; a place in a page, and the notebook, by the text of the link."""
+    if place:
+        return f"{text} <page://{page}{place}>"
+    return page if kind == ".md" else f"{text} <{page}>"
 
 
 def _toctree(caption: str, pages: list[str]) -> str:

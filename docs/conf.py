@@ -39,6 +39,7 @@ napoleon_use_rtype = False
 WIDE = 2  # a table with more columns becomes a list on a narrow screen
 # What people search for, where the section's title has other words: page, section -> words.
 SEARCHED = {
+    ("troubleshooting", "Ask the doctor"): "! doctor",
     ("troubleshooting", "Out of memory"): "! OOM, ! CUDA out of memory",
     ("troubleshooting", "The reward does not move"): "! reward 0, ! reward stays 0",
     ("trl", "Names in TRL and here"): "! num_generations",

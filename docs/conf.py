@@ -1,10 +1,11 @@
 """How Sphinx builds these pages: `sphinx-build -W docs docs/_build`.
 
-The pages are plain Markdown. What Sphinx wants besides is made here: the tables of contents from the links of the index, and a
-page with the docstrings of each room.
+The pages are plain Markdown. What Sphinx wants besides is made here: the tables of contents from the links of the index, a page
+with the docstrings of each room, and a page from the notebook.
 """
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import generate  # noqa: E402
+from bs4 import BeautifulSoup  # noqa: E402  # which the theme requires
 
 from hybrid_lightning.configurable import Configurable  # noqa: E402
 
 project = "hybrid_lightning"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+source_suffix = {".md": "markdown", ".ipynb": "markdown", ".rst": "restructuredtext"}
 root_doc = "index"
 exclude_patterns = ["_build"]
 html_theme = "furo"
@@ -34,12 +36,21 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 python_maximum_signature_line_length = 100
 napoleon_use_rtype = False
+WIDE = 2  # a table with more columns becomes a list on a narrow screen
+# What people search for, where the section's title has other words: page, section -> words.
+SEARCHED = {
+    ("troubleshooting", "Ask the doctor"): "! doctor",
+    ("troubleshooting", "Out of memory"): "! OOM, ! CUDA out of memory",
+    ("troubleshooting", "The reward does not move"): "! reward 0, ! reward stays 0",
+    ("trl", "Names in TRL and here"): "! num_generations",
+}
 
 
 def setup(app: Any) -> None:
     """Make what GitHub does not show."""
     app.connect("builder-inited", write_rooms)
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", complete_page, priority=400)  # before the theme
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
@@ -65,6 +76,9 @@ def write_rooms(app: Any) -> None:
 def add_contents(app: Any, page: str, source: list[str]) -> None:
     """The links of each section of the index, in their order, are the contents of the site."""
     here = (HERE / f"{page}.md").parent
+    if page == "notebook":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source[0])["cells"]]
+        source[0] = "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells)
 
     def link(found: re.Match[str]) -> str:
         outside = not (here / found[1]).resolve().is_relative_to(HERE)
@@ -75,12 +89,50 @@ def add_contents(app: Any, page: str, source: list[str]) -> None:
         source[0] += "\n" + _toctree("", [f"api/{room}" for room in generate.ROOMS])
     if page == "index":
         for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", source[0], re.DOTALL | re.MULTILINE):
-            links = [link for link in re.findall(r"^- .*?\]\(([\w/-]+)\.md\)", section, re.MULTILINE)]
-            source[0] += "\n" + _toctree(title, links)
+            links = re.findall(r"^- \[(.*?)\]\(([\w/-]+)(\.md|\.ipynb)(#[\w-]+)?\)", section, re.MULTILINE)
+            source[0] += "\n" + _toctree(title, [_entry(*link) for link in links])
+    for (where, title), words in SEARCHED.items():
+        if where == page:
+            before, heading, after = source[0].partition(f"\n## {title}\n")
+            assert heading, f"SEARCHED in docs/conf.py: {page}.md has no section {title}"
+            source[0] = f"{before}{heading}\n```{{index}} {words}\n```\n{after}"
+
+
+def _entry(text: str, page: str, kind: str, place: str) -> str:
+    """A page by its own title; a place in a page, and the notebook, by the text of the link."""
+    if place:
+        return f"{text} <page://{page}{place}>"
+    return page if kind == ".md" else f"{text} <{page}>"
 
 
 def _toctree(caption: str, pages: list[str]) -> str:
     return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *pages, "```", ""])
+
+
+def complete_page(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Lead the contents' links to sections there; let names in tables break; name the column in each cell of a wide table."""
+    contents = context["toctree"]
+
+    def link(found: re.Match[str]) -> str:
+        return f'internal" href="{context["pathto"](found[1])}{found[2]}"'
+
+    context["toctree"] = lambda **options: re.sub(r'external" href="page://([\w/-]+)(#[\w-]+)"', link, contents(**options))
+    if "<table" in context.get("body", ""):
+        body = BeautifulSoup(context["body"], "html.parser")
+        for name in body.select("table code span.pre"):
+            parts = re.split(r"(?<=[_/.,=:])(?=\w)|(?<=[a-z\d])(?=[A-Z])", name.string or "")
+            name.clear()
+            for part in parts:
+                name.extend([part, body.new_tag("wbr")])
+        for table in body.find_all("table"):
+            titles = [title.get_text(" ", strip=True) for title in table.find_all("th")]
+            if len(titles) > WIDE:
+                table["class"] = [*table["class"], "wide"]
+                for row in table.find_all("tr"):
+                    for title, cell in zip(titles, row.find_all("td"), strict=False):
+                        if cell.get_text(strip=True):
+                            cell["data-title"] = title
+        context["body"] = str(body)
 
 
 def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

@@ -19,8 +19,8 @@ from pages import ALL_PAGES, PAGES, README, ROOT
 from hybrid_lightning.rollout.vllm import BACKEND
 
 PARTS = ("loss", "reward", "scorer", "source", "callback")
-FILES = {"function": "my_reward.py", "tool": "my_tools.py", "environment": "my_environment.py"}
-FILES |= {name: f"{name}.yaml" for name in ("yaml", "own_part_yaml", "mcp", "sets")}
+FILES = {"function": "my_reward.py", "tool": "my_tools.py", "environment": "my_environment.py", "own_reward": "my_score.py"}
+FILES |= {name: f"{name}.yaml" for name in ("yaml", "own_part_yaml", "mcp", "sets")} | {"own_data_yaml": "mine.yaml"}
 SMALL = ["--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"]
 SMALL += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--checkpoint.monitor=null"]
 SMALL += ["--model.prompts_per_rollout=4", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=4"]
@@ -147,6 +147,20 @@ def test_parts_of_ones_own_have_few_lines_and_train(file, names, most, here, mon
     assert summary["steps"] == 1 and summary["full_modules"]
 
 
+def test_data_and_reward_on_the_first_page_have_few_lines_and_train(here, monkeypatch):
+    for name in ("own_data_yaml", "own_reward"):
+        assert len([line for line in example(name).splitlines() if line.strip()]) <= 10
+    rows = [{"question": f"How much is {number} + 5?", "answer": str(number + 5)} for number in range(60)]
+    (here / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny = hub_contents.write_model(here / "tiny", "qwen3")
+    words = next(words for words in pages.commands() if "mine.yaml" in words)[1:]
+    few = [f"--model.model={tiny}", "--model.dtype=float32", "--trainer.precision=32-true", "--adapter.scorer=Random"]
+    command(["fit", *words, *SMALL, *few], monkeypatch)
+    (saved,) = here.glob("runs/your_data/*/config.yaml")
+    assert "my_score.py:closeness" in saved.read_text() and "4 + 5" in saved.read_text()
+    assert json.loads(saved.with_name("summary.json").read_text())["steps"] == 1
+
+
 def test_the_configs_on_top_of_another_train(here, monkeypatch):
     configs = ("configs/gspo.yaml", "yaml.yaml", "own_part_yaml.yaml")
     command(["fit", *(f"--config={name}" for name in configs), *SMALL, "--data.source.train_size=50"], monkeypatch)
@@ -243,11 +257,11 @@ def test_every_path_exists():
     assert not missing, f"pages name what is not there: {missing}"
 
 
-def test_what_a_tree_names_is_there_and_that_of_the_architecture_has_every_room():
-    named = {page: {entry.rstrip("/") for entry in pages.tree(page)} for page in ("README.md", "docs/architecture.md")}
-    assert not [entry for entries in named.values() for entry in entries if not (ROOT / entry).exists()]
+def test_the_tree_of_the_architecture_has_every_room_and_nothing_that_is_not_there():
+    named = {entry.rstrip("/") for entry in pages.tree("docs/architecture.md")}
+    assert not [entry for entry in named if not (ROOT / entry).exists()]
     rooms = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "hybrid_lightning").glob("*/__init__.py")}
-    assert len(rooms) > 10 and rooms <= named["docs/architecture.md"]
+    assert len(rooms) > 10 and rooms <= named
 
 
 def test_the_first_run_takes_the_same_time_on_every_page():
@@ -256,8 +270,19 @@ def test_the_first_run_takes_the_same_time_on_every_page():
     assert all(map(len, found)) and len({number for numbers in found for number in numbers}) == 1
 
 
-def test_readme_is_short():
+def test_readme_and_changelog_are_short():
     assert len(README.splitlines()) <= 150
+    assert len((ROOT / "CHANGELOG.md").read_text().splitlines()) <= 60
+
+
+def test_badges_show_what_the_project_has():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = project["requires-python"].removeprefix(">=") + "+"
+    for name, value in {"license": project["license"], "python": python, "version": project["version"]}.items():
+        badge = (ROOT / "docs" / "static" / f"{name}.svg").read_text()
+        assert f'aria-label="{name}: {value}"' in badge and badge.count(f">{value}</text>") == 1
+        assert f"(docs/static/{name}.svg)" in README
+    assert f"![Version: {project['version']}]" in README
 
 
 # ---- options, classes, defaults

@@ -57,6 +57,7 @@ class Server:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
         with self.log.open("ab") as output:

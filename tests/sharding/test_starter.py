@@ -42,7 +42,7 @@ def test_it_ends_unless_it_does_so_by_itself(case):
     assert process.stdout.readline() == "waits\n"
     time.sleep(0.6)  # it looks every half second
     os.kill(process.pid, signal.SIGKILL)
-    out, said = process.communicate(timeout=30)  # which ends with the last process that can write
+    out, said = process.communicate(timeout=120)  # which ends with the last process that can write
     assert (out, said) == (printed, message and f"{message}; go on with last.ckpt\n")
 
 

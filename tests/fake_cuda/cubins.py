@@ -1,8 +1,8 @@
 """CUDA code of all that is compiled for GPUs that are not there, as JSON: `python cubins.py FILE CAPABILITY...`, such as 90.
 
 torch's compiler and Triton get a device of made-up properties; Triton's own ptxas makes the code, which nothing runs. What torch
-writes for Triton differs between capabilities only where it names them. So torch writes all of it for the first capability, and one
-function for each of the others, which shows that; Triton compiles all of it for each.
+writes for Triton differs between capabilities only where it names them. So torch writes all of it for the first capability, and
+one function for each of the others, which shows that; Triton compiles all of it for each.
 """
 
 import json

@@ -248,15 +248,15 @@ def test_a_failed_update_of_the_only_server_is_made_again_with_everything_unless
 @pytest.mark.parametrize(
     ("nccl", "path", "says"),
     [
-        (False, "init_weight_transfer_engine", r"do not reach this machine .* 3 s; open .* give sampler\.address"),
+        (False, "init_weight_transfer_engine", r"do not reach this machine .* 2 s; open .* give sampler\.address"),
         (False, "update_weights", "the connection for weights broke: .* Timed out"),
-        (True, "init_weight_transfer_engine", r"do not meet over NCCL .* 3 s; open .* set NCCL_SOCKET_IFNAME"),
-        (True, "update_weights", r"took no weight over NCCL within 3 s; see what it logs .* set NCCL_SOCKET_IFNAME"),
+        (True, "init_weight_transfer_engine", r"do not meet over NCCL .* 2 s; open .* set NCCL_SOCKET_IFNAME"),
+        (True, "update_weights", r"took no weight over NCCL within 2 s; see what it logs .* set NCCL_SOCKET_IFNAME"),
     ],
     indirect=["nccl"],
 )
 def test_a_server_that_hangs_in_an_update_is_left_out_and_named(start, build, served, nccl, path, says, monkeypatch):
-    monkeypatch.setattr(transfer, "_LIMIT_S", 3.0)
+    monkeypatch.setattr(transfer, "_LIMIT_S", 2.0)
     hanging, other = start(), start()
     # Port 0 is for a look at the model alone.
     setattr(hanging, f"on_{path}", lambda body: body.get("init_info", {}).get("port") != 0 and hanging.stopped.wait(60) and None)

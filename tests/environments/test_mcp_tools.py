@@ -64,7 +64,7 @@ def texts(answers):
 def test_the_tools_of_a_server_stand_beside_others_and_their_errors_are_told(play, monkeypatch):
     monkeypatch.setenv("MCP_TEST_KEY", "secret")
     server = McpTools(COMMAND, env=["MCP_TEST_KEY"])
-    environment, step = play(server, calculator, tool_timeout_s=1.0)
+    environment, step = play(server, calculator, tool_timeout_s=3)
     schemas = {tool["function"]["name"]: tool["function"] for tool in environment.tools()}
     assert list(schemas) == ["calculator", "add", "write", "do"], "of both pages"
     assert schemas["add"]["description"] == "Add two whole numbers." and schemas["add"]["parameters"]["required"] == ["x", "y"]
@@ -72,7 +72,7 @@ def test_the_tools_of_a_server_stand_beside_others_and_their_errors_are_told(pla
     assert texts(answers)[::2] == ["5", "6"] and answers[1].counts["failed_calls/arguments"] == 1
     assert texts(step({0: call("write", text="a")})) + texts(step({1: call("write", text="b")})) == ["a", "a b"], "all share it"
     answers = step({0: call("do", text="fly"), 1: call("do", text="hang"), 2: call("do", text="key")})
-    assert texts(answers) == ["error: do raised McpToolError: cannot fly", "error: do was not done after 1 s", "secret"]
+    assert texts(answers) == ["error: do raised McpToolError: cannot fly", "error: do was not done after 3 s", "secret"]
     assert answers[0].counts["failed_calls/raised"] == answers[1].counts["failed_calls/time"] == 1
     assert texts(step({1: call("add", x=1, y=1)})) == ["2"], "after a call that was given up"
     assert "secret" not in json.dumps(environment.to_config())

@@ -198,9 +198,9 @@ def test_what_goes_wrong_in_close_is_said_once(caplog):
     caplog.clear()
     LOG.clear()
     began = time.monotonic()
-    play(Faulty("close hangs"), "hi", timeout_s=1.0)
-    assert LOG["close"] == 4 and time.monotonic() - began < 3, "later ones are not waited for as long"
-    assert [record.message.count("Faulty.close took more than 1 s") for record in caplog.records] == [1]
+    play(Faulty("close hangs"), "hi", timeout_s=3)
+    assert LOG["close"] == 4 and time.monotonic() - began < 9, "later ones are not waited for as long"
+    assert [record.message.count("Faulty.close took more than 3 s") for record in caplog.records] == [1]
 
 
 def test_what_is_no_fault_of_an_environment_ends_the_run():
@@ -269,21 +269,21 @@ class AsyncHangs(Hangs):
 @pytest.mark.parametrize(("kind", "how"), [(Hangs, "hang"), (AsyncHangs, "hang"), (Hangs, "read")])
 def test_a_step_that_hangs_ends_its_episode_alone_and_is_said_with_its_name(kind, how, caplog):
     turns = "hi", {0: "now", 1: how, 2: "now", 3: "now"}, {0: "on", 2: "on", 3: "on"}
-    *_, second, third = play(kind(), *turns, timeout_s=0.5)
+    *_, second, third = play(kind(), *turns, timeout_s=2)
     assert isinstance(second.pop(1), TimedOut) and set(second.values()) == {"hi now"}
     assert set(third.values()) == {"hi now on"}
-    assert f"{kind.__name__}.step took more than episodes.step_timeout_s=0.5 s at turn 2 of games.csv row 0" in caplog.text
+    assert f"{kind.__name__}.step took more than episodes.step_timeout_s=2 s at turn 2 of games.csv row 0" in caplog.text
 
 
 def test_what_blocks_the_event_loop_ends_the_turn_for_those_that_wait_with_it_and_no_call_is_made_again(caplog):
-    *_, second, third = play(AsyncHangs(), "hi", {0: "now", 1: "blocks", 2: "later"}, {3: "on"}, timeout_s=0.5)
+    *_, second, third = play(AsyncHangs(), "hi", {0: "now", 1: "blocks", 2: "later"}, {3: "on"}, timeout_s=2)
     assert isinstance(second[1], TimedOut) and isinstance(second[2], TimedOut) and third == {3: "hi on"}
     assert LOG["blocks"] == LOG["now"] == 1 and LOG["later"] <= 1
     assert "AsyncHangs: code on the event loop has blocked it" in caplog.text and "`await` what takes long" in caplog.text
 
 
 def test_a_start_that_hangs_is_left_out():
-    (answers,) = play(Hangs(), seeds=[7, 99], timeout_s=0.3)
+    (answers,) = play(Hangs(), seeds=[7, 99], timeout_s=2)
     assert answers[0] == "" and isinstance(answers[1], Failure) and "Hangs.start took more than" in answers[1].reason
     assert LOG["hangs"] == 1  # which was long enough
 
@@ -298,7 +298,7 @@ def test_a_rollout_whose_first_steps_all_hang_stops_the_run(caplog):
         with pytest.raises(EpisodeError, match=hopeless):
             play(kind(), *turns, seeds=[7 if turns else 99] * 10, timeout_s=0.1)
         assert len([record for record in caplog.records if f"{kind.__name__}.{what} took more than" in record.message]) == 1
-    *_, last = play(Hangs(), {n: "hang" if n else "fine" for n in range(10)}, seeds=[7] * 10, timeout_s=0.1)
+    *_, last = play(Hangs(), {n: "hang" if n else "fine" for n in range(10)}, seeds=[7] * 10, timeout_s=2)
     assert last[0] == "fine" and sum(isinstance(answer, TimedOut) for answer in last.values()) == 9
 
 
@@ -348,7 +348,7 @@ print(episodes._workers[0]._popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ran = fork_server.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 10
+    stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 60
     assert ran.returncode == -signal.SIGKILL
     # A zombie is dead, and not yet collected.
     while (is_there := stat.exists() and stat.read_text().split()[2] != "Z") and time.monotonic() < until:
@@ -411,12 +411,12 @@ class ThreadEach(Threads):
 def test_steps_run_side_by_side_in_few_threads_or_one_for_each_episode(caplog):
     play(Threads(), "0", seeds=[1] * 200)
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
-    assert play(Threads(), "0.3", seeds=[1] * 40)[1] == dict.fromkeys(range(40), "ok") and Threads.most >= 20
+    assert play(Threads(), "1", seeds=[1] * 40)[1] == dict.fromkeys(range(40), "ok") and Threads.most >= 20
     assert not caplog.records
     Threads.most, before = 0, threading.active_count()
-    assert play(ThreadEach(), "0.3", "0.3", seeds=[1] * 16)[1] == dict.fromkeys(range(16), "ok 1")
+    assert play(ThreadEach(), "1", "1", seeds=[1] * 16)[1] == dict.fromkeys(range(16), "ok 1")
     assert len(ThreadEach.seen) == Threads.most == 16
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while threading.active_count() > before:
         assert time.monotonic() < until, "threads of episodes that are over"
         time.sleep(0.01)

@@ -178,14 +178,14 @@ def test_tools_that_wait_do_so_together_and_each_is_called_once():
     WAITED.clear()
     one, late = call("wait", seconds=0.5), call("wait", seconds=30)
     began = time.monotonic()
-    steps = answers(hermes([wait, sleep], tool_timeout_s=2), *[one] * 15, one + one + call("sleep", seconds=0.5) + one, late)
-    assert time.monotonic() - began < 6  # one by one it would be 10 s, and without those that come in late 3.5 s
+    steps = answers(hermes([wait, sleep], tool_timeout_s=5), *[one] * 15, one + one + call("sleep", seconds=0.5) + one, late)
+    assert time.monotonic() - began < 10  # one by one it would be 14.5 s
     assert [told(step) for step in steps[:15]] == [["waited"]] * 15 and told(steps[15]) == ["waited", "waited", "slept", "waited"]
-    assert told(steps[16]) == ["error: wait was not done after 2 s"] and counted(steps[16]) == {"calls": 1, "time": 1}
+    assert told(steps[16]) == ["error: wait was not done after 5 s"] and counted(steps[16]) == {"calls": 1, "time": 1}
     assert sorted(WAITED) == [0.5] * 18 + [30]
     began = time.monotonic()
     assert all(told(step) == ["slept"] for step in answers(hermes([sleep]), *[call("sleep", seconds=0.5)] * 16))
-    assert time.monotonic() - began < 3  # one by one it would be 8 s
+    assert time.monotonic() - began < 6  # one by one it would be 8 s
 
 
 def test_all_calls_of_a_message_stay_within_the_time_of_a_step():

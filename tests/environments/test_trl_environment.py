@@ -117,7 +117,7 @@ def test_episodes_wait_side_by_side_and_async_tools_of_a_message_too(calls):
     seconds = time.monotonic() - began
     episodes.close()
     assert all({message["content"] for message in step.messages} == {"waited"} for step in steps.values())
-    assert seconds < 2  # one by one it would be 4.8 s at least
+    assert seconds < 4  # one by one it would be 4.8 s at least
 
 
 def test_rewards_may_be_async_or_missing_and_one_that_raises_is_no_reward():

@@ -1,10 +1,13 @@
 """CUDA code of all that is compiled for GPUs that are not there, as JSON: `python cubins.py FILE CAPABILITY...`, such as 90.
 
-torch's compiler and Triton get a device of made-up properties; Triton's own ptxas makes the code, which nothing runs.
+torch's compiler and Triton get a device of made-up properties; Triton's own ptxas makes the code, which nothing runs. What torch
+writes for Triton differs between capabilities only where it names them. So torch writes all of it for the first capability, and
+one function for each of the others, which shows that; Triton compiles all of it for each.
 """
 
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -23,8 +26,9 @@ import triton
 from fake_model import FakeModel
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config as inductor
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_helpers
-from torch._subclasses import fake_tensor
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.memory import plan_qwen3
@@ -35,6 +39,7 @@ from hybrid_lightning.rollout import sampler
 
 CONFIG, ROWS, RANK = plan_qwen3.config("Qwen3-0.6B"), 256, 16
 CUBINS = set()  # of the function that is compiled
+AGAIN = "norm, torch.bfloat16, 0, 0"  # what torch writes for every capability
 
 
 def load_binary(name, code, shared, device):
@@ -93,14 +98,23 @@ def stand_in(capability):
     inductor.compile_threads, inductor.use_static_cuda_launcher = 1, False
 
 
+def cubins_of(source):
+    """How many pieces of machine code Triton makes of what torch wrote, and the bytes of the smallest."""
+    CUBINS.clear()
+    PyCodeCache.load(source)
+    return {"cubins": len(CUBINS), "smallest": min(map(len, CUBINS), default=None)}
+
+
 def code_of(function, arguments, axes):
     """What one function is made of: kernels, calls of torch's own, and looks at whether tensors are aligned."""
     CUBINS.clear()
     before = len(compiling.CODES)
     source = compiling.compiled(function, arguments, axes).made.source_code
     lines = [line.strip() for line in source[source.index("def call(") :].splitlines() if not line.strip().startswith("#")]
+    is_new = len(compiling.CODES) > before
     return {
-        "is new": len(compiling.CODES) > before,
+        "is new": is_new,
+        "source": source if is_new else None,
         "cubins": len(CUBINS),
         "smallest": min(map(len, CUBINS), default=None),
         "kernels": sum(".run(" in line for line in lines),
@@ -108,6 +122,13 @@ def code_of(function, arguments, axes):
         "others": [line for line in lines if "torch.ops." in line or "aten." in line],
         "looks": sum("copy_if_misaligned(" in line for line in lines),
     }
+
+
+def renamed(source, capability):
+    """The same code for another capability, without what only names the compiler and its files."""
+    source, count = re.subn(r"cc=\d+, major=\d+", f"cc={capability}, major={capability // 10}", source)
+    assert count, "the code names its capability"
+    return re.sub(r"# kernel path: .*", "", re.sub(r"'backend_hash': '\w+'", "'backend_hash': ''", source))
 
 
 def main(capability):
@@ -148,14 +169,28 @@ def main(capability):
     return found
 
 
-def forked(capability, path):
+def of_the_same_source(capability, first):
+    """What there is for another capability than that of which all was found."""
+    stand_in(capability)
+    mode = FakeTensorMode()
+    empty = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((ROWS, CONFIG.hidden_size), CONFIG.hidden_size)]
+    given = [FakeTensor(mode, part, torch.device("cuda:0")) for part in empty]
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        written = compiling.compiled(fused_layers.norm.plain, (*given, 1e-6), fused_layers.norm._named).made.source_code
+    assert renamed(written, capability) == renamed(first[AGAIN]["source"], capability), "more differs than the capability"
+    made = {name: cubins_of(renamed(code["source"], capability)) for name, code in first.items() if code["cubins"]}
+    return {name: {**code, **made.get(name, {})} for name, code in first.items()}
+
+
+def forked(capability, path, first):
     """Write what is found for a capability from a process of its own, which need not import anything; its id."""
     process = os.fork()
     if process:
         return process
     try:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = f"{path}.cache"
-        path.write_text(json.dumps(main(int(capability))))
+        found = main(capability) if first is None else of_the_same_source(capability, first)
+        path.write_text(json.dumps(found))
         os._exit(0)
     finally:
         traceback.print_exc()
@@ -165,7 +200,10 @@ def forked(capability, path):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     path, *capabilities = sys.argv[1:]
-    parts = {capability: Path(f"{path}.{capability}") for capability in capabilities}
-    for capability, part in parts.items():  # one after the other, beside `counts.py`
-        assert os.waitpid(forked(capability, part), 0)[1] == 0, f"no code for {capability}"
-    Path(path).write_text(json.dumps({capability: json.loads(part.read_text()) for capability, part in parts.items()}))
+    found, first = {}, None
+    for capability in capabilities:  # one after the other, beside `counts.py`
+        part = Path(f"{path}.{capability}")
+        assert os.waitpid(forked(int(capability), part, first), 0)[1] == 0, f"no code for {capability}"
+        found[capability] = json.loads(part.read_text())
+        first = first or found[capability]
+    Path(path).write_text(json.dumps(found))

@@ -62,13 +62,14 @@ def folder_of(family: str) -> Path:
     return folder
 
 
-def run(family: str, share: float, **policy: object) -> PolicyModule:
-    """Two steps of GRPO, of which each changes every module that is trained."""
+def run(family: str, share: float, steps: int = 1, **policy: object) -> PolicyModule:
+    """A run of GRPO, each step of which changes every module that is trained."""
     root, name = _root(), f"{family}-{share}-{len(policy)}"
     scorer = PreconditionedTail() if share == _SHARE else Random()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", message=".*got no gradient from the calibration losses")  # experts without a token
-        module = fit(folder_of(family), root / "sums.jsonl", root / name, build_adapter(share, scorer=scorer), policy=policy)
+        adapter = build_adapter(share, scorer=scorer)
+        module = fit(folder_of(family), root / "sums.jsonl", root / name, adapter, policy=policy, max_steps=steps)
     return module
 
 
@@ -77,8 +78,8 @@ _SHARE = 0.3
 
 @cache
 def hybrid(family: str) -> PolicyModule:
-    """A run with a hybrid plan by scores."""
-    return run(family, _SHARE)
+    """A run with a hybrid plan by scores, which also samples with what it has trained."""
+    return run(family, _SHARE, steps=2)
 
 
 @cache

@@ -177,10 +177,10 @@ def test_the_program_in_a_completion():
 
 
 def test_a_long_line_does_not_hold_up_training():
-    started = time.monotonic()
+    started = time.process_time()
     for text in ("```" + "a" * 200_000, "`" * 200_000, "```" + " " * 200_000 + "x"):
         extract_program(text)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_row_without_usable_tests_is_refused(reward):

@@ -193,14 +193,14 @@ def test_all_calls_share_one_event_loop_even_within_another(here):
 @pytest.mark.parametrize("function", ["slow", "sleepy"])
 def test_one_that_is_out_of_time_earns_what_was_said_or_stops_with_the_row(here, function, caplog):
     start = time.monotonic()
-    assert scores(function, ["a", "slow", "b"], timeout_s=0.3, on_timeout=-1.0) == [1.0, -1.0, 1.0]
-    assert "took more than timeout_s=0.3 s for rows.jsonl row 1 with completion 'slow'; it earns on_timeout=-1" in caplog.text
-    with pytest.raises(RewardError, match=r"more than timeout_s=0\.2 s for rows\.jsonl row 1 .*'slow'; raise timeout_s, or set"):
-        scores(function, ["a", "slow"], timeout_s=0.2)
+    assert scores(function, ["a", "slow", "b"], timeout_s=2, on_timeout=-1.0) == [1.0, -1.0, 1.0]
+    assert "took more than timeout_s=2 s for rows.jsonl row 1 with completion 'slow'; it earns on_timeout=-1" in caplog.text
+    with pytest.raises(RewardError, match=r"more than timeout_s=1 s for rows\.jsonl row 1 .*'slow'; raise timeout_s, or set"):
+        scores(function, ["a", "slow"], timeout_s=1)
     assert scores(f"{function}_batch", ["a", "b"], timeout_s=0.2, on_timeout=0.0) == [0.0, 0.0]
     with pytest.raises(RewardError, match=r"for a batch of 2 completions, the first for rows\.jsonl row 0"):
         scores(f"{function}_batch", ["a", "b"], timeout_s=0.2)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 25
 
 
 ZERO = r"zero \(\w+\.py line {line}\) for rows\.jsonl row 1 with completion '0'"

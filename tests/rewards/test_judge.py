@@ -96,9 +96,9 @@ def test_a_call_that_fails_is_repeated(fake, make, name):
 
 def test_what_hangs_is_given_up_and_does_not_keep_others_waiting(fake, make):
     fake.grade = lambda text: fake.hang() if text == "1" else graded(len(text))
-    reward = make(timeout_s=0.3, retries=1)
+    reward = make(timeout_s=1.5, retries=1)
     assert str(reward(["1", "22", "333"], [PROMPT] * 3)) == "[nan, 0.2, 0.3]"
-    assert reward.failure == "no answer within timeout_s=0.3" and reward.take_counts()["judge/calls"] == 4
+    assert reward.failure == "no answer within timeout_s=1.5" and reward.take_counts()["judge/calls"] == 4
 
 
 def test_a_completion_that_is_not_graded_is_left_out_of_its_group_and_too_many_stop_the_run(fake, make):

@@ -84,7 +84,7 @@ def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model,
     metrics, phases, sampler, server = LAG, PHASES[1::2], lambda: Sampler(6), None
     if kind == "servers":  # which make the same completions whatever their weights, and when they are asked again
         metrics, phases, server = (), [*PHASES, DIES], start(delay=0.03, seeded=True)
-        sampler = lambda: VLLMServerSampler(urls=[server.url], max_new_tokens=6, timeout=10, give_up_after=0.4)  # noqa: E731
+        sampler = lambda: VLLMServerSampler(urls=[server.url], max_new_tokens=6, timeout=600, give_up_after=0.4)  # noqa: E731
     (tmp_path / "whole").mkdir()
     whole = Life(metrics)
     error, weights, _ = whole.run(model, sums, tmp_path / "whole", sampler, None)
@@ -102,7 +102,7 @@ def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model,
                 if not phase:
                     return
                 checkpoint = None  # the moment has not come in what was left, but will in another life
-        assert time.monotonic() - life.came < 5, phase
+        assert time.monotonic() - life.came < 60, phase
         assert isinstance(error, RolloutError) if phase == DIES else error.code == 128 + number, phase
         if phase == DIES:
             server.start()
@@ -115,7 +115,7 @@ class Interrupt(Callback):
         self.server = server
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while not self.server.running and time.monotonic() < until:
             time.sleep(0.01)
         raise KeyboardInterrupt
@@ -123,18 +123,18 @@ class Interrupt(Callback):
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 @pytest.mark.parametrize("meanwhile", ["weights", "completions of a rollout ahead"])
-def test_a_stop_ends_within_seconds_what_a_server_that_answers_nothing_was_asked_for(model, sums, tmp_path, start, meanwhile):
+def test_a_stop_ends_at_once_what_a_server_that_answers_nothing_was_asked_for(model, sums, tmp_path, start, meanwhile):
     server, handler, stop = start(seeded=True), signal.getsignal(signal.SIGINT), GracefulStop()
     sampler, came = VLLMServerSampler(urls=[server.url], max_new_tokens=6), []
     answer, begin = server.on_inference_v1_generate, server.on_start_weight_update
     if meanwhile == "weights":
-        server.on_start_weight_update = lambda body: (came.append(body), server.stopped.wait(60), begin(body))[2]
+        server.on_start_weight_update = lambda body: (came.append(body), server.stopped.wait(600), begin(body))[2]
     else:
 
         def late(body):
             if "logprobs" in body.get("sampling_params", ()):  # it is to complete
                 came.append(body)
-                server.delay = 60 if len(came) > 4 else 0  # requests of a rollout
+                server.delay = 600 if len(came) > 4 else 0  # requests of a rollout
             return answer(body)
 
         server.on_inference_v1_generate = late
@@ -152,7 +152,7 @@ def test_a_stop_ends_within_seconds_what_a_server_that_answers_nothing_was_asked
     try:
         with pytest.raises(SystemExit):
             fit(model, sums, tmp_path, *callbacks, policy={"sampler": sampler, "rollouts_ahead": 2})
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 100
     finally:
         signal.signal(signal.SIGINT, handler)  # which Lightning ignores after Ctrl-C
     assert meanwhile == "weights" or server.ended

@@ -324,7 +324,7 @@ class FakeNccl:
 
             def __init__(self, group, device):
                 communicators.append(self)
-                self.group = gloo_group(*group, "127.0.0.1", timedelta(seconds=2))
+                self.group = gloo_group(*group, "127.0.0.1", timedelta(seconds=6))
 
             def broadcast(self, value, source, stream):
                 assert not self.aborts, "it does nothing then, and does not say so"

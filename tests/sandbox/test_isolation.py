@@ -140,7 +140,7 @@ def test_what_holds_without_isolation():
     """The first to go when memory runs short, no core dump (PR_GET_DUMPABLE), and even a daemon is found and ended."""
     started = time.monotonic()
     ran = script(_WITHOUT_ANYTHING, (), Limits(threads=10**5))
-    assert ran.endings == {"script": ""} and time.monotonic() - started < 8, ran
+    assert ran.endings == {"script": ""} and time.monotonic() - started < 100, ran
     score, dumpable, daemon = ran.stdout.split()
     assert (score, dumpable) == (b"1000", b"0")
     assert not Path("/proc", daemon.decode()).exists()

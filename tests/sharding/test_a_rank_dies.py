@@ -102,7 +102,7 @@ def killed_run(folder, tmp_path, strategy, rank, *callbacks, **options):
     jobs = {"killed": {**RUN, **options, "callbacks": (*callbacks, Heard(tmp_path / "heard"))}}
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": 2}
     processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
-    wait(processes, timeout_s=50)
+    wait(processes, timeout_s=120)
     assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
     heard = (tmp_path / "heard").read_text()
     assert heard.startswith(f"rank {1 - rank} lost contact: rank {rank} died")

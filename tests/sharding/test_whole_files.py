@@ -33,7 +33,7 @@ def save_until_killed(path):
 def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path):
     path = tmp_path / "saved" / "last.ckpt"
     (process,) = processes = start(1, tmp_path, save_until_killed, path=path)
-    wait(processes, timeout_s=30)
+    wait(processes, timeout_s=120)
     assert process.exitcode == -signal.SIGKILL
     assert torch.load(path, weights_only=True) == {"number": 1}
     assert [file.name for file in path.parent.glob("*.ckpt")] == ["last.ckpt"], "nothing else looks like a checkpoint"

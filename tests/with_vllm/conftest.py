@@ -11,8 +11,11 @@ sys.path.append(str(Path(__file__).parents[1] / "sharding"))  # for the helper t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the test that takes longest begin first, beside all others."""
+    """Let one worker have all tests with the server of the session, and the test that takes longest begin first, beside them."""
     items.sort(key=lambda item: "test_a_server_that_hangs" not in item.name)
+    for item in items:
+        with_server = "server" in item.fixturenames or "[server" in item.name or item.path.name == "test_engines.py"
+        item.add_marker(pytest.mark.xdist_group("server" if with_server else item.path.stem))
 
 
 @pytest.fixture(scope="session")

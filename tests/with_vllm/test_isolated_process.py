@@ -117,5 +117,5 @@ def test_a_process_that_ends_without_ending_its_engine_says_nothing_of_it(tmp_pa
     """As a run does that a signal has stopped."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", STOPPED, str(write_model(tmp_path / "model"))]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 143 and "Traceback" not in ended.stderr, ended.stderr[-2000:]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fork_server import free_port
+from fork_server import Forked, free_port
 from tiny_families import build_family
 from tiny_models import SIZES, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
@@ -42,7 +41,7 @@ class Server:
     def __init__(self, model: Path, log: Path, *options: str) -> None:
         self.model, self.log, self.port, self.options = model, log, free_port(), options
         self.url = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen | None = None
+        self._process: Forked | None = None
         self.start()
 
     def start(self) -> None:
@@ -57,10 +56,11 @@ class Server:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+            self._process = Forked(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self.log.read_text()[-4000:]

@@ -52,10 +52,6 @@ class FastDecoder:
         self.why_own = self.why_not_compiled = ""
         self.calls_parts = self.compiles = self._tried = False
 
-    def assume(self) -> None:
-        """Let passes by plain calls give the same numbers without a trial, as for a model without weights."""
-        self.calls_parts = self._tried = True
-
     def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
         """Find out which passes give the model's own numbers, before the first of them is made.
 

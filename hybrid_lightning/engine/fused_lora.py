@@ -110,11 +110,6 @@ def use_fused_lora(model: nn.Module, backend: Backend) -> None:
     replace_modules(model, kind_of, backend)
 
 
-def use_peft_lora(model: nn.Module, backend: Backend) -> None:
-    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers are used, which keep more for the backward pass."""
-    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)
-
-
 def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], backend: Backend) -> None:
     """Replace each module for which `kind_of` names a class by one of that class, and give all modules of ours their backend."""
     for parent in list(model.modules()):

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.engine.activations import PassBytes, Rows, TokenSizes, Trained
 from hybrid_lightning.engine.attention import UnsupportedAttentionError
+from hybrid_lightning.engine.attention_hook import expected_windows, use_packing
 from hybrid_lightning.engine.backend import Backend, has_operators, packs
-from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.packing import MULTIPLE
 from hybrid_lightning.engine.passes import plain_projection
@@ -251,7 +251,8 @@ def _why_not_packed(model: PreTrainedModel) -> str:
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks"
     try:
-        Engine(model).assume_packing(torch.float32)
+        expected_windows(model.config.get_text_config())
+        use_packing(model)
     except UnsupportedAttentionError as error:
         return str(error)
     return ""

@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -38,6 +39,18 @@ def load(folder: Path) -> None:
     # What torch asks before it lets autocast be: this GPU can do all.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+
+
+@cache
+def multiplies_to_floats() -> bool:
+    """Whether fake tensors have products of 16 bits with a result of 32: torch 2.8 has them of others alone."""
+    import torch
+
+    none = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    try:
+        return torch.mm(none, none, out_dtype=torch.float32).dtype == torch.float32
+    except TypeError:
+        return False
 
 
 def counter():

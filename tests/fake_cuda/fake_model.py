@@ -6,6 +6,7 @@ as one operator, `hybrid_lightning::<name>`.
 
 import dataclasses
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 
 import torch
@@ -53,12 +54,19 @@ class FakeBackend(Backend):
         return super().float_logits(hidden, weight) if multiplies_to_floats() else F.linear(hidden, weight).float()
 
 
+def _first_layers(config, layers):
+    """A config with fewer layers."""
+    config = deepcopy(config)
+    config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+    return config
+
+
 class FakeModel:
     """The model of a config on an accelerator, adapted as `share` says, or with None as it is scored."""
 
     def __init__(self, config, layers, share, lora, device, dtype=torch.bfloat16):
         self.device, self.mode = torch.device(device), FakeTensorMode()
-        backend, model = FakeBackend(), meta_model(config, dtype, layers)
+        backend, model = FakeBackend(), meta_model(_first_layers(config, layers), dtype)
         candidates = find_candidates(model)
         if share is None:
             for module in candidates.values():

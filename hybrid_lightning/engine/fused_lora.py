@@ -9,7 +9,6 @@ In float32 on a CPU kernels compute all products with narrow A and B: a step of 
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -126,30 +125,6 @@ def made_like(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     made = kind.__new__(kind)
     made.__dict__.update(module.__dict__)
     return made
-
-
-class PutBefore(nn.Module):
-    """Base of classes of ours that are put before a layer's own class (see `put_before`)."""
-
-    backend = Backend()  # without operators, until it gets that of its model
-    own_class: type[nn.Module]
-    ours: type["PutBefore"]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the two classes, since the class that is made of them has no name that could be imported."""
-        return _empty, (self.ours, self.own_class), self.__getstate__()
-
-
-@cache
-def put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that derives from one of ours and a layer's class, one and the same for all layers of that class."""
-    # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
-    return type(f"Fused{kind.__name__}", (ours, kind), {"__module__": kind.__module__, "own_class": kind, "ours": ours})
-
-
-def _empty(ours: type[PutBefore], kind: type[nn.Module]) -> nn.Module:
-    made = put_before(ours, kind)  # type: ignore[arg-type]
-    return made.__new__(made)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -31,11 +31,6 @@ _WITH_BFLOAT16 = (8, 0)  # compute capability
 _OPTIONS = {"emulate_precision_casts": True, "deterministic": True, "triton.autotune_pointwise": False, "size_asserts": False}
 
 
-def compiling_pays(device: torch.device) -> bool:
-    """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
-    return not why_not_compiled(device)
-
-
 def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Why nothing is compiled for a device, in words for the user; empty where it pays.
 
@@ -213,7 +208,7 @@ class OneKernel:
     def __call__(self, first: Tensor, *rest: Any) -> Any:
         """The function's results."""
         given = [part.contiguous() if isinstance(part, Tensor) else part for part in (first, *rest)]
-        if self._failed or not compiling_pays(first.device):
+        if self._failed or why_not_compiled(first.device):
             return self.otherwise(*given)
         tensors = [part for part in given if isinstance(part, Tensor)]
         static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]

@@ -52,7 +52,8 @@ class PassMemory:
     ) -> None:
         self.sizes, self.width, self.on_cpu = TokenSizes(model.config), width, on_cpu
         self.recomputes, self.entropy_gradient = recomputes, entropy_gradient
-        layers = [part for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not _output(model)]
+        output = model.get_output_embeddings()
+        layers = [part for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not output]
         self._linear = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
         self._prepacks = all(type(layer) is nn.Linear for layer in layers)
         self._base_width = next(model.parameters()).element_size()
@@ -239,11 +240,6 @@ class PassMemory:
         if not self._fused and not all(sizes.recurs):
             found.append("layers that the engine does not fuse keep what transformers' own may keep at most")
         return tuple(found)
-
-
-def _output(model: PreTrainedModel) -> nn.Module | None:
-    output: nn.Module | None = model.get_output_embeddings()
-    return output
 
 
 def _why_not_packed(model: PreTrainedModel) -> str:

@@ -28,6 +28,7 @@ from hybrid_lightning.adapters import ExactGradients, LoraSettings, Scoring, Ske
 from hybrid_lightning.engine import Backend, decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.rollout import Sampler, sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -90,7 +91,7 @@ def sampling(fake, seen):
         fake.engine.sampling(torch.bfloat16),
         fake.computing(),
     ):
-        made.prepack_projection()
+        made.project = prepacked_projection(fake.model, fake.engine.backend)
         plain = Sampler(COMPLETION, cuda_graphs=False)
         with Counter() as counter:
 

@@ -5,11 +5,9 @@ from hybrid_lightning.engine.activations import Trained as Trained
 from hybrid_lightning.engine.activations import activation_bytes as activation_bytes
 from hybrid_lightning.engine.activations import tokens_of_pass as tokens_of_pass
 from hybrid_lightning.engine.attention import AttentionCalls as AttentionCalls
-from hybrid_lightning.engine.attention import UnsupportedAttentionError as UnsupportedAttentionError
 from hybrid_lightning.engine.backend import HALF as HALF
 from hybrid_lightning.engine.backend import Backend as Backend
 from hybrid_lightning.engine.backend import autocast_dtype as autocast_dtype
-from hybrid_lightning.engine.backend import has_operators as has_operators
 from hybrid_lightning.engine.backend import why_no_halves as why_no_halves
 from hybrid_lightning.engine.compared import Predictions as Predictions
 from hybrid_lightning.engine.compared import compared_logprobs as compared_logprobs

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lightning.engine.cpu import operators
-from hybrid_lightning.engine.cpu.build import library
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -165,11 +164,6 @@ def why_no_halves() -> str:
     has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()  # by which oneDNN supports bfloat16, fast or not
     fast = supports() and (not has_avx512 or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)())
     return "" if fast else "this processor has no instructions for bfloat16"
-
-
-def has_operators() -> bool:
-    """Whether there are operators for this machine's CPU."""
-    return library() is not None
 
 
 @cache

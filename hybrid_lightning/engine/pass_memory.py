@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from hybrid_lightning.engine.activations import PassBytes, Rows, TokenSizes, Trained
 from hybrid_lightning.engine.attention import UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import expected_windows, use_packing
-from hybrid_lightning.engine.backend import Backend, has_operators, packs
+from hybrid_lightning.engine.backend import Backend, packs
+from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.packing import MULTIPLE
 from hybrid_lightning.engine.passes import plain_projection
@@ -190,7 +191,7 @@ class PassMemory:
 
         Rotary embeddings make float32 queries and keys of a float32 base.
         """
-        return self._packs and self.on_cpu and (self._converts_base or not has_operators())
+        return self._packs and self.on_cpu and (self._converts_base or library() is None)
 
     def _converted(self, trained: Trained | None) -> float:
         """Bytes of the weights in layers that autocast converts: trained ones are float32."""
@@ -209,7 +210,7 @@ class PassMemory:
         weight = self.width * vocabulary * self.sizes.hidden if self._converts_base else 0
         if compared:
             return weight + compared * block * vocabulary * _FLOAT
-        if self.on_cpu and has_operators() and self._plain_projection and not self.entropy_gradient:
+        if self.on_cpu and library() is not None and self._plain_projection and not self.entropy_gradient:
             return weight + block * vocabulary * (_FLOAT + self.width % _FLOAT)  # an operator needs no copies
         return weight + 3 * block * vocabulary * _FLOAT
 
@@ -217,7 +218,7 @@ class PassMemory:
         """Bytes of copies of weights while they do not change (see `prepacked.py` and `Backend.projection`)."""
         narrow, output = self.width < _FLOAT, self.sizes.vocabulary * self.sizes.hidden
         copied = self.width * output if self._converts_base else 0
-        if self.on_cpu and packs(torch.float32) and self._plain_projection and not (narrow and has_operators()):
+        if self.on_cpu and packs(torch.float32) and self._plain_projection and not (narrow and library() is not None):
             copied += _FLOAT * output
         if trained is None:
             return copied

@@ -132,7 +132,12 @@ class SegmentDecoding(PackedDecoding):
         Queries are `grouped`.
         """
         if layer not in self._calls:
-            self._calls[layer] = self._attending(query, settings)
+            repeats, prompts = len(query) // len(self.slots), self.layout.layout.prompts
+            begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
+            most = self.samples * repeats
+            to_prompts = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
+            to_own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
+            self._calls[layer] = (attending(query, to_prompts, settings), attending(query, to_own, settings, self.used))
         shared, own = self._calls[layer]
         return shared(query, *self.prompt[layer]), own(query, *self.own[layer])
 
@@ -149,16 +154,6 @@ class SegmentDecoding(PackedDecoding):
         own = Segments(begins, self.own_begins, added.most, self.max_new_tokens, causal=True)
         both = (attend(query, *self.prompt[layer], shared, settings), attend(query, *self.own[layer], own, settings, self.used))
         return joined(*both).result
-
-    def _attending(self, query: Tensor, settings: AttentionSettings) -> tuple[_Call, _Call]:
-        """For grouped queries like these, until rows are given up."""
-        repeats = len(query) // len(self.slots)
-        begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
-        prompts = self.layout.layout.prompts
-        most = self.samples * repeats
-        shared = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
-        own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
-        return attending(query, shared, settings), attending(query, own, settings, self.used)
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         """Keep a layer's keys and values of the prompts, without the tokens that only fill up."""

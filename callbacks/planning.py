@@ -48,7 +48,6 @@ class Adaptable(Protocol):
         With None the module chooses the number of prompts (or examples); it should be about the number in one training step.
         If the iterable has an attribute `info` (a dict of plain values), it is kept in the plan.
         """
-        ...
 
 
 def check_adaptable(pl_module: LightningModule) -> None:

@@ -24,11 +24,9 @@ class PackedModel(Protocol):
 
     def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
         """Sequences in the layout that the model attends by."""
-        ...
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of N packed tokens before the output layer, or [W, H] of those `wanted`."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -166,13 +166,11 @@ def lora_gradients(
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, fused: bool
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
-        ctx.save_for_backward(rows, weight, lora_a, lora_b, low)
-        ctx.scaling, ctx.fused = scaling, fused
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        rows, factors = x.reshape(-1, x.shape[-1]), Factors(*given)
+        result, low = lora_product(rows, factors)
+        ctx.save_for_backward(rows, factors.weight, factors.lora_a, factors.lora_b, low)
+        ctx.scaling, ctx.fused = factors.scaling, factors.fused
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)  # not a view, to which some models add in place
 
     @staticmethod

@@ -97,7 +97,7 @@ def compiled(function: Callable[..., Any], arguments: Sequence[Any], axes: Seque
             raise
         except Exception as error:
             raise CompilingError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-        name, seconds = function.__name__.lstrip("_").removeprefix("plain_"), time.perf_counter() - begin
+        name, seconds = function.__name__.lstrip("_"), time.perf_counter() - begin
         rank_zero_info(f"torch compiled {name} for {device.type} in {seconds:.1f} s")
     return CODES[key]
 
@@ -203,7 +203,7 @@ class OneKernel:
         places = {name: (number, axis) for number, part in reversed([*enumerate(self._named)]) for axis, name in part.items()}
         self._places = [places[name] for name in dict.fromkeys(name for part in self._named for name in part.values())]
         self._failed = False
-        self._name = plain.__name__.lstrip("_").removeprefix("plain_")
+        self._name = plain.__name__.lstrip("_")
 
     def __call__(self, first: Tensor, *rest: Any) -> Any:
         """The function's results."""

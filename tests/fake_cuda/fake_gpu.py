@@ -10,7 +10,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -41,7 +40,6 @@ def load(folder: Path) -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True
 
 
-@cache
 def multiplies_to_floats() -> bool:
     """Whether fake tensors have products of 16 bits with a result of 32: torch 2.8 has them of others alone."""
     import torch

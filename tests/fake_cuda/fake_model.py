@@ -26,6 +26,7 @@ from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.types import Sequences
 
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
+_EXACT = multiplies_to_floats()  # now: a plain tensor is wanted
 
 
 @cache
@@ -51,7 +52,7 @@ class FakeBackend(Backend):
         return ""
 
     def float_logits(self, hidden, weight):
-        return super().float_logits(hidden, weight) if multiplies_to_floats() else F.linear(hidden, weight).float()
+        return super().float_logits(hidden, weight) if _EXACT else F.linear(hidden, weight).float()
 
 
 def _first_layers(config, layers):

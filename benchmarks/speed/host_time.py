@@ -65,7 +65,7 @@ def build(share: float) -> Engine:
     backend = Backend()
     engine = Engine(apply_plan(model, plan, False, backend), backend)
     use_packing(base_model(engine.model))
-    engine._trial = _Trial(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS), dtype=torch.bfloat16)
+    engine._trial = _Trial(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
     return engine
 
 

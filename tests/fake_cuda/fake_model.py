@@ -124,7 +124,7 @@ class FakeModel:
     def _record_attention(self):
         """Let the engine know what the layers ask of attention, with which it decodes by plain calls of their parts."""
         calls, ids = AttentionCalls(), torch.zeros(1, 2, dtype=torch.long)
-        self.engine._trial = _Trial(calls, dtype=torch.bfloat16)
+        self.engine._trial = _Trial(calls)
         self.engine._fast.calls_parts = self.engine._fast._tried = True
         mask = torch.ones_like(ids, dtype=torch.bool)
         packed = self.engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)

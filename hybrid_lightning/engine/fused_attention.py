@@ -90,9 +90,10 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
             return None
         settings = tuple(_more_settings(module).items())
         known = (type(module), hasattr(module, "q_norm"), settings)
+        ours = _fused(type(module))  # type: ignore[arg-type]
         if known not in tried:
-            tried[known] = computes_alike(_small_layer(module), _fused(type(module)), _results)
-        return _fused(type(module)) if tried[known] else None
+            tried[known] = computes_alike(_small_layer(module), ours, _results)
+        return ours if tried[known] else None
 
     replace_modules(model, kind_of, backend)
 
@@ -125,7 +126,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Fused{kind.__name__}", (FusedAttention, kind), {"__module__": kind.__module__, "own_class": kind})
 
 
-def _empty(kind: type[nn.Module]) -> nn.Module:
+def _empty(kind: Any) -> nn.Module:
     made = _fused(kind)
     return made.__new__(made)
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
-from hybrid_lightning.adapters.candidates import check_pattern, has_named_parameters, share_of_experts, without_lora
+from hybrid_lightning.adapters.candidates import check_pattern, is_linear, share_of_experts, without_lora
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -158,7 +158,7 @@ class HybridAdapterSetup(Configurable, Callback):
         experts = False
         if planning.target_modules is not None or planning.rank_pattern:
             candidates = planning.candidates(pl_module.policy.pretrained.skeleton())
-            experts = any(rank and has_named_parameters(candidates[name]) for name, rank in planning.ranks(candidates).items())
+            experts = any(rank and not is_linear(candidates[name]) for name, rank in planning.ranks(candidates).items())
         if plan is None:
             ranks = planning.rank_pattern.values() or [planning.lora.rank]
             sampler.check_adapter(planning.budget.share > 0, planning.lora.use_dora, [*ranks], experts)

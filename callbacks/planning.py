@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates, has_named_parameters, ranks_by_pattern
+from hybrid_lightning.adapters.candidates import find_candidates, is_linear, ranks_by_pattern
 from hybrid_lightning.adapters.gradients import GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
@@ -48,7 +48,6 @@ class Adaptable(Protocol):
         With None the module chooses the number of prompts (or examples); it should be about the number in one training step.
         If the iterable has an attribute `info` (a dict of plain values), it is kept in the plan.
         """
-        ...
 
 
 def check_adaptable(pl_module: LightningModule) -> None:
@@ -101,7 +100,7 @@ class Planning:
     def ranks(self, candidates: Mapping[str, nn.Module]) -> dict[str, int]:
         """LoRA rank of each candidate; ModelError if `rank_pattern` matches none, ConfigError if experts cannot have the rank."""
         ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
-        if self.budget.share < 1 and any(ranks[name] and has_named_parameters(module) for name, module in candidates.items()):
+        if self.budget.share < 1 and any(ranks[name] and not is_linear(module) for name, module in candidates.items()):
             self.lora.check_experts()
         if self.budget.share == 0 and not any(ranks.values()):
             raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully; raise a rank")

@@ -189,6 +189,10 @@ class _DividedAdvantage(AdvantageEstimator):
             )
         self.eps = eps
 
+    def estimate(self, groups: Tensor) -> Tensor:
+        """Rewards of `groups` minus the mean of their group, [P, G]; a subclass divides them."""
+        return centred(groups)
+
 
 class GroupAdvantage(_DividedAdvantage):
     """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased."""
@@ -211,10 +215,6 @@ class GroupMeanAdvantage(AdvantageEstimator):
 class BatchStdAdvantage(_DividedAdvantage):
     """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight."""
 
-    def estimate(self, groups: Tensor) -> Tensor:
-        """Advantages of `groups`, [P, G]."""
-        return centred(groups)
-
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over the standard deviation of the rewards, [N]."""
         return advantages / (rewards.std() + self.eps)
@@ -231,10 +231,6 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
 
 class ReinforcePlusPlusAdvantage(_DividedAdvantage):
     """REINFORCE++-baseline's advantage: (R - mean over the group) / (its std over the rollout + eps)."""
-
-    def estimate(self, groups: Tensor) -> Tensor:
-        """Advantages of `groups`, [P, G]."""
-        return centred(groups)
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over their standard deviation, [N]."""

@@ -56,7 +56,7 @@ TAKEN = {
     "torch._inductor": "compile_fx config",
     "torch._inductor.compile_fx": "compile_fx_inner",
     "torch._inductor.decomposition": "select_decomp_table",
-    "torch._subclasses.fake_tensor": "FakeTensor FakeTensorMode",
+    "torch._subclasses.fake_tensor": "FakeTensorMode",
     "torch.Tensor": "_make_wrapper_subclass",
     "torch.cpu": "_is_avx512_bf16_supported",
     "torch.cuda.memory": "_cuda_endAllocateToPool _cuda_releasePool _set_allocator_settings",

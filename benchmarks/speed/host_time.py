@@ -20,16 +20,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.commands import check_at_least, command, entry
 from benchmarks.tables import table
 from hybrid_lightning.adapters import LoraSettings, apply_plan, find_candidates
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
-from hybrid_lightning.engine import AttentionCalls, Engine, PlannedBackend, compiling, decoding_of, token_logprobs
-from hybrid_lightning.engine import decoder as decoders
+from hybrid_lightning.engine import AttentionCalls, Backend, Engine, base_model, compiling, decoding_of, token_logprobs
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.attention_hook import use_packing
 from hybrid_lightning.engine.decoder_layers import compiled_layers
+from hybrid_lightning.engine.engine import _Trial
 from hybrid_lightning.types import Sequences
 
 LAYERS, PROMPTS, SAMPLES, LENGTH = 28, 2, 4, 16
@@ -60,11 +62,10 @@ def build(share: float) -> Engine:
     config = Qwen3Config(**SIZES, **heads, num_hidden_layers=LAYERS, tie_word_embeddings=True)
     model = Qwen3ForCausalLM(config).requires_grad_(False).eval()
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
-    backend = PlannedBackend()
-    engine = Engine(apply_plan(model, plan, False, None, backend), backend)
-    engine.assume_packing(torch.bfloat16)
-    engine.assume_calls(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
-    engine._fast = decoders.FastDecoder()  # its trial has an attention of its own
+    backend = Backend()
+    engine = Engine(apply_plan(model, plan, False, backend), backend)
+    use_packing(base_model(engine.model))
+    engine._trial = _Trial(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
     return engine
 
 
@@ -131,7 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
         mock.patch.object(compiling, "_ACCELERATORS", ("cpu",)),
         mock.patch.object(torch.ops.aten, "_flash_attention_forward", no_attention),
         mock.patch.object(torch.ops.aten, "_flash_attention_backward", no_gradients),
-        mock.patch.object(PlannedBackend, "why_no_segments", lambda *_: ""),
+        mock.patch.multiple(Backend, is_cpu=lambda *_: False, usable=lambda *_: False),
+        mock.patch.multiple(Backend, prepacked_product=lambda self, weight: partial(F.linear, weight=weight)),
     ):
         rows = [[name, *measure(share, arguments.steps)] for name, share in (("LoRA", 0.0), ("hybrid of 10%", 0.1))]
     print(table(HEADER, rows))

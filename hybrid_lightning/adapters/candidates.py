@@ -118,11 +118,6 @@ def is_router(module: nn.Module) -> bool:
     return _is_of_a_model(module) and "weight" in own and own["weight"].dim() == 2
 
 
-def has_named_parameters(module: nn.Module) -> bool:
-    """Whether LoRA adapts a candidate's parameters by name, as in experts and routers."""
-    return not is_linear(module)
-
-
 def _is_of_a_model(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.models.")
 

@@ -175,11 +175,8 @@ class AdapterPlan:
     def lora_config(self, fan_in_fan_out: bool = False) -> "LoraConfig":
         """Like `to_peft_config`, with names as they are; `fan_in_fan_out`: whether the LoRA modules are transposed (GPT-2)."""
         experts = {module.name: module.experts for module in self.candidates}
-        return lora_config(self.modes(), self.lora, self.own_ranks(), fan_in_fan_out, experts)
-
-    def own_ranks(self) -> dict[str, int]:
-        """Full name of each LoRA module with a rank of its own -> that rank."""
-        return {m.name: m.rank for m in self.candidates if m.mode == "lora" and m.rank is not None}
+        own_ranks = {m.name: m.rank for m in self.candidates if m.mode == "lora" and m.rank is not None}
+        return lora_config(self.modes(), self.lora, own_ranks, fan_in_fan_out, experts)
 
     def check_model(self, model: nn.Module) -> None:
         """Check that the plan fits a base model: every planned module is there, with its shape.

@@ -5,12 +5,9 @@ from hybrid_lightning.engine.activations import Trained as Trained
 from hybrid_lightning.engine.activations import activation_bytes as activation_bytes
 from hybrid_lightning.engine.activations import tokens_of_pass as tokens_of_pass
 from hybrid_lightning.engine.attention import AttentionCalls as AttentionCalls
-from hybrid_lightning.engine.attention import UnsupportedAttentionError as UnsupportedAttentionError
 from hybrid_lightning.engine.backend import HALF as HALF
 from hybrid_lightning.engine.backend import Backend as Backend
-from hybrid_lightning.engine.backend import PlannedBackend as PlannedBackend
 from hybrid_lightning.engine.backend import autocast_dtype as autocast_dtype
-from hybrid_lightning.engine.backend import has_operators as has_operators
 from hybrid_lightning.engine.backend import why_no_halves as why_no_halves
 from hybrid_lightning.engine.compared import Predictions as Predictions
 from hybrid_lightning.engine.compared import compared_logprobs as compared_logprobs
@@ -21,7 +18,6 @@ from hybrid_lightning.engine.decoding import decoding_of as decoding_of
 from hybrid_lightning.engine.engine import Engine as Engine
 from hybrid_lightning.engine.engine import use_fused_modules as use_fused_modules
 from hybrid_lightning.engine.fused_layers import use_fused_layers as use_fused_layers
-from hybrid_lightning.engine.fused_lora import use_peft_lora as use_peft_lora
 from hybrid_lightning.engine.logprobs import logprobs_of_hidden as logprobs_of_hidden
 from hybrid_lightning.engine.logprobs import token_logprobs as token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences as PackedSequences

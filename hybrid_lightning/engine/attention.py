@@ -97,7 +97,6 @@ class Packing(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention of N tokens in a decoder layer, [N, H, D], for queries [N, H, D], keys and values [N, K, D]."""
-        ...
 
 
 @dataclass
@@ -186,12 +185,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.rest = (groups, window, scaling)
-        return kernels.packed_attention(query, key, value, groups, window, scaling)
+        ctx.rest = rest
+        return kernels.packed_attention(query, key, value, *rest)
 
     @staticmethod
     @once_differentiable

@@ -41,22 +41,21 @@ _CARRYING = {*RECURRENT, "conv"}  # layers that carry a state from token to toke
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
-def use_packing(model: PreTrainedModel) -> str:
-    """Let the model's layers attend by packings; returns the implementation that it had, for `set_attn_implementation`.
+def use_packing(model: PreTrainedModel) -> None:
+    """Let the model's layers attend by packings.
 
     Raises:
         UnsupportedAttentionError: If the model does not call transformers' attention interface.
     """
     original = str(model.config._attn_implementation)
     if original.startswith(_PREFIX):
-        return original.removeprefix(_PREFIX)
+        return
     name = register_packed(original)
     if not model._supports_attention_backend:
         raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' attention interface")
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise UnsupportedAttentionError(f"{type(model).__name__} does not let its attention be set")
-    return original
 
 
 def register_packed(original: str) -> str:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lightning.engine.cpu import operators
-from hybrid_lightning.engine.cpu.build import library
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -83,7 +82,9 @@ class Backend:
         """Why packed tokens do not attend by segments (see `segments.py`), in words for the user; empty where they do."""
         if device.type != "cuda":
             return f"{device.type} has no kernels of it"
-        return _why_no_kernels(dtype) or _why_not_on(device.index)
+        if dtype not in HALF:
+            return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
+        return _why_not_on(device.index)
 
     def most_logits(self, device: torch.device) -> int:
         """Logits are computed in blocks of at most this many numbers, of which two are in memory at a time.
@@ -122,16 +123,13 @@ class Backend:
         """
         if self.usable(hidden, weight) and operators.multiplies_to_floats(weight):
             return operators.float_logits(hidden, weight)
-        if self._has_out_dtype(hidden.device):
+        if hidden.device.type == "cuda" and torch.version.hip is None:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             logits, rows = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32), hidden.float()
             for part, result in zip(weight.split(_SOME), logits.split(_SOME, dim=1), strict=True):
                 result.copy_(rows @ part.float().T)
         return logits
-
-    def _has_out_dtype(self, device: torch.device) -> bool:
-        return device.type == "cuda" and torch.version.hip is None
 
     def projection(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """`prepacked_product` for an output layer: logits of a weight of 16 bits are float32, see `float_logits`."""
@@ -147,29 +145,6 @@ class Backend:
                 return product(rows.float())
 
         return logits
-
-
-class PlannedBackend(Backend):
-    """The backend of an accelerator, for fake tensors, whatever device they seem to be on."""
-
-    def usable(self, *tensors: Tensor) -> bool:
-        """See `Backend`."""
-        return False
-
-    def is_cpu(self, device: torch.device) -> bool:
-        """See `Backend`."""
-        return False
-
-    def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
-        """See `Backend`. The accelerator is taken to be one that can."""
-        return _why_no_kernels(dtype)
-
-    def _has_out_dtype(self, device: torch.device) -> bool:
-        return fakes_multiply_to_floats()
-
-    def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """See `Backend`."""
-        return lambda rows: F.linear(rows, weight)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -191,34 +166,12 @@ def why_no_halves() -> str:
     return "" if fast else "this processor has no instructions for bfloat16"
 
 
-def has_operators() -> bool:
-    """Whether there are operators for this machine's CPU."""
-    return library() is not None
-
-
-def _why_no_kernels(dtype: torch.dtype) -> str:
-    """Why attention by segments cannot be had in a dtype on an accelerator that could have it; empty where it can."""
-    if dtype not in HALF:
-        return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
-    return ""
-
-
 @cache
 def _why_not_on(index: int | None) -> str:
     if not torch.backends.cuda.is_flash_attention_available():
         return "this torch was built without FlashAttention"
     capability = torch.cuda.get_device_capability(index)
     return "" if capability >= _OLDEST else f"it needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
-
-
-@cache
-def fakes_multiply_to_floats() -> bool:
-    """Whether a product of 16 bits with a result of 32 can be planned: torch 2.8 computes it, but not of fake tensors."""
-    none = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
-    try:
-        return torch.mm(none, none, out_dtype=torch.float32).dtype == torch.float32
-    except TypeError:
-        return False
 
 
 @cache

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from hybrid_lightning.engine.backend import autocast_dtype
@@ -29,12 +29,6 @@ _WITH_BFLOAT16 = (8, 0)  # compute capability
 # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so that
 # a resumed run goes on with the same numbers. Code does not look at the sizes of what it is given: 0.2 microseconds a tensor.
 _OPTIONS = {"emulate_precision_casts": True, "deterministic": True, "triton.autotune_pointwise": False, "size_asserts": False}
-_OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
-
-
-def compiling_pays(device: torch.device) -> bool:
-    """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
-    return not why_not_compiled(device)
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -103,7 +97,7 @@ def compiled(function: Callable[..., Any], arguments: Sequence[Any], axes: Seque
             raise
         except Exception as error:
             raise CompilingError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-        name, seconds = function.__name__.lstrip("_").removeprefix("plain_"), time.perf_counter() - begin
+        name, seconds = function.__name__.lstrip("_"), time.perf_counter() - begin
         rank_zero_info(f"torch compiled {name} for {device.type} in {seconds:.1f} s")
     return CODES[key]
 
@@ -193,12 +187,11 @@ def give_up_compiling(what: str, error: Exception | str) -> str:
 class OneKernel:
     """A function that is compiled for accelerators, once for all sizes that change.
 
-    For tensors without data, as those of a run's plan, it is the operator `hybrid_lightning::<name>` of torch: one kernel. Where
-    the compiler fails it goes on uncompiled, and says so once.
+    Where the compiler fails it goes on uncompiled, and says so once.
 
     Args:
         axes: Names the axes of each tensor, such as `rows n, n`; sizes of those named `_` do not change.
-        plain: A function of tensors and numbers without a gradient, whose arguments and results are annotated.
+        plain: A function of tensors and numbers without a gradient.
         otherwise: What is called where nothing is compiled, such as a form with fewer passes over memory; None for `plain`.
     """
 
@@ -210,17 +203,12 @@ class OneKernel:
         places = {name: (number, axis) for number, part in reversed([*enumerate(self._named)]) for axis, name in part.items()}
         self._places = [places[name] for name in dict.fromkeys(name for part in self._named for name in part.values())]
         self._failed = False
-        self._name = plain.__name__.lstrip("_").removeprefix("plain_")
-        _OPERATORS.define(self._name + torch.library.infer_schema(plain, mutates_args=()))
-        torch.library.register_fake(f"hybrid_lightning::{self._name}", plain, lib=_OPERATORS)
-        self._operator = getattr(torch.ops.hybrid_lightning, self._name).default
+        self._name = plain.__name__.lstrip("_")
 
     def __call__(self, first: Tensor, *rest: Any) -> Any:
         """The function's results."""
         given = [part.contiguous() if isinstance(part, Tensor) else part for part in (first, *rest)]
-        if isinstance(first, FakeTensor):
-            return self._operator(*given)
-        if self._failed or not compiling_pays(first.device):
+        if self._failed or why_not_compiled(first.device):
             return self.otherwise(*given)
         tensors = [part for part in given if isinstance(part, Tensor)]
         static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]

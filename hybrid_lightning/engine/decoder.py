@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import CompilingError, compiling_pays, give_up_compiling
+from hybrid_lightning.engine.compiling import CompilingError, give_up_compiling, why_not_compiled
 from hybrid_lightning.engine.decoder_layers import (
     CompiledLayer,
     KnownLayer,
@@ -52,10 +52,6 @@ class FastDecoder:
         self.why_own = self.why_not_compiled = ""
         self.calls_parts = self.compiles = self._tried = False
 
-    def assume(self) -> None:
-        """Let passes by plain calls give the same numbers without a trial, as for a model without weights."""
-        self.calls_parts = self._tried = True
-
     def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
         """Find out which passes give the model's own numbers, before the first of them is made.
 
@@ -74,7 +70,7 @@ class FastDecoder:
                 self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
             return PlainLayer(known) if whole is None else whole[0]
 
-        if compiling_pays(next(decoder.parameters()).device):
+        if not why_not_compiled(next(decoder.parameters()).device):
             rank_zero_info(f"torch compiles the layers of {name} for sampling, once")
             failure: Exception | str
             try:

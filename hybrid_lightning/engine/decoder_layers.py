@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
@@ -304,8 +303,6 @@ class _Body:
         self._fits = False  # whether the code fits these
 
     def __call__(self, *rows: Tensor) -> Any:
-        if isinstance(rows[0], FakeTensor):
-            return self.function(*rows, self.layer)
         sizes = [rows[0].shape[0], *self.ranks]
         if self._room is not None:
             sizes.insert(1, rows[self._room].shape[0])

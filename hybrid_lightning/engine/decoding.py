@@ -25,19 +25,15 @@ class Decoding(Protocol):
     @property
     def can_extend(self) -> bool:
         """Whether there is `extend`."""
-        ...
 
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""
-        ...
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read a token of every row, [B]; returns logits [B, V] of the next."""
-        ...
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone, in ascending order."""
-        ...
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Go on with these R of the B rows, ascending, whether they have left or not, and let each read a token more or several.
@@ -45,7 +41,6 @@ class Decoding(Protocol):
         Of what each has read behind its prompt so many tokens are kept: what it read after it had ended is not. Returns logits
         [R, V] of the next token.
         """
-        ...
 
 
 class RepeatedCacheDecoding:

@@ -24,11 +24,9 @@ class PackedModel(Protocol):
 
     def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
         """Sequences in the layout that the model attends by."""
-        ...
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of N packed tokens before the output layer, or [W, H] of those `wanted`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,11 @@ class PackedDecoding(ABC):
 
     def __init__(self, engine: PackedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> None:
         self.engine, self.max_new_tokens, self.keeps_rows = engine, max_new_tokens, keeps_rows
-        self.prepack_projection()
+        self.project = prepacked_projection(engine.model, engine.backend)  # from hidden states [N, H] to logits [N, V]
         self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of the prompts
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of completions
         self.lengths = mask.sum(dim=1)  # tokens of each prompt
-
-    def prepack_projection(self) -> None:
-        """Make the function from hidden states [N, H] to logits [N, V]; to be made again after a change of the weights."""
-        self.project = prepacked_projection(self.engine.model, self.engine.backend)
 
     def read_prompts(self) -> Tensor:
         """Store keys and values of the prompts; returns logits [P, V] of the first token behind each."""

@@ -12,7 +12,7 @@ others are not; a run logs this once.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
-from hybrid_lightning.engine.attention_hook import expected_windows, try_boundaries, try_packing, use_packing, why_not_shared
+from hybrid_lightning.engine.attention_hook import expected_windows, try_boundaries, try_packing, why_not_shared
 from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
@@ -48,7 +48,6 @@ _INSTEAD = {
     "compiled layers": "layers without torch.compile",
 }
 
-_OTHERWISE = "its layers attend as the kernels cannot"
 # Known where something is sampled: with its adapter enabled, and layers tried.
 _OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
 
@@ -116,23 +115,6 @@ class Engine:
     def continues(self, passes: Mapping[str, str]) -> None:
         """Warn once this is known to compute otherwise than the run that it continues, which had these `passes`."""
         self._former = dict(passes)
-
-    def assume_packing(self, dtype: torch.dtype) -> None:
-        """Let the model attend by packings without a trial, as for a model without weights, with products of this dtype.
-
-        Raises:
-            UnsupportedAttentionError: If the model does not call transformers' attention interface, or has other layers.
-        """
-        expected_windows(base_model(self.model).config.get_text_config())
-        use_packing(base_model(self.model))
-        why_no_segments = self.backend.why_no_segments(next(self.model.parameters()).device, dtype)
-        self._trial = _Trial(None, "it was not tried", why_no_segments=why_no_segments)
-
-    def assume_calls(self, calls: AttentionCalls) -> None:
-        """Let completions of a model that was not tried be decoded as fast as those of one whose layers ask for this."""
-        why_no_segments = self._tried.why_no_segments or ("" if all(calls.by_segments) else _OTHERWISE)
-        self._trial = replace(self._tried, calls=calls, why_no_segments=why_no_segments)
-        self._fast.assume()
 
     @property
     def packs(self) -> bool:
@@ -260,7 +242,7 @@ class Engine:
                 continue
             if not segments or all(calls.by_segments):
                 return _Trial(calls, "", dtype, why)
-            why = _OTHERWISE
+            why = "its layers attend as the kernels cannot"
         unshared = why_not_shared(self.model, self.backend)
         return _Trial(None, reason, dtype, why, unshared, not unshared and try_boundaries(self.model, self.backend))
 

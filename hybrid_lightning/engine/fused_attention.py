@@ -11,6 +11,7 @@ attention interface, and to give the same bits.
 
 import inspect
 from collections.abc import Callable, Hashable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from hybrid_lightning.engine.attention_hook import register_packed
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.fused_layers import computes_alike, drawn, hooks_of, small_module
-from hybrid_lightning.engine.fused_lora import PutBefore, put_before, replace_modules
+from hybrid_lightning.engine.fused_lora import replace_modules
 from hybrid_lightning.engine.passes import no_mask
 
 _PROJECTIONS, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
@@ -34,8 +35,15 @@ _CACHE_NAMES = {"cache", "past_key_values"}  # the latter is the older name
 _MORE_SETTINGS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap"}
 
 
-class FusedAttention(PutBefore):
-    """Base class that is put before an attention layer's own class."""
+class FusedAttention(nn.Module):
+    """Base class that is put before an attention layer's own class (see `_fused`)."""
+
+    backend = Backend()  # without operators, until it gets that of its model
+    own_class: type[nn.Module]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the layer's own class, since the class that is made of the two has no name that could be imported."""
+        return _empty, (self.own_class,), self.__getstate__()
 
     def forward(
         self,
@@ -82,9 +90,10 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
             return None
         settings = tuple(_more_settings(module).items())
         known = (type(module), hasattr(module, "q_norm"), settings)
+        ours = _fused(type(module))  # type: ignore[arg-type]
         if known not in tried:
-            tried[known] = computes_alike(_small_layer(module), _fused(module), _results)
-        return _fused(module) if tried[known] else None
+            tried[known] = computes_alike(_small_layer(module), ours, _results)
+        return ours if tried[known] else None
 
     replace_modules(model, kind_of, backend)
 
@@ -110,8 +119,16 @@ def _more_settings(module: Any) -> dict[str, Any]:
     return found
 
 
-def _fused(module: nn.Module) -> type[nn.Module]:
-    return put_before(FusedAttention, type(module))  # type: ignore[arg-type]
+@cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that derives from ours and a layer's class, one and the same for all layers of that class."""
+    # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
+    return type(f"Fused{kind.__name__}", (FusedAttention, kind), {"__module__": kind.__module__, "own_class": kind})
+
+
+def _empty(kind: Any) -> nn.Module:
+    made = _fused(kind)
+    return made.__new__(made)
 
 
 class _Recorder:

@@ -260,23 +260,12 @@ class _GatedLora(torch.autograd.Function):
     """A LoRA layer of silu(gate) up, which keeps gate and up and not their product."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        backend: Backend,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        fused: bool,
-    ) -> Tensor:
-        ctx.backend, ctx.product = backend, _product_of(gate, up, backend)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: Backend, *given: Any) -> Tensor:
+        ctx.backend, ctx.product, factors = backend, _product_of(gate, up, backend), Factors(*given)
         rows = ctx.product(gate, up).reshape(-1, gate.shape[-1])
-        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
-        ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
-        ctx.scaling, ctx.fused = scaling, fused
+        result, low = lora_product(rows, factors)
+        ctx.save_for_backward(gate, up, factors.weight, factors.lora_a, factors.lora_b, low)
+        ctx.scaling, ctx.fused = factors.scaling, factors.fused
         return result.view(*gate.shape[:-1], -1)
 
     @staticmethod

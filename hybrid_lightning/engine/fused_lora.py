@@ -9,7 +9,6 @@ In float32 on a CPU kernels compute all products with narrow A and B: a step of 
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -110,11 +109,6 @@ def use_fused_lora(model: nn.Module, backend: Backend) -> None:
     replace_modules(model, kind_of, backend)
 
 
-def use_peft_lora(model: nn.Module, backend: Backend) -> None:
-    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers are used, which keep more for the backward pass."""
-    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)
-
-
 def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], backend: Backend) -> None:
     """Replace each module for which `kind_of` names a class by one of that class, and give all modules of ours their backend."""
     for parent in list(model.modules()):
@@ -131,30 +125,6 @@ def made_like(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     made = kind.__new__(kind)
     made.__dict__.update(module.__dict__)
     return made
-
-
-class PutBefore(nn.Module):
-    """Base of classes of ours that are put before a layer's own class (see `put_before`)."""
-
-    backend = Backend()  # without operators, until it gets that of its model
-    own_class: type[nn.Module]
-    ours: type["PutBefore"]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the two classes, since the class that is made of them has no name that could be imported."""
-        return _empty, (self.ours, self.own_class), self.__getstate__()
-
-
-@cache
-def put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that derives from one of ours and a layer's class, one and the same for all layers of that class."""
-    # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
-    return type(f"Fused{kind.__name__}", (ours, kind), {"__module__": kind.__module__, "own_class": kind, "ours": ours})
-
-
-def _empty(ours: type[PutBefore], kind: type[nn.Module]) -> nn.Module:
-    made = put_before(ours, kind)  # type: ignore[arg-type]
-    return made.__new__(made)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -196,13 +166,11 @@ def lora_gradients(
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, fused: bool
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
-        ctx.save_for_backward(rows, weight, lora_a, lora_b, low)
-        ctx.scaling, ctx.fused = scaling, fused
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        rows, factors = x.reshape(-1, x.shape[-1]), Factors(*given)
+        result, low = lora_product(rows, factors)
+        ctx.save_for_backward(rows, factors.weight, factors.lora_a, factors.lora_b, low)
+        ctx.scaling, ctx.fused = factors.scaling, factors.fused
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)  # not a view, to which some models add in place
 
     @staticmethod

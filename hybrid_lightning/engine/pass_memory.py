@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.engine.activations import PassBytes, Rows, TokenSizes, Trained
 from hybrid_lightning.engine.attention import UnsupportedAttentionError
-from hybrid_lightning.engine.backend import Backend, has_operators, packs
-from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.engine.attention_hook import expected_windows, use_packing
+from hybrid_lightning.engine.backend import Backend, packs
+from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.packing import MULTIPLE
 from hybrid_lightning.engine.passes import plain_projection
@@ -52,7 +53,8 @@ class PassMemory:
     ) -> None:
         self.sizes, self.width, self.on_cpu = TokenSizes(model.config), width, on_cpu
         self.recomputes, self.entropy_gradient = recomputes, entropy_gradient
-        layers = [part for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not _output(model)]
+        output = model.get_output_embeddings()
+        layers = [part for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not output]
         self._linear = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
         self._prepacks = all(type(layer) is nn.Linear for layer in layers)
         self._base_width = next(model.parameters()).element_size()
@@ -189,7 +191,7 @@ class PassMemory:
 
         Rotary embeddings make float32 queries and keys of a float32 base.
         """
-        return self._packs and self.on_cpu and (self._converts_base or not has_operators())
+        return self._packs and self.on_cpu and (self._converts_base or library() is None)
 
     def _converted(self, trained: Trained | None) -> float:
         """Bytes of the weights in layers that autocast converts: trained ones are float32."""
@@ -208,7 +210,7 @@ class PassMemory:
         weight = self.width * vocabulary * self.sizes.hidden if self._converts_base else 0
         if compared:
             return weight + compared * block * vocabulary * _FLOAT
-        if self.on_cpu and has_operators() and self._plain_projection and not self.entropy_gradient:
+        if self.on_cpu and library() is not None and self._plain_projection and not self.entropy_gradient:
             return weight + block * vocabulary * (_FLOAT + self.width % _FLOAT)  # an operator needs no copies
         return weight + 3 * block * vocabulary * _FLOAT
 
@@ -216,7 +218,7 @@ class PassMemory:
         """Bytes of copies of weights while they do not change (see `prepacked.py` and `Backend.projection`)."""
         narrow, output = self.width < _FLOAT, self.sizes.vocabulary * self.sizes.hidden
         copied = self.width * output if self._converts_base else 0
-        if self.on_cpu and packs(torch.float32) and self._plain_projection and not (narrow and has_operators()):
+        if self.on_cpu and packs(torch.float32) and self._plain_projection and not (narrow and library() is not None):
             copied += _FLOAT * output
         if trained is None:
             return copied
@@ -241,17 +243,13 @@ class PassMemory:
         return tuple(found)
 
 
-def _output(model: PreTrainedModel) -> nn.Module | None:
-    output: nn.Module | None = model.get_output_embeddings()
-    return output
-
-
 def _why_not_packed(model: PreTrainedModel) -> str:
     """Why the engine will not pack a model's sequences, as far as its config and weights tell; empty where it may."""
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks"
     try:
-        Engine(model).assume_packing(torch.float32)
+        expected_windows(model.config.get_text_config())
+        use_packing(model)
     except UnsupportedAttentionError as error:
         return str(error)
     return ""

@@ -127,22 +127,14 @@ def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[sl
 
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: SegmentLayout,
-        gathered: GatheredKeys | None,
-        settings: AttentionSettings,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        layout, gathered, settings = ctx.rest = rest
         found = [
             reduce(joined, (attend(query[mine], key[keys], value[keys], segments, settings) for keys, segments in runs))
             for mine, runs in _runs(layout, gathered)
         ]
         result = _filled([part.result for part in found], len(query))
         ctx.save_for_backward(query, key, value, result, *(part.sums for part in found))
-        ctx.rest = (layout, gathered, settings)
         return result
 
     @staticmethod

@@ -13,7 +13,6 @@ Axes are those of `attention.py`: B rows of which some still run, T tokens of th
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +24,7 @@ from hybrid_lightning.engine.segments import Attended, Segments, attend, attendi
 from hybrid_lightning.engine.step_graphs import Graphs, StepGraph
 
 _LASTING = 8  # steps of the same rows before one is recorded, which takes about as long as so many replays save
-
-
-class _Calls(NamedTuple):
-    """What computes a layer's attention for the rows that run."""
-
-    shared: Callable[[Tensor, Tensor, Tensor], Attended]  # attention to the prompts' keys
-    own: Callable[[Tensor, Tensor, Tensor], Attended]  # and to the rows' own
+_Call = Callable[[Tensor, Tensor, Tensor], Attended]  # of queries, keys and values
 
 
 class SegmentDecoding(PackedDecoding):
@@ -44,7 +37,7 @@ class SegmentDecoding(PackedDecoding):
     positions: Tensor  # [R], of the token that a step reads
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
-    _calls: dict[int, _Calls]  # by layers
+    _calls: dict[int, tuple[_Call, _Call]]  # by layers, attention of the rows that run to the prompts' keys and to their own
     _steps: int  # of these rows
     _graph: StepGraph | None
 
@@ -139,9 +132,14 @@ class SegmentDecoding(PackedDecoding):
         Queries are `grouped`.
         """
         if layer not in self._calls:
-            self._calls[layer] = self._attending(query, settings)
-        calls = self._calls[layer]
-        return calls.shared(query, *self.prompt[layer]), calls.own(query, *self.own[layer])
+            repeats, prompts = len(query) // len(self.slots), self.layout.layout.prompts
+            begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
+            most = self.samples * repeats
+            to_prompts = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
+            to_own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
+            self._calls[layer] = (attending(query, to_prompts, settings), attending(query, to_own, settings, self.used))
+        shared, own = self._calls[layer]
+        return shared(query, *self.prompt[layer]), own(query, *self.own[layer])
 
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
@@ -156,16 +154,6 @@ class SegmentDecoding(PackedDecoding):
         own = Segments(begins, self.own_begins, added.most, self.max_new_tokens, causal=True)
         both = (attend(query, *self.prompt[layer], shared, settings), attend(query, *self.own[layer], own, settings, self.used))
         return joined(*both).result
-
-    def _attending(self, query: Tensor, settings: AttentionSettings) -> _Calls:
-        """For grouped queries like these, until rows are given up."""
-        repeats = len(query) // len(self.slots)
-        begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
-        prompts = self.layout.layout.prompts
-        most = self.samples * repeats
-        shared = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
-        own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
-        return _Calls(attending(query, shared, settings), attending(query, own, settings, self.used))
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         """Keep a layer's keys and values of the prompts, without the tokens that only fill up."""

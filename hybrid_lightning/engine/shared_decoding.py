@@ -70,7 +70,9 @@ class SharedPromptDecoding(PackedDecoding):
         return self.project(self.engine.hidden(tokens, self.row_lengths + self.counts - 1, self))
 
     def _begin(self, new: _New) -> None:
-        self._new, self.own_width, self._masks = new, self._own_width(), {}
+        self._new, self.own_width, self._masks = new, self.decoded, {}
+        if self.engine.backend.is_cpu(self.lengths.device):
+            self.own_width = min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone; without `keeps_rows` slots are given up once they are few."""
@@ -170,11 +172,6 @@ class SharedPromptDecoding(PackedDecoding):
         if not self.full:
             rows = rows.index_select(0, self.slots.flatten())
         return rows.reshape(*self.slots.shape, *rows.shape[1:])
-
-    def _own_width(self) -> int:
-        if not self.engine.backend.is_cpu(self.lengths.device):
-            return self.decoded
-        return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
     def _room(self, layer: int, key: Tensor, value: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of completions, with room for the new token's. With `zeros`, unused room holds zeros, for products."""

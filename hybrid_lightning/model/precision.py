@@ -34,7 +34,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from hybrid_lightning.engine import HALF, Backend, accelerator_memory, autocast_dtype, why_no_halves
+from hybrid_lightning.engine import HALF, Backend, accelerator_memory, why_no_halves
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.ranks import world_size
 
@@ -70,11 +70,6 @@ def autocast_of(model: nn.Module) -> AbstractContextManager[Any]:
     """Autocast to the dtype of the model's frozen weights, since trained weights are float32; no autocast if all are float32."""
     weight = next(model.parameters())
     return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in (torch.bfloat16, torch.float16) else nullcontext()
-
-
-def product_dtype(model: nn.Module) -> torch.dtype | None:
-    """Dtype of the operands of the model's matrix products under the current autocast; None without autocast."""
-    return autocast_dtype(next(model.parameters()).device)
 
 
 def why_float32(model: nn.Module) -> str:

@@ -94,18 +94,11 @@ class Pretrained:
         return meta_model(self.config, DTYPES[self.dtype])
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers does not have it."""
-    config = deepcopy(config)
-    if layers is not None:
-        text: Any = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            with suppress(AttributeError):  # where they follow from the number of layers
-                text.layer_types = text.layer_types[:layers]
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model of a config on the meta device; ModelError if transformers does not have it."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
     model.requires_grad_(False)

@@ -388,15 +388,13 @@ def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tup
     return block.squeeze(1) * size + token, logprob.float().squeeze(1)
 
 
-def _plain_block_sums(blocks: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+@partial(OneKernel, "rows _ _")
+def _block_sums(blocks: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The highest of each block of logits over the temperature, x, and the sum of exp(x - highest), [R, blocks] float32 each."""
     scaled = blocks.float() / temperature
     highest = scaled.amax(dim=2, keepdim=True)
     lowest = torch.finfo(torch.float32).min  # where all are minus infinity
     return highest.squeeze(2), (scaled - highest.clamp(min=lowest)).exp().sum(dim=2)
-
-
-_block_sums = OneKernel("rows _ _", _plain_block_sums)
 
 
 def _whole(values: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from hybrid_lightning.engine import token_logprobs
+from hybrid_lightning.engine import autocast_dtype, token_logprobs
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.policy import Policy
-from hybrid_lightning.model.precision import product_dtype
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
@@ -104,7 +103,7 @@ class Agreement:
                 why = "they agreed before, so the last update did not reach it as a whole; see what it logs, and start it again"
             raise RolloutError(f"{apart}: {why}")
         with self._policy.precision():
-            most = _DOUBTFUL if product_dtype(self._policy.model) is None else _DOUBTFUL_HALF
+            most = _DOUBTFUL if autocast_dtype(self._policy.device) is None else _DOUBTFUL_HALF
         if mean > most and not self._warned:
             self._warned = True
             rank_zero_warn(f"{apart}, more than {most:g}; see docs/troubleshooting.md#vllm, at {_LARGEST:g} the run stops")

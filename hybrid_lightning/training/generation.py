@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
+from hybrid_lightning.engine import autocast_dtype
 from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.episodes.episodes import Episodes, has_failed, task_seeds
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
-from hybrid_lightning.model.precision import product_dtype
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rewards.combined import AnyReward, as_reward
 from hybrid_lightning.rewards.reward_function import sum_counts
@@ -152,7 +152,7 @@ class Generation:
         def sample() -> Rollouts:
             own = sampler.needs_weight_sync
             # A signal may end this at once: no other rank waits for this one in the meantime.
-            with self.run.interruptible(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
+            with self.run.interruptible(), nullcontext() if own else policy.engine.sampling(autocast_dtype(policy.device)):
                 return begun.result()
 
         with policy.inference():
@@ -446,8 +446,7 @@ class Generation:
     def _served_model(self) -> ServedModel:
         pretrained, device = self.policy.pretrained, self.run.device or next(self.policy.model.parameters()).device
         with self.policy.precision():
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[pretrained.dtype]
+            dtype = autocast_dtype(device) or DTYPES[pretrained.dtype]
         model = ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, self.run.is_resumed)
         plan = self.policy.plan
         if plan is None:

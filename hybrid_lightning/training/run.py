@@ -6,7 +6,7 @@ subclass that reads from the Trainer.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -72,10 +72,6 @@ class Run:
     def interruptible(self) -> AbstractContextManager[Any]:
         """Within this context a signal raises at once, since no other rank waits for this one and no state changes."""
         return self.signals.interruptible()
-
-    def interruptible_alone(self) -> AbstractContextManager[Any]:
-        """`interruptible` in a run of one process; with several, the others would wait for this one forever."""
-        return self.interruptible() if self.world_size == 1 else nullcontext()
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ The loss and the metrics of a chunk are shares: parts of a sum over the chunks, 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Step:
                 run.check_stop()  # before ranks wait for each other
             elif run.signals.requested:
                 continue
-            with run.interruptible_alone():
+            # With several processes the others would wait for this one forever.
+            with run.interruptible() if run.world_size == 1 else nullcontext():
                 if number < len(chunks):
                     loss, of_chunk = self._chunk_loss(batch.rows(chunks[number]), tokens)
                     losses.append(loss.detach())

@@ -20,7 +20,7 @@ from hybrid_lightning.model.precision import checkpoint_gradients
 @pytest.fixture
 def made(traced, monkeypatch):
     """Compile for the CPU, by what torch traces and without machine code; gives the names of what was compiled."""
-    monkeypatch.setattr(compiling, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(compiling, "why_not_compiled", lambda device: "")
     return traced
 
 
@@ -52,7 +52,7 @@ def test_a_step_has_the_same_numbers_and_each_part_is_compiled_once(made, family
     numbers += step(*settings, "interrupted")
     assert len(made) == compiled, "for rows of any number"
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(compiling, "compiling_pays", lambda device: False)
+        plain.setattr(compiling, "why_not_compiled", lambda device: "switched off")
         expected = step(*settings) + step(*settings, "interrupted")
     for one, other in zip(numbers, expected, strict=True):
         assert float((one - other).norm()) <= tolerance * max(1.0, float(other.norm()))
@@ -89,7 +89,7 @@ def test_nothing_is_compiled_on_a_cpu_and_a_compiler_that_fails_is_asked_once(mo
     fails = Mock(side_effect=[torch.OutOfMemoryError("full"), RuntimeError("no working compiler found")])
     monkeypatch.setattr(compiling, "_compile", fails)
     assert function(torch.ones(3), 2.0).tolist() == [2.0] * 3 and not fails.called
-    monkeypatch.setattr(compiling, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(compiling, "why_not_compiled", lambda device: "")
     with pytest.raises(torch.OutOfMemoryError):
         function(torch.ones(3), 2.0)
     with caplog.at_level(logging.WARNING):

@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler: 
 def as_on_an_accelerator(monkeypatch):
     """Weights are multiplied where they are, and layers compiled, though this is a CPU."""
     monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
-    monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(decoders, "why_not_compiled", lambda device: "")
     # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes
     # beyond its tensors where they have 512.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
@@ -71,7 +71,7 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, tokenizer, monk
         code = "".join(code.made.source_code for code in compiling.CODES.values())
         assert code.count("extern_kernels.") == 13, "products, of which LoRA of the output projection, which has none, is not one"
         assert len(re.findall(r"^ +cpp_fused", code, re.MULTILINE)) == 6, "kernels between them, as they are counted"
-    monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
+    monkeypatch.setattr(decoders, "why_not_compiled", lambda device: "switched off")
     plain = build(family, targets, **settings)
     *expected, none = rollouts(plain, tokenizer, dtype)
     assert plain._fast.calls_parts and not plain._fast.compiles and none == 0
@@ -163,9 +163,9 @@ def test_a_fully_trained_weight_is_rounded_once_and_not_at_every_token():
 
 def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):
     devices = [torch.device(name) for name in ("cuda:1", "xpu", "cpu", "mps")]
-    assert [compiling.compiling_pays(device) for device in devices] == [True, True, False, False]
+    assert [not compiling.why_not_compiled(device) for device in devices] == [True, True, False, False]
     with torch._dynamo.config.patch(disable=True):  # as TORCH_COMPILE_DISABLE=1 does
-        assert not any(compiling.compiling_pays(device) for device in devices)
+        assert all(map(compiling.why_not_compiled, devices))
     for capability, halves in (((7, 5), {torch.bfloat16}), ((8, 0), set())):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         found = {half for half in (torch.bfloat16, torch.float16) if compiling.why_not_compiled(torch.device("cuda"), half)}

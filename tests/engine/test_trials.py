@@ -30,7 +30,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
     if request.param == "traced":
         request.getfixturevalue("traced")
-        monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+        monkeypatch.setattr(decoders, "why_not_compiled", lambda device: "")
     return request.param
 
 

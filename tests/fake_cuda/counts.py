@@ -25,10 +25,10 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from benchmarks.memory import plan_qwen3
 from hybrid_lightning.adapters import ExactGradients, LoraSettings, Scoring, SketchedGradients, TailEnergy, find_candidates
-from hybrid_lightning.engine import decoding_of, logprobs_of_hidden
-from hybrid_lightning.engine.backend import PlannedBackend
+from hybrid_lightning.engine import Backend, decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.rollout import Sampler, sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -91,7 +91,7 @@ def sampling(fake, seen):
         fake.engine.sampling(torch.bfloat16),
         fake.computing(),
     ):
-        made.prepack_projection()
+        made.project = prepacked_projection(fake.model, fake.engine.backend)
         plain = Sampler(COMPLETION, cuda_graphs=False)
         with Counter() as counter:
 
@@ -171,7 +171,7 @@ def layout_syncs(window):
     """What the layout of an update asks the device for, with a window that hides keys of prompts or without, on real tensors."""
     lists, tolist = [], torch.Tensor.tolist
     with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
-        packed = PackedSequences(sequences(4, SAMPLES, 12, 9), PlannedBackend(), segments=True)
+        packed = PackedSequences(sequences(4, SAMPLES, 12, 9), Backend(), segments=True)
         _ = packed.gathered if window else packed.layout
     return counter.counts.syncs + lists
 

@@ -40,6 +40,17 @@ def load(folder: Path) -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True
 
 
+def multiplies_to_floats() -> bool:
+    """Whether fake tensors have products of 16 bits with a result of 32: torch 2.8 has them of others alone."""
+    import torch
+
+    none = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    try:
+        return torch.mm(none, none, out_dtype=torch.float32).dtype == torch.float32
+    except TypeError:
+        return False
+
+
 def counter():
     """The class `Counter`, which needs torch."""
     from dataclasses import dataclass, field

@@ -13,15 +13,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where pytest imports by path alone
 
-from fake_gpu import why_not
-
-from hybrid_lightning.engine.backend import fakes_multiply_to_floats
+from fake_gpu import multiplies_to_floats, why_not
 
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = ("80", "86", "90", "120")  # A100, 3090 and A10, H100, 5090
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
-OLDER = not fakes_multiply_to_floats()
+OLDER = not multiplies_to_floats()
 counts_logits = pytest.mark.skipif(
     OLDER, reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
 )

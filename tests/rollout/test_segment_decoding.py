@@ -118,7 +118,7 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
     ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
     expected = sample(fused(build_adapted("qwen3").model, OfAccelerator()), tokenizer, stop=["7", "3"])
     for module in (decoder, compiling):
-        monkeypatch.setattr(module, "compiling_pays", lambda device: True)
+        monkeypatch.setattr(module, "why_not_compiled", lambda device: "")
     monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
     engine = fused(build_adapted("qwen3").model, OfAccelerator())
 
@@ -147,7 +147,7 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
 def test_two_rollouts_of_unequal_rows_and_their_updates_compile_each_function_once(tokenizer, monkeypatch, traced, planted):
     """But for one whose rows are put in by hand as a size that does not change."""
     for module in (decoder, compiling):
-        monkeypatch.setattr(module, "compiling_pays", lambda device: True)
+        monkeypatch.setattr(module, "why_not_compiled", lambda device: "")
     if planted:
         for name, value in (("_named", [{1: "n"}] * 2), ("_places", [(0, 1)]), ("_static", [[0], [0]])):
             monkeypatch.setattr(fused_layers._product_of_silu, name, value)

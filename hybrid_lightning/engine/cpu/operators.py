@@ -138,7 +138,6 @@ def _brgemm() -> tuple[int | None, ...]:
         found = tuple(ctypes.cast(getattr(torch_cpu, name), _POINTER).value for name in _BRGEMM)
     except (OSError, AttributeError):
         return ()
-    # No tensors, which would be fake where a plan is traced.
     numbers, logits = (ctypes.c_uint16 * 4)(0, 0x3F80, 0x4000, 0x4040), ctypes.c_float()  # 0 to 3
     _function("float_logits", torch.bfloat16)(numbers, numbers, ctypes.byref(logits), *found, 1, 4, 1)
     return found if logits.value == 0 + 1 + 4 + 9 else ()
@@ -179,7 +178,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
         IndexError: If a token is not in the vocabulary; a kernel would write beside the logits.
     """
     tokens = tokens.contiguous()
-    if type(tokens) in _KINDS and ((tokens < 0) | (tokens >= logits.shape[1])).any():
+    if ((tokens < 0) | (tokens >= logits.shape[1])).any():
         raise IndexError(f"tokens from {int(tokens.min())} to {int(tokens.max())} for logits of {logits.shape[1]} tokens")
     logprobs, entropies = _floats(len(logits)), _floats(len(logits))
     _call("token_logprobs", (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)

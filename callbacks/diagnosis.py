@@ -258,13 +258,15 @@ class Doctor(Callback):
         values = {
             "answers": given.note,
             "reference": references.note,
-            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
-            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
-            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at "
-            f"{findings.as_options(limits)}, {m.get('completions/mean_length', 0):.1f} tokens on average",
+            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rollouts.completions)} completions right"
+            if "reward" in m
+            else "no completion counts",
+            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards, so nothing to learn from",
+            "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
+            f"{m.get('completions/clipped_ratio', 0):.0%} cut at {findings.as_options(limits)}",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
-            "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
-            "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
+            "gradient": "norm " + ", ".join(f"{value:.3g} ({name})" for name, value in norms.items()),
+            "trial step": f"at the full rates ({rates}): KL {change.kl:.2g} nats a token, log-probabilities moved by "
             f"{change.moved:.2g}, ratio up to {change.ratio:.3g}{clipped}",
             "time": self._time(policy, steps, validated, scored_prompts * rollouts.samples_per_prompt, len(rollouts.completions)),
         }
@@ -295,7 +297,7 @@ class Doctor(Callback):
         if math.isinf(steps):
             return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
-        return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+        return f"about {step:.3g} s a step, {_duration(total)} for {steps:.0f} steps with validation and scoring"
 
 
 def _unneeded(policy: PolicyModule) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ This file defines the commands: their options and defaults, the callbacks that t
 remedies to error messages of other libraries.
 """
 
+import argparse
 import gc
 import inspect
 import sys
@@ -77,6 +78,13 @@ _TRAINER_WITHOUT_DEVICE = {
     "logger": False,
 }
 _WITHOUT_TRAINER = ("compare", "configs")
+# Commands that are Lightning's methods, in our words.
+_LIGHTNINGS = {
+    "fit": "Train a policy: score its modules, adapt it, validate it, and take optimizer steps; resume with --ckpt_path.",
+    "validate": "Measure a policy on the validation problems: accuracy, reward, pass@k and maj@k with their intervals.",
+    "test": "Measure a policy on the test problems, as `validate` does.",
+    "predict": "Write completions for the test problems to a file, without training.",
+}
 
 
 def _program() -> str:
@@ -131,7 +139,8 @@ class HybridLightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": _program(),
-                "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA.",
+                "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA. Start with: "
+                f"{_program()} fit --config gspo",
             },
             **kwargs,
         )
@@ -217,21 +226,29 @@ class HybridLightningCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Describe each command in a whole sentence; Lightning takes the first line of its docstring."""
-        said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        own = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        said = own | _LIGHTNINGS
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
-        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+        commands: Any = parser._subcommands_action
+        for choice in commands._choices_actions:
             choice.help = said[choice.dest]
+        for action in parser._actions:  # a config belongs to a command
+            action.help = argparse.SUPPRESS if action.dest in ("config", "print_config") else action.help
+        parser.usage = f"{_program()} COMMAND [--config NAME ...] [--OPTION=VALUE ...]"
+        group: Any = parser._subparsers
+        group.title, group.description = "commands", None
+        commands.metavar, commands.help = "COMMAND", "COMMAND --help shows its options."
         text = first_sentence(compare.__doc__)
         of_runs = Parser(description=text)
         of_runs.add_argument(
             "folders", metavar="RUN", nargs="*", help="Folder of a run, such as runs/gspo/version_0; at least two."
         )
         of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
-        parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
+        commands.add_subcommand("compare", of_runs, help=text)
         text = "List the configs that come with the package, or print one, to be changed in a file of your own."
         of_configs = Parser(description=text)
         of_configs.add_argument("name", metavar="NAME", nargs="?", help="Such as gspo or loss/dapo; without one all are listed.")
-        parser._subcommands_action.add_subcommand("configs", of_configs, help=text)  # type: ignore[union-attr]
+        commands.add_subcommand("configs", of_configs, help=text)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

@@ -29,7 +29,7 @@ _REWRITES = (
     (r"-\s+Expected a path but \S+ either not accessible or invalid\s+(?:- )?", ""),
     (
         r'expected "subcommand" to be one of .*',
-        "no command is given, such as python -m hybrid_lightning fit --config FILE; --help lists all and says what each does",
+        "no command was given; give one, such as python -m hybrid_lightning fit --config gspo (--help lists all)",
     ),
     (
         r"Parser key \"config\": File does not exist: '(.+)'",
@@ -37,16 +37,16 @@ _REWRITES = (
     ),
     (
         r"Option \S+ is not accepted before subcommand '(\w+)'",
-        r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
+        r"--config comes after the command; give python -m hybrid_lightning \1 --config FILE",
     ),
     (
         r"the following arguments are required: (loss)$",
-        r"model.\1 must be given, nearly always by a config: --config gspo, a name that 'configs' lists, or your own file",
+        r"model.\1 is missing; give a config, such as --config gspo (the command 'configs' lists all) or your own file",
     ),
     (
         r"(?:Import path (?:\S+ )?does not correspond to a subclass of RewardFunction|Unexpected import path format: \S+\.py:\w+)"
         r".*Given value: (\S+)",
-        r"\1 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1",
+        r"\1 is not a class derived from RewardFunction; for a function give class_path FunctionReward with function: \1",
     ),
 )
 
@@ -213,6 +213,7 @@ class Parser(LightningArgumentParser):
         wanted = _wanted(unknown[2]) if unknown else ""
         if not unknown or not wanted:
             return ""
+        wanted = _TRAINED_WITH if unknown[1] == "trainer.precision" else wanted
         options = [argument.partition("=")[0] for argument in getattr(self, "args", [])]
         where = f"--{unknown[1]}" if f"--{unknown[1]}" in options else unknown[1]
         return f"{where}: {shorten(unknown[3].strip())} does not fit; give {wanted}"
@@ -225,7 +226,7 @@ class Parser(LightningArgumentParser):
         if inspect.isabstract(refusal.part):
             return _which(key, refusal.part.__name__, known_classes(refusal.part))
         near = _of_trl(refusal.name) or suggestion(refusal.name, refusal.names, f"--{key}.{{}}")
-        near = near or f"; --{key}.help={refusal.part.__name__} lists those that it has"
+        near = near or f"; --{key}.help={refusal.part.__name__} lists its options"
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
     def _where(self, name: str) -> str:
@@ -264,6 +265,7 @@ _MISFIT = re.compile(
     r"(?:\. Got|\s+Given value type: \S+ \S+\s+Given) value: (.*)",
     re.DOTALL,
 )
+_TRAINED_WITH = "32-true, bf16-mixed or 16-mixed"  # among all precisions of Lightning
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
@@ -292,7 +294,7 @@ def _of_trl(name: str) -> str:
 
 
 def _which(key: str, base: str, known: Iterable[str]) -> str:
-    return f"{key}: first say which {base}, one of {', '.join(known)}"
+    return f"{key}: no {base} is named yet; name it first, one of {', '.join(known)}"
 
 
 def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:

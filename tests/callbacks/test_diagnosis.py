@@ -97,7 +97,7 @@ def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folde
     said = values(result.out)
     assert said["reference"].startswith("24 of 24 reference answers are paid")
     assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
-    assert re.fullmatch(r"about \S+ s a step, and \d+ s for 4 steps with validation and scoring", said["time"])
+    assert re.fullmatch(r"about \S+ s a step, \d+ s for 4 steps with validation and scoring", said["time"])
     assert "Fits: hybrid 10% takes up to" in said["memory"]
     assert said["answers"].endswith("the most frequent one")
     assert result.out.splitlines()[-1].startswith("The run may fail: ") and "(docs/" in result.out.splitlines()[-1]

@@ -59,7 +59,8 @@ def mostly_fours(tmp_path_factory):
         (
             Noise(),
             4,
-            r"no change that is larger than its interval: accuracy \+0\.0 points \[.*\] on 16 problems, reward [+-]0\.\d+ \[-.*, \+.*\]",
+            r"no change that is larger than its interval: accuracy \+0\.0 points \[.*\] on 16 problems, "
+            r"reward [+-]0\.\d+ \[-.*, \+.*\]",
         ),
         (First(), 40, r"one answer to most problems, which is not learning: '4' to \d+ of 16, right for \d+"),
         (Short(), 12, r"learned: reward \+0\.\d+ \[\+.*, \+.*\] on 16 problems, while accuracy did not move"),

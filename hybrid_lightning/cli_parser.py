@@ -175,8 +175,8 @@ class Parser(LightningArgumentParser):
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
-        if self.part is not None and not self.exit_on_error and (misfit := self._misfit(message)):
-            raise Refusal(self.part, misfit.partition(":")[0], [], misfit.partition(": ")[2])
+        if self.part is not None and not self.exit_on_error and (mistake := self._unknown_class(message) or self._misfit(message)):
+            raise Refusal(self.part, mistake.partition(":")[0], [], mistake.partition(": ")[2])
         cause = cause_of(ex)
         print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
         sys.exit(2)
@@ -191,21 +191,29 @@ class Parser(LightningArgumentParser):
             return f"{self._where(unknown[2]) or unknown[2]}: {unknown[1]} has no option {unknown[2]}{near}"
         if unknown := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
             return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
-        if unknown := re.search(
-            r'Parser key "(\S+)":.*Expected (a dot import path string: |an instantiatable class, but )(\S+)', message, re.DOTALL
-        ):
-            known = known_classes(next((type_of(action) for action in self._actions if action.dest == unknown[1]), None))
-            if unknown[2].startswith("an"):
-                return _which(unknown[1], unknown[3].rpartition(".")[2], known)
-            near = suggestion(unknown[3], known) or f"; give one of {', '.join(known)}, or module.Class"
-            return f"{unknown[1]}: unknown class {unknown[3]}{near}"
+        if mistake := self._unknown_class(message):
+            return mistake
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
+        message = re.sub(r'^Parser key "(\S+)":\s*(?=\S+ is not a class)', r"\1: ", message)
         if misfit := self._misfit(message):
             return misfit
         if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
             message += suggestion(unknown[2], dir(sys.modules.get(unknown[1])), f"{unknown[1]}.{{}}")
         return message
+
+    def _unknown_class(self, message: str) -> str:
+        """For a class that does not exist, or a base class: the option, and the classes that it takes; empty for other mistakes."""
+        unknown = re.search(
+            r'Parser key "(\S+)":.*Expected (a dot import path string: |an instantiatable class, but )(\S+)', message, re.DOTALL
+        )
+        if not unknown:
+            return ""
+        known = known_classes(next((type_of(action) for action in self._actions if action.dest == unknown[1]), None))
+        if unknown[2].startswith("an"):
+            return _which(unknown[1], unknown[3].rpartition(".")[2], known)
+        near = suggestion(unknown[3], known) or f"; give one of {', '.join(known)}, or module.Class"
+        return f"{unknown[1]}: unknown class {unknown[3]}{near}"
 
     def _misfit(self, message: str) -> str:
         """For a value of another type: the option, the value and the accepted types; empty for other mistakes."""

@@ -9,6 +9,7 @@ import argparse
 import gc
 import inspect
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ _TRAINER_WITHOUT_DEVICE = {
     "logger": False,
 }
 _WITHOUT_TRAINER = ("compare", "configs")
+_PACKAGE = Path(__file__).parent
+_CALLBACKS = (_PACKAGE / "callbacks").resolve()  # a link in a source tree
+_LIGHTNINGS_FORMAT = warnings.formatwarning
 # Commands that are Lightning's methods, in our words.
 _LIGHTNINGS = {
     "fit": "Train a policy: score its modules, adapt it, validate it, and take optimizer steps; resume with --ckpt_path.",
@@ -92,6 +96,13 @@ def _program() -> str:
     return "hybrid-lightning" if Path(sys.argv[0]).name.startswith("hybrid-lightning") else "python -m hybrid_lightning"
 
 
+def _format_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of this package as our other lines, without its place in the code; Lightning's format for all others."""
+    if Path(filename).is_relative_to(_PACKAGE) or Path(filename).resolve().is_relative_to(_CALLBACKS):
+        return f"Warning: {message}\n"
+    return _LIGHTNINGS_FORMAT(message, category, filename, lineno, line)
+
+
 def main(signals: StopSignals | None = None) -> None:
     """Run the command line. A user's mistake is reported in the last line, without a traceback.
 
@@ -99,6 +110,7 @@ def main(signals: StopSignals | None = None) -> None:
         signals: Signal handlers of this process; None installs them only when the command trains, validates, tests or predicts.
     """
     quiet_libraries()
+    warnings.formatwarning = _format_warning
     signals = signals or StopSignals()
     try:
         sys.argv[1:] = with_paths(sys.argv[1:])

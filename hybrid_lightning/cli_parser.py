@@ -175,7 +175,11 @@ class Parser(LightningArgumentParser):
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
-        if self.part is not None and not self.exit_on_error and (mistake := self._unknown_class(message) or self._misfit(message)):
+        if (
+            self.part is not None
+            and not self.exit_on_error
+            and (mistake := self._unknown_class(message) or self._misfit(message))
+        ):
             raise Refusal(self.part, mistake.partition(":")[0], [], mistake.partition(": ")[2])
         cause = cause_of(ex)
         print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
@@ -193,6 +197,8 @@ class Parser(LightningArgumentParser):
             return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
         if mistake := self._unknown_class(message):
             return mistake
+        if "Problems parsing config" in message and (broken := _broken_config(getattr(self, "args", []))):
+            return broken
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
         message = re.sub(r'^Parser key "(\S+)":\s*(?=\S+ is not a class)', r"\1: ", message)
@@ -289,6 +295,20 @@ def _wanted(expected: str) -> str:
     if not all(found):
         return ""
     return " or ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
+
+
+def _broken_config(arguments: list[str]) -> str:
+    """The first config among a command's arguments that is not YAML, and the place of the mistake; empty if there is none."""
+    for path in config_paths(arguments):
+        try:
+            with open(path, encoding="utf-8") as file:
+                yaml.safe_load(file)
+        except yaml.MarkedYAMLError as error:
+            place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+            return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
+        except OSError:
+            continue
+    return ""
 
 
 def _public(path: str) -> str:

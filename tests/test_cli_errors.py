@@ -32,6 +32,7 @@ class Prepared(PromptDataModule):
 """
 FILES = {
     "foreign.ckpt": "hello",
+    "broken.yaml": "model:\n  loss: {class_path: GSPOLoss\n  a: b",
     "file": "",
     "long.jsonl": "\n".join(f'{{"question": "{"1" * (125 if n == 5 else 4)}{n}", "answer": "1"}}' for n in range(40)),
     "words.jsonl": "\n".join(f'{{"question": "{n}", "answer": "an answer"}}' for n in range(40)),
@@ -56,6 +57,7 @@ COMMANDS = [
     ("fit", r"model\.loss is missing; give a config, such as --config gspo"),
     ("--config t.yaml fit", r"--config comes after the command; give python -m hybrid_lightning fit --config FILE"),
     ("fit --config nowhere.yaml", r"--config \S*nowhere\.yaml: there is no such file; .* that the command 'configs' lists$"),
+    ("fit --config broken.yaml", r"--config broken\.yaml is not valid YAML: .* in line 3; correct it$"),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]

@@ -202,7 +202,8 @@ class RunSummary(Callback):
             if summary["answers"]:
                 answer, share = shorten(summary["answers"]["reference"]), summary["answers"]["share"]
                 table.add_row("constant answer", f"{answer} for every problem would be right for {share:.1%}")
-        modules = f"{len(summary['full_modules'])} modules fully, {summary['lora_modules']} by LoRA"
+        full = len(summary["full_modules"])
+        modules = f"{full} module{'' if full == 1 else 's'} fully, {summary['lora_modules']} by LoRA"
         trainable = f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
         table.add_row("trained", f"{modules}; {trainable}")
         table.add_row("time", _time(summary))
@@ -276,7 +277,7 @@ def _headline(metrics: dict[str, float], sets: Iterable[str], samples: int) -> s
     largest = max((int(name.partition("@")[2]) for name in overall if "@" in name and "/" not in name), default=0)
     for name, value in sorted(overall.items(), key=lambda item: item[0] != "reward"):
         if not name.endswith((f"/{LOWER}", f"/{UPPER}")) and ("@" not in name or name.endswith(f"@{largest}")):
-            digits = ".1%" if f"{name}/{LOWER}" in overall else ".3f"
+            digits = ".1%" if f"{name}/{LOWER}" in overall else ".1f" if name == "completion_length" else ".3f"
             shown.setdefault(name, f"{_SHORT.get(name, name)} {value:{digits}}")
     return "  ".join(shown.values())
 

@@ -175,11 +175,8 @@ class Parser(LightningArgumentParser):
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
-        if (
-            self.part is not None
-            and not self.exit_on_error
-            and (mistake := self._unknown_class(message) or self._misfit(message))
-        ):
+        mistake = self._unknown_class(message) or self._misfit(message)
+        if mistake and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, mistake.partition(":")[0], [], mistake.partition(": ")[2])
         cause = cause_of(ex)
         print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
@@ -209,7 +206,7 @@ class Parser(LightningArgumentParser):
         return message
 
     def _unknown_class(self, message: str) -> str:
-        """For a class that does not exist, or a base class: the option, and the classes that it takes; empty for other mistakes."""
+        """For an unknown class or a base class: the option, and the classes that it takes; empty for other mistakes."""
         unknown = re.search(
             r'Parser key "(\S+)":.*Expected (a dot import path string: |an instantiatable class, but )(\S+)', message, re.DOTALL
         )

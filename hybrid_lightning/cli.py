@@ -62,6 +62,10 @@ from hybrid_lightning.training.example_module import (
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.user_code import in_user_code
 
+_PACKAGE = Path(__file__).parent
+_CALLBACKS = (_PACKAGE / "callbacks").resolve()  # a link in a source tree
+_LIGHTNINGS_FORMAT = warnings.formatwarning
+
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = (
     *("ckpt_path", "weights_only", "verbose", "return_predictions"),
@@ -79,15 +83,12 @@ _TRAINER_WITHOUT_DEVICE = {
     "logger": False,
 }
 _WITHOUT_TRAINER = ("compare", "configs")
-_PACKAGE = Path(__file__).parent
-_CALLBACKS = (_PACKAGE / "callbacks").resolve()  # a link in a source tree
-_LIGHTNINGS_FORMAT = warnings.formatwarning
-# Commands that are Lightning's methods, in our words.
-_LIGHTNINGS = {
-    "fit": "Train a policy: score its modules, adapt it, validate it, and take optimizer steps; resume with --ckpt_path.",
-    "validate": "Measure a policy on the validation problems: accuracy, reward, pass@k and maj@k with their intervals.",
-    "test": "Measure a policy on the test problems, as `validate` does.",
-    "predict": "Write completions for the test problems to a file, without training.",
+# Descriptions of Lightning's commands; the others have their docstrings.
+_DESCRIPTIONS = {
+    "fit": "Score the modules, adapt the model and train it.",
+    "validate": "Measure a policy on the validation prompts.",
+    "test": "Measure a policy on the test prompts.",
+    "predict": "Complete the test prompts, and write the completions and rewards to a file.",
 }
 
 
@@ -237,9 +238,9 @@ class HybridLightningCLI(LightningCLI):
             sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Describe each command in a whole sentence; Lightning takes the first line of its docstring."""
-        own = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
-        said = own | _LIGHTNINGS
+        """Describe each command in a whole sentence; Lightning would use the first line of its docstring."""
+        docs = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        said = {**docs, **_DESCRIPTIONS}
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
         commands: Any = parser._subcommands_action
         for choice in commands._choices_actions:
@@ -255,12 +256,12 @@ class HybridLightningCLI(LightningCLI):
         of_runs.add_argument(
             "folders", metavar="RUN", nargs="*", help="Folder of a run, such as runs/gspo/version_0; at least two."
         )
-        of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
-        commands.add_subcommand("compare", of_runs, help=text)
-        text = "List the configs that come with the package, or print one, to be changed in a file of your own."
+        of_runs.add_argument("--html", metavar="FILE", help="New file for the comparison as a page, with charts of the curves.")
+        parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
+        text = "List the configs that come with the package, or print one as a start for your own."
         of_configs = Parser(description=text)
-        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Such as gspo or loss/dapo; without one all are listed.")
-        commands.add_subcommand("configs", of_configs, help=text)
+        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Config to print, such as gspo or loss/dapo.")
+        parser._subcommands_action.add_subcommand("configs", of_configs, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

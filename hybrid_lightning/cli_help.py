@@ -29,7 +29,8 @@ Start from a config, and change any of its values by an option, as in
 
     {command} --config gspo --model.lr_lora=1e-3
 
-In a config that option is model: {{lr_lora: 1e-3}}. A later --config overrides an earlier one, and options override configs.
+In a config that option is model: {{lr_lora: 1e-3}}; for None write null. A later --config overrides an earlier one, and options
+override all configs.
 
 Options come in groups, one for each class that the config names:
 
@@ -49,15 +50,15 @@ To use other classes and to read more:
     --KEY.help=CLASS    shows another class, as in --model.reward.help=FunctionReward
 
 Below, an option shows its type, its default and, after "now", the value of the config."""
-# The command's own options that libraries describe, in our words.
-_OWN = {
-    "config": "A config: a name that the command `configs` lists, or a YAML file. It can be given several times.",
-    "print_config": "Print the resulting config and exit; --print_config=skip_default leaves out the defaults.",
-    "seed_everything": "Seed of everything that is random; true draws one.",
-    "ckpt_path": "Checkpoint of the policy; `fit` resumes from it.",
-    "weights_only": "Lightning's option for reading checkpoints.",
-    "verbose": "Print Lightning's own table of results as well.",
-    "return_predictions": "For calls from Python.",
+
+
+# Options that libraries add to every command.
+_SHARED = {
+    "config": "Config file, or the name of a shipped config (see the command `configs`). Later ones override earlier ones.",
+    "print_config": "Print the resulting config and exit; --print_config=skip_default leaves out defaults.",
+    "seed_everything": "Seed of Python, NumPy and torch; true draws a random one.",
+    "ckpt_path": "Checkpoint to load: a file, or the folder of a sharded checkpoint.",
+    "weights_only": "Whether to load only tensors and plain types from the checkpoint.",
 }
 
 
@@ -164,7 +165,8 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
     for action in parser._actions:  # the command's own options
         if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
-            action.help = _OWN.get(action.dest, action.help)
+            shortened = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            action.help = _SHARED.get(action.dest, shortened)
             own._add_action(action)
     for section in found:
         base = parser.parts.get(section.key)

@@ -71,7 +71,7 @@ SLOW = {
         lambda: Engine(build("llama", lora_dropout=0.5).model.train()),
         "^engine: fast decoding off: .* train mode; all other fast paths on$",
     ),
-    "DoRA": (lambda: build("llama", use_dora=True), "^engine: prepacked weights off: .* such as DoRA"),
+    "DoRA": (lambda: build("llama", use_dora=True), "^engine: prepacked weights off: .* DoRA"),
     "no adapter": (
         lambda: Engine(build_model("llama")),
         "^engine: fused layers, prepacked weights and fast decoding off: the model has no adapter; all other fast paths on$",

@@ -192,7 +192,7 @@ class RunSummary(Callback):
             first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
             table.add_row("held-out loss", f"{first} -> {after['val/loss']:.4f}")
         if "val/rewards/accuracies" in after:  # a comparison with the start policy, without a value before training
-            preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
+            preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, compared with the start policy (chance: 50%)"
             table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
             problems = f", n={after['val/problems']:.0f}" if "val/problems" in after else ""

@@ -53,7 +53,7 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
     rows += [*results(runs), *differences(runs)]
     for name, run in zip(letters, runs, strict=True):
         say(f"{name}  {run.folder}")
-    _show("What came out", ("", *letters), rows)
+    _show("Results", ("", *letters), rows)
     for note in (notes := notes_on(runs, options)):
         say(note)
     _show("Options that differ", ("option", *letters), options) if options else say("No option differs")
@@ -86,11 +86,11 @@ def notes_on(runs: Sequence[Run], options: Sequence[tuple[str, ...]]) -> list[st
     """What to know when reading the numbers of runs that differ in these options."""
     notes = []
     if not all(_same(runs[0], run) for run in runs):
-        notes.append("Validation problems differ: their intervals are unpaired, and accuracies are not of the same problems")
+        notes.append("Validation problems differ: accuracies are of different problems, and intervals are unpaired")
     if any(name.startswith("model.reward") for name, *_ in options):
-        notes.append("Rewards differ, and with them what counts as right")
+        notes.append("Rewards differ, so a right answer may mean something else in each run")
     if any(run.report["state"] != "finished" for run in runs):
-        notes.append("Not all runs are finished: of the others there is what they had when they last wrote it")
+        notes.append("Some runs are not finished: their columns show the last report that they wrote")
     return notes
 
 

@@ -1,18 +1,19 @@
-"""`Diagnosis` and `Doctor` report what keeps a run from learning, during training and before it; `StepLines` prints each step.
+"""`Diagnosis` and `Doctor` report what keeps a run from learning, during training and before it.
 
 Findings from calibration and the first validation are printed before the first step; later problems are printed as soon as they
 are seen. `reports/findings.py` defines what counts as a finding.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from hybrid_lightning.callbacks.display import console, minute_lines, say
+from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.progress import NORMS, logged_values
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import Difference
@@ -21,12 +22,10 @@ from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMon
 from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
-from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
 
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers tried before the first step, and by `Doctor`
-_NORMS = ("grad_norm/full", "grad_norm/lora")
 _PROMPTS, _COMPLETIONS = 4, 2  # what `Doctor` shows: prompts, and completions per prompt
 _ASKED = 32  # prompts that a teacher completes for `Doctor`
 _ROWS = 64  # completions on which `Doctor` measures the change of the policy
@@ -104,7 +103,7 @@ class Diagnosis(OncePerRollout):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at an optimizer step."""
         if isinstance(pl_module, PolicyModule) and trainer.is_global_zero and ends_step(trainer):
-            self._say(trainer, *self._monitored(pl_module).add_step(_logged(trainer, ("entropy", "ratio/mean", *_NORMS))))
+            self._say(trainer, *self._monitored(pl_module).add_step(logged_values(trainer, ("entropy", "ratio/mean", *NORMS))))
 
     def _monitored(self, policy: PolicyModule) -> TrainingMonitor:
         self._monitor = self._monitor or TrainingMonitor(policy.task.schedule.prompts_per_rollout)
@@ -185,78 +184,6 @@ def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
     return findings.of_cut(share, share - right, "the first validation", limits)  # at least this share is wrong
 
 
-class StepLines(Callback):
-    """Prints a line for each optimizer step where the screen is a file without a progress bar; in a notebook, one changing line.
-
-    Before the steps it prints what begins: a validation or the first step. During generation it prints one line a minute.
-    """
-
-    def __init__(self) -> None:
-        self._shown: Any = None  # display handle of the line in a notebook
-        self._advance = minute_lines("Generating, tokens")
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start listening to the generation of completions."""
-        if isinstance(pl_module, LanguageModule) and trainer.is_global_zero and self._listen not in pl_module.run.listeners:
-            pl_module.run.listeners.append(self._listen)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening."""
-        if isinstance(pl_module, LanguageModule) and self._listen in pl_module.run.listeners:
-            pl_module.run.listeners.remove(self._listen)
-
-    def _listen(self, running: int, decoded: int, total: int) -> None:
-        self._advance(decoded, total)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that validation begins."""
-        _begin(trainer, "Validation before training" if trainer.sanity_checking else "Validation")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that the test begins."""
-        _begin(trainer, "Test")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that prediction begins."""
-        _begin(trainer, "Predictions")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that the first step begins."""
-        self._shown = None
-        _begin(trainer, f"Step {trainer.global_step + 1}")
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Print the step, after `StepTimer` has measured it."""
-        if not ends_step(trainer) or not trainer.is_global_zero:
-            return
-        steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        names = ("loss", *_shown(pl_module), "accuracy", "entropy", *_NORMS, "time/step_s")
-        shown = (f"{name} {value:.4g}" for name, value in _logged(trainer, names).items())
-        text = f"Step {trainer.global_step}{steps}: {'  '.join(shown)}"
-        if console().is_jupyter:
-            from IPython.display import display
-
-            self._shown = self._shown or display(display_id=True)  # type: ignore[no-untyped-call]
-            self._shown.update({"text/plain": text}, raw=True)
-        else:
-            say(text)
-
-
-def _begin(trainer: Trainer, phase: str) -> None:
-    if trainer.is_global_zero and not console().is_jupyter:
-        say(f"{phase} ...")
-
-
-def _shown(pl_module: LightningModule) -> tuple[str, ...]:
-    return pl_module.task.shown_metrics if isinstance(pl_module, LanguageModule) else ()
-
-
-def _logged(trainer: Trainer, names: Iterable[str]) -> dict[str, float]:
-    """Values that the last optimizer step logged under these names."""
-    values = trainer.callback_metrics
-    return {name: float(values[name]) for name in names if name in values}
-
-
 class Doctor(Callback):
     """Examines a `PolicyModule` in a `fit` of one optimizer step, on a copy of the model that the command has loaded.
 
@@ -331,13 +258,15 @@ class Doctor(Callback):
         values = {
             "answers": given.note,
             "reference": references.note,
-            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
-            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
-            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at "
-            f"{findings.as_options(limits)}, {m.get('completions/mean_length', 0):.1f} tokens on average",
+            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rollouts.completions)} completions right"
+            if "reward" in m
+            else "no completion counts",
+            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards, so nothing to learn from",
+            "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
+            f"{m.get('completions/clipped_ratio', 0):.0%} cut at {findings.as_options(limits)}",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
-            "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
-            "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
+            "gradient": "norm " + ", ".join(f"{value:.3g} ({name})" for name, value in norms.items()),
+            "trial step": f"at the full rates ({rates}): KL {change.kl:.2g} nats a token, log-probabilities moved by "
             f"{change.moved:.2g}, ratio up to {change.ratio:.3g}{clipped}",
             "time": self._time(policy, steps, validated, scored_prompts * rollouts.samples_per_prompt, len(rollouts.completions)),
         }
@@ -368,7 +297,7 @@ class Doctor(Callback):
         if math.isinf(steps):
             return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
-        return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+        return f"about {step:.3g} s a step, {_duration(total)} for {steps:.0f} steps with validation and scoring"
 
 
 def _unneeded(policy: PolicyModule) -> tuple[str, ...]:

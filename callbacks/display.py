@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from hybrid_lightning.data import PromptDataModule
 
 Advance = Callable[[int, int | None], None]
 _MINUTE_S = 60.0
+_SCRIPT = "hybrid-lightning"
 
 
 def console() -> Console:
@@ -44,8 +46,12 @@ def show_table(table: Table) -> None:
 def command_line(*arguments: str | Path) -> str:
     """A command of this package with its arguments, quoted for a shell.
 
-    It begins with `python`, or with its path, such as `.venv/bin/python`, if its virtual environment is not activated.
+    It begins as this process was started: with the console script, or with `python`. If the virtual environment is not activated
+    it has the program's path, such as `.venv/bin/python`.
     """
+    if Path(sys.argv[0]).name == _SCRIPT:
+        script = _SCRIPT if shutil.which(_SCRIPT) == sys.argv[0] else from_here(Path(sys.argv[0]))
+        return shlex.join([script, *map(str, arguments)])
     activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
     python = "python" if activated else from_here(Path(sys.executable))
     return shlex.join([python, "-m", "hybrid_lightning", *map(str, arguments)])

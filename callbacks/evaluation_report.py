@@ -69,7 +69,7 @@ class EvaluationReport(Callback):
             if split == "validation":
                 say_completions(pl_module)
             shown = ", ".join(f"{name} {value}" for name, value in by.items())
-            say(f"Measured by {shown}: numbers compare with others of the same alone")
+            say(f"Measured by {shown}: compare only with results measured the same way")
         if folder is None or trainer.sanity_checking:
             return
         report = {

@@ -73,7 +73,7 @@ class GracefulStop(Callback):
         self._mine = self._mine or not self.signals.taken_over
         self.signals.take_over()
         self.signals.started_ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
-        self.signals.last_words = lambda: _go_on_from(trainer)
+        self.signals.last_words = lambda: _how_to_resume(trainer)
         self._processes = gather_objects((platform.node(), os.getpid()))
         if isinstance(pl_module, LanguageModule):
             pl_module.run.signals = self.signals
@@ -186,7 +186,7 @@ class GracefulStop(Callback):
         if saves:
             self._save(trainer, exception)
         elif isinstance(exception, RunStopped) and trainer.is_global_zero:
-            say(f"Stopped: {_go_on_from(trainer)}")
+            say(f"Stopped: {_how_to_resume(trainer)}")
         if isinstance(exception, RunStopped):
             exception.explained = True
         self.teardown(trainer, pl_module, "fit")
@@ -203,7 +203,7 @@ class GracefulStop(Callback):
     def _save(self, trainer: Trainer, exception: BaseException) -> None:
         folder = run_folder(trainer)
         if folder is None:
-            say("Stopped: fast_dev_run leaves nothing to go on from")
+            say("Stopped: fast_dev_run keeps nothing to resume from")
             return
         if trainer.validating:
             # For a validation after the last step, which is not due by an interval.
@@ -217,7 +217,7 @@ class GracefulStop(Callback):
         path = folder / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            words = f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}"
+            words = f"Checkpoint saved. Resume with:\n  {resume_command(trainer, path)}"
             if isinstance(exception, RunStopped):
                 say(words)
             else:
@@ -233,10 +233,10 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
         return None
     checkpoint, stop = last_checkpoint(trainer), find_callback(trainer, GracefulStop)
     command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
-    remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
+    remedy = f"resume with {command}" if checkpoint else "no checkpoint has been saved yet"
     gone = [] if stop is None else stop.gone_ranks()
     cause = " and ".join(f"rank {rank} died" for rank in gone) or "another rank was killed, has failed or hangs"
-    return f"rank {trainer.global_rank} lost contact: {cause}; its own output says why; {remedy}"
+    return f"rank {trainer.global_rank} lost contact: {cause}; its own output shows why; {remedy}"
 
 
 def _lives(process: int) -> bool:
@@ -260,12 +260,12 @@ def _progress(trainer: Trainer) -> dict[str, Any]:
     return copy.deepcopy({**loop.epoch_loop.state_dict(prefix="epoch_loop."), "epoch_progress": loop.epoch_progress.state_dict()})
 
 
-def _go_on_from(trainer: Trainer) -> str:
+def _how_to_resume(trainer: Trainer) -> str:
     """How to resume this run, in words; this does not communicate with other ranks."""
     if trainer.state.fn != "fit":
         return "start the command again"
     if checkpoint := last_checkpoint(trainer):
-        return f"go on with:\n  {resume_command(trainer, checkpoint)}"
+        return f"resume with:\n  {resume_command(trainer, checkpoint)}"
     return f"{NOTHING_MADE} (scoring begins anew)"
 
 

@@ -126,7 +126,7 @@ class HybridAdapterSetup(Configurable, Callback):
             self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model anew")
         if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
             trained = (*self.plan.full_modules, *self.plan.lora_modules)
-            self._show(self.plan, folder, share_of_experts(model_of(pl_module), trained))
+            self._show(self.plan, folder, share_of_experts(model_of(pl_module), trained), resumed=saved is not None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the plan for modules that do not save it themselves."""
@@ -200,11 +200,14 @@ class HybridAdapterSetup(Configurable, Callback):
         pl_module.plan = plan  # type: ignore[assignment]
         return plan
 
-    def _show(self, plan: AdapterPlan, folder: Path | None, of_experts: float) -> None:
+    def _show(self, plan: AdapterPlan, folder: Path | None, of_experts: float, resumed: bool) -> None:
         if folder is not None:
             plan.save(folder / "plan.json")
             if plan.is_scored:
                 draw_heatmap(plan).savefig(folder / "plan.png", dpi=150)
+        if resumed:  # the stopped run has shown the rest
+            say(f"{plan_title(plan)}, as in the checkpoint")
+            return
         say(plan_title(plan))
         if of_experts:
             say(f"Frozen besides: experts, {of_experts:.0%} of the weights; adapter.rank_pattern={{experts: 4}} gives them LoRA")

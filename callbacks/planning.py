@@ -29,6 +29,7 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.training.sharded_scoring import ShardedScoring, split_copy
 
 # Scale of scoring's losses in float16: gradients below 1.5e-11 become 0, instead of those below 6e-8. A gradient that a larger
@@ -202,7 +203,8 @@ class Planner:
         if language is None:
             assert isinstance(self.module, Adaptable)
             return self.module.calibration_losses(count)
-        with progress_bar(self.trainer, "Calibration rollouts", None) as advance:
+        description = "Calibration rollouts" if isinstance(language, PolicyModule) else "Calibration examples"
+        with progress_bar(self.trainer, description, None) as advance:
             language.run.listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
             try:
                 return language.calibration_losses(count)

@@ -1,7 +1,7 @@
 """How a run shows its rollouts.
 
-`RolloutProgress` shows them on the screen while they are generated, `RolloutSamples` logs pages of them and writes all of them to
-a file, and `RewardDivergence` warns when a part of the reward rises while correctness falls (reward hacking).
+`RolloutSamples` logs pages of them and writes all of them to a file, and `RewardDivergence` warns when a part of the reward rises
+while correctness falls (reward hacking).
 """
 
 import math
@@ -13,7 +13,6 @@ from statistics import fmean, variance
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.cells import cell_len, set_cell_size
 from torch import Tensor
@@ -28,60 +27,6 @@ from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 _ON_SCREEN = 1_000  # characters of an episode
 _LINES = 2  # completions of a validation on the screen
-
-
-class RolloutProgress(RichProgressBar):
-    """Lightning's progress bar with reward and completion length, and a second bar with the tokens of a rollout in progress."""
-
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=10)
-        self._generation_task: Any = None
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Number of micro-batches in this epoch, limited by `max_steps`."""
-        of_epoch = self.trainer.num_training_batches
-        if self.trainer.max_steps < 0:
-            return of_epoch
-        done = (self.trainer.fit_loop.batch_idx + 1) % of_epoch  # at the start of an epoch Lightning still has the last batch_idx
-        left = (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
-        return min(of_epoch, done + left)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start listening to the generation of rollouts."""
-        super().setup(trainer, pl_module, stage)
-        if isinstance(pl_module, LanguageModule) and self._show_generation not in pl_module.run.listeners:
-            pl_module.run.listeners.append(self._show_generation)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Metrics to show, without the version number of the run folder."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)  # type: ignore[assignment]
-        metrics.pop("v_num", None)
-        return metrics
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        """Text before the training bar. Lightning's text would be "Epoch 0/-2" if `max_steps` ends the run."""
-        return f"Training (epoch {current_epoch})"
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening to the generation."""
-        super().teardown(trainer, pl_module, stage)
-        if isinstance(pl_module, LanguageModule) and self._show_generation in pl_module.run.listeners:
-            pl_module.run.listeners.remove(self._show_generation)
-
-    def _stop_progress(self) -> None:
-        """Remove the bar, so that the run's last messages are at the end of the screen."""
-        if self.progress is not None:
-            self.progress.live.transient = True
-        super()._stop_progress()
-
-    def _show_generation(self, running: int, decoded: int, total: int) -> None:
-        if self.progress is None or self._progress_stopped or self.is_disabled:
-            return
-        if self._generation_task not in self.progress.task_ids:
-            self._generation_task = self._add_task(total, "Generating")
-        done = running == 0 or decoded == total
-        self.progress.update(self._generation_task, completed=decoded, total=total, visible=not done)
 
 
 class OncePerRollout(Callback, ABC):

@@ -27,6 +27,9 @@ from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, show
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
+# Validation metric -> its name on the screen.
+_SHORT = {"greedy_accuracy": "greedy", "completion_length": "length", "truncation_rate": "cut"}
+
 
 class RunSummary(Callback):
     """Prints a summary at the end of `fit` and writes it as `summary.json`.
@@ -178,8 +181,7 @@ class RunSummary(Callback):
         module = trainer.lightning_module
         if trainer.is_global_zero and metrics:
             sets = module.evaluation.last if isinstance(module, LanguageModule) else ()
-            values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
-            console().print(f"Validation ({when}): {values}", soft_wrap=True)
+            say(f"Validation ({when}): {_headline(metrics, sets, _eval_samples(module))}")
             say_completions(module)
 
     def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
@@ -190,22 +192,20 @@ class RunSummary(Callback):
             first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
             table.add_row("held-out loss", f"{first} -> {after['val/loss']:.4f}")
         if "val/rewards/accuracies" in after:  # a comparison with the start policy, without a value before training
-            preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
+            preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, compared with the start policy (chance: 50%)"
             table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
-            if "val/problems" in after:
-                most = "; the most frequent reference answer, {}, is right for {:.1%}" if summary["answers"] else ""
-                shown = (shorten(summary["answers"].get("reference")), summary["answers"].get("share"))
-                table.add_row("problems", f"{after['val/problems']:.0f}{most.format(*shown)}")
-            table.add_row(f"accuracy (avg@{samples})", _change(summary, "accuracy"))
-            table.add_row("greedy accuracy", _change(summary, "greedy"))
+            problems = f", n={after['val/problems']:.0f}" if "val/problems" in after else ""
+            table.add_row(f"accuracy (avg@{samples})", _change(summary, "accuracy") + problems)
             table.add_row("reward", _change(summary, "reward"))
-        modules = [name.removeprefix("model.") for name in summary["full_modules"]]
-        more = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
-        table.add_row("fully trained", ", ".join(modules[:6]) + more or "none")
-        table.add_row("LoRA", f"{summary['lora_modules']} modules")
+            table.add_row("greedy accuracy", _change(summary, "greedy"))
+            if summary["answers"]:
+                answer, share = shorten(summary["answers"]["reference"]), summary["answers"]["share"]
+                table.add_row("constant answer", f"{answer} for every problem would be right for {share:.1%}")
+        full = len(summary["full_modules"])
+        modules = f"{full} module{'' if full == 1 else 's'} fully, {summary['lora_modules']} by LoRA"
         trainable = f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
-        table.add_row("trainable", trainable)
+        table.add_row("trained", f"{modules}; {trainable}")
         table.add_row("time", _time(summary))
         if summary["throughput"]:
             table.add_row("speed", _speed(summary["throughput"]))
@@ -264,14 +264,22 @@ def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -
     return {f"summary/{name}_{when}": metrics[metric] for name, metric in _measures(pl_module).items() if metric in metrics}
 
 
-def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float]:
-    """Metrics for one line: over all sets together, without intervals, and only the largest k of each `METRIC@k`."""
-    hidden = tuple(f"{name}/" for name in sets if name)
-    names = (name.removeprefix("val/") for name in metrics)
-    overall = [name for name in names if not name.startswith(hidden) and not name.endswith((f"/{LOWER}", f"/{UPPER}"))]
-    largest = max((int(name.partition("@")[2]) for name in overall if "@" in name), default=0)
-    chosen = (name for name in overall if name != "problems" and ("@" not in name or name.endswith(f"@{largest}")))
-    return {name: metrics[f"val/{name}"] for name in chosen}
+def _headline(metrics: dict[str, float], sets: Iterable[str], samples: int) -> str:
+    """Metrics in one line, accuracy and reward first: over all sets together, and only the largest k of each `METRIC@k`."""
+    hidden, accuracy = (*(f"{name}/" for name in sets if name), "problems", "greedy_reward"), f"avg@{samples}"
+    values = {name.removeprefix("val/"): value for name, value in metrics.items()}
+    overall = {name: value for name, value in values.items() if not name.startswith(hidden)}
+    shown, count = {}, f"n={values['problems']:.0f}, " if "problems" in values else ""
+    if accuracy in overall:
+        ends = [f"{100 * overall[f'{accuracy}/{end}']:.1f}" for end in (LOWER, UPPER) if f"{accuracy}/{end}" in overall]
+        interval = f" [{', '.join(ends)}]" if ends else ""
+        shown[accuracy] = f"accuracy {overall[accuracy]:.1%}{interval} ({count}{accuracy})"
+    largest = max((int(name.partition("@")[2]) for name in overall if "@" in name and "/" not in name), default=0)
+    for name, value in sorted(overall.items(), key=lambda item: item[0] != "reward"):
+        if not name.endswith((f"/{LOWER}", f"/{UPPER}")) and ("@" not in name or name.endswith(f"@{largest}")):
+            digits = ".1%" if f"{name}/{LOWER}" in overall else ".1f" if name == "completion_length" else ".3f"
+            shown.setdefault(name, f"{_SHORT.get(name, name)} {value:{digits}}")
+    return "  ".join(shown.values())
 
 
 def _change(summary: dict[str, Any], name: str) -> str:

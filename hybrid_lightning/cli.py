@@ -5,9 +5,11 @@ This file defines the commands: their options and defaults, the callbacks that t
 remedies to error messages of other libraries.
 """
 
+import argparse
 import gc
 import inspect
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,10 @@ from hybrid_lightning.training.example_module import (
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.user_code import in_user_code
 
+_PACKAGE = Path(__file__).parent
+_CALLBACKS = (_PACKAGE / "callbacks").resolve()  # a link in a source tree
+_LIGHTNINGS_FORMAT = warnings.formatwarning
+
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = (
     *("ckpt_path", "weights_only", "verbose", "return_predictions"),
@@ -77,11 +83,25 @@ _TRAINER_WITHOUT_DEVICE = {
     "logger": False,
 }
 _WITHOUT_TRAINER = ("compare", "configs")
+# Descriptions of Lightning's commands; the others have their docstrings.
+_DESCRIPTIONS = {
+    "fit": "Score the modules, adapt the model and train it.",
+    "validate": "Measure a policy on the validation prompts.",
+    "test": "Measure a policy on the test prompts.",
+    "predict": "Complete the test prompts, and write the completions and rewards to a file.",
+}
 
 
 def _program() -> str:
     """How the command was started."""
     return "hybrid-lightning" if Path(sys.argv[0]).name.startswith("hybrid-lightning") else "python -m hybrid_lightning"
+
+
+def _format_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of this package as our other lines, without its place in the code; Lightning's format for all others."""
+    if Path(filename).is_relative_to(_PACKAGE) or Path(filename).resolve().is_relative_to(_CALLBACKS):
+        return f"Warning: {message}\n"
+    return _LIGHTNINGS_FORMAT(message, category, filename, lineno, line)
 
 
 def main(signals: StopSignals | None = None) -> None:
@@ -91,6 +111,7 @@ def main(signals: StopSignals | None = None) -> None:
         signals: Signal handlers of this process; None installs them only when the command trains, validates, tests or predicts.
     """
     quiet_libraries()
+    warnings.formatwarning = _format_warning
     signals = signals or StopSignals()
     try:
         sys.argv[1:] = with_paths(sys.argv[1:])
@@ -131,7 +152,8 @@ class HybridLightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": _program(),
-                "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA.",
+                "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA. Start with: "
+                f"{_program()} fit --config gspo",
             },
             **kwargs,
         )
@@ -216,21 +238,29 @@ class HybridLightningCLI(LightningCLI):
             sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Describe each command in a whole sentence; Lightning takes the first line of its docstring."""
-        said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        """Describe each command in a whole sentence; Lightning would use the first line of its docstring."""
+        docs = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        said = {**docs, **_DESCRIPTIONS}
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
-        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+        commands: Any = parser._subcommands_action
+        for choice in commands._choices_actions:
             choice.help = said[choice.dest]
+        for action in parser._actions:  # a config belongs to a command
+            action.help = argparse.SUPPRESS if action.dest in ("config", "print_config") else action.help
+        parser.usage = f"{_program()} COMMAND [--config NAME ...] [--OPTION=VALUE ...]"
+        group: Any = parser._subparsers
+        group.title, group.description = "commands", None
+        commands.metavar, commands.help = "COMMAND", "COMMAND --help shows its options."
         text = first_sentence(compare.__doc__)
         of_runs = Parser(description=text)
         of_runs.add_argument(
             "folders", metavar="RUN", nargs="*", help="Folder of a run, such as runs/gspo/version_0; at least two."
         )
-        of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
+        of_runs.add_argument("--html", metavar="FILE", help="New file for the comparison as a page, with charts of the curves.")
         parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
-        text = "List the configs that come with the package, or print one, to be changed in a file of your own."
+        text = "List the configs that come with the package, or print one as a start for your own."
         of_configs = Parser(description=text)
-        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Such as gspo or loss/dapo; without one all are listed.")
+        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Config to print, such as gspo or loss/dapo.")
         parser._subcommands_action.add_subcommand("configs", of_configs, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -25,12 +25,41 @@ from hybrid_lightning.cli_parser import Parser, is_ours, known_classes, suggesti
 from hybrid_lightning.errors import ConfigError
 
 _HOW = """\
-Below are the options of the classes that the config names, with the values that it gives, or of the default ones.
-A config has them by the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e-3}. Several --config lie on top of each other.
+Start from a config, and change any of its values by an option, as in
 
-    --KEY=CLASS         names another class, as in --model.loss=GRPOLoss
-    --KEY.help          shows all of a class and lists the others, as in --model.loss.help, --data.help, --trainer.help
-    --KEY.help=CLASS    shows all of another class, as in --model.reward.help=FunctionReward"""
+    {command} --config gspo --model.lr_lora=1e-3
+
+In a config that option is model: {{lr_lora: 1e-3}}; for None write null. A later --config overrides an earlier one, and options
+override all configs.
+
+Options come in groups, one for each class that the config names:
+
+    model        the policy and how it learns: loss, reward, sampler, batch, rates
+    data         the problems: source, format, number of validation problems
+    adapter      which modules train fully, which by LoRA, which stay frozen
+    checkpoint   which checkpoints are kept
+    samples      which completions are logged
+    divergence   when a warning of reward hacking is printed
+    predictions  the file that `predict` writes
+    trainer      steps, devices, precision, loggers: Lightning's Trainer
+
+To use other classes and to read more:
+
+    --KEY=CLASS         takes another class, as in --model.loss=GRPOLoss
+    --KEY.help          shows the class and lists the others, as in --data.help
+    --KEY.help=CLASS    shows another class, as in --model.reward.help=FunctionReward
+
+Below, an option shows its type, its default and, after "now", the value of the config."""
+
+
+# Options that libraries add to every command.
+_SHARED = {
+    "config": "Config file, or the name of a shipped config (see the command `configs`). Later ones override earlier ones.",
+    "print_config": "Print the resulting config and exit; --print_config=skip_default leaves out defaults.",
+    "seed_everything": "Seed of Python, NumPy and torch; true draws a random one.",
+    "ckpt_path": "Checkpoint to load: a file, or the folder of a sharded checkpoint.",
+    "weights_only": "Whether to load only tensors and plain types from the checkpoint.",
+}
 
 
 def help_asked_last(arguments: Sequence[str]) -> list[str]:
@@ -132,11 +161,12 @@ def _specs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
     found = sections(parser, config)
-    shown = _new_parser(parser, config, f"{parser.description}\n\n{_HOW}")
+    shown = _new_parser(parser, config, f"{parser.description}\n\n{_HOW.format(command=parser.command)}")
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
     for action in parser._actions:  # the command's own options
         if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
-            action.help = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            shortened = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            action.help = _SHARED.get(action.dest, shortened)
             own._add_action(action)
     for section in found:
         base = parser.parts.get(section.key)

@@ -29,7 +29,7 @@ _REWRITES = (
     (r"-\s+Expected a path but \S+ either not accessible or invalid\s+(?:- )?", ""),
     (
         r'expected "subcommand" to be one of .*',
-        "no command is given, such as python -m hybrid_lightning fit --config FILE; --help lists all and says what each does",
+        "no command was given; give one, such as python -m hybrid_lightning fit --config gspo (--help lists all)",
     ),
     (
         r"Parser key \"config\": File does not exist: '(.+)'",
@@ -37,16 +37,16 @@ _REWRITES = (
     ),
     (
         r"Option \S+ is not accepted before subcommand '(\w+)'",
-        r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
+        r"--config comes after the command; give python -m hybrid_lightning \1 --config FILE",
     ),
     (
         r"the following arguments are required: (loss)$",
-        r"model.\1 must be given, nearly always by a config: --config gspo, a name that 'configs' lists, or your own file",
+        r"model.\1 is missing; give a config, such as --config gspo (the command 'configs' lists all) or your own file",
     ),
     (
         r"(?:Import path (?:\S+ )?does not correspond to a subclass of RewardFunction|Unexpected import path format: \S+\.py:\w+)"
         r".*Given value: (\S+)",
-        r"\1 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1",
+        r"\1 is not a class derived from RewardFunction; for a function give class_path FunctionReward with function: \1",
     ),
 )
 
@@ -175,8 +175,9 @@ class Parser(LightningArgumentParser):
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
-        if self.part is not None and not self.exit_on_error and (misfit := self._misfit(message)):
-            raise Refusal(self.part, misfit.partition(":")[0], [], misfit.partition(": ")[2])
+        mistake = self._unknown_class(message) or self._misfit(message)
+        if mistake and self.part is not None and not self.exit_on_error:
+            raise Refusal(self.part, mistake.partition(":")[0], [], mistake.partition(": ")[2])
         cause = cause_of(ex)
         print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
         sys.exit(2)
@@ -191,21 +192,31 @@ class Parser(LightningArgumentParser):
             return f"{self._where(unknown[2]) or unknown[2]}: {unknown[1]} has no option {unknown[2]}{near}"
         if unknown := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
             return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
-        if unknown := re.search(
-            r'Parser key "(\S+)":.*Expected (a dot import path string: |an instantiatable class, but )(\S+)', message, re.DOTALL
-        ):
-            known = known_classes(next((type_of(action) for action in self._actions if action.dest == unknown[1]), None))
-            if unknown[2].startswith("an"):
-                return _which(unknown[1], unknown[3].rpartition(".")[2], known)
-            near = suggestion(unknown[3], known) or f"; give one of {', '.join(known)}, or module.Class"
-            return f"{unknown[1]}: unknown class {unknown[3]}{near}"
+        if mistake := self._unknown_class(message):
+            return mistake
+        if "Problems parsing config" in message and (broken := _broken_config(getattr(self, "args", []))):
+            return broken
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
+        message = re.sub(r'^Parser key "(\S+)":\s*(?=\S+ is not a class)', r"\1: ", message)
         if misfit := self._misfit(message):
             return misfit
         if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
             message += suggestion(unknown[2], dir(sys.modules.get(unknown[1])), f"{unknown[1]}.{{}}")
         return message
+
+    def _unknown_class(self, message: str) -> str:
+        """For an unknown class or a base class: the option, and the classes that it takes; empty for other mistakes."""
+        unknown = re.search(
+            r'Parser key "(\S+)":.*Expected (a dot import path string: |an instantiatable class, but )(\S+)', message, re.DOTALL
+        )
+        if not unknown:
+            return ""
+        known = known_classes(next((type_of(action) for action in self._actions if action.dest == unknown[1]), None))
+        if unknown[2].startswith("an"):
+            return _which(unknown[1], unknown[3].rpartition(".")[2], known)
+        near = suggestion(unknown[3], known) or f"; give one of {', '.join(known)}, or module.Class"
+        return f"{unknown[1]}: unknown class {unknown[3]}{near}"
 
     def _misfit(self, message: str) -> str:
         """For a value of another type: the option, the value and the accepted types; empty for other mistakes."""
@@ -213,6 +224,7 @@ class Parser(LightningArgumentParser):
         wanted = _wanted(unknown[2]) if unknown else ""
         if not unknown or not wanted:
             return ""
+        wanted = _TRAINED_WITH if unknown[1] == "trainer.precision" else wanted
         options = [argument.partition("=")[0] for argument in getattr(self, "args", [])]
         where = f"--{unknown[1]}" if f"--{unknown[1]}" in options else unknown[1]
         return f"{where}: {shorten(unknown[3].strip())} does not fit; give {wanted}"
@@ -225,7 +237,7 @@ class Parser(LightningArgumentParser):
         if inspect.isabstract(refusal.part):
             return _which(key, refusal.part.__name__, known_classes(refusal.part))
         near = _of_trl(refusal.name) or suggestion(refusal.name, refusal.names, f"--{key}.{{}}")
-        near = near or f"; --{key}.help={refusal.part.__name__} lists those that it has"
+        near = near or f"; --{key}.help={refusal.part.__name__} lists its options"
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
     def _where(self, name: str) -> str:
@@ -264,6 +276,7 @@ _MISFIT = re.compile(
     r"(?:\. Got|\s+Given value type: \S+ \S+\s+Given) value: (.*)",
     re.DOTALL,
 )
+_TRAINED_WITH = "32-true, bf16-mixed or 16-mixed"  # among all precisions of Lightning
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
@@ -281,6 +294,20 @@ def _wanted(expected: str) -> str:
     return " or ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
 
 
+def _broken_config(arguments: list[str]) -> str:
+    """The first config among a command's arguments that is not YAML, and the place of the mistake; empty if there is none."""
+    for path in config_paths(arguments):
+        try:
+            with open(path, encoding="utf-8") as file:
+                yaml.safe_load(file)
+        except yaml.MarkedYAMLError as error:
+            place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+            return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
+        except OSError:
+            continue
+    return ""
+
+
 def _public(path: str) -> str:
     kind = imported_class(path)
     return path if kind is None else public_path(kind)
@@ -292,7 +319,7 @@ def _of_trl(name: str) -> str:
 
 
 def _which(key: str, base: str, known: Iterable[str]) -> str:
-    return f"{key}: first say which {base}, one of {', '.join(known)}"
+    return f"{key}: no {base} is named yet; name it first, one of {', '.join(known)}"
 
 
 def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:

@@ -20,6 +20,7 @@ _REMEDIES = (
         r"No supported gpu backend|can not run on your system|Requirement 'torch_xla",
         "no such device is found here: give --trainer.accelerator=cpu, or auto for the best that is there",
     ),
+    (r"selected an invalid strategy name", "give --trainer.strategy=auto, ddp or fsdp"),
     (r"machine only has", "give --trainer.devices=auto for all that are there, or fewer"),
     (r"`devices` selected with|is not a valid input using \w+ accelerator", "give --trainer.devices=1, or auto"),
     (

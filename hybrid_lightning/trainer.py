@@ -13,15 +13,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.scorers import Random
-from hybrid_lightning.callbacks.diagnosis import Diagnosis, Doctor, StepLines
+from hybrid_lightning.callbacks.diagnosis import Diagnosis, Doctor
 from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.policy_export import PolicyExport, policy_in_training
+from hybrid_lightning.callbacks.progress import RolloutProgress, StepLines
 from hybrid_lightning.callbacks.resume import check_evaluated
-from hybrid_lightning.callbacks.rollouts import RolloutProgress
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, run_folder
 from hybrid_lightning.callbacks.run_report import RunReport
 from hybrid_lightning.callbacks.run_summary import RunSummary

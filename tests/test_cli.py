@@ -16,7 +16,7 @@ FIT = re.compile(
     r"Adapter plan: |[┏┃┡│└]|Plan(, with \d+ more modules?,)? written to |Validation \((start|step \d+)\): |What happened"
     r"|[┌├]|Run folder: |Curves: |Report: |Next: |Verdict: |Try: |Warning: .* \(docs/troubleshooting.md#"
     r"|(Calibration rollouts|Scoring modules|Validation before training|Step \d|Validation) \.\.\.$"
-    r"|Step \d/4: loss .* reward .* entropy |  .* -> .* \(reward \S+\)"
+    r"|Step \d/4: reward .* loss .* entropy |  .* -> .* \(reward \S+\)"
 )
 EVALUATION = re.compile(r"Test|[┌│└├]|Shares in percent|Measured by |Written to ")
 LOGGED = re.compile(r"engine: |Loaded model weights from the checkpoint at \S+$")

@@ -32,6 +32,7 @@ class Prepared(PromptDataModule):
 """
 FILES = {
     "foreign.ckpt": "hello",
+    "broken.yaml": "model:\n  loss: {class_path: GSPOLoss\n  a: b",
     "file": "",
     "long.jsonl": "\n".join(f'{{"question": "{"1" * (125 if n == 5 else 4)}{n}", "answer": "1"}}' for n in range(40)),
     "words.jsonl": "\n".join(f'{{"question": "{n}", "answer": "an answer"}}' for n in range(40)),
@@ -52,16 +53,17 @@ def folder(tmp_path_factory):
 
 # A command, and what the last line has to say.
 COMMANDS = [
-    ("", r"no command is given, such as .* fit --config FILE; --help lists all"),
-    ("fit", r"model\.loss must be given, nearly always by a config: --config gspo"),
-    ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
+    ("", r"no command was given; give one, such as .* fit --config gspo \(--help lists all\)"),
+    ("fit", r"model\.loss is missing; give a config, such as --config gspo"),
+    ("--config t.yaml fit", r"--config comes after the command; give python -m hybrid_lightning fit --config FILE"),
     ("fit --config nowhere.yaml", r"--config \S*nowhere\.yaml: there is no such file; .* that the command 'configs' lists$"),
+    ("fit --config broken.yaml", r"--config broken\.yaml is not valid YAML: .* in line 3; correct it$"),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]
 # What is added to `fit` by a config that works.
 OPTIONS = [
-    ("model.reward=json.dumps", r"json\.dumps is no class derived .* FunctionReward with function: json\.dumps$"),
+    ("model.reward=json.dumps", r"json\.dumps is not a class derived .* FunctionReward with function: json\.dumps$"),
     # what a user's own classes do
     ("model.environment=my_parts.Odd model.environment.number=0", r"Odd\.__init__ raised ZeroDivisionError: .*my_parts\.py line"),
     ("model.environment=my_parts.Odd model.environment.number=1", r"Odd\.tools returned 'nothing'; it must return a list of"),
@@ -78,7 +80,7 @@ OPTIONS = [
     ("model.samples_per_prompt=eight", r"--model\.samples_per_prompt: 'eight' does not fit; give a whole number$"),
     ("model.sampler.temperature=warm", r"--model\.sampler\.temperature: 'warm' does not fit; give a number$"),
     ("data.validation_prompts=all", r"--data\.validation_prompts: 'all' does not fit; give a whole number or null$"),
-    ("trainer.precision=fp16", r"--trainer\.precision: 'fp16' does not fit; give .*16-true, 16-mixed, .*, bf16 or null$"),
+    ("trainer.precision=fp16", r"--trainer\.precision: 'fp16' does not fit; give 32-true, bf16-mixed or 16-mixed$"),
     ("model.credit=step", r"--model\.credit: 'step' does not fit; give episode or turn$"),
     # places
     ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),

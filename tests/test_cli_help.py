@@ -107,7 +107,7 @@ def test_a_mistake_in_a_call_for_help_is_said(folder, option, message):
 def test_help_without_a_command_tells_each_in_a_whole_sentence(folder):
     text = said(folder, "--help")
     assert "Hybrid-LoRA" in text and "--adapter" not in text
-    told = re.split(r"^    (?=[a-z])", text.partition("Available subcommands:")[2], flags=re.MULTILINE)[1:]
+    told = re.split(r"^    (?=[a-z])", text.partition("its options.")[2], flags=re.MULTILINE)[1:]
     sentences = [" ".join(command.split()) for command in told]
     assert len(sentences) == 10 and all(re.fullmatch(r"[a-z]+ [A-Z].*[a-z]\.", sentence) for sentence in sentences), sentences
 

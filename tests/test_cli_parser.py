@@ -31,7 +31,7 @@ MISTAKES = [
     ("fit --config t.yaml --trainer.callbacks=PolicyExpor", {}, r"trainer\.callbacks: unknown class .* mean PolicyExport\?$"),
     ("fit --config t.yaml --model.sampler=Zzz", {}, r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
     ("fit --model.optimizer=torch.optim.AdamWW", {}, r"has no attribute 'AdamWW'.*; did you mean torch\.optim\.AdamW\?$"),
-    ("fit --model.loss.clip_low=1", {}, r"loss: first say which PolicyLoss, one of BNPOLoss, CISPOLoss"),
+    ("fit --model.loss.clip_low=1", {}, r"loss: no PolicyLoss is named yet; name it first, one of BNPOLoss, CISPOLoss"),
     # commands
     ("fitt --config t.yaml", {}, r"invalid choice: 'fitt' \(choose from .*\); did you mean fit\?$"),
     # keys of a config

@@ -35,18 +35,20 @@ from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepack
 from hybrid_lightning.engine.step_graphs import Graphs
 from hybrid_lightning.types import Sequences
 
-# Each pass that can be fast, and what runs in its place where it is not.
-_INSTEAD = {
-    "packed training": "padded training",
-    "attention by segments": "attention with repeated keys",
-    "shared prompts": "prompts shared in sampling alone",
-    "fused layers": "transformers' own layers",
-    "CPU kernels": "torch's own operators",
-    "16-bit products": "float32 products",
-    "prepacked weights": "weights as they are",
-    "fast decoding": "torch's own decoding",
-    "compiled layers": "layers without torch.compile",
+# Each pass that can be fast, in words for the user.
+_WORDS = {
+    "packed training": "training without padding",
+    "attention by segments": "FlashAttention",
+    "shared prompts": "prompt sharing in training",
+    "fused layers": "fused layers",
+    "CPU kernels": "CPU kernels",
+    "16-bit products": "16-bit matrix products",
+    "prepacked weights": "prepacked weights",
+    "fast decoding": "fast decoding",
+    "compiled layers": "torch.compile",
 }
+_ON_CPUS = ("CPU kernels", "prepacked weights")  # passes that other devices do not need
+_OF_ADAPTERS = ("fused layers", "prepacked weights", "fast decoding")  # passes that only an adapted model has
 
 # Known where something is sampled: with its adapter enabled, and layers tried.
 _OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
@@ -151,8 +153,17 @@ class Engine:
         return reasons
 
     def description(self) -> str:
-        """`passes` in one line, such as `engine: packed training and shared prompts; torch's own decoding, since ...`."""
-        return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
+        """One or two lines about `passes`, such as `engine: fast decoding off: GemmaDecoderLayer is not known; ...`."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        passes = {name: why for name, why in self.passes().items() if on_cpu or name not in _ON_CPUS}
+        if not self._has_adapter:
+            passes |= {name: "the model has no adapter" for name in _OF_ADAPTERS if name in passes}
+        off = _off(passes)
+        if not off:
+            return "engine: all fast paths on"
+        end = "all other fast paths on" if "" in passes.values() else "no fast path on"
+        lines = [off[0], "; ".join([*off[1:], end])] if len(off) > 1 else [f"{off[0]}; {end}"]
+        return "\n".join(f"engine: {line}" for line in lines)
 
     @property
     def reads_padded(self) -> bool:
@@ -209,10 +220,11 @@ class Engine:
         passes = self.passes() if known else {}
         others = [name for name, reason in known.items() if bool(reason) != bool(passes.get(name, reason))]
         if others:
-            then, now = (_described({name: of[name] for name in others}) for of in (known, passes))
+            on = [_WORDS[name] for name in others if not passes[name]]
+            now = "; ".join([*_off({name: passes[name] for name in others}), *([f"{_listed(on)} on"] if on else [])])
             rank_zero_warn(
-                f"the run that is continued had {then}; this one has {now}, and its numbers are rounded otherwise from here on; "
-                "continue it with the versions and on the kind of machine that it began with, if that matters"
+                f"the engine differs from the run that this one continues ({now}), so numbers are rounded differently from here "
+                "on; if that matters, continue with the same versions on the same kind of machine"
             )
 
     @property
@@ -264,15 +276,13 @@ class Engine:
         return f"no layer of {type(base_model(self.model)).__name__} computes what Llama's do"
 
 
-def _described(passes: Mapping[str, str]) -> str:
-    fast = [name for name, reason in passes.items() if not reason]
-    slow: dict[str, list[str]] = {}
+def _off(passes: Mapping[str, str]) -> list[str]:
+    """For each reason a text such as `fused layers and fast decoding off: the model has no adapter`."""
+    names: dict[str, list[str]] = {}
     for name, reason in passes.items():
         if reason:
-            slow.setdefault(reason, []).append(_INSTEAD[name])
-    parts = [_listed(fast)] if fast else []
-    parts += [f"{_listed(names)}, since {reason}" for reason, names in slow.items()]
-    return "; ".join(parts)
+            names.setdefault(reason, []).append(_WORDS[name])
+    return [f"{_listed(slow)} off: {reason}" for reason, slow in names.items()]
 
 
 def _listed(names: list[str]) -> str:

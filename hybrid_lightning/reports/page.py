@@ -88,7 +88,7 @@ class Run:
     def measures(self) -> dict[str, str]:
         """Criteria for a run: name for people -> metric."""
         found = {name: f"accuracy ({name.removeprefix('val/')})" for name in self.curves if re.fullmatch(r"val/avg@\d+", name)}
-        found |= {GREEDY: "greedy accuracy", REWARD: "reward", "val/loss": "held-out loss"}
+        found |= {REWARD: "reward", GREEDY: "greedy accuracy", "val/loss": "held-out loss"}
         found["val/rewards/accuracies"] = "preferred as chosen"
         return {label: name for name, label in found.items() if name in self.curves}
 

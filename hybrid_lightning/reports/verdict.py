@@ -67,15 +67,20 @@ def verdict(accuracy: Difference | None, reward: Difference | None) -> tuple[str
     Returns:
         The verdict, and 1 if the policy has learned, -1 if it is worse than at the start, 0 for no change; None if not known.
     """
-    found = {"accuracy": accuracy, "reward": reward}
-    shown = {name: f"{name} {shown_difference(change, f'val/{name}')}" for name, change in found.items() if change is not None}
-    directions = {name: change.direction for name, change in found.items() if change is not None}
+    found = {name: change for name, change in (("accuracy", accuracy), ("reward", reward)) if change is not None}
+    shown = {name: f"{name} {shown_difference(change, f'val/{name}')}" for name, change in found.items()}
+    directions = {name: change.direction for name, change in found.items()}
     if not shown:
         return "not measured, since there is no validation before and after", None
     by = next((name for name, direction in directions.items() if direction), None)
+    first = by or next(iter(shown))
+    measured = f"{shown.pop(first)} on {found[first].problems} problems"
     if by is None:
-        return f"no change that is larger than its interval: {', '.join(shown.values())}", 0
+        return f"no change that is larger than its interval: {', '.join([measured, *shown.values()])}", 0
     said = "learned" if directions[by] > 0 else "worse than at the start"
-    against = [f", though {shown[name]}" for name, direction in directions.items() if direction == -directions[by]]
-    still = ", while accuracy did not move" if by == "reward" and accuracy is not None else ""
-    return f"{said}: {shown[by]}{still}{''.join(against)}", directions[by]
+    if by == "reward":
+        beside = ", while accuracy did not move" if accuracy is not None else ""
+    else:
+        against = directions.get("reward") == -directions[by]
+        beside = "".join(f", {'though ' if against else ''}{text}" for text in shown.values())
+    return f"{said}: {measured}{beside}", directions[by]

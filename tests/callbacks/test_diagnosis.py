@@ -43,7 +43,7 @@ def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end
     assert summary["verdict"] == NO_GRADIENT and len(summary["try"]) == 4
     verdict, *tries = result.out.rstrip().splitlines()[-5:]
     assert verdict == f"Verdict:    {summary['verdict']}" and tries == [f"Try:        {advice}" for advice in summary["try"]]
-    lines = re.findall(r"^Step (\d+)/14: loss .* entropy [\d.]+ .*time/step_s [\d.]+$", result.out, re.MULTILINE)
+    lines = re.findall(r"^Step (\d+)/14: reward .* loss .* entropy [\d.]+ .*time/step_s [\d.]+$", result.out, re.MULTILINE)
     assert [int(line) for line in lines] == list(range(1, 15))
     phases = ["Calibration rollouts", "Scoring modules", "Validation before training", "Step 1", "Validation"]
     assert re.findall(r"^(.+) \.\.\.$", result.out, re.MULTILINE) == phases, "each has a line when it begins"
@@ -54,7 +54,9 @@ def test_a_rate_that_is_far_too_high_is_noticed(folder):
     small += ["--trainer.val_check_interval=4", "--trainer.enable_progress_bar=false"]
     high = done(folder, "fit", "--config", GSPO, *small, "--model.lr_lora=0.3")
     assert "the-policy-gets-worse" in sections(high.out)
-    assert re.search(r"\nVerdict:    worse than at the start: accuracy -.* points \[-.*, -.*\]\nTry: ", high.out)
+    assert re.search(
+        r"\nVerdict:    worse than at the start: accuracy -.* points \[-.*, -.*\] on 16 problems, .*\nTry: ", high.out
+    )
 
 
 def test_what_was_seen_and_said_goes_on_after_a_stop(model, sums, tmp_path, capsys):
@@ -95,7 +97,7 @@ def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folde
     said = values(result.out)
     assert said["reference"].startswith("24 of 24 reference answers are paid")
     assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
-    assert re.fullmatch(r"about \S+ s a step, and \d+ s for 4 steps with validation and scoring", said["time"])
+    assert re.fullmatch(r"about \S+ s a step, \d+ s for 4 steps with validation and scoring", said["time"])
     assert "Fits: hybrid 10% takes up to" in said["memory"]
     assert said["answers"].endswith("the most frequent one")
     assert result.out.splitlines()[-1].startswith("The run may fail: ") and "(docs/" in result.out.splitlines()[-1]

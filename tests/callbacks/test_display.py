@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
+import shutil
 import signal
+import sys
 
 import pytest
 from cli_runs import done, run, write_folder
@@ -88,3 +90,7 @@ def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp
     assert command_line("fit", "a b") == "python -m hybrid_lightning fit 'a b'"
     monkeypatch.delenv("VIRTUAL_ENV")
     assert command_line("fit").startswith(".venv/bin/python -m ")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "hybrid-lightning")])
+    assert command_line("fit") == ".venv/bin/hybrid-lightning fit"
+    monkeypatch.setattr(shutil, "which", lambda name: sys.argv[0])
+    assert command_line("fit", "a b") == "hybrid-lightning fit 'a b'"

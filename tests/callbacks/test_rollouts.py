@@ -247,9 +247,9 @@ def test_generation_has_a_bar_that_is_hidden_when_done_beside_reward_and_length(
     for (running, decoded, total), (completed, of, visible), description in watch.generation:
         assert "Generating" in description and (completed, of) == (decoded, total)
         assert visible == (running > 0 and decoded < total)
-    assert watch.metrics[0].keys() >= {"reward", "completions/mean_length"} and "v_num" not in watch.metrics[0]
+    assert watch.metrics[0].keys() >= {"reward", "tokens"} and "v_num" not in watch.metrics[0]
     output = screen.file.getvalue()
-    assert "reward: " in output and "completions/mean_length: " in output and "epoch 0" in output.lower()
+    assert "reward: " in output and "tokens: " in output and "epoch 0" in output.lower()
     assert [listener for listener in policy.run.listeners if "RolloutProgress" in str(listener)] == [], "after the run"
 
 

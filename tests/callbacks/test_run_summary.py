@@ -100,7 +100,7 @@ def test_preferences_have_nothing_before_training_that_could_be_gained_upon(mode
     folder = tmp_path / "x" / "version_0"
     validation = json.loads((folder / "summary.json").read_text())["validation"]
     share = validation["after"]["val/rewards/accuracies"]
-    assert f"preferred as chosen {share:.1%} of pairs, more than at the start (chance: 50%)" in output
+    assert f"preferred as chosen {share:.1%} of pairs, compared with the start policy (chance: 50%)" in output
     assert validation["before"]["val/rewards/accuracies"] is None and validation["before"]["val/rewards/margins"] == 0
     start, end = (re.search(rf"Validation \({when}\): (.*?)(?:Validation|What)", output)[1] for when in ("start", "step 2"))
     assert "rewards/accuracies" not in start and "rewards/margins 0.000" in start and "rewards/accuracies" in end

@@ -59,10 +59,11 @@ def mostly_fours(tmp_path_factory):
         (
             Noise(),
             4,
-            r"no change that is larger than its interval: accuracy \+0\.0 points \[.*\], reward [+-]0\.\d+ \[-.*, \+.*\]",
+            r"no change that is larger than its interval: accuracy \+0\.0 points \[.*\] on 16 problems, "
+            r"reward [+-]0\.\d+ \[-.*, \+.*\]",
         ),
         (First(), 40, r"one answer to most problems, which is not learning: '4' to \d+ of 16, right for \d+"),
-        (Short(), 12, r"learned: reward \+0\.\d+ \[\+.*, \+.*\], while accuracy did not move"),
+        (Short(), 12, r"learned: reward \+0\.\d+ \[\+.*, \+.*\] on 16 problems, while accuracy did not move"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, RewardFunction) else None,
 )
@@ -78,7 +79,7 @@ def test_a_run_ends_with(reward, steps, said, model, mostly_fours, tmp_path):
     said = " ".join(output.getvalue().replace("│", " ").split())
     before, after = (summary[f"reward_{when}"] for when in ("before", "after"))
     assert f"{before:.3f} -> {after:.3f} ({after - before:+.3f} [" in said
-    assert "problems 16; the most frequent reference answer, '4', is right for 75.0%" in said
+    assert ", n=16" in said and "constant answer '4' for every problem would be right for 75.0%" in said
     run = Run.read(next(tmp_path.rglob("report.json")).parent)
     assert charted([run])[:2] == ["val/reward", "val/avg@4"] and "reward" in run.change()
     cut, right = (summary["validation"]["after"][f"val/{name}"] for name in ("truncation_rate", "avg@4"))
@@ -92,15 +93,21 @@ UP, SAME, DOWN = (Difference(*values, 8) for values in ((0.2, 0.1, 0.3), (0.1, -
 @pytest.mark.parametrize(
     ("accuracy", "reward", "losses", "said", "tried"),
     [
-        (UP, SAME, None, "learned: accuracy +20.0 points [+10.0, +30.0]", ""),
-        (SAME, UP, None, "learned: reward +0.200 [+0.100, +0.300], while accuracy did not move", ""),
-        (None, UP, None, "learned: reward +0.200 [+0.100, +0.300]", ""),
-        (DOWN, UP, None, "worse than at the start: accuracy -20.0 points [-30.0, -10.0], though reward", "lower model.lr"),
+        (UP, SAME, None, "learned: accuracy +20.0 points [+10.0, +30.0] on 8 problems, reward +0.100 [-0.100, +0.300]", ""),
+        (SAME, UP, None, "learned: reward +0.200 [+0.100, +0.300] on 8 problems, while accuracy did not move", ""),
+        (None, UP, None, "learned: reward +0.200 [+0.100, +0.300] on 8 problems", ""),
+        (
+            DOWN,
+            UP,
+            None,
+            "worse than at the start: accuracy -20.0 points [-30.0, -10.0] on 8 problems, though reward",
+            "lower model.lr",
+        ),
         (
             SAME,
             SAME,
             None,
-            "no change that is larger than its interval: accuracy +10.0 points [-10.0, +30.0], ",
+            "no change that is larger than its interval: accuracy +10.0 points [-10.0, +30.0] on 8 problems, ",
             "train longer",
         ),
         (None, None, (2.0, 1.9), "learned: held-out loss 2.0000 -> 1.9000", ""),

@@ -74,5 +74,5 @@ def test_attention_that_differs_is_noticed(monkeypatch, caplog):
     model = build_model("llama")
     assert not packs(model) and not caplog.text
     said = engine_of(model).description()
-    assert ": shared prompts" in said, "by copies of its cache"
-    assert "padded training and torch's own decoding, since packed sequences change its logits" in said
+    assert "prompt sharing" not in said, "by copies of its cache"
+    assert "training without padding and fast decoding off: packed sequences change its logits" in said

@@ -49,30 +49,32 @@ def test_all_passes_of_known_families_are_fast(family, said):
     for _ in range(2):
         engine.report()
         engine.prepare()
-    assert said == ["engine: packed training, shared prompts, fused layers, CPU kernels, prepacked weights and fast decoding"]
+    assert said == ["engine: all fast paths on"]
 
 
 # Engines, and what they say of slow passes.
 SLOW = {
-    "layers": (lambda: build("gemma"), "and prepacked weights; torch's own decoding, since GemmaDecoderLayer is not known$"),
+    "layers": (lambda: build("gemma"), "^engine: fast decoding off: GemmaDecoderLayer is not known; all other fast paths on$"),
     "nothing": (
         lambda: build("gpt2", ("c_attn",)),
-        "prompts and CPU kernels; transformers' own layers, since no layer of GPT2LMHeadModel computes what Llama's do; ",
+        "^engine: fused layers off: no layer of GPT2LMHeadModel .*\nengine: .*fast decoding off: .*paths on$",
     ),
     "float16": (
         lambda: Engine(build("llama").model.half()),
-        "torch's own operators, .* and the model with float16; weights as .*16$",
+        "CPU kernels off: .* and the model with float16\nengine: prepacked weights off: .*16; all other fast paths on$",
     ),
-    "autocast": (lambda: build("llama"), "torch's own operators, .* and the model with float16; weights as .*16$"),
+    "autocast": (
+        lambda: build("llama"),
+        "CPU kernels off: .* and the model with float16\nengine: prepacked weights off: .*16; all other fast paths on$",
+    ),
     "dropout": (
         lambda: Engine(build("llama", lora_dropout=0.5).model.train()),
-        "prepacked weights; torch's own decoding, .* train mode$",
+        "^engine: fast decoding off: .* train mode; all other fast paths on$",
     ),
-    "DoRA": (lambda: build("llama", use_dora=True), "CPU kernels and fast decoding; weights as they are, .* such as DoRA"),
+    "DoRA": (lambda: build("llama", use_dora=True), "^engine: prepacked weights off: .* DoRA"),
     "no adapter": (
         lambda: Engine(build_model("llama")),
-        "^engine of the model without an adapter: packed training, shared prompts and CPU kernels; transformers' own layers, "
-        "since the model has no adapter, with which its layers are fused; weights .* no layer has LoRA; .* is not fused$",
+        "^engine: fused layers, prepacked weights and fast decoding off: the model has no adapter; all other fast paths on$",
     ),
 }
 
@@ -107,9 +109,9 @@ def test_layers_that_are_watched_or_wrapped():
 def test_a_run_says_it_and_a_resumed_one_what_has_changed(model, sums, tmp_path, said, monkeypatch):
     fit(model, sums, tmp_path / "runs", max_steps=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
     (line,) = said
-    assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
+    assert line == "engine: all fast paths on", "of the adapted model, and not while scored"
     monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
-    message = "continued had fast decoding; this one has torch's own decoding, since calling its parts"
+    message = r"the engine differs from the run that this one continues \(fast decoding off: calling its parts"
     with pytest.warns(UserWarning, match=message) as warned:
         fit(model, sums, tmp_path / "other", ckpt=tmp_path / "last.ckpt", max_steps=2)
-    assert sum("had fast decoding" in str(each.message) for each in warned) == 1
+    assert sum("the engine differs" in str(each.message) for each in warned) == 1

@@ -112,8 +112,8 @@ def test_the_engine_says_it():
     engine = Engine(build("qwen3_5_text"))
     engine.prepare()
     line = engine.description()
-    assert ": shared prompts" in line
-    assert "padded training and torch's own decoding, since its linear_attention layers would carry their state from" in line
+    assert "prompt sharing" not in line
+    assert "training without padding off: its linear_attention layers would carry their state from" in line
 
 
 def test_a_cache_that_cannot_be_continued_is_noticed(monkeypatch, caplog):
@@ -123,8 +123,8 @@ def test_a_cache_that_cannot_be_continued_is_noticed(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         engine = Engine(model)
         engine.prepare()
-    assert not engine.reads_padded and "computed anew for each completion" in caplog.text
-    assert "prompts shared in sampling alone, since copies of its cache change its logits" in engine.description()
+    assert not engine.reads_padded and "for each completion" in caplog.text
+    assert "prompt sharing in training off: copies of its cache change its logits" in engine.description()
     (prompt, completion) = draw((9, 5))
     logprobs, _ = token_logprobs(engine, Sequences(*pad_left([prompt], 0, "cpu"), *pad_right([completion], 0, "cpu")), 1.0)
     assert logprobs[0].tolist() == pytest.approx(alone(model, prompt, completion).tolist(), abs=1e-4)
@@ -169,7 +169,7 @@ def test_rows_are_packed_where_layers_keep_sequences_apart(family, monkeypatch):
     monkeypatch.setattr(module, "mamba2_split_conv1d_scan_combined", lambda *_, **__: None, raising=False)  # all at once
     engine = Engine(model)
     engine.prepare()
-    assert "packed training" in engine.description() and not engine.packs
+    assert "without padding" not in engine.description() and not engine.packs
     completions = draw((70, 2, 1, 25, 37, 1))
     rows = [(prompts[number // 2], completion) for number, completion in enumerate(completions)]
     ids, own = zip(*rows, strict=True)
@@ -196,4 +196,4 @@ def test_rows_are_padded_where_layers_do_not_keep_sequences_apart(dtype, kernels
             monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
     engine = Engine(model)
     engine.prepare()
-    assert "padded training" in engine.description() and model.config._attn_implementation == "sdpa"
+    assert "training without padding" in engine.description() and model.config._attn_implementation == "sdpa"

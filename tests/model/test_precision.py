@@ -136,8 +136,8 @@ def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_
     assert all(step["sampling/logp_difference/mean"] < 1e-5 for step in log.metrics)
     other, _, path = mixed
     assert module.policy.base_digest == other.policy.base_digest, "checkpoints and plans of other processors fit"
-    assert f"float32 products, since {WHY}" in module.policy.engine.description()
-    with pytest.warns(UserWarning, match="continued had 16-bit products; this one has float32 products, since this processor"):
+    assert f"16-bit matrix products off: {WHY}" in module.policy.engine.description()
+    with pytest.warns(UserWarning, match=r"this one continues \(16-bit matrix products off: this processor"):
         run(model, sums, tmp_path, ckpt=path, max_steps=4)
     # The same weights and tokens in 16 bits and in float32, without a Trainer.
     sequences = other.generate([Prompt(text="1+2=")], 4, torch.Generator().manual_seed(0)).sequences
@@ -146,7 +146,7 @@ def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_
         monkeypatch.setattr(precision_module, "why_no_halves", lambda why=why: why)
         alone = PolicyModule.load_from_checkpoint(path)
         found.append(alone.task.passes.measure([sequences])[0][0])
-        assert f"{'float32' if why else '16-bit'} products" in alone.policy.engine.description().replace(" and ", ", ")
+        assert ("16-bit matrix products" in alone.policy.engine.description()) == bool(why)
     assert 0 < (found[0] - found[1]).abs().max() < 0.1
 
 

@@ -8,15 +8,12 @@ prepare_process()  # before torch is imported: waiting threads soon sleep
 
 import lightning
 from lightning.pytorch.loggers import TensorBoardLogger
+from my_reward import right  # in a file of its own, so that checkpoints can name it
 
 from hybrid_lightning import GSPOLoss, HybridAdapterSetup, PolicyModule, PromptDataModule, Sampler
 from hybrid_lightning.data import PlainFormat, RowsSource
+from hybrid_lightning.policy import LinearSchedule
 from hybrid_lightning.trainer import run_callbacks
-
-
-def right(completions, answer):
-    """A reward: 1 for the right number, whether or not a working in brackets comes before it."""
-    return [float(text.rpartition("]")[2] == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
 class ShareWorked(lightning.Callback):
@@ -40,7 +37,9 @@ policy = PolicyModule(
     sampler=Sampler(max_new_tokens=20),
     prompts_per_rollout=32,
     minibatches_per_rollout=2,
+    lr_full=3e-4,
     lr_lora=3e-3,
+    schedule=LinearSchedule(warmup_steps=5, final_factor=0.1),
     seed=seed,
 )
 trainer = lightning.Trainer(

@@ -103,10 +103,12 @@ def write(folder: Path, runs: list[dict[str, Any]]) -> None:
     first, samples = runs[0], re.sub(r"\D", "", accuracy_name(runs[0]))
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(one["versions"]["commit"] for one in runs))
     threads = "one thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    waited = sum(one["processor_seconds"] for one in runs) < 0.8 * sum(one["seconds"] for one in runs)
+    machine = f"{first['machine']['processor']}, {first['machine']['cores']} cores, {threads}"
     said = (
-        f"Accuracy in percent of {first['problems']} held-out problems, {samples} samples each at the temperature of training. "
-        f"{first['machine']['processor']}, {first['machine']['cores']} cores, {threads}, with other work on the machine; "
-        f"torch {first['versions']['torch']}, commit {commits}. To repeat: `python -m benchmarks.examples {folder.name}`."
+        f"The seeds are of training. Accuracy is in percent: {samples} samples of each of {first['problems']} held-out problems. "
+        f"{machine}{', with other work on the machine' if waited else ''}; torch {first['versions']['torch']}, commit {commits}. "
+        f"To repeat: `python -m benchmarks.examples {folder.name}`."
     )
     update(folder / "README.md", f"{lines}\n\n{said}")
 

@@ -30,7 +30,7 @@ class ShareWorked(lightning.Callback):
 seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
 lightning.seed_everything(seed)
 rows = [{"question": f"{a}*{b}=", "answer": a * b} for a in range(100, 1000, 7) for b in range(2, 10)]
-data = PromptDataModule(RowsSource(rows, validation_fraction=0.1, split_seed=seed), PlainFormat(), eval_batch_size=128)
+data = PromptDataModule(RowsSource(rows, validation_fraction=0.1), PlainFormat(), eval_batch_size=128)
 policy = PolicyModule(
     loss=GSPOLoss(),
     reward=right,

@@ -44,7 +44,7 @@ policy = PolicyModule(
 )
 trainer = lightning.Trainer(
     accelerator="cpu",
-    max_steps=50,
+    max_steps=30,
     gradient_clip_val=1.0,
     check_val_every_n_epoch=None,
     val_check_interval=10,

@@ -110,7 +110,7 @@ def write(folder: Path, runs: list[dict[str, Any]]) -> None:
         f"{machine}{', with other work on the machine' if waited else ''}; torch {first['versions']['torch']}, commit {commits}. "
         f"To repeat: `python -m benchmarks.examples {folder.name}`."
     )
-    update(folder / "README.md", f"{lines}\n\n{said}")
+    update(folder / "README.md", f"{lines}\n\n{said}\n\n![Reward and accuracy over the optimizer steps, three seeds](curve.svg)")
 
 
 def accuracy_name(one: dict[str, Any]) -> str:
@@ -151,10 +151,10 @@ def overview() -> str:
         text = (EXAMPLES / name / "README.md").read_text()
         title = re.findall(r"^# (.*)$", text, re.MULTILINE)[0]
         result, used = "-", "-"
-        if found := re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| \d+ \| (\d+) \|$", text, re.MULTILINE):
-            before, after, seconds = ([float(value) for value in column] for column in zip(*found, strict=True))
-            result = f"{mean(before):.0f}% to {', '.join(f'{value:.0f}' for value in after)}%"
-            used = f"{median(seconds):.0f}"
+        if found := re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| .*? \| (\d+|-) \|$", text, re.MULTILINE):
+            before, after, seconds = zip(*found, strict=True)
+            result = f"{mean(map(float, before)):.0f}% to {', '.join(f'{float(value):.0f}' for value in after)}%"
+            used = "-" if "-" in seconds else f"{median(map(int, seconds)):.0f}"
         rows.append([f"[{name}]({name}/README.md)", title, result, used])
     return table(["folder", "what", "accuracy, three seeds", "processor seconds"], rows, left=3)
 

@@ -131,10 +131,11 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
         axes = figure.subplots()
         for number, one in enumerate(runs):
             steps, values = one["curves"]["reward"]
-            axes.plot(steps, values, color=REWARD, alpha=0.5, linewidth=0.8, label=None if number else "reward, training")
+            axes.plot(steps, values, color=REWARD, alpha=0.7, linewidth=0.8, label=None if number else "reward, training")
             steps, values = accuracy(one)
             axes.plot(steps, values, "o-", color=ACCURACY, markersize=3, label=None if number else "accuracy, held out")
         axes.set(xlabel="optimizer step", ylim=(0, 1.04))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(colors=TEXT)
         axes.xaxis.label.set_color(TEXT)
         for spine in axes.spines.values():

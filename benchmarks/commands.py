@@ -99,10 +99,10 @@ def environment(threads: int) -> dict[str, str]:
     return {**found, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
 
 
-def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
+def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str], folder: Path | None = None) -> None:
     """Run a Python command to its end, with its output in a log; it must not fail."""
     with log.open("w") as output:
-        done = subprocess.run([sys.executable, *command], env=variables, stdout=output, stderr=output, check=False)
+        done = subprocess.run([sys.executable, *command], env=variables, stdout=output, stderr=output, cwd=folder, check=False)
     if done.returncode:
         raise BenchmarkError(f"{last_line(log)} (it ended with {done.returncode}, its output is in {log})")
 

@@ -5,7 +5,7 @@
 
 This file imports none of these packages. `make` names a function or class that makes the object, with `arguments`; it also gets
 the episode's seed if it has a parameter `seed`. Objects are made within an episode. Other forms are short classes of your own:
-see `examples/` for TextArena, SkyRL Gym and TextWorld.
+see `examples/agent_frameworks` for TextArena, SkyRL Gym and TextWorld.
 """
 
 import inspect

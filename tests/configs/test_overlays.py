@@ -55,13 +55,15 @@ CHAT = ROOT / "configs" / "qwen3.yaml"
 LORA = ROOT / "configs" / "adapter" / "lora.yaml"  # a random policy earns nothing by which modules could be scored
 
 
-ENVIRONMENTS = [path for folder in ("configs/environment", "examples") for path in sorted((ROOT / folder).glob("*.yaml"))]
+ENVIRONMENTS = sorted((ROOT / "configs" / "environment").glob("*.yaml"))
+ENVIRONMENTS += [ROOT / "examples" / "agent_frameworks" / f"{package}.yaml" for package in ("textarena", "textworld")]
 
 
 @pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda path: path.stem)
 def test_an_environment_trains(path, tiny, here, monkeypatch):
     pytest.importorskip(path.stem, reason=f"needs {path.stem}, which {path.relative_to(ROOT)} says how to install")
     monkeypatch.setattr(tempfile, "tempdir", str(here))
+    monkeypatch.syspath_prepend(path.parent)
     count = {"reasoning_gym": "size"}.get(path.stem, "count")
     sizes = {count: 4, f"validation_{count}": 2, f"test_{count}": 0}
     options = [f"--model.model={tiny}", "--model.dtype=float32", "--trainer.precision=32-true", "--model.eval_samples=1"]

@@ -1,6 +1,7 @@
-"""The adapters in `examples/`, where their packages are installed."""
+"""The adapters in `examples/agent_frameworks`, where their packages are installed."""
 
 import tempfile
+from pathlib import Path
 
 import pytest
 from test_foreign import play, replays
@@ -8,12 +9,18 @@ from test_foreign import play, replays
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
 
+FOLDER = Path(__file__).parents[2] / "examples" / "agent_frameworks"
 PROMPT = Prompt(text="Play.", answer="4", columns={"level": 2})
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
 
 
 def test_textarena():
     pytest.importorskip("textarena")
-    from examples.textarena import TextArena
+    from textarena_games import TextArena
 
     environment = TextArena("GuessTheNumber-v0-raw")
     ends = [play(environment, [f"[{n}]"]) for n in range(1, 21)]
@@ -28,7 +35,7 @@ def test_textarena():
 
 def test_skyrl():
     pytest.importorskip("skyrl_gym")
-    from examples.skyrl import SkyRL
+    from skyrl_gym_environments import SkyRL
 
     environment = SkyRL("gsm8k_multi_turn", {"max_turns": 3})
     said, rewards, over = play(environment, ["#### 3", "It is\n#### 4"], PROMPT)
@@ -37,7 +44,7 @@ def test_skyrl():
 
 def test_textworld(tmp_path, monkeypatch):
     pytest.importorskip("textworld")
-    from examples.textworld import TextWorld
+    from textworld_games import TextWorld
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said, rewards, over = replays(TextWorld("tw-coin_collector", {"level": 1}), ["look", "take coin"])

@@ -11,7 +11,7 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS)
 }
 README = PAGES["README.md"]
-BESIDE = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+BESIDE = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "results").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 ALL_PAGES = PAGES | {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in BESIDE}
 GENERATED = ("docs/reference/api.md", "docs/reference/configuration.md")
 

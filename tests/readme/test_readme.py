@@ -250,7 +250,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_path_exists():
-    pattern = r"(?<![\w/.])(?:hybrid_lightning|callbacks|configs|results|tests|benchmarks|docs|\.ci)/[\w./-]*\w/?"
+    pattern = r"(?<![\w/.])(?:hybrid_lightning|callbacks|configs|examples|results|tests|benchmarks|docs|\.ci)/[\w./-]*\w/?"
     named = {(page, path) for page, text in ALL_PAGES.items() for path in re.findall(pattern, text)}
     assert len(named) > 50
     missing = sorted((page, path) for page, path in named if not path.startswith("docs/_build") and not (ROOT / path).exists())

@@ -4,7 +4,7 @@ from typing import Any
 
 import textarena
 
-from hybrid_lightning.environments import Environment, Step
+from hybrid_lightning.environments import Environment
 from hybrid_lightning.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ class TextArena(Environment):
         news = self._news()
         rewards, infos = self.game.close()
         reason = str(infos.get(0, {}).get("reason", ""))
-        return Step(news if reason in news else f"{news}\n{reason}".strip(), rewards.get(0, 0.0), over=True)
+        return news if reason in news else f"{news}\n{reason}".strip(), rewards.get(0, 0.0), True
 
     def _news(self) -> str:
         """What the player has not read yet: (who, text, kind) of each message, without the player's own."""

@@ -1,1 +1,0 @@
-"""Adapters of other packages, each in a file that can be copied."""

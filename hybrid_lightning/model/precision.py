@@ -78,14 +78,14 @@ def product_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def why_float32(model: nn.Module) -> str:
-    """Why a CPU should compute a model's 16-bit products in float32, in words for the user; empty if it should not."""
+    """Why a CPU should compute a model's 16-bit products in float32, worded for the user; empty if it should not."""
     reason, memory = why_no_halves(), memory_of(torch.device("cpu"))
     needed = 4 * sum(parameter.numel() for parameter in model.parameters()) * world_size()
     if not reason or memory is None or needed <= _MOST * memory:
         return reason
     rank_zero_warn(
-        f"{reason}, so that products take 4 to 60 times as long as in float32, for which weights of {needed / 2**30:.1f} GiB do "
-        f"not fit into half of the {memory / 2**30:.1f} GiB of this machine; take a smaller model, or another machine"
+        f"{reason}, so products take 4 to 60 times as long as in float32, but float32 weights of {needed / 2**30:.1f} GiB do "
+        f"not fit into half of this machine's {memory / 2**30:.1f} GiB; use a smaller model or another machine"
     )
     return ""
 

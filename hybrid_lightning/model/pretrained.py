@@ -95,18 +95,18 @@ class Pretrained:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers does not have it."""
+    """Build a config's model, or its first `layers`, on the meta device; ModelError if transformers does not have it."""
     config = deepcopy(config)
     if layers is not None:
         text: Any = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            with suppress(AttributeError):  # where they follow from the number of layers
+            with suppress(AttributeError):  # derived from the number of layers in some configs
                 text.layer_types = text.layer_types[:layers]
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
+        raise ModelError(f"cannot build a causal language model from this config: {one_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()

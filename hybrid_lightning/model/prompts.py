@@ -113,9 +113,9 @@ class PromptEncoder:
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
             begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {begin!r}: {error}; the model's "
-                "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
-                "included (the embedded policy knows digits and signs alone)"
+                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {begin!r}: {error}; a part of it is not "
+                "in the model's vocabulary: use another model, other data, or another data.format or system_prompt (the "
+                "embedded policy knows only digits and signs)"
             ) from error
         while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and prompt.messages is None:
             ids.pop()
@@ -151,9 +151,8 @@ class PromptEncoder:
                 ) from error
             if not whole.startswith(asked):
                 raise ConfigError(
-                    f"the chat template writes the prompt of {prompt.place} otherwise once it is answered, so that "
-                    "completions could not be told from prompts; set model.chat_template to one that adds the answer behind "
-                    "the prompt"
+                    f"the chat template changes the prompt of {prompt.place} once an answer follows it, so completions cannot "
+                    "be separated from prompts; set model.chat_template to one that appends the answer to the prompt"
                 )
             text = whole.removeprefix(asked)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -167,7 +167,7 @@ class _Decoder:
         if reason and self.sampler.cuda_graphs is True:
             raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
         if reason:
-            self.engine.graphs.say(reason)
+            self.engine.graphs.warn_once(reason)
         elif wanted and isinstance(decoding, SegmentDecoding):
             decoding.graphs = self.engine.graphs
         return decoding.prefill(samples)

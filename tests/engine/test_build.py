@@ -60,8 +60,8 @@ def test_they_are_compiled_once(tmp_path, quick, look):
     ("variables", "words"),
     [
         ({"PATH": "/none", "CXX": ""}, ["no C++ compiler was found", "apt install g++"]),
-        ({"CXX": "none-such"}, ["CXX=none-such is not there"]),
-        ({"CXX": shutil.which("false") or "false"}, ["false failed (it said nothing)", "set CXX to another compiler"]),
+        ({"CXX": "none-such"}, ["CXX=none-such was not found"]),
+        ({"CXX": shutil.which("false") or "false"}, ["false failed (no output)", "set CXX to another compiler"]),
         ({"HYBRID_LIGHTNING_KERNELS": "0"}, []),  # who wants none is told nothing
     ],
 )

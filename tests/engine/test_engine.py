@@ -57,7 +57,7 @@ SLOW = {
     "layers": (lambda: build("gemma"), "and prepacked weights; torch's own decoding, since GemmaDecoderLayer is not known$"),
     "nothing": (
         lambda: build("gpt2", ("c_attn",)),
-        "prompts and CPU kernels; transformers' own layers, since no layer of GPT2LMHeadModel computes what Llama's do; ",
+        "prompts and CPU kernels; transformers' own layers, since no layer of GPT2LMHeadModel computes the same as Llama's; ",
     ),
     "float16": (
         lambda: Engine(build("llama").model.half()),
@@ -68,11 +68,11 @@ SLOW = {
         lambda: Engine(build("llama", lora_dropout=0.5).model.train()),
         "prepacked weights; torch's own decoding, .* train mode$",
     ),
-    "DoRA": (lambda: build("llama", use_dora=True), "CPU kernels and fast decoding; weights as they are, .* such as DoRA"),
+    "DoRA": (lambda: build("llama", use_dora=True), "CPU kernels and fast decoding; weights as they are, .* for example DoRA"),
     "no adapter": (
         lambda: Engine(build_model("llama")),
         "^engine of the model without an adapter: packed training, shared prompts and CPU kernels; transformers' own layers, "
-        "since the model has no adapter, with which its layers are fused; weights .* no layer has LoRA; .* is not fused$",
+        "since the model has no adapter, and only adapted models are fused; weights .* no layer has LoRA; .* is not fused$",
     ),
 }
 
@@ -101,7 +101,7 @@ def test_layers_that_are_watched_or_wrapped():
     decoder.layers[0].mlp = fused_mlp
     wrapped = type("FSDPLlamaDecoderLayer", (type(decoder.layers[1]),), {})
     decoder.layers[1] = made_like(decoder.layers[1], wrapped)
-    assert "FSDPLlamaDecoderLayer is not known, as where a strategy has wrapped it" in slow(engine)["fast decoding"]
+    assert "FSDPLlamaDecoderLayer is not known; a strategy may have wrapped it" in slow(engine)["fast decoding"]
 
 
 def test_a_run_says_it_and_a_resumed_one_what_has_changed(model, sums, tmp_path, said, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_run_says_it_and_a_resumed_one_what_has_changed(model, sums, tmp_path,
     (line,) = said
     assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
     monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
-    message = "continued had fast decoding; this one has torch's own decoding, since calling its parts"
+    message = "resumed run used fast decoding; this one uses torch's own decoding, since calling its parts"
     with pytest.warns(UserWarning, match=message) as warned:
         fit(model, sums, tmp_path / "other", ckpt=tmp_path / "last.ckpt", max_steps=2)
-    assert sum("had fast decoding" in str(each.message) for each in warned) == 1
+    assert sum("used fast decoding" in str(each.message) for each in warned) == 1

@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_continued_is_noticed(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         engine = Engine(model)
         engine.prepare()
-    assert not engine.reads_padded and "computed anew for each completion" in caplog.text
+    assert not engine.reads_padded and "recomputed for each completion" in caplog.text
     assert "prompts shared in sampling alone, since copies of its cache change its logits" in engine.description()
     (prompt, completion) = draw((9, 5))
     logprobs, _ = token_logprobs(engine, Sequences(*pad_left([prompt], 0, "cpu"), *pad_right([completion], 0, "cpu")), 1.0)

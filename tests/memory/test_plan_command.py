@@ -49,7 +49,7 @@ def test_devices_that_are_not_here(folder, offload):
     name = "FSDP2 with CPU offload" if offload else "FSDP2"
     assert f"{name} on 4 devices, accelerator, prompts of 50 tokens" in result.out and "process" not in cells(result)
     assert "Weights from other devices: " in result.out
-    host = r"lie on the host take there, for each device: FFT [\d.]+ MiB, LoRA [\d.]+ MiB, hybrid"
+    host = r"on the host take, for each device: FFT [\d.]+ MiB, LoRA [\d.]+ MiB, hybrid"
     assert bool(re.search(host, result.out)) is offload is (cells(result)["optimizer"][1] == "-" == cells(result)["weights"][1])
 
 

@@ -174,5 +174,5 @@ def test_all_end_where_connections_do_not_break_as_between_gpus(tmp_path):
     _, said = process.communicate()  # which ends with the last process that can write
     folder.close()
     assert process.returncode == -signal.SIGKILL
-    named = "rank 1 ends: rank 0, which started it, has ended; its own output says why; go on with:\n.*/last.ckpt"
+    named = "rank 1 ends: rank 0, which started it, has ended; see the output of rank 0 for the reason; go on with:\n.*/last.ckpt"
     assert re.search(named, said), said

@@ -121,5 +121,5 @@ class Random(Scorer):
 
 
 def _gradient(statistics: ModuleStatistics) -> Gradient:
-    assert statistics.gradient is not None, "it is there unless `needs_gradient` is False"
+    assert statistics.gradient is not None, "`needs_gradient` is True, so there is a gradient"
     return statistics.gradient

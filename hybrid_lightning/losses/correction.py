@@ -63,7 +63,7 @@ class ImportanceCorrection(Configurable, ABC):
         if weights.shape not in (mask.shape, mask.shape[:1]):
             raise ConfigError(
                 f"{type(self).__name__}.weights returned shape {tuple(weights.shape)}; return {tuple(mask.shape)} or, with one "
-                f"value a sequence, {tuple(mask.shape[:1])}"
+                f"value per sequence, {tuple(mask.shape[:1])}"
             )
         return weights
 

@@ -90,8 +90,8 @@ class TokenClippedLoss(ClippedLoss):
         if min(self.clip_low, self.clip_high) < SMALLEST_CLIP:
             raise ConfigError(
                 f"{type(self).__name__}: clip_low={self.clip_low:g}, clip_high={self.clip_high:g} is too small for ratios of "
-                f"single tokens (below {SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 "
-                "(DAPO: 0.28)"
+                f"single tokens (below {SMALLEST_CLIP}), perhaps left over from a GSPO config; set clip_low=0.2 and "
+                "clip_high=0.2 (DAPO: 0.28)"
             )
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ class DAPOLoss(TokenClippedLoss):
         super().__init__(clip_low, clip_high, **others)
         if clip_high <= clip_low:
             warnings.warn(
-                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no "
-                "clip-higher, as if left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
+                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so there is no clip-higher "
+                "(perhaps left over from a GRPO config); DAPO has clip_low=0.2 and clip_high=0.28",
                 stacklevel=2,
             )
 

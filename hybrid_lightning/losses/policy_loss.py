@@ -122,8 +122,8 @@ class PolicyLoss(Configurable, ABC):
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The loss before KL and aggregation, and the importance ratio: one per token, [B, T], or one per sequence, [B].
 
-        All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
-        anything. `old_logprobs` come from the inputs, or where these have none are the current ones without gradient, [B, T].
+        All tensors are float32 or float64. Where nothing was sampled, log-probabilities are 0, and returned values are ignored.
+        `old_logprobs` [B, T] come from the inputs; if the inputs have none, they are the current ones without gradient.
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
@@ -185,8 +185,8 @@ class PolicyLoss(Configurable, ABC):
             loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.sampled_mask, inputs.num_tokens)
         if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise ConfigError(
-                f"{type(self).__name__}: the loss has no gradient; compute policy_term from inputs.logprobs, and detach "
-                "weights alone"
+                f"{type(self).__name__}: the loss has no gradient; compute policy_term from inputs.logprobs, and detach only "
+                "weights"
             )
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
@@ -194,15 +194,15 @@ class PolicyLoss(Configurable, ABC):
         """Raise ConfigError unless the loss takes advantages of tokens."""
         if not self.takes_token_advantages:
             raise ConfigError(
-                f"{type(self).__name__} takes one advantage a sequence, and model.credit=turn gives each turn its own, or "
-                "SampledReverseKL each token; take another loss, such as GSPOTokenLoss for GSPO, or set takes_token_advantages "
-                "= True in a loss of yours that takes them as [B, T], or model.credit=episode, or model.distillation=ReverseKL"
+                f"{type(self).__name__} takes one advantage per sequence, but model.credit=turn gives one per turn, or "
+                "SampledReverseKL one per token; use another loss, such as GSPOTokenLoss for GSPO, or model.credit=episode, or "
+                "model.distillation=ReverseKL; in your own loss that takes them as [B, T] set takes_token_advantages = True"
             )
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
         """Raise ConfigError if a method of a subclass returned a wrong shape, which broadcasting would hide."""
         if value.shape not in allowed:
-            shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
+            shapes = " or, with one value per sequence, ".join(str(tuple(shape)) for shape in allowed)
             raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}; return {shapes}")
 
 
@@ -237,7 +237,7 @@ class ClippedLoss(PolicyLoss):
         super().__init__(**terms)
         name = type(self).__name__
         if not 0 <= clip_low < 1:
-            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, as ratios are positive; set e.g. 0.2")
+            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1: ratios are positive; set e.g. 0.2")
         if not (math.isfinite(clip_high) and clip_high >= 0):
             raise ConfigError(f"{name}: clip_high={clip_high} must be finite and at least 0; set a large one for no clip above")
         if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1 + clip_high):
@@ -271,7 +271,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     """Raise ConfigError for inputs that are missing, or that would broadcast to an unintended shape."""
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
-        raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
+        raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability per completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights", "entropy", "divergence")
     of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
     for field, want in {"advantages": of_advantages, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():

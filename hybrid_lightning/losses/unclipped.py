@@ -32,9 +32,11 @@ would add nothing since the gate is bounded.
 
 A token loses its gradient once its probability, not the ratio of its probabilities, has moved too far in the direction in which
 the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
-log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
-paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
-truncates r_t at 20 and gives the gradient to l_t, which is the same below 20; an optional KL term and entropy bonus.
+log-ratio pulls tokens back to their old probability. It comes from prime-rl, with a weight of 1e-3 there (after Kimi K2.5, arXiv
+2602.02276); the paper has none, and the default here is 0. With it, sequences without advantage are also trained on.
+
+Departures: the paper's code truncates r_t at 20 and gives the gradient to l_t, which is the same below 20; an optional KL term
+and entropy bonus.
 """
 
 import math

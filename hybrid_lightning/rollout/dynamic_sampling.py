@@ -21,8 +21,8 @@ has, the fewer are left to average out the noise of the gradient. So more prompt
   completions. Further useful groups are dropped: in the next rollout they would come from an older policy, and its first
   minibatch would no longer be exactly on-policy.
 - Departure: the paper samples without limit. Here sampling ends after `max_extra_rollouts` (verl ends the run at its
-  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with others. Their advantage is set to 0, so
-  that the step has its usual size and denominators; the policy gradient computes nothing for them.
+  `filter_groups.max_num_gen_batches`). Other groups then fill the gap. Their advantage is set to 0, so the step has its
+  usual size and denominators, and the policy gradient ignores them.
 - All ranks count the groups of all ranks, so that they make the same extra rollouts of the same size. A rank with more useful
   groups than its share gives some to ranks with fewer.
 """

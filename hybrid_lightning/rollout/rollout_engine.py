@@ -63,7 +63,7 @@ class RolloutEngine(Configurable, ABC):
     """
 
     shares_device = False  # whether it allocates memory in this process, in its own way, on the training device
-    needs_weight_sync = False  # whether `update` has to give it the policy's weights; other engines sample with the policy itself
+    needs_weight_sync = False  # whether `update` has to send it the policy's weights; if not, it samples with the policy itself
     # Whether completions are made in other processes, while this one continues (see `begin`), by engines that all ranks share.
     is_remote = False
     inflight_updates = False  # whether open requests continue with new weights from `update`; else no request may be open
@@ -174,18 +174,18 @@ class RolloutEngine(Configurable, ABC):
         """Whether open requests wait for weights that only `update` can give, because their engine was restarted."""
         return False
 
-    def go_on_with(self, version: WeightsVersion) -> None:
-        """Accept tokens by these weights from open requests. All ranks call it before one of them updates."""
+    def accept_weights(self, version: WeightsVersion) -> None:
+        """Accept tokens sampled with these weights from open requests. All ranks call it before one of them updates."""
 
     def updating(self) -> AbstractContextManager[Any]:
-        """Within this context it receives weights, and completions that other threads request do not begin."""
+        """Hold back completions that other threads request, while the engine receives weights within this context."""
         return nullcontext()
 
     def release_memory(self) -> None:
         """Free memory that is not needed until the next call, if the engine shares a device with training."""
 
     def shut_down(self) -> None:
-        """End everything that this engine has started, but no server that others started."""
+        """End everything that this engine has started. Servers that others started keep running."""
 
     @abstractmethod
     def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
@@ -264,7 +264,7 @@ class RolloutEngine(Configurable, ABC):
 
 
 class Conversation:
-    """Episodes with any rollout engine: the context of a message is passed to it as a longer prompt.
+    """Episodes with any rollout engine: it receives the context of a message as a longer prompt.
 
     Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its number among the samples, and the
     number of its messages so far (see `PromptDraws.of_turns`).

@@ -62,9 +62,7 @@ def write_folder(content: Mapping[str, Any], path: Path) -> None:
             distributed_checkpoint.save(tensors, checkpoint_id=part)
         first_rank_does(end)
     except (distributed_checkpoint.CheckpointException, CheckpointError) as error:
-        raise CheckpointError(
-            f"{path} could not be written: {_cause(error)}; an earlier checkpoint there is unchanged"
-        ) from error
+        raise CheckpointError(f"{path} could not be written: {_cause(error)}; an earlier checkpoint is unchanged") from error
 
 
 def is_sharded_checkpoint(path: Any) -> bool:

@@ -183,7 +183,7 @@ def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for
     plan = plan_for(model, ModuleBudget(0.3))
     modes = {"layers.0": mode, "layers.1": "lora"}
     candidates = tuple(dataclasses.replace(m, mode=modes[m.name]) for m in plan.candidates if m.name in modes)
-    with pytest.raises(PlanError, match=r"difference starts with other\.layers\.0"):
+    with pytest.raises(PlanError, match=r"first difference is other\.layers\.0"):
         apply_plan(model, dataclasses.replace(plan, candidates=candidates))
 
 

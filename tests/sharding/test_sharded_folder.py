@@ -47,7 +47,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-NONE = "cannot be read: it is no sharded checkpoint, or not whole"
+NONE = "cannot be read: it is not a sharded checkpoint, or incomplete"
 
 
 @pytest.mark.parametrize(

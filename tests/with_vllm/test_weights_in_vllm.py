@@ -78,7 +78,7 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision, which is not installed")
 def test_gated_delta_nets_follow_in_bfloat16(tmp_path, sampler):
     folder = write_model(tmp_path / "model", "qwen3_5_text", layers=4)
-    with pytest.raises(ConfigError, match=r"in bfloat16 alone, with heads of 64 or 128 .*; set model\.dtype=bfloat16"):
+    with pytest.raises(ConfigError, match=r"only in bfloat16, with heads of 64 or 128 .*; set model\.dtype=bfloat16"):
         policy_of(sampler, folder).task.generation.check()
     policy = policy_of(sampler, folder, "hybrid", dtype="bfloat16")
     for seed in (3, 4):

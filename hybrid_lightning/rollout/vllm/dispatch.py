@@ -1,9 +1,9 @@
-"""`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives failed requests to other servers.
+"""`Dispatch`: distributes the requests of a rollout over vLLM servers, and gives failed requests to other servers.
 
-A server gets a request when it has room, so that a slow server gets fewer. A server that fails is set aside, for longer each
-time, and checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's. A
-server that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers,
-and shares with other rollouts how long no server could be used (`Outage`).
+A server gets a request when it has room, so a slow server gets fewer. A server that fails is set aside, for longer each time, and
+checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's weights. A server
+that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers. All
+rollouts share the time limit for having no usable server (`Outage`).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # interval of checks for work
 _FAREWELL_S = 2.0  # time to notify servers that answers are no longer needed
 _LOOK_S = 30.0  # time limit for a server to report its weights
-_GRACE_S = 1.0  # time for all servers to report, before requests are spread over the ones that have
+_GRACE_S = 1.0  # time for all servers to report, before requests go to the ones that have
 STARTED = "default"  # vLLM's label of the weights that a server was started with
 _ON_THEIR_WAY = "its weights are on their way"
 
@@ -152,8 +152,8 @@ class Dispatch:
             raise RolloutError("the requests to vLLM servers were ended") from None
         return [self._answers[number] for number in range(self._total)]
 
-    def go_on_with(self, label: str) -> None:
-        """Accept answers by new weights for open requests: servers are receiving these weights."""
+    def accept_weights(self, label: str) -> None:
+        """Accept answers sampled with new weights for open requests: servers are receiving these weights."""
         if label not in self._labels:
             self._labels.append(label)
         for place in self._places:
@@ -243,7 +243,7 @@ class Dispatch:
                 async with asyncio.timeout(limit):
                     return await answer
             except TimeoutError as error:
-                cause = f"no answer within {limit:.0f} s; it hangs, or has too much to do"
+                cause = f"no answer within {limit:.0f} s; it hangs or is overloaded"
                 raise ServerError(place.server.url, cause) from error
 
         self._tasks[asyncio.create_task(within())] = (place, request)
@@ -258,7 +258,7 @@ class Dispatch:
             found = task.result()
         except (ServerError, asyncio.CancelledError) as error:  # cancelled by `_leave`
             if isinstance(error, ServerError) and error.is_final:
-                raise RolloutError(f"{error}; the request is refused, and would be by any server") from error
+                raise RolloutError(f"{error}; every server would refuse this request") from error
             if request is None or place.usable:  # several requests that fail together count once
                 self._set_aside(place)
             place.why = error.cause if isinstance(error, ServerError) else "it did not take the policy's weights"
@@ -296,7 +296,7 @@ class Dispatch:
         self._set_aside(place)
         place.restarted = label == STARTED
         place.stale = not place.restarted
-        cause = "another run uses it" if place.stale else "it was started again"
+        cause = "another run uses it" if place.stale else "it was restarted"
         place.why = f"it has weights {label} instead of {self._labels[-1]}: {cause}"
 
     def _try_again(self, place: _Place, request: _Request, hung: bool) -> None:
@@ -330,7 +330,7 @@ class Dispatch:
     def _failure(self) -> RolloutError:
         stale = all(place.stale for place in self._places)
         how_long = "" if stale else f" for {self._outage.limit:.0f} s (sampler.give_up_after)"
-        remedy = "give each run servers of its own" if stale else "see what the servers log, and start them again"
+        remedy = "give each run its own servers" if stale else "check the servers' logs, and restart them"
         left = self._total - len(self._answers)
         return RolloutError(
             f"no vLLM server completes{how_long}, with {left} of {self._total} prompts left: {self._causes}; {remedy}"
@@ -363,8 +363,8 @@ def _room(server: Server, samples: int) -> int:
         return 1
     if samples > server.facts.sequences:
         raise ConfigError(
-            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} of one prompt; start "
-            f"it with --max-num-seqs {samples} or more"
+            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} samples of a prompt; "
+            f"start it with --max-num-seqs {samples} or more"
         )
     return 2 * server.facts.sequences // samples
 

@@ -166,7 +166,7 @@ def test_an_adapted_model_or_another_one_is_refused(make_model, plan_for):
     plan = plan_for(model)
     adapted = apply_plan(model, plan)
     for again in (adapted, adapted.get_base_model(), nn.ModuleList([adapted])):
-        with pytest.raises(ModelError, match="already carries"):
+        with pytest.raises(ModelError, match="already has"):
             apply_plan(again, plan)
     with pytest.raises(PlanError, match="no such module"):
         apply_plan(make_model("gpt2"), plan)

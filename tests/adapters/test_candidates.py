@@ -61,7 +61,7 @@ def test_shared_weights_are_no_candidates_and_a_model_without_any_or_with_an_ada
         find_candidates(nn.Sequential(nn.Linear(2, 2)))
     adapted = nn.Linear(2, 2)
     adapted.peft_config = {}
-    with pytest.raises(ModelError, match="already carries"):
+    with pytest.raises(ModelError, match="already has"):
         find_candidates(adapted)
 
 

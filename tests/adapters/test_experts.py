@@ -173,7 +173,7 @@ def test_low_rank_of_experts_is_plain(tmp_path, option, value):
     folder = write(tmp_path / "model", build(num_hidden_layers=1))
     (folder / "model.safetensors").unlink()
     policy = build_policy(folder)
-    with pytest.raises(ConfigError, match=rf"adapter\.{option}=.* does not work with LoRA of experts.*\{{experts: 0\}}"):
+    with pytest.raises(ConfigError, match=rf"adapter\.{option}=.* does not work with LoRA on experts.*\{{experts: 0\}}"):
         HybridAdapterSetup(rank_pattern=RANKS, **{option: value}).check(policy)
     HybridAdapterSetup(rank_pattern={"experts": 0}, **{option: value}).check(policy)
 

@@ -36,7 +36,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
         model: Base model; wrapped in place. LoRA's A matrices are drawn from torch's global random state.
         plan: Plan made for this model.
         keep_start_weights: Whether to keep the original weights of fully trained modules. The reference policy of a KL term
-            (`adapter_disabled`) needs them; without them full fine-tuning takes no more memory than usual.
+            (`adapter_disabled`) needs them. False saves their memory.
         backend: Backend of the model's engine; None for a model without one.
 
     Returns:

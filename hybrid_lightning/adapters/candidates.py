@@ -54,7 +54,7 @@ def candidate_shape(module: nn.Module) -> Shape:
 def find_candidates(
     model: nn.Module, target_modules: Sequence[str] | None = None, named: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
-    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and experts and routers that are named.
+    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and explicitly named experts and routers.
 
     Args:
         model: Causal language model without an adapter.

@@ -39,7 +39,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}; for no LoRA at all set a budget share of 1")
+            raise ConfigError(f"rank={self.rank} must be at least 1; for no LoRA at all set a budget share of 1")
         if not self.alpha > 0:
             raise ConfigError(f"alpha={self.alpha}; give a positive number, such as twice the rank")
         if not 0 <= self.dropout < 1:

@@ -36,14 +36,14 @@ class Scoring:
     """Scores each candidate's sensitivity to low-rank adaptation.
 
     Args:
-        model: The start policy, with floating-point weights; unchanged afterwards, its modes and `requires_grad` flags included.
+        model: The start policy, with floating-point weights. Afterwards it is unchanged, including modes and `requires_grad`.
         candidates: Full dotted name -> module, as from `find_candidates`.
-        losses: Scalar calibration losses, each with the same weight. Compute them lazily, during the iteration: the backward pass
-            of each frees its graph. Not used if the scorer needs only the weights.
+        losses: Scalar calibration losses, each with the same weight. Compute each one during the iteration (a generator), so that
+            its backward pass frees its graph before the next. Not used if the scorer needs only the weights.
         scorer: Defines the score.
         rank: LoRA rank r, of all candidates or of each by its name; 0 for a candidate that would have no LoRA.
         gradients: How gradients are kept; None takes `ExactGradients()`.
-        loss_scale: Factor of the losses in backward passes; in float16 gradients below 6e-8 are 0 without one.
+        loss_scale: Factor of the losses in backward passes. In float16, gradients below 6e-8 would otherwise become 0.
 
     Raises:
         ConfigError: If no rank is positive.

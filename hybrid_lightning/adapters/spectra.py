@@ -3,8 +3,9 @@
 All singular values come from the smaller Gram matrix. That is many times cheaper than a singular value decomposition, and its
 rounding error (1e-16 of the largest squared singular value) is far below the rounding error of a float32 gradient.
 
-The tail energy of a large gradient does not need the whole spectrum: `krylov_tail_energy` is block Lanczos with a bound on the
-error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1 [m, b] grows into the basis of a Krylov space
+The tail energy of a large gradient does not need the whole spectrum, only its energy and the first r values. `krylov_tail_energy`
+computes these by block Lanczos, with a bound on the error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1
+[m, b] grows into the basis of a Krylov space
 
     Q = orth[X_1, A X_1, A^2 X_1, ...],    H = Q'A Q.
 

@@ -88,8 +88,8 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
     if _has_any_global_hook():
         raise UnknownLayerError("torch has global hooks on all modules")
     _check_unwatched(decoder, decoder.norm)
-    asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.settings, strict=True)
-    return [_known_layer(layer, backend, settings) for layer, settings in asked]
+    pairs = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.settings, strict=True)
+    return [_known_layer(layer, backend, settings) for layer, settings in pairs]
 
 
 def _known_layer(layer: Any, backend: Backend, settings: AttentionSettings) -> KnownLayer:

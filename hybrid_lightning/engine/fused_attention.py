@@ -63,13 +63,13 @@ class FusedAttention(PutBefore):
         module: Any = self
         query, key, value = (part[None].transpose(1, 2) for part in (query, key, value))  # transformers' layout
         attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # registered by `attention_hook`
-        asked = {
+        settings = {
             "dropout": module.attention_dropout if self.training else 0.0,
             "scaling": module.scaling,
             **_more_settings(module),
         }
         rest = {name: value for name, value in options.items() if name not in _CACHE_NAMES}
-        result: Tensor = attend(self, query, key, value, attention_mask, **asked, **rest)[0]
+        result: Tensor = attend(self, query, key, value, attention_mask, **settings, **rest)[0]
         return result.flatten(2).contiguous()
 
 
@@ -104,7 +104,7 @@ def _is_built_alike(module: nn.Module) -> bool:
 
 def _more_settings(module: Any) -> dict[str, Any]:
     """A layer's options for the attention interface, besides dropout and scaling."""
-    found = {asked: getattr(module, name, None) for name, asked in _MORE_SETTINGS.items()}
+    found = {option: getattr(module, name, None) for name, option in _MORE_SETTINGS.items()}
     if not hasattr(module, "sliding_window"):  # Mistral's layers look into the config
         found["sliding_window"] = getattr(module.config, "sliding_window", None)
     return found
@@ -119,7 +119,7 @@ class _Recorder:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Record the arguments, and return the queries unchanged."""
-        self.asked = [query, key, value, layer, settings]
+        self.recorded = [query, key, value, layer, settings]
         return query
 
 
@@ -130,7 +130,7 @@ def _results(layer: nn.Module, dtype: torch.dtype) -> list[Any]:
     options = {"position_embeddings": tuple(angles), "attention_mask": no_mask(rows.device), "packing": recorder}
     options |= {name: None for name in _CACHE_NAMES & set(inspect.signature(layer.forward).parameters)}
     output = layer(hidden_states=rows, **options)[0]
-    return [*recorder.asked, output]
+    return [*recorder.recorded, output]
 
 
 def _small_layer(module: Any) -> nn.Module:

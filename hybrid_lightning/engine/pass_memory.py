@@ -85,8 +85,8 @@ class PassMemory:
             within += max(layers) + converted / len(layers)
         else:
             kept += sum(layers) + converted + (self._copied(rows) if self._copies else 0)
-        anew = 0 if self._plain_projection and not self._separate else logits  # recomputed in the backward pass
-        return PassBytes(kept, logits, backward=kept + within + anew)
+        recomputed = 0 if self._plain_projection and not self._separate else logits  # recomputed in the backward pass
+        return PassBytes(kept, logits, backward=kept + within + recomputed)
 
     def sampling(self, rows: Rows, trained: Trained | None) -> PassBytes:
         """Sampling full-length completions of all rows together.

@@ -82,10 +82,10 @@ def attending(
     query: Tensor, segments: Segments, settings: AttentionSettings, used: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], Attended]:
     """`attend` as a function of contiguous queries, keys and values, for many calls with queries of this shape."""
-    asked = {**_asked(query, segments, settings), "return_debug_mask": False, "seqused_k": used}
+    arguments = {**_kernel_arguments(query, segments, settings), "return_debug_mask": False, "seqused_k": used}
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Attended:
-        result, sums = torch.ops.aten._flash_attention_forward(query=query, key=key, value=value, **asked)[:2]
+        result, sums = torch.ops.aten._flash_attention_forward(query=query, key=key, value=value, **arguments)[:2]
         return Attended(result, sums)
 
     return call
@@ -106,11 +106,11 @@ def attend_backward(
             logsumexp=whole.sums,
             rng_state=torch.zeros(2, dtype=torch.uint64, device=query.device),  # for dropout, which is unused
             unused=torch.empty(0, device=query.device),
-            **_asked(query, segments, settings),
+            **_kernel_arguments(query, segments, settings),
         )
 
 
-def _asked(query: Tensor, segments: Segments, settings: AttentionSettings) -> dict[str, Any]:
+def _kernel_arguments(query: Tensor, segments: Segments, settings: AttentionSettings) -> dict[str, Any]:
     """Keyword arguments that both operators share; the schemas of torch 2.8 to 2.13 have all of them."""
     window = -1
     if segments.causal and settings.window is not None and settings.window < segments.most_keys:

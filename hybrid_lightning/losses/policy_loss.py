@@ -2,7 +2,8 @@
 
     loss = aggregate(importance_weights * policy_term + kl_coef * kl + divergence) - entropy_coef * entropy
 
-Axes: B sequences, T completion tokens (right-padded).
+All terms but the first are optional; `divergence` comes from a teacher (see `distillation`). Axes: B sequences, T completion
+tokens (right-padded).
 
 A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
 `policy_metrics`. The base class checks the inputs, casts half precision to float32, sets tokens that were not sampled to 0, adds
@@ -20,16 +21,16 @@ The entropy bonus is the mean entropy of the policy over all sampled tokens of t
 that its weight means the same for every loss (as in TRL, except that TRL's mean is over a micro-batch; verl aggregates it like
 the loss).
 
-Importance weights are optional. They correct for a sampler that differs a little from the policy (see `correction`), or leave
-tokens out (see `top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy
-bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
+Importance weights correct for a sampler that differs a little from the policy (see `correction`), or leave tokens out (see
+`top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy bonus and the
+metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
 
 The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) removes completions
 from the policy term if they have A < 0 and the current policy would hardly sample them:
 
     M = 0 if A < 0 and (1/|o|) sum_t (l_sampled_t - l_t) > off_policy_mask_threshold; else 1
 
-l_sampled is the sampler's own log-probability, so that both old weights and differences between sampling and training count.
+l_sampled is the sampler's own log-probability, so stale weights and differences between sampling and training both count.
 Masked tokens stay in the denominators and in the KL. With advantages of tokens, the tokens with A < 0 are masked.
 """
 
@@ -142,10 +143,12 @@ class PolicyLoss(Configurable, ABC):
                 mask and denominators.
 
         Returns:
-            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
-            shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
-            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there
-            is that mask (share of sequences; of tokens with advantages of tokens), and the metrics of `policy_metrics`.
+            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and the shares of:
+
+            - "ratio/mean": over sequences if the loss has one ratio per sequence, else over tokens; and "ratio/max"
+            - "kl", with a KL term: mean over tokens, including its importance weight
+            - "off_policy/masked", with that mask: share of sequences, or of tokens if advantages are per token
+            - the metrics of `policy_metrics`
 
         Raises:
             ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus

@@ -6,12 +6,12 @@ Axes: P prompts, n completions per prompt.
 - pass@k: the probability that at least one of k completions is correct (Chen et al. 2021, arXiv 2107.03374).
 - maj@k: the probability that the most frequent answer of k completions is correct (self-consistency, arXiv 2203.11171).
 
-From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) sets of k of them. That is unbiased, since each
-set is a draw of k completions. Equally frequent answers share the vote: if there are two, each counts half, as if one were drawn
-at random. Completions without an answer do not vote, and a set without any answer is wrong.
+From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) subsets of k of them. That is unbiased, since each
+subset is a draw of k completions. If several answers are most frequent, they share the vote, as if one of them were drawn at
+random. Completions without an answer do not vote, and a subset without any answer is wrong.
 
-For maj@k the sets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the sets
-of d completions in which t answers have v votes and none has more, together with the sum of how correct those t answers are.
+For maj@k the subsets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the
+subsets of d completions in which t answers have v votes and none has more, and adds up how correct these t answers are.
 """
 
 from collections.abc import Sequence

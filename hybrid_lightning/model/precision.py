@@ -1,4 +1,4 @@
-"""How a model computes: eval or train mode of each module, gradient checkpointing, and precision.
+"""Modes of a model: eval or train mode of each module, gradient checkpointing, and precision.
 
 The base model stays in eval mode during training: its own dropout would make the log-probabilities of a training step differ from
 the sampling policy's, and the ratio of the first minibatch would not be 1. Modules that the adapter adds are in train mode, so
@@ -12,8 +12,9 @@ These values of `trainer.precision` work for a policy. Trained weights and gradi
 | `bf16-mixed`      | float32, bfloat16 | bfloat16, by autocast   |
 | `16-mixed`        | float32, float16  | float16, by autocast    |
 
-Under `16-mixed` the loss is scaled, so that small gradients do not vanish; if a gradient becomes too large for float16, all
-processes skip the step. On a CPU Lightning replaces it by `bf16-mixed`; with FSDP2 Lightning accepts it only as a plugin:
+`model.dtype` is the dtype of frozen weights. Under `16-mixed` the loss is scaled, so that small gradients do not vanish; if a
+gradient becomes too large for float16, all processes skip the step. On a CPU Lightning replaces `16-mixed` by `bf16-mixed`; with
+FSDP2 Lightning accepts it only as a plugin:
 
     --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed --trainer.plugins.device=cuda
 

@@ -142,19 +142,19 @@ class PromptEncoder:
             DataError: If the completion has no tokens.
         """
         if prompt.messages is not None:
-            asked, said = self.render(prompt), {"role": "assistant", "content": text}
+            before, answer = self.render(prompt), {"role": "assistant", "content": text}
             try:
-                whole = self.apply_template([*prompt.messages, said], add_generation_prompt=False)
+                whole = self.apply_template([*prompt.messages, answer], add_generation_prompt=False)
             except TemplateError as error:
                 raise ConfigError(
                     f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
                 ) from error
-            if not whole.startswith(asked):
+            if not whole.startswith(before):
                 raise ConfigError(
                     f"the chat template changes the prompt of {prompt.place} once an answer follows it, so completions cannot "
                     "be separated from prompts; set model.chat_template to one that appends the answer to the prompt"
                 )
-            text = whole.removeprefix(asked)
+            text = whole.removeprefix(before)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise DataError(f"a completion of {prompt.place} has no tokens; correct or remove the row")

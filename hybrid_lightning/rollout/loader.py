@@ -2,8 +2,8 @@
 
 Axes: P prompts per rollout over all ranks, G completions per prompt, B rows of this rank, T completion tokens.
 
-Completions are generated in the dataloader, so that `training_step` is a pure loss under Lightning's automatic optimisation, and
-every Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
+The dataloader generates completions, so that `training_step` is a pure loss under Lightning's automatic optimisation, and every
+Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
 
     epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches.
 
@@ -15,8 +15,8 @@ With `rollouts_ahead` k, rollout r + k begins before rollout r is trained on, wi
     k = 0      begin 0   train 0   begin 1   train 1   begin 2   train 2   ...
     k = 1      begin 0, begin 1    train 0   begin 2   train 1   begin 3   train 2   ...
 
-A remote engine makes completions in the meantime; with any other engine the same schedule is computed in turns. Rollouts are
-trained on in the order in which they began. None is dropped, and none begins unless the run will train on it.
+A remote engine makes completions during training; any other engine computes the same schedule in turns. Rollouts are trained on
+in the order in which they began. None is dropped, and none begins unless the run will train on it.
 """
 
 from abc import abstractmethod
@@ -107,8 +107,8 @@ class RolloutSource(Protocol):
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Compute what must be known about the micro-batches of one optimizer step before the step begins.
 
-        That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
-        All ranks call it together.
+        Adds `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed). All
+        ranks call it together.
         """
 
 
@@ -187,8 +187,8 @@ class RolloutLoader:
 
     The order of the prompts is a new permutation for each pass over them, or draws from sets in proportion to their weights (see
     `PromptOrder`). It depends only on `seed` and the number of the pass. The last prompts of a pass are left out if they do not
-    fill a rollout. An epoch has the same number of rollouts as one pass; `DynamicSampling` draws more prompts, so that a pass
-    ends before the epoch.
+    fill a rollout. An epoch has as many rollouts as fit into one pass. With `DynamicSampling`, rollouts draw more prompts, so a
+    pass over the prompts ends before the epoch.
 
     Args:
         prompts: The training prompts, the same on every rank.

@@ -1,6 +1,6 @@
-"""`RolloutEngine`: the interface through which the policy, its evaluation and its calibration get completions of prompts.
+"""`RolloutEngine`: the interface that the policy, its evaluation and its calibration use to get completions of prompts.
 
-Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
+Prompts go in as token ids and completions come out as token ids, so nothing is tokenized twice. Each token has its
 log-probability under softmax(logits / temperature).
 
 Our `Sampler` computes with the policy's own weights. Other engines have a copy of them (`needs_weight_sync`), which training
@@ -9,8 +9,8 @@ makes stale: before such an engine samples, it receives the changed weights (`up
 `Conversation` continues episodes, turn by turn, after the text that an environment has added to them:
 
     conversation = sampler.conversation(engine, tokenizer, request, capacity=512)
-    turn = conversation.first()                         the first message of every episode: the result of `sample`
-    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of these two, after the added text
+    turn = conversation.first()                         the first message of every episode, as from `sample`
+    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of episodes 0 and 3, after these added tokens
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
 """
@@ -50,7 +50,7 @@ class RolloutEngine(Configurable, ABC):
 
     Args:
         max_new_tokens: Longest completion in tokens. A completion that reaches it without a stop token counts as not finished.
-        temperature: Divides the logits; must be positive. Greedy decoding is an argument of `sample` instead, since training with
+        temperature: Divides the logits; must be positive. Greedy decoding is a field of `SamplingRequest` instead: training with
             it would not explore.
         top_p: Sample from the smallest set of most probable tokens with probabilities that add up to this; 1 keeps all tokens.
         top_k: Sample from this many most probable tokens; 0 keeps all tokens.
@@ -266,7 +266,7 @@ class RolloutEngine(Configurable, ABC):
 class Conversation:
     """Episodes with any rollout engine: it receives the context of a message as a longer prompt.
 
-    Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its number among the samples, and the
+    Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its index among the samples, and the
     number of its messages so far (see `PromptDraws.of_turns`).
 
     Weights must not change during a conversation, unless the engine allows `inflight_updates`. A turn that begins after an update

@@ -178,8 +178,8 @@ class _Decoder:
             return reason or "a sliding window of this model hides tokens of prompts"
         decoder: Any = base_model(self.engine.model).get_decoder()
         kinds = str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", ""))  # of all layers, or by their types
-        asks = any(kind in kinds for kind in ("dynamic", "longrope"))
-        return "this model's RoPE depends on the positions, which the host has to read at each token" if asks else ""
+        depends = any(kind in kinds for kind in ("dynamic", "longrope"))
+        return "this model's RoPE depends on the positions, which the host has to read at each token" if depends else ""
 
     def decode(
         self, begin: Callable[[], Tensor], generator: Draws, limits: Sequence[int]
@@ -206,7 +206,7 @@ class _Decoder:
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         tokens = torch.full((batch, most), self.pad_id, device=self.device)
         logprobs = torch.zeros(batch, most, device=self.device)
-        counter, known, told = _Running(batch, self.device), batch, torch.zeros_like(running)
+        counter, known, reported = _Running(batch, self.device), batch, torch.zeros_like(running)
         for step in range(most):
             token, logprob = self._choose(begin(), rows, step)
             tokens[rows, step], logprobs[rows, step] = token.where(running, self.pad_id), logprob.where(running, 0)
@@ -217,10 +217,10 @@ class _Decoder:
                 cut[rows], running = cut[rows] | full, running & ~full
             alive = counter.after(step, running)
             if self.on_ended is not None and alive < known:
-                known, ended = alive, torch.ones_like(told).index_fill_(0, rows[running], False)
-                for row in (ended & ~told).nonzero().flatten().tolist():
+                known, ended = alive, torch.ones_like(reported).index_fill_(0, rows[running], False)
+                for row in (ended & ~reported).nonzero().flatten().tolist():
                     self.on_ended(row, tokens[row, : lengths[row]].tolist(), not cut[row])
-                told = ended
+                reported = ended
             if self.on_token is not None:
                 self.on_token(alive, step + 1)
             if alive == 0 or step + 1 == most:

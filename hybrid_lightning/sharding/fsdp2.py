@@ -45,8 +45,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Checkpoints hold tensors by name, so that every strategy and every number of processes can resume from them.
 
     Args:
-        save_distributed_checkpoint: Write a checkpoint as a folder with the part of each process, instead of one file with whole
-            tensors, which are put together on the first process.
+        save_distributed_checkpoint: Write a checkpoint as a folder to which each process writes its part. False gathers whole
+            tensors on the first process and writes one file.
         cpu_offload: Keep each device's part of weights, gradients and optimizer state in the memory of the host. Weights are
             copied to the device one block at a time, gradients are copied back, and the optimizer step runs on the host.
         process_group_backend: Backend such as `nccl` or `gloo`; None chooses it by the device.

@@ -137,7 +137,9 @@ def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_
     other, _, path = mixed
     assert module.policy.base_digest == other.policy.base_digest, "checkpoints and plans of other processors fit"
     assert f"float32 products, since {WHY}" in module.policy.engine.description()
-    with pytest.warns(UserWarning, match="resumed run used 16-bit products; this one uses float32 products, since this processor"):
+    with pytest.warns(
+        UserWarning, match="resumed run used 16-bit products; this one uses float32 products, since this processor"
+    ):
         run(model, sums, tmp_path, ckpt=path, max_steps=4)
     # The same weights and tokens in 16 bits and in float32, without a Trainer.
     sequences = other.generate([Prompt(text="1+2=")], 4, torch.Generator().manual_seed(0)).sequences

@@ -247,7 +247,7 @@ def test_what_nccl_is_asked_for_is_what_vllm_has(monkeypatch):
     sender = NcclTransfer(Worker(), "127.0.0.1", 20.0, SimpleNamespace(device=torch.device("cuda", 0)))
     with pytest.raises(RolloutError, match="finds no NCCL"):
         sender.connect()
-    told = sender._told(Update({"a": (2, 3), "b": (4,)}, torch.bfloat16, True))
+    told = sender._update_info(Update({"a": (2, 3), "b": (4,)}, torch.bfloat16, True))
     assert NCCLWeightTransferUpdateInfo(**told).dtype_names == ["bfloat16"] * 2
     assert list(inspect.signature(PyNcclCommunicator.broadcast).parameters) == ["self", "tensor", "src", "stream"]
     assert "ncclCommAbort(self.comm)" in inspect.getsource(PyNcclCommunicator.destroy), "ncclCommDestroy would wait"

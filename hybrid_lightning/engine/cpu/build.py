@@ -63,9 +63,9 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
 def _load() -> ctypes.CDLL:
     compiler, runtime = _compiler(), _openmp()
     sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
-    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [path.read_text(encoding="utf-8") for path in sources]
-    digest = hashlib.sha256("\0".join([*texts, *_OPTIONS, *compiler, said, str(runtime), _processor()]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([*texts, *_OPTIONS, *compiler, version, str(runtime), _processor()]).encode()).hexdigest()
     name = f"kernels-{digest[:16]}.so"
     with ExitStack() as stack:  # a loaded library no longer needs its file
         target = (_cache() or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / name
@@ -131,5 +131,5 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no output"])[0]
-        raise _CannotCompileError(f"{command[0]} failed ({said}); set CXX to another compiler, or {_OFF}=0 to turn kernels off")
+        error = (done.stderr.strip().splitlines() or ["no output"])[0]
+        raise _CannotCompileError(f"{command[0]} failed ({error}); set CXX to another compiler, or {_OFF}=0 to turn kernels off")

@@ -96,7 +96,7 @@ class VLLMEngine(RolloutEngine):
         limits, samples = self._checked_limits(engine, request), request.samples_per_prompt
         stop_ids, count = (request.stops or self.stops(tokenizer)).ids, len(request.prompts)
         seeds = [0] * count if request.greedy else seeds_of(request.draws, count)
-        asked = [
+        arguments = [
             self._parameters(stop_ids, samples, seed, request.greedy)
             | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
             for number, seed in enumerate(seeds)
@@ -137,7 +137,7 @@ class VLLMEngine(RolloutEngine):
             finished = torch.tensor([answer.finished for answer in answers], device=device)
             return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
 
-        return self.complete(request.prompt_ids, asked, request.on_token, answered).then(taken)
+        return self.complete(request.prompt_ids, arguments, request.on_token, answered).then(taken)
 
     def __reduce__(self) -> Any:
         """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""

@@ -282,8 +282,8 @@ class VLLMSampler(VLLMEngine):
             # Names of requests -> number of the prompt.
             names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
             try:
-                for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
-                    wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
+                for name, ids, arguments in zip(names, prompt_ids, parameters, strict=True):
+                    wanted = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
                     engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted, lora_request=adapter)
                 steps = 0
                 while engine.has_unfinished_requests():
@@ -315,8 +315,11 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             prompts = [{"prompt_token_ids": ids} for ids in token_ids]
-            asked, adapter = SamplingParams(**completing.PROMPT_LOGPROBS), self._lora_request() if self._adapter_is_on else None
-            outputs = self._llm.generate(prompts, asked, use_tqdm=False, lora_request=adapter)
+            arguments, adapter = (
+                SamplingParams(**completing.PROMPT_LOGPROBS),
+                self._lora_request() if self._adapter_is_on else None,
+            )
+            outputs = self._llm.generate(prompts, arguments, use_tqdm=False, lora_request=adapter)
         labels = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
         rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
         logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]

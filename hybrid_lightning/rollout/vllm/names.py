@@ -88,9 +88,9 @@ def check_names(used: Mapping[str, str], found: str, where: str) -> None:
 
 def check_paths(description: Any, found: str, where: str) -> None:
     """Look for the used paths of a server in its description (OpenAPI); ConfigError if something is missing."""
-    told = "weight_versions in its completions"
-    has = {*description["paths"], told if "weight_versions" in str(description.get("components")) else ""}
-    for name in (*PATHS, told):
+    field = "weight_versions in its completions"
+    has = {*description["paths"], field if "weight_versions" in str(description.get("components")) else ""}
+    for name in (*PATHS, field):
         if name not in has:
             raise _missing(name, found, where)
 

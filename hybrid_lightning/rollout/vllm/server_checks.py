@@ -74,7 +74,7 @@ def _check_adapter(server: Server, model: ServedModel, ours: str) -> None:
     if facts.on_cpu and facts.lora_anywhere:
         fault = "has LoRA at its output layer, which crashes vLLM on a CPU at log-probabilities of prompts"
         raise _fault(server, fault, f"--lora-target-modules {' '.join(model.lora_modules)}")
-    if _ask_if_there(server, "/v1/load_lora_adapter") is None:
+    if _get_if_available(server, "/v1/load_lora_adapter") is None:
         raise _fault(server, "cannot load an adapter at run time", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
     if facts.backend != BACKEND:
         raise _fault(server, f"takes weights over {facts.backend}, which cannot carry an adapter", ours)
@@ -85,23 +85,23 @@ def _fault(server: Server, fault: str, start: str) -> ConfigError:
 
 
 def _check_interface(server: Server) -> None:
-    version = _ask_if_there(server, "/version")
+    version = _get_if_available(server, "/version")
     if not version:
         raise ConfigError(f"{server.url} is not a vLLM server (it has no /version); start one there: {_START}")
     found = str(version["version"])
     warn_unless_run(found, server.url)
-    if not _ask_if_there(server, "/weight_info"):
+    if not _get_if_available(server, "/weight_info"):
         raise _fault(server, "has no interface for weights", f"VLLM_SERVER_DEV_MODE=1 in its environment: {_START}")
-    if _ask_if_there(server, "/inference/v1/generate") is None:
+    if _get_if_available(server, "/inference/v1/generate") is None:
         raise _fault(server, "does not take token ids", f"--enable-scale-out: {_START}")
-    if description := _ask_if_there(server, "/openapi.json"):  # unless it was started with --disable-fastapi-docs
+    if description := _get_if_available(server, "/openapi.json"):  # unless it was started with --disable-fastapi-docs
         check_paths(description, found, server.url)
 
 
-def _ask_if_there(server: Server, path: str) -> Any:
+def _get_if_available(server: Server, path: str) -> Any:
     """The answer to a GET request; None if there is no such path, and empty if only POST is allowed."""
     try:
-        return server.ask("GET", path)
+        return server.request("GET", path)
     except ServerError as error:
         if error.status not in (404, 405):
             raise
@@ -118,7 +118,7 @@ def check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, remedy: 
         except Exception:  # of a tokenizer without an unknown token; the library hides its class
             continue
         try:
-            found: Any = server.ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+            found: Any = server.request("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
         except ServerError as error:
             if error.status in (404, 405, 501):
                 return  # started without a tokenizer

@@ -101,8 +101,8 @@ class Server:
         """Properties of the server; requested once."""
         if self._facts is None:
             # On first use the server inspects its whole environment, which takes seconds.
-            info = self.ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
-            names, size = self.ask("GET", "/v1/models"), self.ask("GET", "/get_world_size")
+            info = self.request("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
+            names, size = self.request("GET", "/v1/models"), self.request("GET", "/get_world_size")
             try:
                 self._facts = ServerFacts.of(info["vllm_config"], names, size)
             except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -123,23 +123,23 @@ class Server:
 
     def label(self, limit: float = _SHORT_S) -> str:
         """Label of its weights, as last set."""
-        return self._label(self.ask("GET", "/weight_info", limit=limit))
+        return self._label(self.request("GET", "/weight_info", limit=limit))
 
     def set_label(self, label: str) -> None:
         """Set the label of its weights."""
-        self.ask("POST", "/update_weight_version", {"new_version": label})
+        self.request("POST", "/update_weight_version", {"new_version": label})
 
     def pause(self, keeps: bool) -> None:
         """Begin no more requests; keep the open ones for `resume`, or end them."""
-        self.ask("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=min(_PAUSE_S, self.timeout))
+        self.request("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=min(_PAUSE_S, self.timeout))
 
     def resume(self) -> None:
         """Begin requests again."""
-        self.ask("POST", "/resume")
+        self.request("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
         """Drop results computed with other weights; open requests that are kept read their tokens again."""
-        answer = self.ask("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"}, limit=self.timeout)
+        answer = self.request("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"}, limit=self.timeout)
         if answer is not None and not answer.get("success", True):
             raise ServerError(self.url, "it did not drop results computed with earlier weights")
 
@@ -157,28 +157,28 @@ class Server:
 
     def update_weights(self, update_info: Any, limit: float) -> None:
         """Make it receive weights."""
-        self.ask("POST", "/update_weights", {"update_info": update_info}, limit=limit)
+        self.request("POST", "/update_weights", {"update_info": update_info}, limit=limit)
 
     def finish_weight_update(self) -> None:
         """Make it use the received weights."""
-        self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
+        self.request("POST", "/finish_weight_update", {}, limit=self.timeout)
 
     def use_adapter(self, folder: str | None) -> None:
         """Complete from here on with LoRA that its workers read from a folder, or without."""
         if folder is not None and folder != self._known:
-            self.ask("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
+            self.request("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
             self._known = folder
         self.adapter = folder
 
     def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
         """Make a request. If an update is still open, because its sender was stopped, finish it and repeat the request."""
         try:
-            self.ask("POST", path, body, limit=limit or self.timeout)
+            self.request("POST", path, body, limit=limit or self.timeout)
         except ServerError as error:
             if "already active" not in error.cause and "during a weight update" not in error.cause:
                 raise
             self.finish_weight_update()
-            self.ask("POST", path, body, limit=limit or self.timeout)
+            self.request("POST", path, body, limit=limit or self.timeout)
 
     # ---- completions
 
@@ -261,7 +261,7 @@ class Server:
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
         }
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
     ) -> Any:
         """Make a GET or POST request, which may take `limit` seconds; returns the JSON of its answer, None if that is empty.

@@ -102,7 +102,7 @@ class VLLMServerSampler(VLLMEngine):
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
         self._taking: list[Server] = []  # servers that take the weights of the current update
         self._dispatches: list[Dispatch] = []  # may have open requests
-        self._asking = threading.RLock()  # held while requests begin, and while weights are being sent
+        self._request_lock = threading.RLock()  # held while requests begin, and while weights are being sent
         self._hopeless: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
         self._outage = Outage(give_up_after)
 
@@ -193,7 +193,7 @@ class VLLMServerSampler(VLLMEngine):
 
     def updating(self) -> AbstractContextManager[Any]:
         """Hold back completions that other threads request, within this context."""
-        return self._asking
+        return self._request_lock
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
         """Begin to complete a request on the servers; another thread may call it, too.
@@ -201,7 +201,7 @@ class VLLMServerSampler(VLLMEngine):
         Raises:
             RolloutError: If an earlier update has failed, so that no server has known weights.
         """
-        with self._asking:
+        with self._request_lock:
             if self.version is None:
                 raise RolloutError(
                     f"no vLLM server has the policy's weights: {self._why() or 'none has received them'}; restart the servers"
@@ -243,11 +243,11 @@ class VLLMServerSampler(VLLMEngine):
         update = Update(weights.shapes(everything), model.dtype, everything, weights.adapter)
         self._taking = list(chosen)
         try:
-            self._settle(self._ask(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
+            self._settle(self._in_threads(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
             if not self._taking:
                 return True if has_them else None
             self._send(update, stream, model)
-            finished = self._ask(self._taking, partial(self._finish, update, str(weights.version)))
+            finished = self._in_threads(self._taking, partial(self._finish, update, str(weights.version)))
             self._settle(finished, 2 * self.timeout + update.longest_s)
         except BaseException:
             self._taking = []
@@ -270,7 +270,7 @@ class VLLMServerSampler(VLLMEngine):
                 return
             value = memory[: weight.shape.numel()].view(weight.shape)
             weight.write_rows(value, 0)
-            sent = self._ask(self._taking, partial(self._give, value))
+            sent = self._in_threads(self._taking, partial(self._give, value))
         self._settle(sent, 2 * self.timeout)
 
     def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
@@ -367,14 +367,14 @@ class VLLMServerSampler(VLLMEngine):
     def _why(self) -> str:
         return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
 
-    def _ask(self, servers: Iterable[Server], question: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
-        return {server: in_thread(partial(question, server), REQUEST) for server in servers}
+    def _in_threads(self, servers: Iterable[Server], call: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
+        return {server: in_thread(partial(call, server), REQUEST) for server in servers}
 
     def _of_each(
-        self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
+        self, servers: Iterable[Server], call: Callable[[Server], _T], limit: float | None = None
     ) -> dict[Server, _T | BaseException]:
         """Make one request to all servers at once; an error becomes the answer, and a server that exceeds the limit has none."""
-        answers = self._ask(servers, question)
+        answers = self._in_threads(servers, call)
         done = wait(answers.values(), limit).done
         return {server: answer.exception() or answer.result() for server, answer in answers.items() if answer in done}
 

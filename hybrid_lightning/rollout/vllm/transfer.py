@@ -114,7 +114,7 @@ class Transfer(ABC):
         """
         self._longest = self._timeout + update.longest_s
         self._server.start_weight_update()
-        self._answer = in_thread(lambda: self._server.update_weights(self._told(update), self._longest), REQUEST)
+        self._answer = in_thread(lambda: self._server.update_weights(self._update_info(update), self._longest), REQUEST)
 
     def give(self, value: Tensor) -> None:
         """Send the next weight. When this returns, its memory may be overwritten.
@@ -149,7 +149,7 @@ class Transfer(ABC):
         """Close the connection, even if something is in progress."""
 
     @abstractmethod
-    def _told(self, update: Update) -> dict[str, Any]:
+    def _update_info(self, update: Update) -> dict[str, Any]:
         """Description of an update for the server."""
 
     @abstractmethod
@@ -183,10 +183,10 @@ class GlooTransfer(Transfer):
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
-        asked = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
-        asked["timeout_s"] = 2 * self._limit  # leaves time to wait for another server that hangs
+        init_info = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
+        init_info["timeout_s"] = 2 * self._limit  # leaves time to wait for another server that hangs
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
-        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked), REQUEST)
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(init_info), REQUEST)
         present = [f"worker {rank}" for rank in range(1, self._ranks)]
         what = f"its workers do not reach this machine at {self._address}:{store.port}"
         self._wait_until(lambda: store.check(present), answer, what, "open the ports between them, or set sampler.address")
@@ -198,9 +198,9 @@ class GlooTransfer(Transfer):
         """Close the connection."""
         self._group = self._store = None
 
-    def _told(self, update: Update) -> dict[str, Any]:
-        told = {"dtype": update.dtype_name, "everything": update.everything, "adapter": update.adapter, "folder": self.folder}
-        return update.description | told
+    def _update_info(self, update: Update) -> dict[str, Any]:
+        extra = {"dtype": update.dtype_name, "everything": update.everything, "adapter": update.adapter, "folder": self.folder}
+        return update.description | extra
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed in the meantime
@@ -229,8 +229,8 @@ class NcclTransfer(Transfer):
         self._stream = torch.cuda.Stream(self._device)
         port = free_port()
         # Not packed: weights are sent from the one buffer that they are computed in.
-        asked = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
-        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}), REQUEST)
+        init_info = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(init_info | {"packed": False}), REQUEST)
         joined = in_thread(lambda: self._join(port), REQUEST)
         what = f"its workers and this machine do not connect over NCCL at {self._address}:{port}"
         remedy = "open the ports between them, set sampler.address, or set NCCL_SOCKET_IFNAME here and there"
@@ -264,7 +264,7 @@ class NcclTransfer(Transfer):
         if hasattr(communicator, "comm"):
             communicator.destroy()  # this calls ncclCommAbort
 
-    def _told(self, update: Update) -> dict[str, Any]:
+    def _update_info(self, update: Update) -> dict[str, Any]:
         return update.description | {"dtype_names": [update.dtype_name] * len(update.shapes)}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:

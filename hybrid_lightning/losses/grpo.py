@@ -11,7 +11,7 @@ The equations below use the clipped surrogate of token t,
     c_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
 with the advantage A, the number of tokens |o| of a sequence, and the KL estimate k3_t (see `functional.k3_kl`). All classes have
-the optional dual clip, KL term and entropy bonus of `ClippedLoss`.
+the optional dual clip, KL term and entropy bonus of `ClippedLoss`. Except for GRPO's KL term, these depart from the papers.
 
 `GRPOLoss`: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, equation 3).
 

@@ -56,8 +56,8 @@ class PolicyLoss(Configurable, ABC):
         kl_coef: Weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
         kl_importance_weight: Multiply the KL by the importance ratio, gradient included.
         entropy_coef: Weight of the entropy bonus; 0 leaves it out, and costs nothing.
-        off_policy_mask_threshold: Completions with A < 0 get no policy gradient if their tokens have become less likely since
-            they were sampled by more than this on average, in nats (see the head of this file); None for no such mask.
+        off_policy_mask_threshold: Completions with A < 0 get no policy gradient once their tokens have become less likely since
+            sampling by more than this many nats on average (see the head of this file); None for no such mask.
 
     Raises:
         ConfigError: If a weight is negative or not finite, or the threshold not positive.

@@ -11,8 +11,8 @@ Engines join modules with the same input into one layer (q/k/v, gate/up). A laye
 silently wrong. So weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
 
-Engines read checkpoints, so weights have their names in a checkpoint: weights of a wrapper's text part have a prefix, and experts
-that transformers joins when it reads a checkpoint are split again.
+Engines read checkpoints, so each weight has the name and form that it has in a checkpoint: weights of a wrapper's text part have
+a prefix, and experts that transformers joins when it reads a checkpoint are split again.
 """
 
 import hashlib

@@ -60,9 +60,9 @@ class VLLMServerSampler(VLLMEngine):
 
     Args:
         urls: Addresses of the servers, such as `[http://node7:8000, http://node8:8000]`.
-        timeout: Longest time for one request in seconds; it is then given to another server.
-        give_up_after: Seconds until the run stops, so that it can be resumed, if no server answers, completes a request or takes
-            weights. Until then they are tried again, in growing intervals.
+        timeout: Time limit for one request in seconds; after that, another server gets the request.
+        give_up_after: The run stops, and can be resumed, if for this many seconds no server answers, completes a request or takes
+            weights. Until then servers are tried again, at growing intervals.
         address: Address under which the servers reach this machine; None takes the address by which this machine reaches them.
         options: Arguments of `RolloutEngine`.
 

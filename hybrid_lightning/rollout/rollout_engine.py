@@ -303,7 +303,7 @@ class Conversation:
         """The first message of all B episodes."""
         limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._own)
         request = replace(self._request, limits=[min(limit, self._capacity) for limit in limits])
-        return self._noted(range(len(self._own)), self._first(request))
+        return self._recorded(range(len(self._own)), self._first(request))
 
     def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
         """The next message of some episodes, with everything before it as its prompt; the others wait, and may continue later.
@@ -330,9 +330,9 @@ class Conversation:
             draws=draws,
             limits=limits,
         )
-        return self._noted(rows, self._next(request, rows, added))
+        return self._recorded(rows, self._next(request, rows, added))
 
-    def _noted(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
+    def _recorded(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
         sequences = turn.sequences
         lengths = sequences.completion_mask.sum(dim=1).tolist()
         for row, tokens, length in zip(rows, sequences.completion_ids.tolist(), lengths, strict=True):

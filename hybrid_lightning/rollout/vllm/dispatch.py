@@ -53,10 +53,10 @@ class _Place:
 
     server: Server
     room: int  # requests that it may have at once
-    heard: float  # time of its last correct answer
+    answered_at: float  # time of its last correct answer
     usable: bool = False
     restarted: bool = False  # it has the weights that it was started with
-    looked_at: bool = False  # a check is in progress
+    checking: bool = False  # a check is in progress
     failures: int = 0  # since its last answer
     aside_until: float = 0.0
     running: int = 0
@@ -99,7 +99,7 @@ class Dispatch:
     ) -> None:
         self._labels, self._updating = [label], updating  # labels that tokens may have
         self._timeout, self._outage = timeout, outage
-        self._look_s = min(_LOOK_S, max(1.0, outage.limit / 3))
+        self._check_s = min(_LOOK_S, max(1.0, outage.limit / 3))
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
         self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
         began = time.monotonic()
@@ -199,8 +199,8 @@ class Dispatch:
                 while len(self._answers) < self._total:
                     now = time.monotonic()
                     self._give_up()
-                    self._look(now)
-                    if now - began > _GRACE_S or not any(place.looked_at for place in self._places):
+                    self._check_servers(now)
+                    if now - began > _GRACE_S or not any(place.checking for place in self._places):
                         self._assign(now)
                     if not self._tasks:
                         await asyncio.sleep(_SLICE_S)
@@ -211,13 +211,13 @@ class Dispatch:
             finally:
                 await self._end_all()
 
-    def _look(self, now: float) -> None:
+    def _check_servers(self, now: float) -> None:
         """Request the label of the weights from servers that are not in use, or have not answered for a while."""
         for place in self._places:
-            due = now - place.heard > self._look_s if place.usable else now >= place.aside_until
-            if due and not (place.stale or place.looked_at):
-                place.looked_at = True
-                self._begin(self._look_s, place, None, place.server.label_now(self._client))
+            due = now - place.answered_at > self._check_s if place.usable else now >= place.aside_until
+            if due and not (place.stale or place.checking):
+                place.checking = True
+                self._begin(self._check_s, place, None, place.server.label_now(self._client))
 
     def _assign(self, now: float) -> None:
         """Give waiting requests to the servers with the most room."""
@@ -251,7 +251,7 @@ class Dispatch:
     def _take(self, task: asyncio.Task[Any], place: _Place, request: _Request | None) -> None:
         """Process a result: a server's weights, or the answers to a request."""
         if request is None:
-            place.looked_at = False
+            place.checking = False
         else:
             place.running -= 1
         try:
@@ -269,7 +269,7 @@ class Dispatch:
             place.usable = found in self._labels
             place.restarted = found == STARTED
             if place.usable:
-                place.heard = time.monotonic()
+                place.answered_at = time.monotonic()
             if found == self._updating:
                 self._set_aside(place)
                 place.why = _ON_THEIR_WAY
@@ -280,7 +280,7 @@ class Dispatch:
             self._waiting.appendleft(request)
         else:
             place.failures = 0
-            place.heard = time.monotonic()
+            place.answered_at = time.monotonic()
             self._outage.end(answered=True)
             self._answers[request.number] = found
             if self._on_answers is not None:
@@ -319,7 +319,7 @@ class Dispatch:
             raise self._failure()
         elif any(place.failures for place in self._places):  # else their first answers have not arrived yet
             updating = any(place.why == _ON_THEIR_WAY for place in self._places)
-            since = max(place.heard for place in self._places)
+            since = max(place.answered_at for place in self._places)
             if self._outage.left("" if updating else self._causes, since) < 0:
                 raise self._failure()
 

@@ -103,7 +103,7 @@ class VLLMServerSampler(VLLMEngine):
         self._taking: list[Server] = []  # servers that take the weights of the current update
         self._dispatches: list[Dispatch] = []  # may have open requests
         self._request_lock = threading.RLock()  # held while requests begin, and while weights are being sent
-        self._hopeless: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
+        self._refusing: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
         self._outage = Outage(give_up_after)
 
     def check_model(self, model: ServedModel) -> None:
@@ -304,7 +304,7 @@ class VLLMServerSampler(VLLMEngine):
             self._taking.remove(server)
             self._disconnect(server)
             if isinstance(failure, ServerError) and failure.is_final:
-                self._hopeless.add(server)
+                self._refusing.add(server)
             named = "" if isinstance(failure, RolloutError) else f"{type(failure).__name__}: "  # of gloo, NCCL or vLLM
             self._leave_out(server, named + one_line(failure, 600))
             for dispatch in self._running:
@@ -317,7 +317,7 @@ class VLLMServerSampler(VLLMEngine):
         try:
             check_server(server, model, self.max_new_tokens, self.sends_adapter)
         except ConfigError as error:
-            self._hopeless.add(server)
+            self._refusing.add(server)
             raise RolloutError(str(error)) from error
         server.shutdown_weight_transfer_engine()
         kind = GlooTransfer if server.facts.backend == BACKEND else NcclTransfer
@@ -332,9 +332,9 @@ class VLLMServerSampler(VLLMEngine):
         labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else first))
         for server, found in labels.items():
             if not isinstance(found, str):
-                self._hopeless.discard(server)
+                self._refusing.discard(server)
                 self._leave_out(server, str(found))
-        return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._hopeless}
+        return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._refusing}
 
     def _leave_out(self, server: Server, why: str) -> None:
         if server not in self._left_out:
@@ -357,7 +357,7 @@ class VLLMServerSampler(VLLMEngine):
             began = time.monotonic()
             yield
             left = self._outage.left(self._why(), began)
-            if left <= 0 or self._hopeless.issuperset(self._servers):
+            if left <= 0 or self._refusing.issuperset(self._servers):
                 raise RolloutError(
                     f"no vLLM server takes the policy's weights (tried for {self.give_up_after - left:.0f} s): {self._why()}; "
                     "restart the servers with the policy's model"

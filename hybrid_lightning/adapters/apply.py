@@ -36,7 +36,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
         model: Base model; wrapped in place. LoRA's A matrices are drawn from torch's global random state.
         plan: Plan made for this model.
         keep_start_weights: Whether to keep the original weights of fully trained modules. The reference policy of a KL term
-            (`adapter_disabled`) needs them; without them full fine-tuning takes no more memory than usual.
+            (`adapter_disabled`) needs them. False saves their memory.
         backend: Backend of the model's engine; None for a model without one.
 
     Returns:
@@ -48,7 +48,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
             wrapped other modules than planned.
     """
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
-        raise ModelError("the model already carries a PEFT adapter; apply the plan to the base model, loaded anew")
+        raise ModelError("the model already has a PEFT adapter; load the base model again and apply the plan to it")
     plan.check_model(model)
     check_lora_modules(plan.lora_modules)
     config = plan.lora_config(fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules))
@@ -68,7 +68,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
     _set_dora_magnitudes(adapted)
     use_fused_modules(adapted, backend or Backend())
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
+    assert trainable == {*full, *lora}, "PEFT made parameters outside the adapter trainable"
     return adapted
 
 
@@ -84,7 +84,7 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
         if isinstance(layer, ModulesToSaveWrapper) and isinstance(layer.original_module, FreedStartWeights):
             layer.original_module()  # raises the error
         if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ConfigError("LoRA is merged into the base weights; unmerge before asking for the start policy")
+            raise ConfigError("LoRA is merged into the base weights; unmerge it before using the start policy")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for layer in layers:
@@ -178,9 +178,8 @@ def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
         if wrapped != planned:
             difference = sorted(wrapped ^ planned)
             raise PlanError(
-                f"PEFT set up {kind} for {len(wrapped)} modules where the plan has {len(planned)}; the difference "
-                f"starts with {difference[0]}: module names that end alike cannot be told apart; give them the same "
-                "mode in the plan"
+                f"PEFT set up {kind} for {len(wrapped)} modules where the plan has {len(planned)}; the first difference is "
+                f"{difference[0]}: PEFT cannot distinguish module names with the same ending; give them the same mode in the plan"
             )
     for module in plan.candidates:
         if module.mode == "lora":

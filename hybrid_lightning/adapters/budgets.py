@@ -29,7 +29,7 @@ class Budget(Configurable, ABC):
     def __init__(self, share: float = 0.1) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(
-                f"share={share} is no share of the candidates; give one from 0 (plain LoRA) to 1 (full fine-tuning)"
+                f"share={share} is not a share of the candidates; give one from 0 (plain LoRA) to 1 (full fine-tuning)"
             )
         self.share = share
 
@@ -57,7 +57,7 @@ class Budget(Configurable, ABC):
             return frozenset(module.name for module in modules)
         unscored = [module.name for module in modules if module.score is None]
         if unscored:
-            raise ConfigError(f"{type(self).__name__}(share={self.share}) needs a score of {unscored[0]}; score it first")
+            raise ConfigError(f"{type(self).__name__}(share={self.share}) needs a score for {unscored[0]}; score it first")
         return frozenset(self._choose(modules, lora))
 
     @abstractmethod
@@ -99,7 +99,7 @@ class ParameterBudget(Budget):
             first = ordered[0]
             raise ConfigError(
                 f"share={self.share} allows {int(limit)} fully trained parameters, but the first module by score, "
-                f"{first.name}, has {first.parameters}; raise the share, or take a ModuleBudget"
+                f"{first.name}, has {first.parameters}; raise the share, or use a ModuleBudget"
             )
         return chosen
 

@@ -24,8 +24,8 @@ Shape = tuple[int, int] | Mapping[str, tuple[int, ...]]
 Group = Literal["attention", "mlp"]
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "expert")
-_MLP_MODULES = frozenset({"fc1", "fc2"})  # of families that have no module for the whole MLP, such as OPT
-# The last product of a state space layer (Mamba). Fused kernels read its weight themselves: LoRA on it would train nothing.
+_MLP_MODULES = frozenset({"fc1", "fc2"})  # in families without a module for the whole MLP, such as OPT
+# The last product of a state space layer (Mamba). Fused kernels read its weight directly: LoRA on it would train nothing.
 _READ_BY_KERNELS = (".mamba.out_proj", ".mixer.out_proj")
 
 
@@ -54,14 +54,14 @@ def candidate_shape(module: nn.Module) -> Shape:
 def find_candidates(
     model: nn.Module, target_modules: Sequence[str] | None = None, named: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
-    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and experts and routers that are named.
+    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and explicitly named experts and routers.
 
     Args:
         model: Causal language model without an adapter.
         target_modules: Suffixes of the module names to take, whole dotted parts such as `["q_proj", "mlp.up_proj"]`; None takes
             all linear modules.
-        named: Suffixes of names, such as the keys of a rank pattern. Experts and routers that match one of them are candidates,
-            beside all linear modules.
+        named: Suffixes of names, such as the keys of a rank pattern. Experts and routers that match one of them are candidates
+            in addition to all linear modules.
 
     Returns:
         Full dotted name -> module, in the model's order.
@@ -70,7 +70,7 @@ def find_candidates(
         ModelError: If there are no candidates, a suffix matches nothing, or the model already has an adapter.
     """
     if hasattr(model, "peft_config"):
-        raise ModelError("the model already carries a PEFT adapter; find the candidates on the base model instead")
+        raise ModelError("the model already has a PEFT adapter; find the candidates in the base model")
     found = _modules_in_blocks(model)
     candidates = {name: module for name, module in found.items() if is_linear(module)}
     if not candidates:
@@ -175,7 +175,7 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
-                f"rank_pattern: {key}={rank!r} is no rank; give a whole number of at least 1, or 0 for modules without LoRA"
+                f"rank_pattern: {key}={rank!r} is not a rank; give a whole number of at least 1, or 0 for modules without LoRA"
             )
 
 

@@ -1,4 +1,4 @@
-"""Mean gradients of the candidate modules: what a scorer reads from them, how much of them is kept, and how they are added up.
+"""Mean gradients of the candidate modules: the values that scorers read, how much is kept, and how gradients are added up.
 
 A `GradientMode` decides how much of each gradient is kept: all of it (`ExactGradients`, here) or a sketch (`SketchedGradients`,
 in sketch.py). Both are linear functions of the gradient, so the gradients of micro-batches are added up in that form, module by
@@ -108,7 +108,7 @@ class GradientOfExperts(Gradient):
 
     def matrix(self) -> Tensor:  # noqa: D102
         raise ConfigError(
-            "this scorer reads the matrix of a gradient, and experts have one for each; take a scorer such as PreconditionedTail "
+            "this scorer reads the matrix of a gradient, but each expert has its own; use a scorer such as PreconditionedTail "
             "that reads energies or singular values, or leave experts out of adapter.rank_pattern and adapter.target_modules"
         )
 

@@ -39,7 +39,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"rank={self.rank} is no rank; give at least 1, and for no LoRA at all take a budget share of 1")
+            raise ConfigError(f"rank={self.rank} must be at least 1; for no LoRA at all set a budget share of 1")
         if not self.alpha > 0:
             raise ConfigError(f"alpha={self.alpha}; give a positive number, such as twice the rank")
         if not 0 <= self.dropout < 1:
@@ -60,8 +60,8 @@ class LoraSettings:
         if self.use_dora or self.dropout:
             given = "use_dora=true" if self.use_dora else f"dropout={self.dropout}"
             raise ConfigError(
-                f"adapter.{given} does not work with LoRA of experts, for which PEFT has plain LoRA and rsLoRA without dropout; "
-                "leave it out, or give experts the rank 0: --adapter.rank_pattern='{experts: 0}'"
+                f"adapter.{given} does not work with LoRA on experts, where PEFT supports only plain LoRA and rsLoRA without "
+                "dropout; leave it out, or give experts rank 0: --adapter.rank_pattern='{experts: 0}'"
             )
 
     def with_rank(self, rank: int) -> "LoraSettings":
@@ -86,10 +86,14 @@ def lora_config(
     fan_in_fan_out: bool = False,
     experts: Mapping[str, Iterable[str]] | None = None,
 ) -> "LoraConfig":
-    """Build the config with which PEFT's `get_peft_model` adapts modules as planned.
+    """Build the config that makes PEFT's `get_peft_model` adapt modules as planned.
 
-    Modules are given by full name, and `ranks` holds the LoRA modules with a rank of their own. `fan_in_fan_out` means that the
-    LoRA modules store their weights as [inputs, outputs], as GPT-2 does. `experts` names the parameters of modules with experts.
+    Args:
+        modes: Full name of each module -> `full`, `lora` or `frozen`.
+        lora: LoRA settings.
+        ranks: Full name -> rank of the LoRA modules with their own rank.
+        fan_in_fan_out: Whether the LoRA modules store their weights as [inputs, outputs], as GPT-2 does.
+        experts: Full name -> names of the parameters, for modules with experts.
 
     Raises:
         PlanError: If nothing is trained, or PEFT would mistake a module for one with another mode (see `_check_suffixes`).
@@ -108,14 +112,14 @@ def lora_config(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
-        # PEFT takes the keys for regular expressions, and the first one that fits the end of a name.
+        # PEFT reads the keys as regular expressions, and uses the first one that matches the end of a name.
         rank_pattern={f"^{re.escape(name)}": settings.rank for name, settings in own.items()},
         alpha_pattern={f"^{re.escape(name)}": settings.alpha for name, settings in own.items()},
         lora_dropout=lora.dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         fan_in_fan_out=fan_in_fan_out,
-        # With None PEFT would take its defaults for the architecture, and it refuses [].
+        # None would give PEFT's defaults for the architecture, and PEFT refuses [].
         target_modules=[name for name in lora_modules if not parameters[name]] or DUMMY_TARGET_MODULES,
         target_parameters=[part for parts in parameters.values() for part in parts] or None,
         modules_to_save=full or None,
@@ -127,7 +131,7 @@ def check_lora_modules(names: Iterable[str]) -> None:
     refused = without_lora(names)
     if refused:
         raise PlanError(
-            f"{refused[0]} cannot have LoRA, since kernels of state space layers read its weight themselves; give it the mode "
+            f"{refused[0]} cannot have LoRA, since kernels of state space layers read its weight directly; give it the mode "
             '"frozen" or "full" in the plan'
         )
 
@@ -135,11 +139,12 @@ def check_lora_modules(names: Iterable[str]) -> None:
 def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
     """Change a config in place so that PEFT finds all of its LoRA modules in a model with experts.
 
-    PEFT reads some names, such as `down_proj`, as the names that experts had before transformers 5, even in a dense layer or in
-    shared experts. It does not change the name of a weight, and LoRA on the weight computes the same, without dropout.
+    PEFT takes some names, such as `down_proj`, for names of experts before transformers 5, even in a dense layer or in shared
+    experts. It leaves the name of a weight alone. So such modules get LoRA on the weight, which computes the same, without
+    dropout.
 
     Raises:
-        ConfigError: If such modules have DoRA, which PEFT cannot give to a weight by its name.
+        ConfigError: If such modules have DoRA, which PEFT cannot put on a weight by name.
     """
     taken = _taken_for_experts(model, config.target_modules or ())
     if not taken:
@@ -159,7 +164,7 @@ def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
 
 @contextmanager
 def exact_names(model: "nn.Module") -> Iterator[None]:
-    """Within this context PEFT takes module names as they are (see `target_exactly`): it renames them by the kind of model."""
+    """Make PEFT leave module names alone within this context (see `target_exactly`): it renames them by the kind of model."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind is None:
@@ -184,7 +189,7 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
         config = LoraConfig(target_modules=[kind])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # for a name that PEFT accepts only together with others
+        except ValueError:  # a name that PEFT accepts only together with others
             return True
         return config.target_modules != {kind}
 
@@ -193,16 +198,16 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
 
 
 def _check_suffixes(modes: Mapping[str, str]) -> None:
-    """Refuse names that PEFT, which matches names by suffix, would also apply to modules with another mode.
+    """Refuse names that would make PEFT give a module the wrong mode, since PEFT matches names by suffix.
 
-    PEFT also trains a module fully if its name ends with the name of a fully trained module. It gives LoRA to a module if its
-    name ends, at a dot, with the name of a LoRA module.
+    PEFT also trains a module fully if its name ends with the name of a fully trained module. It also gives LoRA to a module if
+    its name ends, at a dot, with the name of a LoRA module.
     """
     full = tuple(name for name, mode in modes.items() if mode == "full")
     lora_modules = tuple(f".{name}" for name, mode in modes.items() if mode == "lora")
     for name, mode in modes.items():
         if (mode != "full" and name.endswith(full)) or (mode == "frozen" and name.endswith(lora_modules)):
             raise PlanError(
-                f'PEFT would not leave {name} "{mode}", since its name ends like that of a module with another mode; give them '
-                "the same mode in the plan"
+                f'PEFT would not keep {name} "{mode}", since a module with another mode has a name with the same ending; give '
+                "both the same mode in the plan"
             )

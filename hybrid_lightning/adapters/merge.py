@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NUMBERS = 2**20  # of a temporary float32 copy, where the result has another dtype
+_NUMBERS = 2**20  # size of a temporary float32 copy, if the result has another dtype
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LowRankUpdate:
     lora_a: Tensor  # [rank, inputs], or of experts [experts, rank, inputs]
     lora_b: Tensor  # [outputs, rank], or [experts, outputs, rank]
     scale: float
-    magnitudes: Tensor | None = None  # [outputs], of DoRA
+    magnitudes: Tensor | None = None  # [outputs]; DoRA only
 
     def of_experts(self, number: int) -> "LowRankUpdate":
         """The update of this many experts, from A and B as PEFT keeps them."""
@@ -33,12 +33,17 @@ class LowRankUpdate:
 
 @torch.no_grad()
 def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False) -> None:
-    """Write rows of a weight, starting at row `first`, with its update merged into it; None copies the weight.
+    """Write rows of a weight, starting at row `first`, with its update merged.
 
-    Each number is computed in float32 and rounded once. Beside the destination, [rows, ...] of any dtype and device, this
-    allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer; a float32 destination on the
-    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`. A weight of experts is
-    several such matrices, which are merged one after another; each matrix is then one row.
+    Each number is computed in float32 and rounded once.
+
+    Args:
+        destination: Receives the rows, [rows, ...] of any dtype and device. Unless it is float32 on the weight's device, a
+            temporary copy of 2^20 numbers, or of one row if that is longer, is needed.
+        first: Index of the first row.
+        weight: [outputs, inputs], or [experts, ...]: experts are merged one after another, and each counts as one row.
+        update: The update; None copies the weight.
+        transposed: Whether the weight is [inputs, outputs], as in GPT-2's `Conv1D`.
     """
     if update is None:
         destination.copy_(weight[first : first + len(destination)])
@@ -48,7 +53,7 @@ def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRan
             own = LowRankUpdate(update.lora_a[number], update.lora_b[number], update.scale)
             write_merged(target, 0, weight[number], own, transposed)
         return
-    if transposed and update.magnitudes is not None:  # norms are over the rows then, so that all have to be there
+    if transposed and update.magnitudes is not None:  # norms run over the rows, so all rows are needed
         whole = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
         write_merged(whole, 0, weight.T, update)
         destination.copy_(whole.T[first : first + len(destination)])

@@ -87,7 +87,7 @@ class AdapterPlan:
     lora: LoraSettings
     budget: dict[str, Any]  # class_path and init_args of the `Budget`
     scorer: dict[str, Any] | None = None  # class_path and init_args of the `Scorer`; None: not scored
-    calibration: dict[str, Any] = field(default_factory=dict)  # what the scores were made from, in plain values
+    calibration: dict[str, Any] = field(default_factory=dict)  # how the scores were calibrated, in plain values
     seed: int | None = None  # seed of the calibration
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class AdapterPlan:
         if double is not None:
             raise PlanError(f"the plan names {double} twice; remove one of the two entries")
         if not names:
-            raise PlanError("the plan has no modules; make it anew with the score command")
+            raise PlanError("the plan has no modules; make a new one with the score command")
         if self.has_experts:
             self.lora.check_experts()
 
@@ -189,7 +189,7 @@ class AdapterPlan:
             module = modules.get(planned.name)
             shape = None if module is None else candidate_shape(module)
             if not shape:
-                found = "no such module" if module is None else f"a {type(module).__name__} there, no linear module"
+                found = "no such module" if module is None else f"a {type(module).__name__} there, not a linear module"
                 raise PlanError(
                     f"the plan was made for {self.model} and names {planned.name}; this model has {found}; {_NEW_PLAN}"
                 )
@@ -207,7 +207,7 @@ class AdapterPlan:
         """
         if model_digest(model) != self.model_digest:
             raise PlanError(
-                f"the plan was made for {self.model} with other weights or another dtype than this model's; {_NEW_PLAN}"
+                f"the plan was made for {self.model} with other weights or another dtype than this model; {_NEW_PLAN}"
             )
 
     def _content(self) -> dict[str, Any]:
@@ -239,11 +239,11 @@ class AdapterPlan:
             changed = digest not in (None, plan.digest)
         except (ConfigError, PlanError, KeyError, TypeError, ValueError) as error:
             cause = f"the field {error} is missing" if isinstance(error, KeyError) else error
-            raise PlanError(f"{source} is no adapter plan: {cause}; correct it, or make a new one by `score`") from error
+            raise PlanError(f"{source} is not an adapter plan: {cause}; correct it, or make a new one with `score`") from error
         if changed:
             raise PlanError(
-                f"{source} was changed after it was written (its digest does not fit); if that was on purpose, delete "
-                'the line "digest" in it'
+                f"{source} was changed after it was written (its digest does not match); if that was on purpose, delete its "
+                'line "digest"'
             )
         return plan
 
@@ -263,7 +263,7 @@ class AdapterPlan:
         except OSError as error:
             raise PlanError(f"the plan {path} cannot be read ({error.strerror}); give the path of a plan.json") from error
         except ValueError as error:
-            raise PlanError(f"the plan {path} is no JSON ({error}); correct it, or make it anew") from error
+            raise PlanError(f"the plan {path} is not JSON ({error}); correct it, or make a new one") from error
         return cls.from_dict(data, source=str(path))
 
 

@@ -22,7 +22,7 @@ from hybrid_lightning.adapters.candidates import Shape
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 
 _COLUMNS = ("module", "shape", "parameters", "score", "mode")
-_MAX_FULL_SHOWN = 30  # after full fine-tuning nobody wants to see every module on the screen
+_MAX_FULL_SHOWN = 30  # limits the table on the screen, for example under full fine-tuning
 _STYLES = {"full": "bold", "lora": "", "frozen": "dim"}
 COLORMAP = colormaps["YlGnBu"]
 FRAME_COLOR = "#e4572e"  # of fully trained modules; stands out against every color of the map

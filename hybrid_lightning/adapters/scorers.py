@@ -7,12 +7,12 @@ gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_
 
 - `TailEnergy` and `TailFraction`: the part of G that LoRA of rank r cannot express, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2,
   and its share tau_r(G) = T_r(G) / ||G||_F^2.
-- `PreconditionedTail`: the tail of Adam's step. Adam divides the gradient by the root of its second moment, which at the first
-  step is the square of that gradient. A module's step therefore has the same size however large its gradient is, and the score
-  counts how many directions the step has. A second moment of rank one, as Adafactor keeps it (Shazeer and Stern 2018, arXiv
-  1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v the mean squares of its columns and s the
-  mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends only on the mean
-  gradient, so it is the same however the calibration rollouts are split into micro-batches.
+- `PreconditionedTail` (the default): the tail of Adam's step. Adam divides the gradient by the root of its second moment, so a
+  module's step has the same size however large its gradient is, and the score measures how many directions the step needs. At the
+  first step Adam's second moment is the squared gradient itself, which would leave only signs. A second moment of rank one, as in
+  Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), keeps the relative size of entries. With the mean squares u of G's rows
+  and v of its columns, and the mean square s of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is
+  T_r(P). It depends only on the mean gradient, so it is the same however the calibration rollouts are split into micro-batches.
 - The experts of a layer are one module. Each expert's matrix has its own low rank, so their tails and energies are added up.
 - `GradientNorm`: a baseline that ignores the rank. `Random`: chance, which every other scorer has to beat.
 """
@@ -121,5 +121,5 @@ class Random(Scorer):
 
 
 def _gradient(statistics: ModuleStatistics) -> Gradient:
-    assert statistics.gradient is not None, "it is there unless `needs_gradient` is False"
+    assert statistics.gradient is not None, "`needs_gradient` is True, so there is a gradient"
     return statistics.gradient

@@ -36,14 +36,14 @@ class Scoring:
     """Scores each candidate's sensitivity to low-rank adaptation.
 
     Args:
-        model: The start policy, with floating-point weights; unchanged afterwards, its modes and `requires_grad` flags included.
+        model: The start policy, with floating-point weights. Afterwards it is unchanged, including modes and `requires_grad`.
         candidates: Full dotted name -> module, as from `find_candidates`.
-        losses: Scalar calibration losses, each with the same weight. Compute them lazily, during the iteration: the backward pass
-            of each frees its graph. Not used if the scorer needs only the weights.
+        losses: Scalar calibration losses, each with the same weight. Compute each one during the iteration (a generator), so that
+            its backward pass frees its graph before the next. Not used if the scorer needs only the weights.
         scorer: Defines the score.
         rank: LoRA rank r, of all candidates or of each by its name; 0 for a candidate that would have no LoRA.
         gradients: How gradients are kept; None takes `ExactGradients()`.
-        loss_scale: Factor of the losses in backward passes; in float16 gradients below 6e-8 are 0 without one.
+        loss_scale: Factor of the losses in backward passes. In float16, gradients below 6e-8 would otherwise become 0.
 
     Raises:
         ConfigError: If no rank is positive.
@@ -77,9 +77,9 @@ class Scoring:
             )
         self._model, self._candidates, self._losses, self._scorer = model, candidates, losses, scorer
         self._gradients, self._loss_scale = gradients or ExactGradients(), loss_scale
-        self._sums: dict[str, GradientSum] = {}  # of the matrices that this process scores, until they are scored
+        self._sums: dict[str, GradientSum] = {}  # for the matrices of this process, until they are scored
         self._seen = 0  # losses in these sums
-        self._unused: Collection[str] = ()  # matrices, of any process, without gradient
+        self._unused: Collection[str] = ()  # matrices without gradient, on any process
 
     def run(self, on_loss: Callable[[int], None] = lambda seen: None) -> dict[str, float]:
         """Score the modules.
@@ -169,22 +169,22 @@ class Scoring:
         return self._sums
 
     def check_loss(self, loss: Tensor, index: int) -> None:
-        """Raise an error if a loss cannot be differentiated."""
+        """Raise ConfigError or CalibrationError if a loss cannot be differentiated."""
         if loss.numel() != 1:
             raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}; give scalar losses")
         if not loss.requires_grad:
             raise CalibrationError(
                 f"calibration loss {index} does not depend on the weight of any candidate module; compute it from the "
-                "output of the model that is scored, with gradients enabled"
+                "output of the scored model, with gradients enabled"
             )
         if not torch.isfinite(loss):
             raise CalibrationError(
                 f"calibration loss {index} is {loss.item()}; look for inf or nan in the calibration data, or use bfloat16 "
-                "or float32 where the model is float16"
+                "or float32 instead of float16"
             )
 
     def differentiate(self, loss: Tensor) -> None:
-        """Run the backward pass of a loss, at a scale that `add` removes again."""
+        """Run the backward pass of a scaled loss; `add` removes the scale."""
         scaled = loss if self._loss_scale == 1 else loss * self._loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]
 
@@ -213,8 +213,9 @@ class Scoring:
         unused = [name for name, keys in modules.items() if all(key in self._unused for key in keys)]
         if len(unused) == len(modules):
             raise CalibrationError(
-                f"the calibration gradient is zero in all {len(unused)} candidate modules, as when all rewards of each prompt "
-                "are equal; use more prompts, prompts that are solved sometimes, more samples per prompt, or reference answers"
+                f"the calibration gradient is zero in all {len(unused)} candidate modules, for example because all rewards of "
+                "each prompt are equal; use more prompts, prompts that are sometimes solved, more samples per prompt, or "
+                "reference answers"
             )
         if unused and self.prints:
             warnings.warn(
@@ -226,8 +227,8 @@ class Scoring:
         without = [key for key in experts if key in self._unused]
         if without and self.prints:
             warnings.warn(
-                f"{len(without)} of {len(experts)} matrices of experts got no token of the calibration losses (such as "
-                f"{without[0]}), and add nothing to the score of their layer; calibrate with more rollouts if they matter",
+                f"{len(without)} of {len(experts)} matrices of experts got no token from the calibration losses and add nothing "
+                f"to the score of their layer (such as {without[0]}); calibrate with more rollouts if they matter",
                 stacklevel=3,
             )
 
@@ -237,7 +238,7 @@ class Scoring:
         """The scores of some modules; modules with small gradients come first, side by side where the scorer allows that."""
         small: list[str] = []
         if self._scorer.concurrent:
-            # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
+            # Small enough for one thread, and for a float64 copy on each thread.
             small = [name for name in names if all(self._is_small(key) for key in self._keys(name))]
         scores = dict(zip(small, map_on_workers(self._score, small), strict=True))
         return scores | {name: self._score(name) for name in names if name not in scores}

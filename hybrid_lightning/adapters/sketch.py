@@ -6,15 +6,15 @@ the co-range sketch W = Psi G are kept; both are linear in G, so they add up ove
 
     Q = orth(Y) [m, k],    X = pinv(Psi Q) W [k, n],    G ~ Q X.
 
-This file adds a correction of the energies to the paper. Write G = Q Q'G + E, where E is what the range sketch missed. Psi Q and
-Psi (1 - QQ') are independent Gaussians, hence
+This file adds a correction of the energies to the paper. Write G = Q Q'G + E: E is the part that the range sketch missed. Psi Q
+and Psi (1 - QQ') are independent Gaussians, hence
 
     X = Q'G + N with noise N of mean 0 and E[N N'] = ||E||_F^2 / (l - k - 1) * identity,
     E ||W - Psi Q X||_F^2 = (l - k) ||E||_F^2.
 
-So R = ||W - Psi Q X||_F^2 / (l - k) is an unbiased estimate of ||E||_F^2, ||X||_F^2 + R (1 - k / (l - k - 1)) one of ||G||_F^2,
-and sigma_i(X)^2 - R / (l - k - 1) estimates the leading squared singular values. Here l = 2k + 1, for which the energy is
-simply ||X||_F^2.
+So R = ||W - Psi Q X||_F^2 / (l - k) is an unbiased estimate of ||E||_F^2, and ||X||_F^2 + R (1 - k / (l - k - 1)) is an unbiased
+estimate of ||G||_F^2. sigma_i(X)^2 - R / (l - k - 1) estimates the leading squared singular values. This file sets l = 2k + 1,
+which makes the estimate of ||G||_F^2 simply ||X||_F^2.
 """
 
 import hashlib

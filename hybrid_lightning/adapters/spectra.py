@@ -3,8 +3,9 @@
 All singular values come from the smaller Gram matrix. That is many times cheaper than a singular value decomposition, and its
 rounding error (1e-16 of the largest squared singular value) is far below the rounding error of a float32 gradient.
 
-The tail energy of a large gradient does not need the whole spectrum: `krylov_tail_energy` is block Lanczos with a bound on the
-error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1 [m, b] grows into the basis of a Krylov space
+The tail energy of a large gradient does not need the whole spectrum, only its energy and the first r values. `krylov_tail_energy`
+computes these by block Lanczos, with a bound on the error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1
+[m, b] grows into the basis of a Krylov space
 
     Q = orth[X_1, A X_1, A^2 X_1, ...],    H = Q'A Q.
 
@@ -81,7 +82,7 @@ def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:
 
 @contextmanager
 def few_threads(size: int) -> Iterator[None]:
-    """Let torch use one thread within this context if the matrix to be decomposed is small, judged by the number of its rows.
+    """Make torch use one thread within this context if the matrix to decompose has few rows (`size`).
 
     LAPACK's threads gain little on small matrices and wait for each other at every step: on two cores that another process used
     as well, the eigenvalues of a 576 x 576 matrix took 12 s instead of 0.06 s.
@@ -98,9 +99,9 @@ def few_threads(size: int) -> Iterator[None]:
 def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
     """Map a thread-safe function over items on all threads that torch may use; results keep the order of the items.
 
-    Many small decompositions run faster side by side than one after another on LAPACK's own threads, from which LAPACK gains
-    little. Within the function torch uses one thread, so that results do not depend on the number of threads. torch releases
-    the interpreter's lock meanwhile. After the first error no further call is started.
+    Many small decompositions run faster side by side than one after another on LAPACK's own threads. Within the function torch
+    uses one thread, so results do not depend on the number of threads. torch releases the interpreter's lock meanwhile. After the
+    first error no further call is started.
     """
     threads = torch.get_num_threads()
     try:

@@ -1,7 +1,7 @@
-"""What makes a model's passes fast: packing, attention, decoding, fused layers, log-probabilities; in `cpu/`, kernels in C++.
+"""Fast passes of a model: packing, attention, decoding, fused layers, log-probabilities. `cpu/` has kernels in C++.
 
-The other parts of the project use the names below, above all `Engine`. A name is imported at its first use, since some need PEFT,
-which takes a second to import.
+The rest of the project imports the names below, above all `Engine`. They are imported lazily: some need PEFT, which takes a
+second to import.
 """
 
 from hybrid_lightning.lazy import lazy_names

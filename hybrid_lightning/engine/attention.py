@@ -1,19 +1,17 @@
 """Attention in which the completions of a prompt share the prompt's keys and values.
 
 Axes: P prompts, G completions of each, S prompt tokens, T query tokens of a completion, M keys of a completion, H query heads, K
-key-value heads (grouped-query attention: H = K * R), D numbers a head.
+key-value heads (grouped-query attention: H = K * R), D numbers per head.
 
-Four ways to compute it, which give the same numbers:
+Four implementations give the same numbers:
 
-- by one operator of our own over all packed tokens, on CPUs that have it. Nothing is cut out or padded, scores exist for a
-  dozen queries at a time, and only queries, keys and values are kept for the backward pass. On two cores (AMD EPYC, Zen
-  4) forward and backward pass took 0.3 to 0.6 of the time of matrix products, at prompts of 6 to 512 and completions of 10 to
-  128 tokens;
-- by matrix products over all queries of a prompt at once. On CPUs this is many times faster than torch's fused kernel at the
-  lengths of rollouts (at S=128, T=64 forward and backward pass took 50 ms instead of 170 to 250), and keys and values are never
-  repeated;
-- by segments (`segments.py`) on accelerators that have the kernels for it;
-- by `scaled_dot_product_attention` with repeated keys and values on other accelerators, whose kernels keep no scores.
+- our own operator over all packed tokens, on CPUs that support it. Nothing is cut out or padded, scores exist for a dozen
+  queries at a time, and only queries, keys and values are kept for the backward pass. On two cores (AMD EPYC, Zen 4) forward and
+  backward pass took 0.3 to 0.6 of the time of matrix products, with prompts of 6 to 512 and completions of 10 to 128 tokens;
+- matrix products over all queries of a prompt at once. At the lengths of rollouts this is many times faster on CPUs than torch's
+  fused kernel (S=128, T=64: forward and backward pass took 50 ms instead of 170 to 250), and keys and values are never repeated;
+- segments (`segments.py`), on accelerators that have the kernels;
+- `scaled_dot_product_attention` with repeated keys and values, on other accelerators. Their kernels keep no scores.
 """
 
 from dataclasses import dataclass, field
@@ -31,19 +29,19 @@ from hybrid_lightning.engine.cpu.operators import Groups
 
 KeysValues = tuple[Tensor, Tensor]
 
-_LARGEST_HEAD = 256  # D that FlashAttention's kernels have, a multiple of 8
+_LARGEST_HEAD = 256  # largest D in FlashAttention's kernels; D must be a multiple of 8
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """Which keys queries see; the same for all layers of a pass."""
+    """Which keys each query sees; the same for all layers of a pass."""
 
     prompt: Tensor | None = None  # bool, broadcastable to [P, 1, G, 1, T, S]; None where every query sees every key
     own: Tensor | None = None  # likewise, to [P, 1, G, 1, T, M]
-    _joint: list[Tensor] = field(default_factory=list)  # made once a pass, and not in every layer
+    _joint: list[Tensor] = field(default_factory=list)  # made once per pass instead of in every layer
 
     def joint(self, shape: tuple[int, ...], prompt: int, own: int) -> Tensor | None:
-        """One mask of S keys of the prompt (0 where they are left out) and M own ones behind them, for P, G and T.
+        """One mask over S prompt keys (0 to leave them out) followed by M own keys, for a shape (P, G, T).
 
         Returns:
             [P G, 1, T, S + M] bool; None where every query sees every key.
@@ -61,7 +59,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What a layer of a model asks of attention besides queries, keys and values."""
+    """Settings of a layer's attention, besides queries, keys and values."""
 
     window: int | None = None  # a token sees this many positions, itself included; None for all
     scaling: float | None = None  # factor of the scores; None: 1 / sqrt(D)
@@ -70,16 +68,16 @@ class AttentionSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether weights are the softmax of scaled scores and nothing more."""
+        """Whether weights are just the softmax of scaled scores."""
         return self.softcap is None and self.dropout == 0
 
     def has_operator(self, backend: Backend, *tensors: Tensor) -> bool:
-        """Whether an operator computes all of the attention; the last axis of each tensor is D."""
+        """Whether the operator can compute the attention; the last axis of each tensor is D."""
         size = tensors[0].shape[-1]
         return self.plain and all(part.shape[-1] == size for part in tensors) and backend.usable(*tensors)
 
     def fits_segments(self, *tensors: Tensor) -> bool:
-        """Whether kernels can compute the attention by segments; the last axis of each tensor is D."""
+        """Whether FlashAttention's kernels can compute the attention by segments; the last axis of each tensor is D."""
         size = tensors[0].shape[-1]
         return self.plain and size <= _LARGEST_HEAD and size % 8 == 0 and all(part.shape[-1] == size for part in tensors)
 
@@ -89,11 +87,11 @@ class AttentionSettings:
 
 
 class UnsupportedAttentionError(Exception):
-    """Why packings cannot compute what a model's layers ask for."""
+    """A model's layers need attention that packings cannot compute; the message gives the cause."""
 
 
 class Packing(Protocol):
-    """Who attends to whom among N tokens of several sequences, which go through the model as one packed sequence."""
+    """Decides which tokens attend to which, among N tokens of several sequences packed into one."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention of N tokens in a decoder layer, [N, H, D], for queries [N, H, D], keys and values [N, K, D]."""
@@ -101,7 +99,7 @@ class Packing(Protocol):
 
 @dataclass
 class AttentionCalls:
-    """What the layers asked for while a model was tried, one entry for each call of attention."""
+    """What the layers requested in a trial pass, one entry per call of attention."""
 
     settings: list[AttentionSettings] = field(default_factory=list)
     by_segments: list[bool] = field(default_factory=list)  # whether kernels could compute it by segments
@@ -110,14 +108,14 @@ class AttentionCalls:
 def shared_attention(
     query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings, backend: Backend
 ) -> Tensor:
-    """Attend to the keys of the prompt and those of the completion itself.
+    """Attend to the keys of the prompt and of the completion itself.
 
     Args:
         query: [P, K, G, R, T, D].
-        prompt: Keys and values, [P, K, S, D] each, that all G completions see; None for none (S = 0).
+        prompt: Keys and values, [P, K, S, D] each, seen by all G completions; None if there are none (S = 0).
         own: Keys and values, [P, K, G, M, D] each.
         masks: Which keys queries see. Every query must see a key.
-        settings: What the layer asks for.
+        settings: The layer's settings.
         backend: The model's backend.
 
     Returns:
@@ -128,14 +126,14 @@ def shared_attention(
     width = own[0].shape[3] + (prompt[0].shape[2] if prompt is not None else 0)
     if not torch.is_grad_enabled() or width <= query.shape[-1]:
         return compute(query, prompt, own, masks, settings)
-    # Neither scores nor repeated keys are kept for the backward pass: they would be larger than all else that a layer keeps.
+    # Neither scores nor repeated keys are kept for the backward pass: they would be larger than everything else a layer keeps.
     return checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)
 
 
 def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
-    """One product for the queries of all completions with the prompt's keys, and one for those of a completion with its own.
+    """One product of all completions' queries with the prompt's keys, and one of each completion's queries with its own keys.
 
-    Scores are float32, as the fused kernels have them: in bfloat16 a score of 10 is off by up to 0.03.
+    Scores are float32, as in the fused kernels: in bfloat16 a score of 10 is off by up to 0.03.
     """
     runs = [(*own, masks.own)] if prompt is None else [(*prompt, masks.prompt), (*own, masks.own)]
     shape, size, scores, results = query.shape[:-1], query.shape[-1], [], []

@@ -1,13 +1,13 @@
-"""Makes a Hugging Face model attend as a `Packing` says, and tries whether that gives the model's own numbers.
+"""Routes a Hugging Face model's attention through a `Packing`, and checks that the numbers stay the model's own.
 
-The sequences of a batch go through the model as one packed sequence without padding; everything in a decoder but attention treats
-each token by itself. The model's attention layers call the function registered here with transformers' attention interface. It
-hands queries, keys and values to the packing that came with the call, or, for a call without one, to the implementation that the
-model had.
+The sequences of a batch go through the model as one packed sequence without padding: everything in a decoder except attention
+treats each token by itself. The model's attention layers call the function that is registered here with transformers' attention
+interface. It passes queries, keys and values to the packing of the call. A call without a packing goes to the model's original
+implementation.
 
-A family whose attention is not what a packing computes (sinks, biases, recurrent layers, chunks) would silently give other
-numbers. So each model is tried once: first what its layers ask of attention is checked, then a few tokens are computed both ways.
-A model that fails keeps its own attention.
+Attention that a packing does not compute (sinks, biases, recurrent layers, chunks) would silently give other numbers. So each
+model is tried once: its layers' requests to attention are checked, then a few tokens are computed both ways. A model that fails
+keeps its own attention.
 """
 
 import logging
@@ -33,7 +33,7 @@ from hybrid_lightning.types import Sequences
 logger = logging.getLogger(__name__)
 
 _PREFIX = "packed_"
-# Tensors that layers hand to attention but that have no influence on it; the last three say what the packing knows.
+# Tensors that layers pass to attention without influence on it; the packing already knows the last three.
 _HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _CARRYING = {*RECURRENT, "conv"}  # layers that carry a state from token to token
@@ -42,7 +42,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25, to
 
 
 def use_packing(model: PreTrainedModel) -> None:
-    """Let the model's layers attend by packings.
+    """Make the model's layers attend by packings.
 
     Raises:
         UnsupportedAttentionError: If the model does not call transformers' attention interface.
@@ -59,7 +59,7 @@ def use_packing(model: PreTrainedModel) -> None:
 
 
 def register_packed(original: str) -> str:
-    """Make transformers know an implementation that attends by packings, and by `original` in calls without; returns its name."""
+    """Register an implementation that attends by packings, or by `original` in calls without one; returns its name."""
 
     def attention(
         module: nn.Module,
@@ -101,13 +101,13 @@ def _settings(options: dict[str, Any]) -> AttentionSettings:
 
 
 def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> AttentionCalls:
-    """Let a model attend by packings, perhaps by segments, if that gives its own numbers; if not, leave it as it was and say why.
+    """Make a model attend by packings, optionally by segments, if that gives its own numbers; otherwise restore it.
 
     Returns:
-        What its layers ask of attention.
+        What its layers request from attention.
 
     Raises:
-        UnsupportedAttentionError: If it cannot be packed.
+        UnsupportedAttentionError: If the model cannot be packed.
     """
     base = base_model(model)
     original = getattr(base.config, "_attn_implementation", None)
@@ -122,7 +122,7 @@ def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> A
 
 
 def _check(model: nn.Module, backend: Backend, segments: bool, expected: list[int | None]) -> AttentionCalls:
-    """What the layers ask for; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
+    """What the layers request; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
     calls = AttentionCalls()
 
     def packed_hidden(sequences: Sequences) -> Tensor:
@@ -132,7 +132,7 @@ def _check(model: nn.Module, backend: Backend, segments: bool, expected: list[in
         if windows != expected:
             raise UnsupportedAttentionError(
                 f"its {len(expected)} layers attended {len(windows)} times, with windows "
-                f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
+                f"{sorted(map(str, set(windows)))} where its config has {sorted(map(str, set(expected)))}"
             )
         return packed.predicting(hidden)
 
@@ -150,7 +150,7 @@ def why_not_shared(model: nn.Module, backend: Backend) -> str:
         reason = str(error)
     if reason:
         logger.warning(
-            "%s is trained with prompts computed anew for each completion, which is slower and takes more memory: %s",
+            "%s is trained with prompts recomputed for each completion, which is slower and takes more memory: %s",
             type(base_model(model)).__name__,
             reason,
         )
@@ -158,47 +158,47 @@ def why_not_shared(model: nn.Module, backend: Backend) -> str:
 
 
 def try_boundaries(model: nn.Module, backend: Backend) -> bool:
-    """Let a model with recurrent layers attend by packings if `packed_rows_hidden` gives its own numbers; whether it does."""
+    """Make a recurrent model attend by packings if `packed_rows_hidden` gives its own numbers; returns whether it does."""
     base = base_model(model)
     if not _CARRYING.intersection(getattr(base.config.get_text_config(), "layer_types", None) or ()):
         return False
     original = str(base.config._attn_implementation)
     try:
-        # Some of these models do not say that they call transformers' attention interface; those without attention do not.
+        # Unlike `use_packing`, check no flag: some of these models call transformers' attention interface without declaring it.
         base.set_attn_implementation(register_packed(original.removeprefix(_PREFIX)))
         if not _why_not_alike(model, backend, lambda sequences: _kept_apart(model, sequences, backend)):
             return True
     except UnsupportedAttentionError as error:
-        logger.debug("%s is not packed: %s", type(base).__name__, error)  # as a rule, the kernels are not installed
+        logger.debug("%s is not packed: %s", type(base).__name__, error)  # usually because the kernels are not installed
     base.set_attn_implementation(original)
     return False
 
 
 def _kept_apart(model: nn.Module, sequences: Sequences, backend: Backend) -> Tensor:
-    """`packed_rows_hidden`, whose states of the last row other tokens in the rows before must not change.
+    """`packed_rows_hidden`, after a check that tokens of earlier rows do not change the last row's states.
 
-    In 16 bits a state that runs on from one row into the next changes logits by little more than rounding does.
+    Comparing logits would not be enough: in 16 bits a state that leaks into the next row changes them little more than rounding.
 
     Raises:
-        UnsupportedAttentionError: If they change.
+        UnsupportedAttentionError: If the states change.
     """
     last, mask = int(sequences.sampled_mask[-1].sum()), sequences.prompt_mask.clone()
-    mask[-1, :-1] = False  # the last row begins with the token that is looked at first
+    mask[-1, :-1] = False  # leave one prompt token in the last row, so that a leaked state reaches its first prediction
     some = replace(sequences, prompt_mask=mask)
     turned = (torch.cat([ids[:-1].flip(1), ids[-1:]]) for ids in (some.prompt_ids, some.completion_ids))
     other = replace(some, **dict(zip(("prompt_ids", "completion_ids"), turned, strict=True)))
     found, expected = (packed_rows_hidden(model, of, backend)[-last:] for of in (other, some))
-    # Experts may compute in other groups then, and round otherwise.
+    # A tolerance, since experts may compute in other groups and round differently.
     if (found - expected).norm() > (1e-3 if expected.dtype in HALF else 1e-5) * expected.norm():
         raise UnsupportedAttentionError("its layers carry their state from one packed sequence into the next")
     return packed_rows_hidden(model, sequences, backend)
 
 
 def _why_not_alike(model: nn.Module, backend: Backend, predicting: Callable[[Sequences], Tensor]) -> str:
-    """How far the logits of other states that predict sampled tokens are from the model's own; empty where not far.
+    """How far the logits of the states from `predicting` are from the model's own; empty within the tolerance.
 
     Raises:
-        UnsupportedAttentionError: If the model has no such states.
+        UnsupportedAttentionError: If `predicting` fails for this model.
     """
     base = base_model(model)
     parameter = next(base.parameters())
@@ -224,7 +224,7 @@ def _why_not_alike(model: nn.Module, backend: Backend, predicting: Callable[[Seq
 
 
 def expected_windows(config: Any) -> list[int | None]:
-    """The sliding window of each layer, None for a layer that sees all, as the config says."""
+    """The sliding window of each layer according to the config; None for a layer that sees everything."""
     window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
     if kinds is None:

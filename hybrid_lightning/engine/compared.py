@@ -1,8 +1,8 @@
-"""Log-probabilities of sampled tokens, and how far the whole distributions of a policy and a teacher are apart at each of them.
+"""Log-probabilities of sampled tokens, and the divergence between policy and teacher over the vocabulary at each of them.
 
-The states of both models before the output layer become logits block by block, so that logits are never there all at once.
+Hidden states of both models become logits block by block, so the full logits never exist at once.
 
-Axes: B sequences, T completion tokens, K tokens that were sampled, V vocabulary.
+Axes: B sequences, T completion tokens, K sampled tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # log-probabilities [K, V] of the policy and of the teacher -> [K]
-# What predicts K tokens: states [K, N] before the output layer, and what makes logits [n, V] of some of them.
+# Predicts K tokens: states [K, N] before the output layer, and the function from some of them to logits [n, V].
 Predictions = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 def predictions(engine: "Engine", sequences: Sequences) -> Predictions:
-    """What predicts the sampled tokens of some sequences, as `token_logprobs` computes it."""
+    """States and output layer that predict the sampled tokens, computed as in `token_logprobs`."""
     engine.prepare()
     hidden = engine.predicting(sequences)
     if hidden is None:
         return separate_logits(engine.model, sequences)[sequences.sampled_mask], lambda logits: logits
-    weight = projection_weight(engine.model)  # converted once, and not for each block
+    weight = projection_weight(engine.model)  # converted once instead of for each block
     return hidden, lambda part: project(engine.model, engine.backend, part, weight)
 
 
@@ -43,12 +43,13 @@ def compared_logprobs(
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Compare a policy with what a teacher predicts at the same tokens, perhaps after other prompts.
+    """Compare a policy's and a teacher's predictions of the same tokens. The teacher's prompts may differ.
 
-    The temperature divides the logits of both. Of vocabularies padded to different sizes the part that both have is compared.
+    The temperature divides the logits of both. If the vocabularies are padded to different sizes, only their common part is
+    compared.
 
     Returns:
-        At the sampled tokens, [B, T] float32 each, and 0 elsewhere: the policy's log-probabilities and the divergence, both with
+        Four tensors [B, T] float32, 0 where nothing was sampled: the policy's log-probabilities and the divergence, both with
         gradient, the policy's entropy, and the teacher's log-probabilities.
     """
     mask = sequences.sampled_mask
@@ -68,7 +69,7 @@ def compared_logprobs(
                 ours, theirs = (values[:, :width].log_softmax(dim=1) for values in (ours, theirs))
             return logprob, divergence(ours, theirs), entropy, of_theirs
 
-    # A quarter of the usual block: there are those of two models, with what a divergence makes of them.
+    # A quarter of the usual block: memory holds the logits of two models, and what the divergence computes from them.
     most = engine.backend.most_logits(mask.device) // base_model(engine.model).config.get_text_config().vocab_size // 4
     count = max(1, -(-len(tokens) // max(1, most)))
     parts = zip(*(values.tensor_split(count) for values in (own_states, its_states, tokens)), strict=True)
@@ -83,10 +84,10 @@ def compared_logprobs(
 
 
 class _Known(torch.autograd.Function):
-    """Values of each row of states, [n, N] -> [n] each, of which the first `count` have a gradient; weights are frozen.
+    """Values of each row of states, [n, N] -> [n] each. The first `count` have a gradient; weights are frozen.
 
-    A row's values depend on its states alone. So their gradients are known in the forward pass up to one factor a row, and
-    neither logits nor what a divergence computes from them is kept or computed again.
+    A row's values depend only on its own states. So the forward pass knows their gradients up to one factor per row, and
+    neither the logits nor the divergence's intermediate results are kept or recomputed.
     """
 
     @staticmethod

@@ -1,11 +1,11 @@
-"""What torch compiles for accelerators: bodies of layers (`decoder_layers.py`), and what lies around them.
+"""Compiles functions for accelerators with torch's compiler: bodies of layers (`decoder_layers.py`), and norms and the like.
 
-Uncompiled, a norm takes six kernels and a rotation five, each of which reads and writes all of its numbers; compiled, one. The
-functions take tensors and numbers alone and have no gradient of their own.
+Uncompiled, a norm takes six kernels and a rotation five, and each reads and writes all of its numbers; compiled, each takes one.
+The functions take only tensors and numbers, and have no gradient of their own.
 
-It is not `torch.compile` that makes the code, but what that calls in the end: `torch.compile` looks at every call whether all is
-as it was, which takes longer than a decoding step has for a layer, and makes code again for what it did not expect. Here each
-kind of arguments has its code, made once, for all numbers of rows.
+This file does not call `torch.compile`, but the compiler behind it. `torch.compile` checks its assumptions at every call, which
+takes longer than a decoding step may spend on a layer, and recompiles when one fails. Here each kind of arguments is compiled
+once, for any number of rows.
 """
 
 import logging
@@ -24,58 +24,58 @@ from hybrid_lightning.engine.backend import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
-_ACCELERATORS = ("cuda", "xpu")  # devices that torch's compiler writes Triton kernels for
+_ACCELERATORS = ("cuda", "xpu")  # devices for which torch's compiler writes Triton kernels
 _WITH_BFLOAT16 = (8, 0)  # compute capability
-# Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so that
-# a resumed run goes on with the same numbers. Code does not look at the sizes of what it is given: 0.2 microseconds a tensor.
+# Round intermediate results as without a compiler, so that sampling and training agree. Choose no kernels by timing, so that a
+# resumed run continues with the same numbers. Check no sizes at calls: that would take 0.2 microseconds per tensor.
 _OPTIONS = {"emulate_precision_casts": True, "deterministic": True, "triton.autotune_pointwise": False, "size_asserts": False}
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """Why nothing is compiled for a device, in words for the user; empty where it pays.
+    """Why nothing is compiled for a device, worded for the user; empty where compiling pays.
 
-    With the dtype of the products, also whether the compiler leaves functions of it uncompiled without a word.
+    Given the dtype of the products, also covers dtypes that the compiler silently leaves uncompiled.
     """
     if device.type not in _ACCELERATORS:
         return f"compiling does not pay on {device.type}"
     if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _WITH_BFLOAT16:
-        return "this GPU has no bfloat16, for which torch.compile leaves it out; try trainer.precision=16-mixed"
+        return "torch.compile needs bfloat16, which this GPU does not have; try trainer.precision=16-mixed"
     return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
 
 
 class CompilingError(Exception):
-    """Why torch made no code of a function."""
+    """torch could not compile a function; the message gives the cause."""
 
 
-# Axes of a tensor whose sizes change from call to call -> their names, of which equal ones have equal sizes; also a name and how
-# many times its size an axis has, if another axis has the name alone.
+# Axis of a tensor whose size changes from call to call -> its name. Axes with the same name have the same size. An axis may also
+# be a multiple of a name's size: (name, factor), if another axis has the plain name.
 Axes = Mapping[int, str | tuple[str, int]]
-# Sizes by which torch knows the names while it makes code.
+# Example sizes that stand for the names during compilation.
 _SIZES = (509, 1021, *(prime for prime in range(11, 100) if all(prime % other for other in range(2, prime))))
-CODES: dict[Hashable, "Code"] = {}  # all that was compiled in this process
+CODES: dict[Hashable, "Code"] = {}  # everything compiled in this process
 
 
 class Code(NamedTuple):
     """Machine code of a function for one kind of arguments."""
 
-    run: Callable[..., Any]  # takes a size of each name, in the order in which they first occur, and all tensors
-    fits: Callable[..., bool]  # whether it is right for these sizes
-    made: Any  # what torch made, which takes parts of the code with it
+    run: Callable[..., Any]  # takes the size of each name, in order of first occurrence, and all tensors
+    fits: Callable[..., bool]  # whether the code is valid for these sizes
+    made: Any  # torch's compiled object, kept alive since it owns parts of the code
 
 
 def compiled(function: Callable[..., Any], arguments: Sequence[Any], axes: Sequence[Axes], kind: Hashable = None) -> Code:
-    """Code of a function without a gradient, made at the first call for a kind of arguments, under the current autocast.
+    """Compile a function without a gradient, once per kind of arguments, under the current autocast.
 
-    Who calls the code answers for it that tensors are of the same kind, and that it fits their sizes.
+    The caller of the code must ensure that tensors are of the same kind and that the code fits their sizes.
 
     Args:
-        function: Of tensors and numbers, which may be in tuples.
-        arguments: Tensors with sizes that change have no gaps in memory, in whatever order of axes.
-        axes: Of each tensor, those whose sizes change.
-        kind: What tells kinds of arguments apart; None for all that can.
+        function: Takes tensors and numbers, which may be in tuples.
+        arguments: Example arguments. Tensors with changing sizes must be dense in memory, in any order of axes.
+        axes: For each tensor, its axes with changing sizes.
+        kind: Key of this kind of arguments; None derives it from everything that matters.
 
     Raises:
-        CompilingError: If that fails, for whatever reason, from a missing compiler to a full disk.
+        CompilingError: If compiling fails for any reason, from a missing compiler to a full disk.
     """
     key = (function, kind)
     if kind is not None and key in CODES:
@@ -119,7 +119,7 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
         several.append(isinstance(results, tuple))
         return results if several[-1] else (results,)
 
-    # Each name gets a size of its own, by which torch knows it, whatever the sizes of the first call are.
+    # Each name gets its own example size, whatever the sizes of the first call are.
     names = dict.fromkeys(name for some in axes for name in some.values() if isinstance(name, str))
     sizes = dict(zip(names, _SIZES, strict=False))
     shapes = ShapeEnv()
@@ -127,10 +127,10 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
     with torch.inference_mode(False), torch.no_grad():
         known = dict(zip(sizes, _symbols(mode, [*sizes.values()]), strict=True))
         inputs = [_example(mode, leaves[place], some, known) for place, some in zip(places, axes, strict=True)]
-        symbols = [*known.values()]  # inputs as well: torch's cache keeps what it takes for granted about these
+        symbols = [*known.values()]  # also inputs: torch's cache stores its assumptions about them
         with enable_python_dispatcher(), mode:
-            # As the compiler wants it: nothing in place. What `torch._inductor.compile` puts around it, for gradients and results
-            # that alias arguments, would take the host 3 microseconds a call.
+            # The compiler needs a graph without in-place operations. `torch._inductor.compile` would add wrappers for gradients
+            # and aliased results: 3 microseconds per call.
             pure = torch.func.functionalize(lambda *given: flat(*given[len(sizes) :]))
             graph = make_fx(pure, select_decomp_table(), _allow_non_fake_inputs=True)(*symbols, *inputs)
         with (
@@ -138,7 +138,7 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
             config.patch({name: value for name, value in _OPTIONS.items() if hasattr(config, name.partition(".")[0])}),
         ):
             made = compile_fx.compile_fx_inner(graph, [*symbols, *inputs], is_inference=True)
-    # What is around it looks for a profiler and for what was found out by timing at every call, 4 microseconds long.
+    # Skip its wrapper, which checks for a profiler and for autotuning at every call: 4 microseconds.
     run = getattr(made, "current_callable", made)
 
     @cache
@@ -152,7 +152,7 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
 
 
 def _symbols(mode: FakeTensorMode, sizes: list[int]) -> Sequence[Any]:
-    """A symbol of each size."""
+    """A symbol for each size."""
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     with FakeTensorMode():
@@ -161,7 +161,7 @@ def _symbols(mode: FakeTensorMode, sizes: list[int]) -> Sequence[Any]:
 
 
 def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, known: dict[str, Any]) -> Tensor:
-    """A tensor of the same kind without data; where sizes change it has symbols."""
+    """A tensor of the same kind without data, with symbols as its changing sizes."""
     with mode:
         if not axes:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -173,30 +173,30 @@ def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, known: dict[str, 
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """Axes, that with the largest stride first."""
+    """Axes by descending stride."""
     return sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
 
 
 def give_up_compiling(what: str, error: Exception | str) -> str:
-    """Warn that something goes on without being compiled; `what` precedes "without torch.compile". Returns the reason."""
-    remedy = "set TORCH_COMPILE_DISABLE=1 to be without the attempt and this warning"
-    logger.warning("%s without torch.compile, which takes longer, since that gave %s; %s", what, error, remedy)
+    """Warn that a function stays uncompiled; `what` precedes "without torch.compile". Returns the reason."""
+    remedy = "set TORCH_COMPILE_DISABLE=1 to skip the attempt and this warning"
+    logger.warning("%s without torch.compile, which is slower, since compiling gave %s; %s", what, error, remedy)
     return f"torch.compile gave {error}"
 
 
 class OneKernel:
-    """A function that is compiled for accelerators, once for all sizes that change.
+    """A function that is compiled once for accelerators, for all its changing sizes.
 
-    Where the compiler fails it goes on uncompiled, and says so once.
+    If the compiler fails, the function runs uncompiled and logs this once.
 
     Args:
-        axes: Names the axes of each tensor, such as `rows n, n`; sizes of those named `_` do not change.
+        axes: Names of each tensor's axes, such as `rows n, n`; the size of an axis named `_` does not change.
         plain: A function of tensors and numbers without a gradient.
-        otherwise: What is called where nothing is compiled, such as a form with fewer passes over memory; None for `plain`.
+        uncompiled: Called where nothing is compiled, for example a version with fewer passes over memory; None for `plain`.
     """
 
-    def __init__(self, axes: str, plain: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> None:
-        self.plain, self.otherwise = plain, otherwise or plain
+    def __init__(self, axes: str, plain: Callable[..., Any], uncompiled: Callable[..., Any] | None = None) -> None:
+        self.plain, self.uncompiled = plain, uncompiled or plain
         names = [part.split() for part in axes.split(",")]
         self._named = [{axis: name for axis, name in enumerate(part) if name != "_"} for part in names]
         self._static = [[axis for axis, name in enumerate(part) if name == "_"] for part in names]
@@ -209,7 +209,7 @@ class OneKernel:
         """The function's results."""
         given = [part.contiguous() if isinstance(part, Tensor) else part for part in (first, *rest)]
         if self._failed or why_not_compiled(first.device):
-            return self.otherwise(*given)
+            return self.uncompiled(*given)
         tensors = [part for part in given if isinstance(part, Tensor)]
         static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]
         kinds = (part.dtype if isinstance(part, Tensor) else part for part in given)
@@ -219,9 +219,9 @@ class OneKernel:
         except CompilingError as error:
             self._failed = True
             give_up_compiling(f"{self._name} is computed", error)
-            return self.otherwise(*given)
+            return self.uncompiled(*given)
         sizes = [tensors[number].shape[axis] for number, axis in self._places]
         named = zip(tensors, self._named, strict=True)
         found = {(name, part.shape[axis]) for part, some in named for axis, name in some.items()}
-        assert len(found) == len(sizes), "axes of the same name have other sizes"
-        return code.run(*sizes, *tensors) if code.fits(*sizes) else self.otherwise(*given)
+        assert len(found) == len(sizes), "axes with the same name differ in size"
+        return code.run(*sizes, *tensors) if code.fits(*sizes) else self.uncompiled(*given)

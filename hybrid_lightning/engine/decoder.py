@@ -1,12 +1,12 @@
-"""A decoder's forward pass as plain calls of what its layers consist of, for the tens of thousands of layers of a rollout.
+"""A decoder's forward pass that calls the parts of its layers directly. A rollout runs tens of thousands of layers.
 
-transformers calls a dozen modules per layer, each of which looks for hooks, passes its arguments on by name, and slices and
-transposes its tensors. On a CPU that takes as long as a small model's layer computes: without it a token of SmolLM2-135M took 0.9
-of the time and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator torch compiles all of a layer
-but its attention.
+transformers calls a dozen modules per layer. Each looks for hooks, forwards its arguments by name, and slices and transposes its
+tensors. On a CPU this overhead costs as much as the arithmetic of a small model's layer. Without it a token of SmolLM2-135M took
+0.9 of the time and a token of the embedded policy 0.8, with identical bits. On an accelerator torch compiles each layer except
+its attention.
 
-Once for each model its layers are tried on a few tokens (`trials.py`). If their numbers are not those of transformers' own,
-the model's own pass is used.
+Each model's layers are tried once on a few tokens (`trials.py`). If the numbers differ from transformers' own, the model's own
+pass is used.
 """
 
 import logging
@@ -39,13 +39,13 @@ Pass = Callable[[Tensor, Tensor, Packing, Tensor | None], Tensor]  # the argumen
 
 
 class FastDecoder:
-    """Makes the fastest pass of a model that gives the same numbers as its own; which one that is, is tried once.
+    """Builds the fastest pass of a model that gives the same numbers as its own. One trial decides which.
 
     Attributes:
-        calls_parts: Whether there is a faster pass than the model's own.
+        calls_parts: Whether a faster pass than the model's own is used.
         compiles: Whether its layers are compiled.
-        why_own: Why the model's own pass has to be used, in words for the user; empty where there is a faster one.
-        why_not_compiled: Why its layers are not compiled; empty where they are, or where that would not pay.
+        why_own: Why the model's own pass has to be used, worded for the user; empty where a faster one is used.
+        why_not_compiled: Why its layers are not compiled; empty where they are, or where compiling would not pay.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class FastDecoder:
         self.calls_parts = self.compiles = self._tried = False
 
     def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
-        """Find out which passes give the model's own numbers, before the first of them is made.
+        """Find out which passes give the model's own numbers. Call before the first pass.
 
-        The model is in eval mode, its weights are whole, and not within `prepacked_weights`. Products have the dtype; None takes
-        that of each weight.
+        The model must be in eval mode with unsharded weights, outside `prepacked_weights`. Products have this dtype; None means
+        each weight's own.
         """
         if self._tried:
             return
@@ -67,7 +67,7 @@ class FastDecoder:
         def compiled_or_plain(known: KnownLayer) -> LayerParts:
             whole = compiled_layers([known], layers)
             if whole is None:
-                self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
+                self.why_not_compiled = "a projection is not a plain layer, for example a quantized one"
             return PlainLayer(known) if whole is None else whole[0]
 
         if not why_not_compiled(next(decoder.parameters()).device):
@@ -86,14 +86,14 @@ class FastDecoder:
         if difference:
             self.why_own = f"calling its parts one by one gave {difference}"
             logger.warning(
-                "%s is sampled from by its own forward pass, which takes longer, since %s; "
-                "try an older version of transformers, as this one may be newer than this project knows",
+                "%s is sampled with its own forward pass, which is slower, since %s; "
+                "try an older version of transformers: this one may be newer than this project supports",
                 name,
                 self.why_own,
             )
 
     def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
-        """The pass of a model within `prepacked_weights`, for as long as these; None if the model's own has to be used."""
+        """The pass of a model, valid within its `prepacked_weights` block; None if the model's own has to be used."""
         if not self.calls_parts:
             return None
         decoder: Any = base_model(model).get_decoder()
@@ -113,10 +113,10 @@ class FastDecoder:
                     if isinstance(packing, SegmentDecoding):
                         return step(ids, positions, packing)
                     return compiled(ids, positions, packing, wanted)
-                except CompilingError as error:  # for a kind of numbers that the trial had not
+                except CompilingError as error:  # for shapes or dtypes that the trial did not meet
                     self.compiles = False
                     self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
-            return plain(ids, positions, packing, wanted)  # the packing gets again what it got before the error
+            return plain(ids, positions, packing, wanted)  # the packing receives the same keys and values again
 
         return hidden_states
 
@@ -129,7 +129,7 @@ def _pass(decoder: Any, layers: Sequence[LayerParts], backend: Backend) -> Pass:
         with backend.in_pass():
             for number, layer in enumerate(layers):
                 attended = packing.attend(number, *layer.heads(hidden, angles), layer.settings)
-                if wanted is not None and number == last:  # of all others only the keys and values are needed
+                if wanted is not None and number == last:  # the other tokens only contribute keys and values
                     hidden, attended = hidden[wanted], attended[wanted]
                 hidden = layer.output(hidden, attended.flatten(1))
             return decoder.norm.forward(hidden)
@@ -140,7 +140,7 @@ def _pass(decoder: Any, layers: Sequence[LayerParts], backend: Backend) -> Pass:
 def _step_pass(
     decoder: Any, layers: Sequence[CompiledLayer], backend: Backend
 ) -> Callable[[Tensor, Tensor, SegmentDecoding], Tensor]:
-    """The pass of one token of each row: nothing is computed but two functions of each layer and attention between them."""
+    """The pass of one token per row: two compiled functions per layer, and the attention between them."""
 
     def hidden_states(ids: Tensor, positions: Tensor, decoding: SegmentDecoding) -> Tensor:
         hidden, (cosines, sines) = _embedded(decoder, ids, positions)

@@ -1,15 +1,15 @@
-"""Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
+"""Decoder layers with known computation: layers that compute the same as Llama's, Mistral's, Qwen2's or Qwen3's.
 
-They are recognised by their classes and their parts, and a trial then has to give the same numbers (`decoder.py`). A layer with
-hooks does not count as known, since its modules have to be called as modules. What FSDP puts around a layer does not matter: it
-gathers weights, which are whole already wherever layers are computed in this way (`Engine.sampling`).
+They are recognised by their classes and parts, and then have to pass a trial (`decoder.py`). A layer with hooks does not count as
+known, since its modules have to be called as modules. FSDP's wrappers do not matter: they gather weights, which are already
+unsharded wherever layers are computed this way (`Engine.sampling`).
 
-For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
-of a layer takes some seventy small operations there, each of which takes longer to launch than to compute. The first function
-also writes keys and values to where they are kept, and the second puts together what was found among two runs of keys, so that
-decoding calls attention's kernels between them and nothing else. The functions take tensors alone, and each set of projections
-with the same input has LoRA, if only one of zeros, so that all layers of a model share what was compiled for the first: those
-with LoRA of whatever rank and those that are fully trained.
+On accelerators torch compiles two functions per layer: the computation before attention and after it. Uncompiled, a token of a
+layer takes some seventy small operations there, and each takes longer to launch than to compute. The first function also writes
+keys and values to the cache, and the second combines the attention to two runs of keys, so that decoding calls nothing but
+attention's kernels between them. The functions take only tensors, and each set of projections with the same input gets LoRA,
+possibly of zeros. So all layers of a model share the code compiled for the first one: layers with LoRA of any rank, and fully
+trained layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,11 +49,11 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # known layers -> their atte
 
 
 class UnknownLayerError(Exception):
-    """Why a decoder's layers cannot be computed as plain calls."""
+    """A decoder's layers cannot be computed as direct calls; the message gives the cause."""
 
 
 class KnownLayer(NamedTuple):
-    """What a decoder layer consists of."""
+    """The parts of a decoder layer."""
 
     norms: tuple[FusedRMSNorm, FusedRMSNorm]  # before attention and before the MLP
     queries_keys_values: list[nn.Module]
@@ -70,26 +70,31 @@ class KnownLayer(NamedTuple):
 
 
 def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer]:
-    """The layers of a decoder, taken apart, whose fused layers have this backend; `calls` is what they ask of attention.
+    """The parts of a decoder's layers.
+
+    Args:
+        decoder: The decoder.
+        calls: The layers' recorded requests to attention.
+        backend: The backend of the fused layers.
 
     Raises:
-        UnknownLayerError: If a part of the decoder is not known, or a module has hooks.
+        UnknownLayerError: If a part of the decoder is unknown, or a module has hooks.
     """
     if type(decoder) not in _DECODERS:
         blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
         raise UnknownLayerError(f"{type(blocks[0]).__name__} is not known")
     _check_fused(decoder.norm)
     if _has_any_global_hook():
-        raise UnknownLayerError("torch has hooks for the calls of all modules")
+        raise UnknownLayerError("torch has global hooks on all modules")
     _check_unwatched(decoder, decoder.norm)
-    asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.settings, strict=True)
-    return [_known_layer(layer, backend, settings) for layer, settings in asked]
+    pairs = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.settings, strict=True)
+    return [_known_layer(layer, backend, settings) for layer, settings in pairs]
 
 
 def _known_layer(layer: Any, backend: Backend, settings: AttentionSettings) -> KnownLayer:
     kind = own_class(layer)
     if kind not in LAYERS:
-        raise UnknownLayerError(f"{kind.__name__} is not known, as where a strategy has wrapped it")
+        raise UnknownLayerError(f"{kind.__name__} is not known; a strategy may have wrapped it")
     attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     if not issubclass(type(attention), LAYERS[kind]):
         raise UnknownLayerError(f"{type(attention).__name__} is not known")
@@ -111,7 +116,7 @@ def _check_fused(*modules: nn.Module) -> None:
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer in transformers, also if FSDP2 has put a class before it."""
+    """The class of a layer in transformers, without the class that FSDP2 may have placed before it."""
     return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
 
 
@@ -130,10 +135,10 @@ class Norm(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """Linear layers with the same input: y = x W' + b + (x A') s B' of each, one behind the other.
+    """Linear layers with the same input: y = x W' + b + (x A') s B' for each, concatenated.
 
-    Two products compute LoRA of all: A' of all lie side by side, and s B' of all are blocks in the diagonal of one matrix. All
-    are transposed beforehand: in compiled code each transposed view takes the host half a microsecond, at every token.
+    Two products compute the LoRA of all layers: their A' are concatenated, and their s B' form a block-diagonal matrix. All are
+    transposed in advance: in compiled code each transposed view costs the host half a microsecond per token.
     """
 
     weights: tuple[Tensor, ...]  # W' of each, [n, m]
@@ -143,7 +148,7 @@ class Projections(NamedTuple):
 
 
 class BeforeAttention(NamedTuple):
-    """What makes a layer's queries, keys and values."""
+    """The parts of a layer that compute queries, keys and values."""
 
     norm: Norm
     projections: Projections
@@ -152,7 +157,7 @@ class BeforeAttention(NamedTuple):
 
 
 class AfterAttention(NamedTuple):
-    """What makes a layer's output of the result of attention."""
+    """The parts of a layer that compute its output from attention's result."""
 
     output: Projections
     norm: Norm
@@ -163,9 +168,9 @@ class AfterAttention(NamedTuple):
 def before_attention(
     hidden: Tensor, cosines: Tensor, sines: Tensor, places: Tensor, keys: Tensor, values: Tensor, layer: BeforeAttention
 ) -> Tensor:
-    """Queries [N R, K, D], see `grouped`, of hidden states [N, n] and rotary embeddings [N, D], whose sines are `signed`.
+    """Queries [N R, K, D] (see `grouped`) from hidden states [N, n] and rotary embeddings [N, D] with `signed` sines.
 
-    Keys and values are written to their places [N] among those of more tokens, [M, K, D].
+    Writes the tokens' keys and values to `places` [N] in the buffers `keys` and `values` [M, K, D].
     """
     groups = keys.shape[1]
     heads = _project(_normed(hidden, layer.norm), layer.projections).unflatten(1, (-1, layer.head_size))
@@ -180,9 +185,9 @@ def before_attention(
 def after_attention(
     hidden: Tensor, one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor, layer: AfterAttention
 ) -> Tensor:
-    """Hidden states [N, n] after the layer, from those before it and what grouped queries found among two runs of keys.
+    """Hidden states [N, n] after the layer, from the states before it and the attention of grouped queries to two runs of keys.
 
-    That is [N R, K, D], with log-sum-exps [K, N R] (see `Attended`).
+    Each run's result is [N R, K, D], with log-sum-exps [K, N R] (see `Attended`).
     """
     repeats = layer.output.weights[0].shape[0] // one[0].numel()
     attended = ungrouped(joined_results.plain(one, one_sum, other, other_sum)[0], repeats).flatten(1)
@@ -192,12 +197,12 @@ def after_attention(
 
 
 def _project(x: Tensor, layers: Projections) -> Tensor:
-    """[N, n] -> [N, m of all layers], in the dtype of the weights or autocast's."""
+    """[N, n] -> [N, m of all layers], in the dtype of the weights or of autocast."""
     results = []
     for weight, bias in zip(layers.weights, layers.biases, strict=True):
         rows = x.to(weight.dtype)
         results.append(rows @ weight if bias is None else torch.addmm(bias, rows, weight))
-    result = torch.cat(results, dim=1) if len(results) > 1 else results[0]  # which is where compiled products write to
+    result = torch.cat(results, dim=1) if len(results) > 1 else results[0]  # compiled products write straight into it
     if layers.lora_a is None or layers.lora_b is None:
         return result
     low = x.to(layers.lora_a.dtype) @ layers.lora_a
@@ -205,12 +210,12 @@ def _project(x: Tensor, layers: Projections) -> Tensor:
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Queries or keys [N, heads, D] with rotary embeddings, for sines that are `signed`."""
+    """Queries or keys [N, heads, D] with rotary embeddings, given `signed` sines."""
     return x * cosines[:, None] + x.roll(x.shape[-1] // 2, dims=-1) * sines[:, None]
 
 
 def signed(sines: Tensor) -> Tensor:
-    """Sines [N, D] of which the first half is negative, so that the two halves of x are rotated by the same products."""
+    """Sines [N, D] with a negated first half, so that the same products rotate both halves of x."""
     first, second = sines.chunk(2, dim=-1)
     return torch.cat([-first, second], dim=-1)
 
@@ -224,7 +229,7 @@ _ROOM: Axes = {0: "room"}
 
 
 class PlainLayer:
-    """A layer by plain calls of its parts."""
+    """A layer as direct calls of its parts."""
 
     def __init__(self, known: KnownLayer) -> None:
         self.known, self.settings = known, known.settings
@@ -234,7 +239,7 @@ class PlainLayer:
         self.add_mlp = added_product(known.mlp.down_proj, known.backend)
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] for hidden states [N, n]; cosines and sines are [N, D]."""
         known, shape = self.known, (len(hidden), -1, self.known.head_size)
         query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
         if known.head_norms is not None:
@@ -242,16 +247,16 @@ class PlainLayer:
         return *rotary(known.backend, query, key, *angles), value
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
+        """Hidden states [N, n] after the layer, from the states before it (overwritten) and attention's result [N, H D]."""
         hidden = self.add_output(hidden, attended)
         gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
         return self.add_mlp(hidden, self.known.mlp.activated(gate, up))
 
 
 class CompiledLayer:
-    """A layer by `before_attention` and `after_attention`, while weights do not change.
+    """A layer as compiled `before_attention` and `after_attention`, while weights do not change.
 
-    Decoding calls these two as they are; `heads` and `output`, as `PlainLayer` has them, are for other passes.
+    Decoding calls `before` and `after` directly. Other passes call `heads` and `output`, as with `PlainLayer`.
     """
 
     def __init__(self, known: KnownLayer, before: BeforeAttention, after: AfterAttention) -> None:
@@ -264,7 +269,7 @@ class CompiledLayer:
         self.after = _Body(after_attention, after, (_ROWS, *found, *found))
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind."""
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for any kind of attention."""
         count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
         values = hidden.new_empty(count, self._heads, self._size, dtype=dtype)
         keys = torch.empty_like(values, dtype=self._backend.key_dtype(values))
@@ -273,10 +278,10 @@ class CompiledLayer:
         return ungrouped(query, self._repeats), keys, values
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]."""
+        """Hidden states [N, n] after the layer, from the states before it and attention's result [N, H D]."""
         found = grouped(attended.unflatten(1, (-1, self._size)), self._heads).contiguous()
         sums = found.new_zeros(found.shape[1::-1], dtype=torch.float32)
-        # Of other keys there are none: whatever was found among them has no weight.
+        # There is no second run of keys: log-sum-exps of minus infinity give its result no weight.
         return self.after(hidden, found, sums, -found, sums - torch.inf)
 
 
@@ -284,7 +289,7 @@ LayerParts = PlainLayer | CompiledLayer
 
 
 class _Body:
-    """A function of rows, whose `axes` are those that change, and of a layer's weights, by code that is looked up once."""
+    """A compiled function of rows, with changing `axes`, and of one layer's weights. Its code is looked up once."""
 
     def __init__(self, function: Callable[..., Any], layer: NamedTuple, axes: Sequence[Axes]) -> None:
         self.function, self.layer, self.axes = function, layer, [*axes]
@@ -297,10 +302,10 @@ class _Body:
                 self.axes += [axis.get(name, {}) for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
             if isinstance(part, Projections) and part.lora_a is not None:
                 self.ranks.append(part.lora_a.shape[1])
-        self._room = axes.index(_ROOM) if _ROOM in axes else None  # the first tensor that has this axis
+        self._room = axes.index(_ROOM) if _ROOM in axes else None  # the first tensor with this axis
         self.code: Code | None = None
-        self._sizes: list[int] = []  # of the last call: number of rows, room for keys, ranks
-        self._fits = False  # whether the code fits these
+        self._sizes: list[int] = []  # of the last call: number of rows, space for keys, ranks
+        self._fits = False  # whether the code fits these sizes
 
     def __call__(self, *rows: Tensor) -> Any:
         sizes = [rows[0].shape[0], *self.ranks]
@@ -316,11 +321,11 @@ class _Body:
 
 
 def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> list[CompiledLayer] | None:
-    """Some layers, to be compiled; None if one has a projection of another kind, such as a quantized one.
+    """These layers in compiled form; None if one has a projection that is not plain, for example a quantized one.
 
-    Where one of all layers of the model has LoRA, the others get LoRA of zeros, with which they give the same numbers.
+    If any layer of the model has LoRA, the others get LoRA of zeros, which does not change their numbers.
     """
-    sets = [[0, 1, 2], [3], [4, 5], [6]]  # of projections with the same input
+    sets = [[0, 1, 2], [3], [4, 5], [6]]  # projections with the same input
     adapted = [any(isinstance(projections(layer)[place], FusedLora) for layer in all_layers for place in some) for some in sets]
     parts = []
     for layer in layers:
@@ -339,7 +344,7 @@ def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> l
 
 
 def _projections(layers: list[ProductFactors], lora: bool) -> Projections:
-    """With `lora` all have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart."""
+    """With `lora` all layers get LoRA, possibly of zeros, with rank 2 at least: torch compiles sizes 0 and 1 separately."""
     weights, biases = tuple(factors.weight.T for factors in layers), tuple(factors.bias for factors in layers)
     if not lora:
         return Projections(weights, biases, None, None)
@@ -350,7 +355,7 @@ def _projections(layers: list[ProductFactors], lora: bool) -> Projections:
 
 
 def _lora_of(factors: ProductFactors) -> tuple[Tensor, Tensor]:
-    """A [r, n] and B [m, r], of rank 0 where there is no LoRA."""
+    """A [r, n] and B [m, r], with rank 0 if the layer has no LoRA."""
     if factors.lora_a is not None and factors.lora_b is not None:
         return factors.lora_a, factors.lora_b
     rows, columns = factors.weight.shape
@@ -358,13 +363,13 @@ def _lora_of(factors: ProductFactors) -> tuple[Tensor, Tensor]:
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
-    """The adapters in the layers, which can be disabled."""
+    """The adapters in the layers; each can be disabled."""
     modules = [module for layer in layers for module in projections(layer)]
     return [module for module in modules if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
 
 
 def projections(layer: KnownLayer) -> list[nn.Module]:
-    """Those to queries, keys, values, of attention's result, to gate and up, and back."""
+    """A layer's projections in the order query, key, value, output, gate, up, down."""
     return [*layer.queries_keys_values, layer.output, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
 
 

@@ -1,4 +1,4 @@
-"""`Decoding`: how the sampler goes through a model token by token: one way for every model, and faster ones for packed models."""
+"""`Decoding`: token-by-token sampling from a model. One implementation fits every model; packed models have faster ones."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class Decoding(Protocol):
     """A model with the keys and values of all tokens that it has read so far."""
 
-    leave_together: float  # rows that have ended leave in multiples of this share of the first batch, since `select` is slow
+    leave_together: float  # `select` is slow: ended rows leave in multiples of this share of the first batch
 
     @property
     def can_extend(self) -> bool:
-        """Whether there is `extend`."""
+        """Whether `extend` is available."""
 
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""
@@ -33,20 +33,25 @@ class Decoding(Protocol):
         """Read a token of every row, [B]; returns logits [B, V] of the next."""
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone, in ascending order."""
+        """Continue with these rows only, in ascending order."""
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Go on with these R of the B rows, ascending, whether they have left or not, and let each read a token more or several.
+        """Continue with these R of the B rows, and let each read one or more tokens.
 
-        Of what each has read behind its prompt so many tokens are kept: what it read after it had ended is not. Returns logits
-        [R, V] of the next token.
+        Args:
+            rows: Rows in ascending order. Rows that have left may come back.
+            kept: Completion tokens that each row keeps; what it read after its end is dropped.
+            tokens: New tokens of each row.
+
+        Returns:
+            Logits [R, V] of the next token.
         """
 
 
 class RepeatedCacheDecoding:
-    """`Decoding` for any model with transformers' cache: each prompt is read once, and its cache is repeated for its completions.
+    """`Decoding` with transformers' cache, for any model: each prompt is read once, and its cache is copied per completion.
 
-    States of recurrent layers are a part of the cache. Arguments are those of `decoding_of`.
+    The cache includes the states of recurrent layers. For arguments see `decoding_of`.
     """
 
     leave_together = 0.25  # re-indexing the cache costs about one decoding step
@@ -56,12 +61,12 @@ class RepeatedCacheDecoding:
         self.project = prepacked_projection(engine.model, engine.backend) if engine.reads_padded else None
         self.cache = DynamicCache(config=base_model(engine.model).config)  # of the right kind for each layer
         self.leave_together = 1.0 if keeps_rows else self.leave_together
-        self.rows: Tensor | None = None  # [R], those that run; None for all
+        self.rows: Tensor | None = None  # [R], running rows; None for all
 
     def prefill(self, samples: int) -> Tensor:
-        """Read each prompt once, and repeat its cache for its completions."""
+        """Read each prompt once, and copy its cache for each of its completions."""
         logits = self._logits(self.ids, position_ids(self.mask)).repeat_interleave(samples, dim=0)
-        # Of the cache's ways to take rows, the one that states of recurrent layers have as well.
+        # `reorder_cache` is the one way to take rows that also works for states of recurrent layers.
         self.cache.reorder_cache(torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(samples))  # type: ignore[arg-type]
         self.mask = self.mask.repeat_interleave(samples, dim=0)
         return logits
@@ -74,17 +79,17 @@ class RepeatedCacheDecoding:
         return self._read(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool))
 
     def select(self, rows: Tensor) -> None:
-        """Keep the cache of these rows alone."""
+        """Keep the cache of these rows only."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.mask = self.mask[rows]
 
     @property
     def can_extend(self) -> bool:
-        """False with a window, since its layers count columns, also those that a row leaves out."""
+        """False with a window: its layers count columns, including those that a row skips."""
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Let rows read several tokens; they leave columns of the cache out where others read something."""
+        """Let rows read several tokens each; a row skips the cache's columns where only others read."""
         device, width, most = self.mask.device, self.ids.shape[1], max(map(len, tokens))
         self.rows = torch.tensor(rows, device=device)
         own = self.mask[self.rows, width:]
@@ -94,7 +99,7 @@ class RepeatedCacheDecoding:
         return self._read(ids, torch.arange(most, device=device) >= most - sizes[:, None])
 
     def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read tokens [R, L] of the rows that run; returns their logits [R, V]."""
+        """Read tokens [R, L] of the running rows; returns their logits [R, V]."""
         columns = self.mask.new_zeros(len(self.mask), ids.shape[1])
         read = columns.long()
         columns[self.rows], read[self.rows] = mask, ids
@@ -109,14 +114,14 @@ class RepeatedCacheDecoding:
 
 
 def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> Decoding:
-    """The fastest way to decode completions of some prompts.
+    """The fastest way to decode completions of these prompts.
 
     Args:
         engine: Engine of the model.
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
-        keeps_rows: Whether rows that leave may come back by `extend`, and so keep their places.
+        keeps_rows: Whether rows that leave keep their places, so that `extend` can bring them back.
     """
     engine.prepare()
     if not engine.packs:

@@ -1,4 +1,4 @@
-"""`PackedDecoding`: what the ways to decode packed models share. The prompts go through the model as one packed sequence."""
+"""`PackedDecoding`: base class for decoding with packed models. The prompts go through the model as one packed sequence."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,13 +17,14 @@ from hybrid_lightning.types import Sequences
 
 
 class PackedModel(Protocol):
-    """What decoding needs of an `Engine`, whose own file makes the passes out of what is here."""
+    """The part of `Engine` that decoding uses (a protocol, since `engine.py` imports this file)."""
 
     model: nn.Module
     backend: Backend
 
     def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
-        """Sequences in the layout that the model attends by."""
+        """Pack sequences into the layout that the model's attention uses."""
+        ...
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of N packed tokens before the output layer, or [W, H] of those `wanted`."""
@@ -31,18 +32,18 @@ class PackedModel(Protocol):
 
 @dataclass(frozen=True)
 class Added:
-    """Tokens that some rows read together, N of R rows, row by row."""
+    """N tokens that R rows read in one pass, row by row."""
 
-    rows: Tensor  # [R], the number of each row among all
-    owner: Tensor  # [N], which of these rows each token belongs to
-    counts: Tensor  # [N], tokens of its row's own up to and with it
+    rows: Tensor  # [R], the index of each row among all rows
+    owner: Tensor  # [N], which of these R rows each token belongs to
+    counts: Tensor  # [N], completion tokens of its row up to and including it
     begins: Tensor  # [R + 1], where the tokens of each row begin, and the end
-    most: int  # tokens of a row among these
-    longest: int  # tokens of a row's own, with these
+    most: int  # most new tokens in one row
+    longest: int  # most completion tokens in one row, the new ones included
 
     @classmethod
     def of(cls, rows: Sequence[int], kept: Sequence[int], sizes: Sequence[int], device: torch.device) -> "Added":
-        """For rows that have `kept` tokens of their own and get `sizes` more."""
+        """For rows that keep `kept` completion tokens and read `sizes` more."""
         row, before, size = torch.tensor([rows, kept, sizes], device=device)
         begins = F.pad(size.cumsum(0), (1, 0))
         total = sum(sizes)
@@ -52,15 +53,15 @@ class Added:
 
 
 class _Pass(NamedTuple):
-    """A `Packing` of one pass."""
+    """A `Packing` for one pass."""
 
     attend: Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
 
 
 class PackedDecoding(ABC):
-    """Base of `Decoding` for models that can be packed, and the `Packing` of its own steps; made as by `decoding_of`."""
+    """Base of `Decoding` for models that can be packed, and the `Packing` of its own steps. For arguments see `decoding_of`."""
 
-    leave_together = 1 / 16  # not one by one, so that products have few different sizes (see `packing.py`)
+    leave_together = 1 / 16  # rows leave in batches, so that products have few different sizes (see `packing.py`)
     can_extend = True
     samples = 1  # of each prompt
 
@@ -73,7 +74,7 @@ class PackedDecoding(ABC):
         self.lengths = mask.sum(dim=1)  # tokens of each prompt
 
     def read_prompts(self) -> Tensor:
-        """Store keys and values of the prompts; returns logits [P, V] of the first token behind each."""
+        """Store keys and values of the prompts; returns logits [P, V] of the first token after each."""
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
             self.store_prompts(layer, query, key, value, settings)
@@ -83,13 +84,13 @@ class PackedDecoding(ABC):
         return self.project(hidden[self.layout.last_prompt_token])
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Let rows read several tokens, all as one packed sequence."""
+        """Let rows read several tokens each, all as one packed sequence."""
         assert self.keeps_rows, "rows have to keep their places"
         device = self.lengths.device
         added = Added.of(rows, kept, [len(part) for part in tokens], device)
         self.resume(added)
         total = len(added.owner)
-        filling = -total % MULTIPLE  # with a few tokens that nobody reads
+        filling = -total % MULTIPLE  # tokens without meaning that round the size up
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
             found = self.attend_added(layer, query[:total], key[:total], value[:total], settings, added)
@@ -102,18 +103,18 @@ class PackedDecoding(ABC):
 
     @abstractmethod
     def resume(self, added: Added) -> None:
-        """Go on with these rows, as after these tokens."""
+        """Continue with these rows, in the state after these tokens."""
 
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
     ) -> Tensor:
-        """These tokens in place of one of every row; `resume` has said which they are."""
+        """Attention for added tokens, where `attend` takes one token per row. `resume` came before it."""
         return self.attend(layer, query, key, value, settings)
 
     @abstractmethod
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
-        """Keep a layer's keys and values of the prompts; see `Packing`."""
+        """Keep a layer's keys and values of the prompts; for shapes see `Packing`."""
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """One token of every row; see `Packing`."""
+        """Attention for one token of every row; see `Packing`."""

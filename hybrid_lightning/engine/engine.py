@@ -1,12 +1,12 @@
-"""`Engine`: the one object by which other parts of this project compute with a causal language model.
+"""`Engine`: the one object through which the rest of the project computes with a causal language model.
 
     engine = Engine(model)
-    token_logprobs(engine, sequences, temperature)           an update: prompts shared, no padding, no logits of all tokens
-    with engine.sampling(dtype):                             a rollout: weights do not change meanwhile
+    token_logprobs(engine, sequences, temperature)           an update: shared prompts, no padding, logits block by block
+    with engine.sampling(dtype):                             a rollout: weights must not change
         decoding_of(engine, ids, mask, max_new_tokens)
 
-The code that loads the model makes its engine, and hands it to all others. `engine.passes()` says which passes are fast, and why
-others are not; a run logs this once.
+The code that loads the model makes its engine and passes it to everything else. `engine.passes()` lists which passes are fast,
+and why the others are not; a run logs this once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,12 +50,12 @@ _WORDS = {
 _ON_CPUS = ("CPU kernels", "prepacked weights")  # passes that other devices do not need
 _OF_ADAPTERS = ("fused layers", "prepacked weights", "fast decoding")  # passes that only an adapted model has
 
-# Known where something is sampled: with its adapter enabled, and layers tried.
+# Known only once something is sampled, with the adapter enabled and layers tried.
 _OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:
-    """Let all modules of an adapted model be fused that can be, in place: LoRA, norms, MLPs and attention."""
+    """Fuse all modules of an adapted model that can be fused, in place: LoRA, norms, MLPs and attention."""
     use_fused_lora(model, backend)
     use_fused_layers(model, backend)
     use_fused_attention(model, backend)
@@ -63,14 +63,14 @@ def use_fused_modules(model: nn.Module, backend: Backend) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Result of the trial whether a model can be packed."""
+    """Result of the trial: whether and how a model can be packed."""
 
-    calls: AttentionCalls | None  # what its layers ask of attention; None if it cannot be packed
+    calls: AttentionCalls | None  # what its layers request from attention; None if it cannot be packed
     reason: str = ""  # why it cannot be packed
     dtype: torch.dtype = torch.float32  # dtype of the products in the trial
     why_no_segments: str = ""  # why packed tokens do not attend by segments
-    why_not_shared: str = ""  # why `padded_hidden` cannot read its sequences; not tried where it can be packed
-    takes_boundaries: bool = False  # whether its rows can be packed by `packed_rows_hidden`
+    why_not_shared: str = ""  # why `padded_hidden` cannot read its sequences; not tried for a model that can be packed
+    takes_boundaries: bool = False  # whether `packed_rows_hidden` can pack its rows
 
 
 class Engine:
@@ -78,10 +78,10 @@ class Engine:
 
     Args:
         model: Adapted or not.
-        backend: The backend of its fused layers; None makes one, for a model without fused layers.
+        backend: The backend of its fused layers; None creates one, for a model without fused layers.
 
     Attributes:
-        graphs: Whether decoding steps may be replayed from CUDA graphs.
+        graphs: Decides whether decoding steps may be replayed from CUDA graphs.
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None = None) -> None:
@@ -92,10 +92,10 @@ class Engine:
         self._fast = FastDecoder()
         self._pass: Pass | None = None
         self._is_to_report = self._has_reported = False
-        self._former: dict[str, str] = {}  # passes of the run that is continued, until they are compared with these
+        self._former: dict[str, str] = {}  # passes of the resumed run that are still to be compared with these
 
     def of(self, adapted: nn.Module, is_copy: bool = False) -> "Engine":
-        """The engine of the same model with an adapter in it, which takes over the results of trials; that of a copy does not."""
+        """The engine for the same model with an adapter. It keeps the results of trials, except for a copy of the model."""
         if is_copy:
             return Engine(adapted, self.backend)
         engine = copy(self)
@@ -103,19 +103,19 @@ class Engine:
         return engine
 
     def prepare(self) -> None:
-        """Try with a few tokens whether the model can be packed. All ranks have to call it if weights are sharded.
+        """Try once, on a few tokens, whether the model can be packed. Call before the first pass.
 
-        It is done once, and has to be done before the first pass.
+        With sharded weights all ranks have to call it.
         """
         self._trial = self._trial or self._try_packing()
         self._report()
 
     def report(self) -> None:
-        """Log once which passes are fast: at the next `prepare`, when the model is on its device and perhaps sharded."""
+        """Log once which passes are fast, at the next `prepare`: then the model is on its device and possibly sharded."""
         self._is_to_report = True
 
     def continues(self, passes: Mapping[str, str]) -> None:
-        """Warn once this is known to compute otherwise than the run that it continues, which had these `passes`."""
+        """Set the `passes` of the run that this one resumes. A warning follows as soon as a pass is known to differ."""
         self._former = dict(passes)
 
     @property
@@ -124,16 +124,16 @@ class Engine:
         return self._tried.calls is not None
 
     def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
-        """Sequences in the layout that this model attends by; see `PackedSequences`. To be called after `prepare`."""
+        """Pack sequences into the layout that this model's attention uses; see `PackedSequences`. Call after `prepare`."""
         return PackedSequences(sequences, self.backend, completions, segments=not self._tried.why_no_segments)
 
     def decodes_by_segments(self, longest: int) -> bool:
-        """Whether completions are decoded by `SegmentDecoding`, with so many tokens at most of a prompt and its completion."""
+        """Whether `SegmentDecoding` decodes; `longest` bounds the tokens of a prompt with its completion."""
         windows = expected_windows(base_model(self.model).config.get_text_config())
         return not self._tried.why_no_segments and all(window is None or window >= longest for window in windows)
 
     def passes(self) -> dict[str, str]:
-        """Each pass that can be fast -> why it is not, in words for the user; empty where it is. To be called after `prepare`."""
+        """Fast pass -> why it is not used, worded for the user; empty where it is. Call after `prepare`."""
         trial, device = self._tried, next(self.model.parameters()).device
         packing = "" if self.packs else trial.reason
         reasons = {
@@ -167,11 +167,11 @@ class Engine:
 
     @property
     def reads_padded(self) -> bool:
-        """Whether `padded_hidden` and `project` give a model's own logits, after `prepare`."""
+        """Whether `padded_hidden` and `project` give the model's own logits, after `prepare`."""
         return not self.packs and not self._tried.why_not_shared
 
     def predicting(self, sequences: Sequences) -> Tensor | None:
-        """Hidden states [K, H] that predict the K sampled tokens of some sequences; None where there are logits alone."""
+        """Hidden states [K, H] that predict the K sampled tokens of these sequences; None if the model only gives logits."""
         if self.packs:
             packed = self.packed(sequences)
             return packed.predicting(self.hidden(packed.ids, packed.positions, packed))
@@ -183,9 +183,9 @@ class Engine:
             return padded_hidden(self.model, sequences)
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
-        """Hidden states [N, H] of N packed tokens, before the output layer; [W, H] of those whose numbers [W] are wanted.
+        """Hidden states [N, H] of N packed tokens before the output layer, or [W, H] of the tokens with indices `wanted` [W].
 
-        Positions are counted within each sequence, and the packing says who attends to whom.
+        Positions count within each sequence, and the packing decides which tokens attend to which.
         """
         if self._pass is not None and not torch.is_grad_enabled():
             return self._pass(ids, positions, packing, wanted)
@@ -195,9 +195,9 @@ class Engine:
 
     @contextmanager
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Within this context weights must not change: they are prepacked for products, and layers run as plain calls.
+        """Prepack weights for products, and call layers directly. Within this context weights must not change.
 
-        Products have this dtype, or with None that of each weight.
+        Products have this dtype; None means each weight's own.
         """
         self._trial = self._trial or self._try_packing()
         layers, _ = self._known_layers()
@@ -259,7 +259,7 @@ class Engine:
         return _Trial(None, reason, dtype, why, unshared, not unshared and try_boundaries(self.model, self.backend))
 
     def _known_layers(self) -> tuple[list[KnownLayer], str]:
-        """The decoder's layers; none where the model's own pass has to be used, and why."""
+        """The decoder's layers, and an empty reason; or no layers, and why the model's own pass has to be used."""
         if self._tried.calls is None:
             return [], self._tried.reason
         try:
@@ -272,8 +272,8 @@ class Engine:
         if any(isinstance(module, kinds) for module in self.model.modules()):
             return ""
         if not self._has_adapter:
-            return "the model has no adapter, with which its layers are fused"
-        return f"no layer of {type(base_model(self.model)).__name__} computes what Llama's do"
+            return "the model has no adapter, and only adapted models are fused"
+        return f"no layer of {type(base_model(self.model)).__name__} computes the same as Llama's"
 
 
 def _off(passes: Mapping[str, str]) -> list[str]:

@@ -1,12 +1,12 @@
-"""Fused attention layers: one operator rotates queries and keys on a CPU, where transformers' own function takes ten.
+"""Fused attention layers: on a CPU one operator rotates queries and keys, where transformers' own function takes ten.
 
-transformers has no place for such a function: an attention layer calls `apply_rotary_pos_emb` of its own file, and the kernels
-that `use_kernelized_func` puts there come from the hub and are for accelerators. So a layer gets a class of ours above its own.
-While a pass of the engine runs, ours computes what Llama's does: projections, norms of the heads where there are any, rotation,
-and a call of transformers' attention interface. At all other times the layer's own forward pass runs.
+transformers has no hook for such a function: an attention layer calls `apply_rotary_pos_emb` of its own file, and the kernels
+that `use_kernelized_func` installs there come from the hub and are for accelerators. So a layer's class is replaced by a subclass
+with our class before it. During a pass of the engine our class computes the same as Llama's: projections, norms of the heads if
+there are any, rotation, and a call of transformers' attention interface. At all other times the layer's own forward pass runs.
 
-Which layers compute what Llama's do is found out by trying: a small layer of the class and ours have to hand the same bits to the
-attention interface, and to give the same bits.
+A trial decides which layers compute the same as Llama's: a small layer of the class and ours have to pass the same bits to the
+attention interface, and return the same bits.
 """
 
 import inspect
@@ -31,18 +31,18 @@ from hybrid_lightning.engine.passes import no_mask
 
 _PROJECTIONS, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 _CACHE_NAMES = {"cache", "past_key_values"}  # the latter is the older name
-# Settings that a layer may have beside Llama's -> the option of the attention interface that it then uses.
+# Settings that a layer may have in addition to Llama's -> the option that it then passes to the attention interface.
 _MORE_SETTINGS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap"}
 
 
 class FusedAttention(nn.Module):
-    """Base class that is put before an attention layer's own class (see `_fused`)."""
+    """Base class that is placed before an attention layer's own class (see `_fused`)."""
 
-    backend = Backend()  # without operators, until it gets that of its model
+    backend = Backend()  # without operators, until `replace_modules` sets the model's backend
     own_class: type[nn.Module]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the layer's own class, since the class that is made of the two has no name that could be imported."""
+        """Pickle by the layer's own class, since the class made from the two cannot be imported by name."""
         return _empty, (self.own_class,), self.__getstate__()
 
     def forward(
@@ -52,7 +52,7 @@ class FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output of attention [B, N, n] for hidden states [B, N, n]; cosines and sines are [B, N, D]. B is 1 in a pass."""
+        """Attention's output [B, N, n] for hidden states [B, N, n]; cosines and sines are [B, N, D]. B is 1 in a pass."""
         in_pass = options.get("packing") is not None and all(options.get(name) is None for name in _CACHE_NAMES)
         if not in_pass or position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
             own: Any = super().forward
@@ -67,22 +67,22 @@ class FusedAttention(nn.Module):
         return module.o_proj(attended), None
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
-        """The input of the output projection [1, N, H D], in a pass, for queries [N, H, D], keys and values [N, K, D]."""
+        """The input [1, N, H D] of the output projection, in a pass, for queries [N, H, D], keys and values [N, K, D]."""
         module: Any = self
-        query, key, value = (part[None].transpose(1, 2) for part in (query, key, value))  # as transformers has them
-        attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # that of `attention_hook`
-        asked = {
+        query, key, value = (part[None].transpose(1, 2) for part in (query, key, value))  # transformers' layout
+        attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # registered by `attention_hook`
+        settings = {
             "dropout": module.attention_dropout if self.training else 0.0,
             "scaling": module.scaling,
             **_more_settings(module),
         }
         rest = {name: value for name, value in options.items() if name not in _CACHE_NAMES}
-        result: Tensor = attend(self, query, key, value, attention_mask, **asked, **rest)[0]
+        result: Tensor = attend(self, query, key, value, attention_mask, **settings, **rest)[0]
         return result.flatten(2).contiguous()
 
 
 def use_fused_attention(model: nn.Module, backend: Backend) -> None:
-    """Let attention layers be fused, in place, where they compute what Llama's do; adapters may be in them already."""
+    """Fuse attention layers in place, where they compute the same as Llama's; they may already have adapters."""
     tried: dict[Hashable, bool] = {}
 
     def kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -112,8 +112,8 @@ def _is_built_alike(module: nn.Module) -> bool:
 
 
 def _more_settings(module: Any) -> dict[str, Any]:
-    """What a layer asks of the attention interface beside dropout and scaling."""
-    found = {asked: getattr(module, name, None) for name, asked in _MORE_SETTINGS.items()}
+    """A layer's options for the attention interface, besides dropout and scaling."""
+    found = {option: getattr(module, name, None) for name, option in _MORE_SETTINGS.items()}
     if not hasattr(module, "sliding_window"):  # Mistral's layers look into the config
         found["sliding_window"] = getattr(module.config, "sliding_window", None)
     return found
@@ -132,26 +132,26 @@ def _empty(kind: Any) -> nn.Module:
 
 
 class _Recorder:
-    """A packing that records what a layer asks of attention, whose result are the queries."""
+    """A packing that records a layer's call of attention and returns the queries."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """Record the arguments, and return the queries."""
-        self.asked = [query, key, value, layer, settings]
+        """Record the arguments, and return the queries unchanged."""
+        self.recorded = [query, key, value, layer, settings]
         return query
 
 
 def _results(layer: nn.Module, dtype: torch.dtype) -> list[Any]:
-    """What a layer asks of attention, and what it then gives."""
+    """A layer's arguments to attention, and its output."""
     rows, angles = drawn(9, 1, 5, 16).to(dtype), drawn(8, 2, 1, 5, 8).to(dtype)
     recorder = _Recorder()
     options = {"position_embeddings": tuple(angles), "attention_mask": no_mask(rows.device), "packing": recorder}
     options |= {name: None for name in _CACHE_NAMES & set(inspect.signature(layer.forward).parameters)}
     output = layer(hidden_states=rows, **options)[0]
-    return [*recorder.asked, output]
+    return [*recorder.recorded, output]
 
 
 def _small_layer(module: Any) -> nn.Module:
-    """A layer of the same class and settings with 4 heads of 8 numbers, 2 of keys and values, and hidden states of 16."""
+    """A layer of the same class and settings with 4 heads of 8 numbers, 2 key-value heads, and hidden states of 16 numbers."""
     sizes = {"q_proj": (32, 16), "k_proj": (16, 16), "v_proj": (16, 16), "o_proj": (16, 32)}
     small = small_module(type(module), sizes).eval()
     small.config = SimpleNamespace(_attn_implementation=register_packed("sdpa"))
@@ -162,12 +162,12 @@ def _small_layer(module: Any) -> nn.Module:
         if hasattr(module, name):
             setattr(small, name, getattr(module, name))
     for name in _HEAD_NORMS if hasattr(module, "q_norm") else ():
-        small.add_module(name, nn.Softmax(dim=-1))  # as a norm, one function of each head's numbers
+        small.add_module(name, nn.Softmax(dim=-1))  # like a norm, a function of each head's numbers
     return small
 
 
 def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries [N, H, D] and keys [N, K, D], by transformers' function where there is no faster one.
+    """Rotated queries [N, H, D] and keys [N, K, D]. Falls back to transformers' function where there is no faster one.
 
     Cosines and sines are [N, D] and contiguous.
     """
@@ -179,12 +179,12 @@ def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
     return _Rotary.apply(rotate, q, cos, sin), _Rotary.apply(rotate, k, cos, sin)
 
 
-# Of [N, heads, D], cosines and sines [N, D], and whether to rotate backwards.
+# A function of x [N, heads, D], cosines and sines [N, D], and whether to rotate backwards.
 Rotation = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def _rotation(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Rotation | None:
-    """The way to rotate that is faster than transformers' own; None where there is none."""
+    """A rotation that is faster than transformers' own; None where there is none."""
     if q.shape[-1] % 2 or not k.shape[-1] == cos.shape[-1] == q.shape[-1]:
         return None
     if backend.usable_in_layers(q, k, cos, sin):
@@ -193,7 +193,7 @@ def _rotation(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) 
 
 
 def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
-    """Rotate [N, heads, D] for accelerators, by three passes where transformers' function takes five; `transposed`: backwards."""
+    """Rotate [N, heads, D] on an accelerator, in three passes instead of transformers' five; backwards if `transposed`."""
     cosines, sines = (part.to(x.dtype)[:, None] for part in (cosines, sines))
     half = x.shape[-1] // 2
     first, second = sines[..., :half], sines[..., half:]
@@ -206,7 +206,7 @@ def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool =
 
 
 def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotary` computes by transformers' function."""
+    """`rotary` with transformers' own function."""
     query, key = modeling_llama.apply_rotary_pos_emb(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
     return query[0].transpose(0, 1), key[0].transpose(0, 1)
 

@@ -1,10 +1,10 @@
-"""Fused norms and gated MLPs of the base model, whose weights are frozen.
+"""Fused norms and gated MLPs for the base model's frozen weights.
 
-The layers of most families compute what Llama's do. Whether those of a class do is tried once: a small layer of the class and a
-fused one have to give the same bits. Fused layers keep less for the backward pass: transformers' own keep a float32 copy of a
-norm's input, and the activated gate beside the gate. Without these a step of SmolLM2-135M peaked at 1.47 GiB instead of 1.56.
+The layers of most families compute the same as Llama's. Each class is tried once: a small layer of the class and a fused one have
+to give the same bits. Fused layers keep less for the backward pass: transformers' own keep a float32 copy of a norm's input, and
+the activated gate in addition to the gate. Without these copies a step of SmolLM2-135M peaked at 1.47 GiB instead of 1.56.
 
-A fused layer replaces the layer that it is made from, with the same weights under the same names.
+A fused layer replaces the original layer, with the same weights under the same names.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradient
 class FusedRMSNorm(LlamaRMSNorm):
     """Root mean square norm that keeps only its input and one number per token for the backward pass."""
 
-    backend = Backend()  # without operators, until it gets that of its model
+    backend = Backend()  # not in a pass, so without operators, until `use_fused_layers` sets the model's backend
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
@@ -40,7 +40,7 @@ class FusedRMSNorm(LlamaRMSNorm):
 
 
 class FusedMLP(LlamaMLP):
-    """Gated MLP that keeps only the outputs of its gate and up projections, and computes their product again for gradients."""
+    """Gated MLP that keeps only the outputs of its gate and up projections, and recomputes their product for gradients."""
 
     backend = Backend()
 
@@ -64,15 +64,15 @@ class FusedMLP(LlamaMLP):
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks of a module for its forward and backward passes."""
+    """A module's hooks on its forward and backward passes."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return [hook for hooks in kinds for hook in hooks.values()]
 
 
 def use_fused_layers(model: nn.Module, backend: Backend) -> None:
-    """Let the model's norms and MLPs be fused, in place, where they compute what Llama's do.
+    """Fuse the model's norms and MLPs in place, where they compute the same as Llama's.
 
-    Layers that are fused already get the backend, too.
+    Layers that are already fused also get this backend.
     """
     replace_modules(model, _fused_layer, backend)
 
@@ -103,12 +103,12 @@ def _mlp_is_llamas(kind: type[nn.Module]) -> bool:
 
 
 def _results(layer: nn.Module, dtype: torch.dtype) -> list[Any]:
-    """Of small and of large numbers."""
+    """Outputs for small and for large numbers."""
     return [layer((factor * drawn(9, 5, 16)).to(dtype)) for factor in (1, 1e3)]
 
 
 def computes_alike(small: nn.Module, ours: type[nn.Module], results: Callable[[nn.Module, torch.dtype], list[Any]]) -> bool:
-    """Whether a module and one of ours with its parts have the same `results`, to the bit, in both precisions."""
+    """Whether a module and our class with the same parts give the same `results`, to the bit, in both precisions."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
             mine = made_like(small.to(dtype), ours)
@@ -117,16 +117,16 @@ def computes_alike(small: nn.Module, ours: type[nn.Module], results: Callable[[n
                 if not all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs):
                     return False
             except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
-                return False  # it is something else, or its parts are not Llama's
+                return False  # a different kind of layer, or its parts are not Llama's
     return True
 
 
 def small_module(kind: type[nn.Module], sizes: Mapping[str, tuple[int, int]] | None = None) -> Any:
-    """A module of a class without what its constructor makes, with linear layers of these sizes."""
+    """A module of a class, made without its constructor, with linear layers of these sizes."""
     small = kind.__new__(kind)
     nn.Module.__init__(small)
     for seed, (name, shape) in enumerate((sizes or {}).items()):
-        linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")  # torch's own random numbers stay as they are
+        linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")  # draws no global random numbers
         linear.weight = nn.Parameter(drawn(seed, *shape), requires_grad=False)
         small.add_module(name, linear)
     return small
@@ -138,9 +138,9 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x r with r = 1 / sqrt(mean(x^2) + eps), rounded where Llama's does; and
+    """y = w x r with r = 1 / sqrt(mean(x^2) + eps), rounded in the same places as Llama's norm.
 
-    dx = r (w dy) - x r^3 mean(x w dy).
+    The gradient is dx = r (w dy) - x r^3 mean(x w dy).
     """
 
     @staticmethod
@@ -182,35 +182,35 @@ def _normed(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Te
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., n] -> [N, n], of which accelerators need one kernel for all numbers of axes."""
+    """[..., n] -> [N, n], so that accelerators need one kernel for any number of axes."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same for accelerators without a compiler: a fourth of the bytes is read and written; squares are summed otherwise."""
+    """`norm` for accelerators without a compiler: it moves a quarter of the bytes, and adds squares in another order."""
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, inverse, out=torch.empty_like(x))  # multiplied in float32
     return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
 
 
-@partial(OneKernel, "rows _, _", otherwise=_uncompiled_norm)
+@partial(OneKernel, "rows _, _", uncompiled=_uncompiled_norm)
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What `FusedRMSNorm` computes without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
+    """`FusedRMSNorm` without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight in the dtype of x where that keeps its numbers, as an operator takes it; else the weight as it is."""
+    """The weight in the dtype of x, as operators need it, if the conversion loses nothing; else the weight unchanged."""
     if weight.dtype == x.dtype or torch.promote_types(x.dtype, weight.dtype) != x.dtype:
         return weight
     return weight.to(x.dtype)
 
 
 def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
-    """What computes silu(gate) up of these tensors, now and when it is computed again."""
+    """The function that computes silu(gate) up for these tensors, both now and when it is recomputed."""
     if backend.usable_in_layers(gate, up):
         return kernels.gated_silu
     return _product_of_silu.plain if backend.is_cpu(gate.device) else _product_of_silu_of_rows
@@ -231,7 +231,7 @@ def _silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
 
 
 def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up [..., m], from that of silu(gate) up."""
+    """Gradients of gate and up [..., m], from the gradient of silu(gate) up."""
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
     if backend.is_cpu(gate.device):
@@ -241,7 +241,7 @@ def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Back
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) up, [..., m], which keeps gate and up."""
+    """silu(gate) up, [..., m]. It keeps gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, backend: Backend) -> Tensor:
@@ -257,7 +257,7 @@ class _GatedSiLU(torch.autograd.Function):
 
 
 class _GatedLora(torch.autograd.Function):
-    """A LoRA layer of silu(gate) up, which keeps gate and up and not their product."""
+    """A LoRA layer applied to silu(gate) up. It keeps gate and up instead of their product."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, backend: Backend, *given: Any) -> Tensor:

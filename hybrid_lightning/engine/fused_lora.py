@@ -1,11 +1,11 @@
 """`FusedLora`: PEFT's LoRA layer with a forward and backward pass of six matrix products and nothing else.
 
-    y = x W' + s (x A') B'                                  2 products of rank r beside the base's
+    y = x W' + s (x A') B'                                  2 products of rank r besides the base weight's
     dx = dy W + (s dy B) A,   dA = (s dy B)' x,   dB = s dy' (x A')
 
-PEFT's own makes a float32 copy of x, multiplies, scales and adds in separate passes over tensors of the layer's full size, and
-keeps several of them for the backward pass. Here x is kept once, in the dtype of the product, and sums are written in place.
-In float32 on a CPU kernels compute all products with narrow A and B: a step of the embedded policy takes 0.93 of the time.
+PEFT's own layer makes a float32 copy of x, multiplies, scales and adds in separate passes over full-size tensors, and keeps
+several of them for the backward pass. Here x is kept once, in the dtype of the product, and sums are written in place. In float32
+on a CPU our kernels compute all products with narrow A and B: a step of the embedded policy takes 0.93 of the time.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class FusedLora(lora.Linear):
     """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster, and leaves other cases to PEFT."""
 
     prepacked: Callable[[Tensor], Tensor] | None = None  # see `prepacked_weights`
-    backend = Backend()  # without operators, until it gets that of its model
+    backend = Backend()  # without operators, until `replace_modules` sets the model's backend
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n] -> [..., m]."""
@@ -49,7 +49,7 @@ class FusedLora(lora.Linear):
         return _Product.apply(x.to(factors.weight.dtype), *factors)
 
     def factors(self, x: Tensor) -> "Factors | None":
-        """The factors for an input, in the dtype of the product; None where the layer computes more than plain LoRA."""
+        """The factors for an input, in the dtype of the product; None if the layer computes more than plain LoRA."""
         adapter = self.plain_adapter()
         if adapter is None:
             return None
@@ -61,13 +61,13 @@ class FusedLora(lora.Linear):
         return Factors(base.weight.to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), self.scaling[adapter], fused)
 
     def plain_adapter(self) -> str | None:
-        """The only active adapter, if what is to be computed is y = x W' + s (x A') B' and the base is frozen."""
+        """The only active adapter, if the layer computes just y = x W' + s (x A') B' with a frozen base; else None."""
         name = self.plain_adapter_in_eval()
         dropout = None if name is None else self.lora_dropout[name]
         return None if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else name
 
     def plain_adapter_in_eval(self) -> str | None:
-        """The same for eval mode, where dropout does not count."""
+        """`plain_adapter` for eval mode, where dropout does not matter."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
         if self.disable_adapters or self.merged or len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
@@ -77,13 +77,13 @@ class FusedLora(lora.Linear):
 
 
 class FusedExperts(ParamWrapper):
-    """LoRA of experts, to whose module one or several of these are nested: it computes with W + s B A for each expert.
+    """LoRA of experts: computes with W + s B A for each expert. Several of these layers may wrap one module of experts.
 
-    PEFT's own makes a class for each pass and computes each sum twice.
+    PEFT's own layer creates a class for each pass and computes each sum twice.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the experts compute with their adapted weights, or in the start policy with their own."""
+        """The experts' output with adapted weights, or with their own where the adapter is disabled."""
         weights: dict[str, Tensor] = {}
         layer: Any = self
         while isinstance(layer, ParamWrapper):
@@ -100,7 +100,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: FusedLora, ParamW
 
 
 def use_fused_lora(model: nn.Module, backend: Backend) -> None:
-    """Let the model's LoRA layers be `FusedLora` and `FusedExperts`; their weights and names stay as they are."""
+    """Replace the model's LoRA layers by `FusedLora` and `FusedExperts`; weights and names do not change."""
 
     def kind_of(module: nn.Module) -> type[nn.Module] | None:
         is_router = isinstance(module, ParamWrapper) and module.get_param().dim() == 2
@@ -110,7 +110,7 @@ def use_fused_lora(model: nn.Module, backend: Backend) -> None:
 
 
 def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], backend: Backend) -> None:
-    """Replace each module for which `kind_of` names a class by one of that class, and give all modules of ours their backend."""
+    """Replace each module by the class that `kind_of` returns for it (None keeps it), and set the backend of all our modules."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = kind_of(child)
@@ -135,7 +135,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def lora_product(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """y [N, m] of rows x [N, n], and x A' [N, r], which the gradients need again."""
+    """y [N, m] for rows x [N, n], and x A' [N, r], which the gradients need."""
     if factors.fused:
         result = product(rows, factors.weight)
         low = add_low_rank(result, rows, factors.lora_a, factors.lora_b, factors.scaling)
@@ -150,14 +150,14 @@ def lora_product(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
 def lora_gradients(
     outer: Tensor, rows: Tensor, low: Tensor, factors: Factors, of_rows: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x [N, n] (None unless `of_rows`), of A and of B, from that of y, [N, m]."""
+    """Gradients of x [N, n] (None unless `of_rows`), of A and of B, from the gradient `outer` [N, m] of y."""
     if factors.fused:
         of_input = product(outer, factors.weight.T) if of_rows else None
         of_a, of_b = low_rank_gradients(outer, rows, low, factors.lora_a, factors.lora_b, factors.scaling, of_input)
         return of_input, of_a, of_b
     inner = product(outer, factors.lora_b.T).mul_(factors.scaling)
     of_a = product(inner.T, rows.T)
-    del rows  # which the caller may not keep either
+    del rows  # free it if the caller does not keep it either
     # The narrow matrix first: 0.05 ms instead of 0.3 for [950, 384] and rank 8.
     of_b = product(low.T, outer.T).mul_(factors.scaling).T
     of_input = product(outer, factors.weight.T).addmm_(inner, factors.lora_a) if of_rows else None
@@ -171,7 +171,7 @@ class _Product(torch.autograd.Function):
         result, low = lora_product(rows, factors)
         ctx.save_for_backward(rows, factors.weight, factors.lora_a, factors.lora_b, low)
         ctx.scaling, ctx.fused = factors.scaling, factors.fused
-        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)  # not a view, to which some models add in place
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)  # no view if possible: some models add to it in place
 
     @staticmethod
     @once_differentiable

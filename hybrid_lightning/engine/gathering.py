@@ -1,4 +1,4 @@
-"""Taking packed tokens by their numbers, with gradients that are added up in one order."""
+"""Gathering packed tokens by index, with gradients that are added up in a fixed order."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +10,21 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Grid:
-    """Where some of the packed tokens lie in a rectangle that is padded on the right."""
+    """Maps packed tokens to places in a rectangle that is padded on the right, and back."""
 
-    shape: tuple[int, ...]  # of the rectangle, the last axis being the tokens of one sequence
+    shape: tuple[int, ...]  # of the rectangle; the last axis runs over the tokens of one sequence
     valid: Tensor  # bool, in that shape
     lengths: Tensor  # tokens of each sequence
     filled: bool  # no padding at all
-    to_grid: Tensor  # for each place of the flattened rectangle, the number of the token in it; at padding that of another token
-    to_packed: Tensor  # for each token, the number of its place
+    to_grid: Tensor  # for each place of the flattened rectangle, the index of its token; at padding, the index of another token
+    to_packed: Tensor  # for each token, the index of its place
 
     @classmethod
     def of(cls, valid: Tensor) -> "Grid":
-        """Make it of which places of the rectangle hold a token."""
+        """Build the grid from a mask of the places that hold a token."""
         count = int(valid.sum())
         number = valid.flatten().cumsum(0) - 1
-        # Padding repeats the token before it, the last one of its sequence, so that attention finds finite numbers there.
+        # Padding repeats the last token of its sequence, so that attention finds finite numbers there.
         return cls(
             tuple(valid.shape),
             valid,
@@ -49,15 +49,15 @@ class Grid:
 class Repeated:
     """Values that `taken` takes more than once."""
 
-    numbers: Tensor  # [P], of the values
+    numbers: Tensor  # [P], indices of the values
     places: Tensor  # [P, G], where each goes in the result
-    valid: Tensor  # [P, G] bool: a value may be taken less often than others
+    valid: Tensor  # [P, G] bool: False where a value is taken fewer than G times
 
 
 def ordered_sums(gradient: Tensor, places: Tensor, valid: Tensor) -> Tensor:
     """Add up the gradients [places, ...] of values that were taken several times; see `Repeated`.
 
-    That is in float32 at least, and in the order of their places.
+    The sum is at least float32 and runs in the order of the places.
     """
     parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
     parts = parts.masked_fill_(~valid.view(*valid.shape, *[1] * (gradient.dim() - 1)), 0)
@@ -69,16 +69,16 @@ def taken(
 ) -> Tensor:
     """`index_select` along the first axis, with a backward pass that is an `index_select` as well.
 
-    That is possible since each value goes to one place, apart from padding, whose gradient is not wanted, and from the values
-    in `repeated`. torch's own backward pass adds value by value, which on a CPU takes longer than the attention itself. On a
-    GPU, and for `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does. Here the
-    gradients of repeated values are added up in one order.
+    Each value goes to one place, except padding, which needs no gradient, and the values in `repeated`. torch's own backward
+    pass adds value by value, which on a CPU takes longer than the attention itself. On a GPU, and for `values[index]` on a CPU,
+    torch adds with atomics, in an order that varies between runs. Here the gradients of repeated values are added up in a fixed
+    order.
 
     Args:
         values: [n, ...].
-        index: Numbers of the values to take, [m].
-        inverse: For each value the place that it goes to, [n].
-        valid: Which values get the gradient of their place, [n] bool, where others get none; None for all.
+        index: Indices of the values to take, [m].
+        inverse: For each value, the place it goes to, [n].
+        valid: Which values get the gradient of their place, [n] bool; the others get none. None for all.
         repeated: Values that are taken more than once.
     """
     return _Gather.apply(values, index, inverse, valid, repeated)

@@ -1,9 +1,9 @@
 """Log-probabilities of sampled tokens under a policy.
 
-The policy is the distribution that rollouts were sampled from: softmax(logits / temperature). Truncation by top-p or top-k is
-not part of it (as in TRL and verl), so that the gradient is defined for every token.
+The policy is the distribution that rollouts were sampled from: softmax(logits / temperature). It does not include truncation by
+top-p or top-k (as in TRL and verl), so the gradient is defined for every token.
 
-A B x T x V tensor never exists where the model takes packed sequences: hidden states become logits block by block.
+If the model takes packed sequences, a B x T x V tensor never exists: hidden states become logits block by block.
 """
 
 from functools import partial
@@ -36,14 +36,14 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every sampled token.
 
-    The forward and backward pass of a prompt is shared by neighbouring rows that have it, and there are no logits of tokens that
-    were added. Where the model can be packed, no padding is computed either.
+    Neighbouring rows with the same prompt share its forward and backward pass. Tokens that were not sampled get no logits. If the
+    model can be packed, no padding is computed.
 
     Args:
         engine: Engine of a causal language model.
         sequences: B prompts (left-padded) and completions (right-padded, T tokens).
-        temperature: Divides the logits; must be that of the sampling.
-        entropy_gradient: Whether entropies have a gradient, which keeps one more vector of the hidden size per token.
+        temperature: Divides the logits; must equal the sampling temperature.
+        entropy_gradient: Whether entropies have a gradient, which keeps one more hidden-size vector per token.
 
     Returns:
         Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 where nothing was sampled.
@@ -68,7 +68,7 @@ def logprobs_of_hidden(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies, [K] float32, of tokens [K] predicted by hidden states [K, H]; see `token_logprobs`.
 
-    Their logits are never there all at once.
+    The full logits never exist at once.
     """
     model, backend = engine.model, engine.backend
     most = max(1, backend.most_logits(hidden.device) // base_model(model).config.get_text_config().vocab_size)
@@ -80,7 +80,7 @@ def logprobs_of_hidden(
         options = (temperature, entropy_gradient, backend)
         blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]
     else:
-        weight = projection_weight(model)  # converted once, and not for each block
+        weight = projection_weight(model)  # converted once instead of for each block
 
         def block(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             return _of_logits(project(model, backend, part, weight), ids, temperature, entropy_gradient, backend)
@@ -94,12 +94,12 @@ def logprobs_of_hidden(
 class _Projected(torch.autograd.Function):
     """Log-probability and entropy H under a frozen output layer.
 
-    The gradients are known in the forward pass already, up to one factor per token:
+    The forward pass already knows the gradients, up to one factor per token:
 
         d log p(token) / d hidden = (onehot(token) - p) W / temperature
         d H / d hidden = -p (log p + H) W / temperature
 
-    So logits are computed once, and not kept.
+    So logits are computed once and not kept.
     """
 
     @staticmethod
@@ -112,7 +112,7 @@ class _Projected(torch.autograd.Function):
         if backend.usable(logits) and not entropy_gradient:
             wanted = ctx.needs_input_grad[0]
             result, entropy = kernels.token_logprobs(logits, tokens, temperature, slopes=wanted)
-            if wanted:  # logits are their slopes now
+            if wanted:  # the operator overwrote the logits with their slopes
                 with torch.autocast(hidden.device.type, enabled=False):
                     ctx.save_for_backward(logits.to(dtype) @ weight)
             ctx.mark_non_differentiable(entropy)
@@ -146,7 +146,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _OfLogits(torch.autograd.Function):
-    """Log-probability with a gradient, and entropy without one, by an operator."""
+    """Log-probability with a gradient, and entropy without one, computed by an operator."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

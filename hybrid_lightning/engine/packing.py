@@ -1,12 +1,11 @@
-"""`PackedSequences`: prompts and completions as one packed sequence, without padding and with every prompt once.
+"""`PackedSequences`: prompts and completions as one packed sequence, without padding. Every prompt appears once.
 
     [prompt 1 | prompt 2 | ... | long completions of prompt 1 | long ones of prompt 2 | ... | short ones of prompt 1 | ...]
 
-A completion ends at the token before its last sampled one: from later ones nothing is predicted. Only attention needs
-rectangles, which are cut out by index. Completions of about the same length lie together in a *band*, so that the band's
-rectangle holds little padding, whose cost grows with the square of the length. A few tokens that nobody reads fill the packed
-sequence up to a multiple of 16. Axes are those of `attention.py`, with N packed tokens; a row is one completion of the batch, and
-a group is a prompt with its completions.
+A completion ends at the token before its last sampled one: later tokens predict nothing. Only attention needs rectangles, which
+are cut out by index. Completions of similar length form a *band*, so that the band's rectangle has little padding: the cost of
+padding grows with the square of the length. A few filling tokens round the packed sequence up to a multiple of 16. Axes as in
+`attention.py`, with N packed tokens. A row is one completion of the batch; a group is a prompt with its completions.
 """
 
 from collections.abc import Iterator
@@ -27,18 +26,18 @@ from hybrid_lightning.types import Sequences
 
 @dataclass(frozen=True)
 class _Predictors:
-    """Which packed token predicts each of K sampled tokens. These are in the order of `sampled_mask` flattened."""
+    """Which packed token predicts each of K sampled tokens, in the order of the flattened `sampled_mask`."""
 
-    numbers: Tensor  # [K]: the packed token that predicts it
-    predicted: Tensor  # [N]: the sampled token that each packed token predicts; any token where it predicts none, or several
+    numbers: Tensor  # [K]: the packed token that predicts each sampled token
+    predicted: Tensor  # [N]: the sampled token that each packed token predicts; arbitrary where it predicts none or several
     valid: Tensor  # [N] bool: whether it predicts exactly one
-    firsts: Repeated  # a prompt's last token predicts the first one of each of its completions
+    firsts: Repeated  # a prompt's last token predicts the first token of each of its completions
 
 
-# The packed sequence is filled up to a multiple of this, so that products have few different sizes: for each new size oneDNN
-# compiles up to 0.6 MB of code, and keeps it.
+# The packed sequence is filled up to a multiple of this, so that products have few different sizes: oneDNN compiles up to 0.6 MB
+# of code for each new size, and keeps it.
 MULTIPLE = 16
-# A band holds completions down to this share of its longest. The next band begins only where that saves so many tokens a row.
+# A band holds completions down to this share of its longest one. A new band must also save this many tokens per row.
 _BAND_SHARE, _BAND_STEP = 0.7, 16
 
 
@@ -48,8 +47,8 @@ class PackedSequences:
     Args:
         sequences: B rows. Neighbours with the same prompt share it.
         backend: The model's backend.
-        completions: Whether to pack completions, too; False packs the prompts alone, without sharing any.
-        segments: Whether tokens attend by segments, which need no rectangles: all completions are then one band.
+        completions: Whether to pack completions as well; False packs only the prompts, one per row.
+        segments: Whether tokens attend by segments. These need no rectangles, so all completions form one band.
     """
 
     def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True, segments: bool = False) -> None:
@@ -64,17 +63,17 @@ class PackedSequences:
         ids = [sequences.prompt_ids[first][prompt_mask]]
         positions = [self.prompts.valid.cumsum(dim=1)[self.prompts.valid] - 1]
         self.prompt_tokens = len(ids[0])
-        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers of packed tokens
+        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], indices of packed tokens
         self.bands: list[Grid] = []
-        self.predictors: _Predictors | None = None  # where completions are packed
+        self.predictors: _Predictors | None = None  # set if completions are packed
         begin = self.prompt_tokens
         if completions:
             counts = group.bincount()
             most = int(counts.max())
             mask = sequences.sampled_mask
-            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T]: sampled tokens counted through
-            last = (mask * torch.arange(mask.shape[1], device=device)).amax(dim=1)  # [B]: place of the last of them
-            predictor = torch.zeros_like(number)  # [B, T]: number of the packed token that predicts it
+            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T]: index among sampled tokens
+            last = (mask * torch.arange(mask.shape[1], device=device)).amax(dim=1)  # [B]: place of the last sampled token
+            predictor = torch.zeros_like(number)  # [B, T]: index of the packed token that predicts it
             predictor[:, :1] = self.last_prompt_token[group][:, None]
             predicted, predicts = [number.new_zeros(self.prompt_tokens)], [mask.new_zeros(self.prompt_tokens)]
             for row_of_cell, valid in _bands(group, counts, most, last, one=segments):
@@ -103,13 +102,13 @@ class PackedSequences:
             self.predictors = _Predictors(predictor[mask], torch.cat(predicted), torch.cat(predicts), shared)
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        """The states [K, H], of all [N, H], that predict the K sampled tokens, in the order of `sampled_mask` flattened."""
+        """Select from all states [N, H] those [K, H] that predict the K sampled tokens, in the order of `sampled_mask`."""
         of = self.predictors
-        assert of is not None, "prompts alone predict no completion token"
+        assert of is not None, "packed prompts predict no completion tokens"
         return taken(hidden, of.numbers, of.predicted, of.valid, of.firsts)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """Attend to the prompt and the tokens before, by segments or an operator where there is one."""
+        """Attend to the prompt and the tokens before, by segments or an operator where available."""
         if self.segments and settings.fits_segments(query, key, value):
             return segment_attention(query, key, value, self.layout, self._gathered(settings.window), settings)
         if settings.has_operator(self.backend, query, key, value):
@@ -140,7 +139,7 @@ class PackedSequences:
 
     @cached_property
     def gathered(self) -> GatheredKeys:
-        """What completions see where a window hides keys of their prompts."""
+        """The keys of completions, gathered, for layers whose window hides keys of prompts."""
         return gathered_keys(self.prompts.lengths, self.bands[0].lengths, self.layout)
 
     def _gathered(self, window: int | None) -> GatheredKeys | None:
@@ -166,7 +165,7 @@ class PackedSequences:
         return self._masks[part, window]
 
     def _prompt_masks(self, window: int | None) -> Masks:
-        """Causal masks of the prompts. They hide the padding, too, since it is on the right."""
+        """Causal masks of the prompts. They also hide the padding, since it is on the right."""
         index = torch.arange(self.prompts.shape[1], device=self.ids.device)
         return Masks(own=visible(index[:, None], index, window))
 
@@ -186,14 +185,14 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor, one: bool 
     """Cut completions into bands.
 
     Args:
-        group: Number of its prompt for each of B rows, ascending.
+        group: Prompt index of each of B rows, ascending.
         counts: Rows of each prompt.
-        most: The largest of them.
-        lengths: Tokens of each row that are read, [B].
-        one: Whether to cut nothing.
+        most: The largest count.
+        lengths: Tokens to read of each row, [B].
+        one: Whether to make only one band.
 
     Yields:
-        The row of each cell [P, G], G being the band's rows of a prompt, and which of its tokens there are, [P, G, T].
+        The row in each cell [P, G], with G rows per prompt in this band, and a mask of its tokens [P, G, T].
     """
     order = lengths.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]  # by prompt, then the longest first
@@ -212,7 +211,7 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor, one: bool 
 
 
 def _cut(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """Where bands begin and end in descending lengths."""
+    """Begin and end of each band, for descending lengths."""
     begins = [0]
     for place, length in enumerate(lengths):
         first = lengths[begins[-1]]
@@ -222,19 +221,19 @@ def _cut(lengths: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def similar_lengths(lengths: Tensor) -> list[Tensor]:
-    """The rows of each band, ascending, of rows with these lengths [B]."""
+    """Group rows with these lengths [B] into bands; returns the rows of each band, ascending."""
     order = lengths.argsort(descending=True, stable=True)
     return [order[begin:end].sort().values for begin, end in _cut(lengths[order].tolist())]
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Whether a query sees a key, by their positions: keys up to its own position, and of these the last `window`."""
+    """Whether a query sees a key, by position: keys up to the query's own position, limited to the last `window`."""
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)
 
 
 def begins_group(sequences: Sequences) -> Tensor:
-    """[B] bool: True where a row's prompt differs from the row's before."""
+    """[B] bool: True where a row's prompt differs from the previous row's."""
     prompts = torch.cat([sequences.prompt_ids, sequences.prompt_mask.long()], dim=1)
     changes = (prompts[1:] != prompts[:-1]).any(dim=1)
     return torch.cat([changes.new_ones(1), changes])

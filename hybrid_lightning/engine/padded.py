@@ -1,18 +1,18 @@
 """Passes of models that cannot share prompts in a packed sequence: each prompt is still read once, and little is padding.
 
-Recurrent layers (gated delta nets, state spaces, short convolutions) carry a state from token to token. On a packed sequence it
-would run on from one sequence into the next, or from one completion of a prompt into its neighbour. What such layers do have is a
-cache. So the prompts are read first,
+Recurrent layers (gated delta nets, state spaces, short convolutions) carry a state from token to token. In a packed sequence the
+state would leak from one sequence, or one completion of a prompt, into the next. But such layers have a cache. So the prompts are
+read first,
 
     prompts [P, S] -> cache: keys and values, or states of recurrent layers -> copies for the G completions of each [P G, T]
 
-and completions continue from copies of their prompt's cache. Gradients flow back through the copies, so that a prompt is computed
-once in either direction, as in a packed pass. Gradient checkpointing leaves no cache, and ranks that share weights have to make
-the same number of passes: there each row is read with a prompt of its own.
+and completions continue from copies of their prompt's cache. Gradients flow back through the copies, so a prompt is computed once
+in either direction, as in a packed pass. Gradient checkpointing leaves no cache, and sharded ranks must make the same number of
+passes. In both cases each row is read with its own copy of the prompt.
 
-Kernels of other packages for GPUs (flash-linear-attention, causal-conv1d, mamba-ssm) begin anew where a layer is told that a
-sequence begins; transformers' own code refuses to. With them rows are packed, each with its prompt, where prompts cannot be
-shared, or where they are so short that padding would cost more.
+GPU kernels of other packages (flash-linear-attention, causal-conv1d, mamba-ssm) reset the state at given sequence boundaries;
+transformers' own code cannot. With these kernels rows are packed, each with its prompt, where prompts cannot be shared or are
+so short that padding would cost more.
 
 Rows of about the same length lie together in a *band*, which is padded to its longest row. Axes: B rows, P prompts, S prompt
 tokens, T completion tokens, K sampled tokens, H numbers of a hidden state.
@@ -33,7 +33,7 @@ from hybrid_lightning.types import Sequences
 
 
 class _PromptCache(DynamicCache):
-    """What prompts left in a cache, copied for their completions, to be continued once.
+    """A cache of prompts, copied for their completions. It can be continued once.
 
     Args:
         prompts: The cache after P prompts.
@@ -45,24 +45,24 @@ class _PromptCache(DynamicCache):
         self.layers = [copy(layer) for layer in prompts.layers]
         for layer in self.layers:
             for name, value in vars(layer).items():
-                if isinstance(value, dict):  # the states of recurrent layers, by their number
+                if isinstance(value, dict):  # states of recurrent layers: number -> state
                     value = {number: _repeated(state, counts) for number, state in value.items()}
                 setattr(layer, name, _repeated(value, counts))
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Tensor:
-        """Write nothing: a layer's backward pass needs the state that it began with, and nobody goes on from here."""
+        """Write nothing: a layer's backward pass needs its initial state, and no pass continues from here."""
         return recurrent_states
 
 
 def _repeated(value: Any, counts: list[int]) -> Any:
-    """The rows [P, ...] of a tensor, each so many times; gradients are added up in one order."""
+    """Repeat each row of a tensor [P, ...] `counts` times; gradients are added up in a fixed order."""
     if not isinstance(value, Tensor) or value.shape[:1] != (len(counts),):
         return value
     return torch.cat([row[None].expand(count, *row.shape) for row, count in zip(value, counts, strict=True)])
 
 
 def decoder_hidden(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None = None) -> Tensor:
-    """Hidden states [B, L, H] before the output layer; arguments are those of `last_logits`."""
+    """Hidden states [B, L, H] before the output layer; for arguments see `last_logits`."""
     decoder = decoder_of(model)
     accepted = inspect.signature(decoder.forward).parameters
     arguments: dict[str, Any] = {"position_ids": positions} if "position_ids" in accepted else {}
@@ -73,7 +73,7 @@ def decoder_hidden(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tenso
 
 
 def packed_rows_hidden(model: nn.Module, sequences: Sequences, backend: Backend) -> Tensor:
-    """As `padded_hidden`, with all rows as one packed sequence, each with its prompt; layers are told where sequences begin."""
+    """Like `padded_hidden`, with all rows packed, each with its prompt; layers receive the sequence boundaries."""
     mask, device = sequences.sampled_mask, sequences.sampled_mask.device
     own = torch.arange(mask.shape[1], device=device) < _read(sequences)[:, None]
     seen = torch.cat([sequences.prompt_mask, own], dim=1)
@@ -103,7 +103,7 @@ def packs_rows(model: nn.Module, sequences: Sequences) -> bool:
 
 
 def _read(sequences: Sequences) -> Tensor:
-    """Completion tokens [B] that are read: what follows the last sampled one, and this one, predict nothing."""
+    """Completion tokens [B] to read: all before the last sampled one, since it and later ones predict nothing."""
     mask = sequences.sampled_mask
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
 
@@ -115,12 +115,12 @@ def padded_hidden(model: nn.Module, sequences: Sequences) -> Tensor:
     read = _read(sequences)
     prompts = sequences.prompt_mask.sum(dim=1)
     group = begins_group(sequences).long().cumsum(0)
-    number = torch.zeros_like(sequences.completion_ids)  # [B, T]: of the state that predicts each token, among all there are
+    number = torch.zeros_like(sequences.completion_ids)  # [B, T]: index of the state that predicts each token
     parts: list[Tensor] = []
     begin = 0
 
     def add(states: Tensor, rows: Tensor, time: int) -> None:
-        """The states [b, t, H] that predict the tokens of some rows from a time on."""
+        """Add states [b, t, H] that predict tokens of some rows, starting at a time."""
         nonlocal begin
         count, length = states.shape[:2]
         numbers = torch.arange(begin, begin + count * length, device=device).view(count, length)
@@ -148,17 +148,17 @@ def padded_hidden(model: nn.Module, sequences: Sequences) -> Tensor:
                 many = of_row[cells].bincount(minlength=len(own)).tolist()
                 ids, before = first.completion_ids[cells, :length], first.prompt_mask[cells]
                 positions = prompts[rows][cells, None] + torch.arange(length, device=device)
-                # What is behind the last token of a row is read as if there were tokens: no token sees it.
+                # Padding after a row's last token is read like tokens: no real token sees it.
                 seen = torch.cat([before, before.new_ones(len(cells), length)], dim=1)
                 add(decoder_hidden(model, ids, seen, positions, _PromptCache(cache, many)), rows[cells], 1)
     return torch.cat(parts).index_select(0, number[mask])
 
 
 def why_recomputed(model: nn.Module) -> str:
-    """Why `padded_hidden` computes a prompt anew for each of its completions; empty where it does not."""
+    """Why `padded_hidden` recomputes a prompt for each of its completions; empty where it does not."""
     if recomputes_activations(model):
         return "gradient checkpointing leaves no cache that prompts could be read into"
-    return "a cache would make ranks wait for each other, and the model is sharded" if _is_sharded(model) else ""
+    return "the model is sharded, and a cache would make ranks wait for each other" if _is_sharded(model) else ""
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""One forward pass of a Hugging Face causal language model, padded or packed, which sampling and training share."""
+"""The forward pass of a Hugging Face causal language model, padded or packed, shared by sampling and training."""
 
 import inspect
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from hybrid_lightning.types import Sequences
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model, inside a PEFT model or as it is."""
+    """The Hugging Face model itself, without a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
@@ -30,7 +30,7 @@ def recomputes_activations(model: nn.Module) -> bool:
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions [B, L] that count real tokens only, so that left padding does not move a prompt. Padding gets 0."""
+    """Positions [B, L] that count real tokens only, so left padding does not shift a prompt. Padding gets 0."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -44,7 +44,7 @@ def last_logits(
         ids: Tokens [B, L] that are not in the cache yet.
         mask: [B, cached + L] bool, True on real tokens.
         positions: [B, L].
-        keep: Positions wanted, at most L. The other logits are never made: for a long prompt they are the largest tensor.
+        keep: Number of positions, at most L. Other logits are never computed: for a long prompt they are the largest tensor.
         cache: Grows by `ids`; None for no cache.
     """
     accepted = inspect.signature(base_model(model).forward).parameters
@@ -52,8 +52,8 @@ def last_logits(
     if "position_ids" in accepted:
         arguments["position_ids"] = positions
     if "logits_to_keep" in accepted:
-        # As indices and not as a number: the slice that a number gives is not contiguous, and the output layer then multiplies
-        # row by row (measured on a CPU in bfloat16: 5 s instead of 0.02 s for 50 prompts).
+        # Indices, not a number: a number makes a slice that is not contiguous, and the output layer then multiplies row by row
+        # (measured on a CPU in bfloat16: 5 s instead of 0.02 s for 50 prompts).
         arguments["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
     if cache is not None:
         arguments["cache" if "cache" in accepted else "past_key_values"] = cache  # the older name
@@ -72,15 +72,15 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a model that makes hidden states."""
     base = base_model(model)
     decoder: nn.Module = base.get_decoder()
-    # A few families do not find theirs, and return themselves.
+    # A few families do not find their decoder and return themselves.
     return decoder if decoder is not base else next(part for part in base.children() if isinstance(part, PreTrainedModel))
 
 
 def own_hidden(model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, **options: Any) -> Tensor:
-    """Hidden states [N, H] of N packed tokens before the output layer, by the forward pass of the decoder itself.
+    """Hidden states [N, H] of N packed tokens before the output layer, by transformers' own forward pass of the decoder.
 
-    The model attends by packings, and positions are counted within each sequence. Options reach the layers: `attention_calls`
-    records what they ask of attention.
+    The model's attention must use packings, and positions count within each sequence. Options reach the layers:
+    `attention_calls` records what they request from attention.
     """
     arguments = {"packing": packing, "position_ids": positions[None], "attention_mask": no_mask(ids.device), **options}
     hidden: Tensor = decoder_of(model)(input_ids=ids[None], **arguments, use_cache=False)[0][0]
@@ -88,15 +88,15 @@ def own_hidden(model: nn.Module, ids: Tensor, positions: Tensor, packing: Packin
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """An attention mask that makes transformers build none: four axes mean that the caller has made it."""
+    """A dummy attention mask that stops transformers from building one: four axes mean that the caller has built it."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def project(model: nn.Module, backend: Backend, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
     """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them.
 
-    Those of an output layer of 16 bits are float32 and were never rounded to 16 bits, unless the layer is of a class of its own.
-    The weight is `projection_weight`, which None takes here.
+    A 16-bit output layer gives float32 logits that were never rounded to 16 bits, unless it is not a plain linear layer. The
+    weight is `projection_weight`; None computes it here.
     """
     base = base_model(model)
     layer: Any = base.get_output_embeddings()
@@ -116,7 +116,7 @@ def project(model: nn.Module, backend: Backend, hidden: Tensor, weight: Tensor |
 
 
 class _FloatLogits(torch.autograd.Function):
-    """`Backend.float_logits` with gradients by products of 16 bits, as those of any other layer."""
+    """`Backend.float_logits` with gradients from 16-bit products, as in any other layer."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, backend: Backend) -> Tensor:
@@ -133,7 +133,7 @@ class _FloatLogits(torch.autograd.Function):
 
 
 def projection_weight(model: nn.Module) -> Tensor | None:
-    """The output layer's weight [V, H] in the dtype of products under the current autocast; None if it is no plain layer."""
+    """The output layer's weight [V, H] in the dtype of products under the current autocast; None if the layer is not plain."""
     layer = base_model(model).get_output_embeddings()
     return layer.weight.to(product_dtype(layer.weight)) if type(layer) is nn.Linear else None
 
@@ -144,7 +144,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def plain_projection(model: nn.Module) -> Tensor | None:
-    """The weight [V, H] of the output layer, if `project` is a product with it and nothing more."""
+    """The output layer's weight [V, H] if `project` is just a product with it, else None."""
     base = base_model(model)
     layer = base.get_output_embeddings()
     plain = type(layer) is nn.Linear and layer.bias is None and _changes_of_logits(base) == (None, None, None)
@@ -152,14 +152,14 @@ def plain_projection(model: nn.Module) -> Tensor | None:
 
 
 def _changes_of_logits(base: PreTrainedModel) -> tuple[float | None, float | None, float | None]:
-    """What families do to logits after the output layer: Cohere and Falcon-H1 multiply, Granite divides, Gemma 2 caps."""
+    """Factor, divisor and cap of logits after the output layer: Cohere and Falcon-H1 multiply, Granite divides, Gemma 2 caps."""
     config: Any = base.config.get_text_config()
     factor = getattr(base, "logit_scale", getattr(config, "lm_head_multiplier", None))
     return factor, getattr(config, "logits_scaling", None), getattr(config, "final_logit_softcapping", None)
 
 
 def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor], Tensor]:
-    """`project` without a gradient, for many calls between which weights do not change. It may hold a copy of the weight."""
+    """`project` without a gradient, for many calls with unchanged weights. It may hold a copy of the weight."""
     weight = plain_projection(model)
     if weight is None:
         return partial(project, model, backend, weight=projection_weight(model))
@@ -169,10 +169,10 @@ def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor
 
 
 def default_token_budget(model: nn.Module, device: torch.device, beside: Callable[[], int] = lambda: 0) -> int:
-    """`tokens_of_pass` for a model: what keeps its device busy; more would only take memory.
+    """`tokens_of_pass` for a model: as many tokens as keep its device busy; more would only take memory.
 
-    The device is the one that computes; weights, which may be sharded, may be on another one. On an accelerator `beside` gives
-    the bytes of other models.
+    `device` computes; the weights may be sharded or on another device. On an accelerator `beside` returns the bytes of other
+    models.
     """
     text = base_model(model).config.get_text_config()
     total = accelerator_memory(device)
@@ -185,5 +185,5 @@ def default_token_budget(model: nn.Module, device: torch.device, beside: Callabl
 
 
 def accelerator_memory(device: torch.device) -> int | None:
-    """Bytes of memory of an accelerator; None where it is not known, and of a CPU."""
+    """Bytes of memory of an accelerator; None for a CPU or where it is unknown."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

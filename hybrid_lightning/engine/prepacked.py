@@ -1,7 +1,7 @@
-"""Prepacked weights: faster products of LoRA layers while weights do not change, as in the thousands of small ones of decoding.
+"""Prepacked weights: faster products of LoRA layers while weights do not change. Decoding makes thousands of small products.
 
-Layers with the same input, such as the projections to queries, keys and values, become one product instead of two or three. That
-saves more the fewer rows there are: for 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
+Layers with the same input, such as the projections to queries, keys and values, become one product instead of two or three. The
+fewer the rows, the more this saves: 8 to 32 rows of SmolLM2-135M took 0.6 to 0.9 of the time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from hybrid_lightning.engine.fused_lora import FusedLora, made_like, weight_of
 
 
 class ProductFactors(NamedTuple):
-    """The factors of y = x W' + b + (x A') B'; without A and B, those of y = x W' + b."""
+    """The factors of y = x W' + b + (x A') B', or of y = x W' + b where A and B are None."""
 
     weight: Tensor  # W [m, n]
     bias: Tensor | None  # b [m]
@@ -42,9 +42,9 @@ def _with_lora(result: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
 
 
 def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of rows [N, m] and x [N, n] that adds a layer's output for x to the rows, perhaps in place.
+    """A function of rows [N, m] and x [N, n] that adds a layer's output for x to the rows, possibly in place.
 
-    On a CPU it computes what the layer and a sum do, bit for bit.
+    On a CPU the result equals the layer's output plus the rows, bit for bit.
     """
 
     def add(rows: Tensor, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tenso
             return rows + outputs(x)[0]
         if not rows.dtype == x.dtype == factors.weight.dtype:
             return rows + _multiply(x, factors)
-        rows.addmm_(x, factors.weight.T)  # which spares a pass over memory
+        rows.addmm_(x, factors.weight.T)  # saves a pass over memory
         if factors.bias is not None:
             rows += factors.bias
         return _with_lora(rows, x, factors)
@@ -66,7 +66,7 @@ def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tenso
 def product_factors(layer: nn.Module) -> ProductFactors | None:
     """The factors of a linear layer, fully trained or with plain LoRA, while weights do not change and its adapter is enabled.
 
-    None for all other layers, for a layer with hooks, and for LoRA on a CPU, where products use copies of the weights.
+    None for other layers, for a layer with hooks, and for LoRA on a CPU, where products use copies of the weights.
     """
     if isinstance(layer, FusedLora):
         products = _owner(layer)
@@ -79,7 +79,7 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
 
 
 def products_together(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """A function from the common input [..., n] of some layers to the output [..., m] of each, while weights do not change."""
+    """A function from the common input [..., n] of these layers to each layer's output [..., m], while weights do not change."""
     owners = [_owner(layer) for layer in layers]
     products = next((owner for owner in owners if owner is not None and len(owner.sizes) > 1), None)
     joined = [products is not None and owner is products for owner in owners]
@@ -106,13 +106,13 @@ def _owner(layer: nn.Module) -> "_Products | None":
 def prepacked_weights(
     model: nn.Module, backend: Backend, dtype: torch.dtype | None = None, together: Iterable[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
-    """Within this context weights must not change, and are prepared for products once.
+    """Prepare weights for products once. Within this context they must not change.
 
-    The weights themselves stay as they are. On CPUs each base weight is copied into the order in which products read it; on other
-    devices a weight is copied only if its dtype is not that of the products, which None takes from each base weight. That of a
-    fully trained module is then copied on all devices: autocast would round all of it at every token.
+    The weights themselves are kept. On CPUs each base weight is copied into the order in which products read it. On other devices
+    a weight is copied only if its dtype differs from the products' dtype; `dtype=None` takes the dtype of each base weight. The
+    weight of a fully trained module with another dtype is copied on all devices: autocast would round it at every token.
 
-    Layers with the same input, which are in a set of `together`, must be called by `products_together`, since a call of one would
+    Layers in one set of `together` have the same input. Call them with `products_together`, since calling one of them would
     compute the products of all.
     """
     sets = _layer_sets(model, backend, together)
@@ -134,7 +134,7 @@ def prepacked_weights(
 
 
 def _trained_fully(model: nn.Module, dtype: torch.dtype | None) -> list[tuple[nn.ModuleDict, str, nn.Module]]:
-    """Fully trained linear layers of another dtype than that of products, and where each is; none where None is that dtype."""
+    """Fully trained linear layers with another dtype than the products, and where each is stored; none if `dtype` is None."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     found = [(one.modules_to_save, name, layer) for one in wrappers for name, layer in one.modules_to_save.items()]
     linear = [entry for entry in found if type(entry[2]) is nn.Linear]
@@ -151,17 +151,17 @@ def _rounded(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def why_not_prepacked(model: nn.Module, backend: Backend, dtype: torch.dtype) -> str:
-    """Why no weight is prepacked for products of a dtype in sampling, in words for the user; empty where some are."""
+    """Why sampling prepacks no weight for products of this dtype, worded for the user; empty where it does."""
     layers = [module for module in model.modules() if isinstance(module, FusedLora)]
     if not layers:
         return "no layer has LoRA"
     if all(layer.plain_adapter_in_eval() is None for layer in layers):
-        return "its LoRA is of a special kind, such as DoRA, or on quantized weights"
+        return "its LoRA is not plain, for example DoRA, or on quantized weights"
     return backend.why_no_copies(next(model.parameters()).device, dtype)
 
 
 def _layer_sets(model: nn.Module, backend: Backend, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
-    """All layers of plain LoRA, in sets of those that are multiplied at once."""
+    """All layers with plain LoRA, in sets that are multiplied together."""
     plain = [module for module in model.modules() if isinstance(module, FusedLora) and module.plain_adapter() is not None]
     sets = []
     for layers in together:
@@ -175,11 +175,11 @@ def _layer_sets(model: nn.Module, backend: Backend, together: Iterable[Sequence[
 class _Products:
     """The products of a set of layers with the same input.
 
-    In float32 on a CPU, where a copy of the base weight is made anyway, LoRA is merged into the copy: the results differ by
-    1e-6. In bfloat16 it is not: on SmolLM2-135M merging decoded 10% faster, but rounds the merged weight, and log-probabilities
-    differed from those of training by 0.064 on average instead of 0.022, while logits were still rounded to bfloat16.
+    In float32 on a CPU the base weight is copied anyway, so LoRA is merged into the copy: the results differ by 1e-6. In bfloat16
+    LoRA is not merged. On SmolLM2-135M merging decoded 10% faster, but it rounds the merged weight: log-probabilities differed
+    from training's by 0.064 on average instead of 0.022 (when logits were still rounded to bfloat16).
 
-    On an accelerator the base weights are not copied, since that would take as much memory as the model.
+    On an accelerator the base weights are not copied: the copy would take as much memory as the model.
     """
 
     def __init__(self, layers: Sequence[FusedLora], dtype: torch.dtype, backend: Backend) -> None:
@@ -200,7 +200,7 @@ class _Products:
                 torch.cat([torch.addmm(part, lora_b, lora_a) for part, lora_b, lora_a in pairs])
             )
         else:
-            # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
+            # [x, x A'] [W, s B]' is one product instead of two and a sum, and is rounded only once.
             self.with_low = _with_low_rank(torch.cat(downs).to(dtype), backend)
             self.product = backend.prepacked_product(torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1))
 

@@ -1,10 +1,10 @@
-"""Attention of packed prompts and completions by segments, on accelerators: each prompt's keys and values once.
+"""Attention by segments over packed prompts and completions, on accelerators. Each prompt's keys and values exist once.
 
-The tokens of a completion see two runs of keys, the prompt's, which all completions of the prompt share, and their own. Each kind
-of run is one call (see `segments.py`), and so are the prompts by themselves: three calls for a layer, whatever the lengths. In a
-layer whose window hides some of a prompt's keys each completion's keys are gathered behind those of its prompt instead.
+The tokens of a completion see two runs of keys: the prompt's, shared by all its completions, and their own. Each kind of run is
+one call (see `segments.py`), and the prompts themselves are a third: three calls per layer, whatever the lengths. If a layer's
+window hides some of a prompt's keys, each completion's keys are instead gathered after a copy of the prompt's.
 
-Axes are those of `attention.py`, with N packed tokens.
+Axes as in `attention.py`, with N packed tokens.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from hybrid_lightning.engine.segments import Attended, Segments, attend, attend_
 
 @dataclass(frozen=True)
 class GatheredKeys:
-    """The keys of each completion's prompt and its own behind them, which a window can be laid over."""
+    """For each completion the prompt's keys and then its own, as one run that a window can be applied to."""
 
     segments: Segments
-    index: Tensor  # [M]: the packed token whose key is in each place
+    index: Tensor  # [M]: for each place, the packed token that the key there belongs to
     own: Tensor  # [completion tokens]: the place of each completion token's key
     repeated: Tensor  # [prompt tokens, G]: the places of each prompt token's key
     there: Tensor  # [prompt tokens, G] bool: a prompt may have fewer completions than others
@@ -34,21 +34,24 @@ class GatheredKeys:
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """The segments of prompts and completions that are packed as `packing.py` says."""
+    """The segments of prompts and completions in the layout of `packing.py`."""
 
     prompt_tokens: int
     completion_tokens: int
     width: int  # tokens of the longest prompt
-    length: int  # of the longest completion
+    length: int  # tokens of the longest completion
     prompts: Segments
     shared: Segments | None  # completions and the keys of their prompts; None where there are none
     own: Segments | None  # completions and their own keys
 
     @classmethod
     def of(cls, prompts: Tensor, completions: Tensor | None, width: int) -> "SegmentLayout":
-        """For so many tokens of each prompt, [P], of which the longest has `width`, and of each of its completions, [P, G].
+        """Build from lengths.
 
-        These have 0 tokens where a prompt has fewer than G; None is for prompts alone.
+        Args:
+            prompts: Tokens of each prompt, [P].
+            completions: Tokens of each completion, [P, G], 0 where a prompt has fewer than G; None without completions.
+            width: Tokens of the longest prompt.
         """
         begins = _begins(prompts)
         of_prompts = Segments(begins, begins, width, width, causal=True)
@@ -68,13 +71,13 @@ def _begins(lengths: Tensor) -> Tensor:
 
 
 def _members(sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all members of groups of these sizes, the number of the group of each and its place there."""
+    """For all members of groups of these sizes: the index of each member's group, and its place within the group."""
     group = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
     return group, torch.arange(len(group), device=sizes.device) - (sizes.cumsum(0) - sizes)[group]
 
 
 def gathered_keys(prompts: Tensor, completions: Tensor, layout: SegmentLayout) -> GatheredKeys:
-    """For lengths [P] of prompts and [P, G] of completions. The prompt's keys come first."""
+    """Gather keys for prompts of lengths [P] and completions of lengths [P, G]. The prompt's keys come first."""
     lengths = completions.flatten()
     there = lengths > 0
     widths = torch.where(there, prompts.repeat_interleave(completions.shape[1]), 0)
@@ -104,10 +107,10 @@ def segment_attention(
 ) -> Tensor:
     """Attention of packed tokens, with a backward pass.
 
-    `gathered` are the keys that completions see where the window hides some of a prompt; None where it does not. Behind prompts
-    and completions there may be tokens that nobody reads, whose results are zeros.
+    `gathered` holds the keys of completions if the window hides some of a prompt's keys; None if it hides none. Filling tokens
+    may follow prompts and completions; their results are zeros.
     """
-    if dtype := autocast_dtype(query.device):  # rotary embeddings may have made float32 of queries and keys
+    if dtype := autocast_dtype(query.device):  # rotary embeddings may have made queries and keys float32
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return _SegmentAttention.apply(query, key, value, layout, gathered, settings)
 
@@ -144,7 +147,7 @@ class _SegmentAttention(torch.autograd.Function):
         layout, gathered, settings = ctx.rest
         gradient = gradient.to(result.dtype).contiguous()
         of_query: list[Tensor] = []
-        of_key: dict[int, Tensor] = {}  # by the first packed token of prompts and of completions
+        of_key: dict[int, Tensor] = {}  # first packed token of the prompts or completions -> gradients
         of_value: dict[int, Tensor] = {}
         for (mine, runs), total in zip(_runs(layout, gathered), sums, strict=True):
             whole, shares = Attended(result[mine], total), []
@@ -160,7 +163,7 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 def _of_tokens(gradient: Tensor, keys: slice | Tensor, layout: SegmentLayout, gathered: GatheredKeys | None) -> dict[int, Tensor]:
-    """Gradients of prompts' and completions' keys from those of a run of them: first packed token -> gradients."""
+    """Split the gradients of one run of keys into prompts and completions: first packed token -> gradients."""
     if isinstance(keys, slice):
         return {keys.start: gradient}
     assert gathered is not None
@@ -169,6 +172,6 @@ def _of_tokens(gradient: Tensor, keys: slice | Tensor, layout: SegmentLayout, ga
 
 
 def _filled(parts: list[Tensor], tokens: int) -> Tensor:
-    """Parts [n, ...] one behind the other, and zeros up to the number of all tokens."""
+    """Concatenate parts [n, ...], and pad with zeros to the number of all tokens."""
     missing = tokens - sum(map(len, parts))
     return torch.cat([*parts, parts[0].new_zeros(missing, *parts[0].shape[1:])] if missing else parts)

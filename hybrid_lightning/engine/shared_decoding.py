@@ -1,9 +1,8 @@
-"""`SharedPromptDecoding`: decoding with one copy of each prompt's keys and values, which all its completions read together.
+"""`SharedPromptDecoding`: decoding with one copy of each prompt's keys and values, read by all its completions together.
 
-Axes are those of `attention.py`; a row is one completion. Rows that still run lie in *slots* [P, G]. Prompts have different
-numbers of them once completions have ended; a slot without a row then holds a copy of some other row, which nobody reads. A row
-that ends leaves the linear layers at once. Its slot is given up later, together with many others, since that moves all keys and
-values.
+Axes as in `attention.py`; a row is one completion. Running rows have *slots* [P, G]. Once completions have ended, prompts have
+different numbers of rows; a slot without a row then holds a copy of another row, and its result is ignored. A row that ends
+leaves the linear layers immediately. Its slot is released later, together with many others, since that moves all keys and values.
 """
 
 from dataclasses import dataclass
@@ -17,40 +16,40 @@ from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.packing import visible
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
-_FEWER_SLOTS = 0.6  # slots are given up when this share of them is enough
-# Where attention is by matrix products, their width grows by this many tokens at a time, and what is not decoded yet is masked.
-# oneDNN compiles a product anew for each size and keeps the code: 0.5 MB for each length of a completion.
+_FEWER_SLOTS = 0.6  # slots are released when this share of them is enough
+# If attention uses matrix products, their width grows by this many tokens at a time, and tokens not yet decoded are masked.
+# oneDNN compiles each product size separately and keeps the code: that would be 0.5 MB for each length of a completion.
 _WIDTH_STEP = 16
 
 
 @dataclass(frozen=True)
 class _New:
-    """The tokens of a pass, N of them."""
+    """The N tokens of a pass."""
 
-    slots: Tensor  # [N], the slot of each one's row
-    counts: Tensor  # [N], tokens of its row's own up to and with it
-    places: Tensor | int  # [N], how many tokens of its row stand before it among these; 0 where that is so for all
-    most: int  # T, tokens of a row among these
+    slots: Tensor  # [N], the slot of each token's row
+    counts: Tensor  # [N], completion tokens of its row up to and including it
+    places: Tensor | int  # [N], how many of these tokens precede it in its row; just 0 if none does for all
+    most: int  # T, most of these tokens in one row
 
     @property
     def cells(self) -> Tensor:
-        """[N], the place of each token in a rectangle [P, G, T]."""
+        """[N], each token's index in a flattened rectangle [P, G, T]."""
         return self.slots * self.most + self.places
 
 
 class SharedPromptDecoding(PackedDecoding):
     """`Decoding` with keys and values of prompts [P, K, S, D] and of completions [P, K, G, capacity, D]; see `PackedDecoding`."""
 
-    decoded = 0  # tokens in `own`, of all running rows, or of the longest one where they differ
-    differ = False  # whether running rows may have unequally many
+    decoded = 0  # tokens in `own` of each running row, or of the longest one if they differ
+    differ = False  # whether running rows may differ in their number of tokens
     counts: Tensor  # [B], tokens in `own` of each row
-    own_width = 0  # tokens of `own` that attention gets: those decoded, and zeros behind them
+    own_width = 0  # tokens of `own` that attention receives: decoded ones, then zeros
     slots: Tensor  # [P, G], the row in each
     slot_of_row: Tensor  # [B]
     row_lengths: Tensor  # [B], tokens of each row's prompt
-    full: bool  # whether there is a row in every slot
+    full: bool  # whether every slot has a row
     _new: _New
-    _masks: dict[int | None, Masks]  # of a step, by window
+    _masks: dict[int | None, Masks]  # window -> masks of a step
 
     def prefill(self, samples: int) -> Tensor:
         """Read the prompts as one packed sequence, and make a slot for each completion."""
@@ -63,7 +62,7 @@ class SharedPromptDecoding(PackedDecoding):
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read a token of every row."""
-        # A row at the end of its room has ended, though it may still be among those that run.
+        # A row without space has ended, though it may still be among the running rows.
         self.counts = (self.counts + 1).clamp_(max=self.max_new_tokens)
         self.decoded = min(self.decoded + 1, self.max_new_tokens)
         self._begin(_New(self.slot_of_row, self.counts, 0, 1))
@@ -75,14 +74,14 @@ class SharedPromptDecoding(PackedDecoding):
             self.own_width = min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone; without `keeps_rows` slots are given up once they are few."""
+        """Continue with these rows only. Without `keeps_rows`, slots are released when far fewer are enough."""
         self.slot_of_row, self.counts = self.slot_of_row[rows], self.counts[rows]
         if not self.keeps_rows:
             self._give_up_slots()
         self._start_rows()
 
     def resume(self, added: Added) -> None:
-        """Go on with these rows, each with its tokens so far."""
+        """Continue with these rows, each with its tokens so far."""
         self.slot_of_row, self.counts = added.rows, added.counts[added.begins[1:] - 1]
         self._start_rows()
         self.decoded, self.differ = added.longest, True
@@ -108,16 +107,16 @@ class SharedPromptDecoding(PackedDecoding):
         self.slots, self.slot_of_row = source, group * most + rank
 
     def _move(self, cache: Tensor, source: Tensor) -> Tensor:
-        """Take from a cache [P, K, G, capacity, D] the slots `source` [P', G'], which are numbers of places in [P, G]."""
+        """Take slots from a cache [P, K, G, capacity, D]; `source` [P', G'] has indices into the flattened [P, G]."""
         samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
-        # Prompt by prompt heads stay together: [P', G', K, tokens, D].
+        # Indexing puts heads after slots: [P', G', K, tokens, D].
         taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
         moved = cache.new_zeros(len(source), heads, source.shape[1], capacity, size)
         moved[..., : self.decoded, :] = taken.transpose(1, 2)
         return moved
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """Store the new keys and values in their slots, and attend to the prompt's and the slot's own."""
+        """Store the new keys and values in their slots, then attend to the prompt's keys and the slot's own."""
         if self._has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
             rest = (self._new.slots, self._new.counts, self.lengths, settings.window, settings.factor(query))
@@ -142,18 +141,18 @@ class SharedPromptDecoding(PackedDecoding):
         return found if self.full else found.index_select(0, self.slot_of_row)
 
     def _token_of_cell(self) -> Tensor:
-        """[P G T], the new token in each cell; the first one where there is none, whose results nobody reads."""
+        """[P G T], the new token in each cell; the first token in empty cells, where the result is ignored."""
         found = self.slots.new_zeros(self.slots.numel() * self._new.most)
         found[self._new.cells] = torch.arange(len(self._new.slots), device=found.device)
         return found
 
     def _has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
-        """Whether an operator computes the attention of one new token of every row."""
+        """Whether the operator can compute attention for one new token of every row."""
         known = tensors[0].shape[-1] in kernels.DECODED_HEAD_SIZES
         return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
-        """Keep a layer's keys and values of the prompts, padded, one row a prompt."""
+        """Keep a layer's keys and values of the prompts, padded, one row per prompt."""
         by_operator = self._has_operator(settings, query, key, value)
         key_dtype = key.dtype if by_operator else self.engine.backend.key_dtype(key)
         tokens = self.layout.prompt_tokens
@@ -174,7 +173,7 @@ class SharedPromptDecoding(PackedDecoding):
         return rows.reshape(*self.slots.shape, *rows.shape[1:])
 
     def _room(self, layer: int, key: Tensor, value: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of completions, with room for the new token's. With `zeros`, unused room holds zeros, for products."""
+        """Keys and values of completions, with space for the new tokens. With `zeros`, unused space is zero, as products need."""
         if layer not in self.own:
             prompts, samples = self.slots.shape
             shape = (prompts, key.shape[1], samples, min(_FIRST_CAPACITY, self.max_new_tokens))
@@ -185,7 +184,7 @@ class SharedPromptDecoding(PackedDecoding):
         keys, values = self.own[layer]
         if keys.shape[3] < self.own_width:
             extra = max(self.own_width - keys.shape[3], min(keys.shape[3], self.max_new_tokens - keys.shape[3]))
-            # One after the other, so that only one of them at a time is in memory twice.
+            # One at a time, so that only one of them is in memory twice.
             self.own[layer] = (keys := _grow(keys, extra), values)
             self.own[layer] = (keys, _grow(values, extra))
         return self.own[layer]

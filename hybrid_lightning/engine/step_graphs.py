@@ -1,4 +1,4 @@
-"""CUDA graphs of decoding steps: whether they may be used (`Graphs`), and one of them (`StepGraph`)."""
+"""CUDA graphs of decoding steps: `Graphs` decides whether they may be used, `StepGraph` is one recorded step."""
 
 import logging
 from collections.abc import Callable
@@ -11,85 +11,85 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_TRIED_STEPS = 3  # that are replayed from a graph beside steps as they are
+_TRIED_STEPS = 3  # steps that run both ways, replayed and plain, before graphs are trusted
 
 
 class Graphs:
-    """Whether steps of a model may be replayed from CUDA graphs: the first few have to give what plain steps give, to the bit.
+    """Decides whether a model's steps may be replayed from CUDA graphs: the first few must equal plain steps, to the bit.
 
     Attributes:
-        why_not: Why they may not, in words for the user; empty where they may, or where nothing was tried yet.
+        why_not: Why graphs may not be used, worded for the user; empty where they may, or before the first trial.
         passed: Whether enough steps were tried.
     """
 
     def __init__(self) -> None:
         self.why_not, self.passed = "", False
-        self._alike, self._has_said = 0, False
+        self._alike, self._has_warned = 0, False
         self._room: tuple[Any, Any] | None = None  # the stream and the memory that steps are recorded in
         self._last: Any = None  # the graph recorded last: without one torch gives that memory up
 
     def record(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> "StepGraph | None":
-        """A graph of a step that reads tokens [R]; None where that failed, from which on there are none."""
+        """Record a step that reads tokens [R]. Returns None if recording failed; no step is recorded after that."""
         try:
             self._room = self._room or (torch.cuda.Stream(tokens.device), torch.cuda.graph_pool_handle())
             recorded = StepGraph(step, tokens, *self._room)
-        except RuntimeError as error:  # of many kinds, such as memory that ran out, or a kernel that cannot be recorded
-            cause = error.__context__ or error  # that the recording failed is what comes of it
+        except RuntimeError as error:  # many kinds: out of memory, or a kernel that cannot be recorded
+            cause = error.__context__ or error  # the error itself only reports that recording failed
             self.give_up(f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}")
             return None
         self._last = recorded.graph
         return recorded
 
     def compare(self, replayed: Tensor, plain: Tensor) -> None:
-        """Learn from what a step gave, [R, n]."""
+        """Compare the results [R, n] of a replayed and a plain step. One difference ends the use of graphs."""
         if not torch.equal(replayed, plain):
-            self.give_up("a replayed step gave other numbers than the step itself")
+            self.give_up("a replayed step differed from the plain step")
             return
         self._alike += 1
         self.passed = self._alike >= _TRIED_STEPS
         if self.passed:
-            rank_zero_info(f"tokens are sampled by CUDA graphs: {self._alike} replayed steps gave what the steps themselves give")
+            rank_zero_info(f"tokens are sampled with CUDA graphs: {self._alike} replayed steps equal the plain steps")
 
     def give_up(self, reason: str) -> None:
-        """Let steps be launched kernel by kernel from now on, and say why."""
+        """Launch steps kernel by kernel from now on, and log why."""
         self.why_not = reason
-        self.say(reason)
+        self.warn_once(reason)
 
-    def say(self, reason: str) -> None:
-        """Say once why steps are launched kernel by kernel."""
-        if self._has_said:
+    def warn_once(self, reason: str) -> None:
+        """Log once why steps are launched kernel by kernel."""
+        if self._has_warned:
             return
-        self._has_said = True
-        logger.warning("tokens are sampled without CUDA graphs, which takes longer where there are few rows, since %s", reason)
+        self._has_warned = True
+        logger.warning("tokens are sampled without CUDA graphs, which is slower for few rows: %s", reason)
 
 
 class StepGraph:
     """A decoding step, recorded once and replayed, so that its kernels are launched together.
 
-    It changes tensors in place and makes its result of them, and of tokens, which `replay` overwrites.
+    The step changes tensors in place. Its result depends on them and on the tokens, which `replay` overwrites.
 
-    `torch.cuda.graph` is not used: it gives all unused memory back before each recording, and leaves the process in the stream of
-    a recording that fails.
+    `torch.cuda.graph` is not used: it frees all unused memory before each recording, and a failed recording leaves the process
+    in its stream.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor], tokens: Tensor, stream: Any, pool: Any) -> None:
         self._tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             try:
-                self.graph.capture_begin(pool, capture_error_mode="thread_local")  # what other threads do is right
+                self.graph.capture_begin(pool, capture_error_mode="thread_local")  # other threads may launch what they like
                 try:
-                    self._result = step(self._tokens)  # which computes nothing yet
+                    self._result = step(self._tokens)  # recorded, not computed
                 finally:
                     self.graph.capture_end()
             except BaseException:
-                # Where torch could not end it, its allocator takes it to go on, and would never give unused memory back again.
+                # If the capture did not end, torch's allocator treats it as running and never frees unused memory again.
                 with suppress(RuntimeError):
                     torch.cuda.memory._cuda_endAllocateToPool(tokens.device.index, pool)
                     torch.cuda.memory._cuda_releasePool(tokens.device.index, pool)
                 raise
 
     def replay(self, tokens: Tensor) -> Tensor:
-        """Take the step with these tokens, [R]."""
+        """Run the step on these tokens, [R]."""
         self._tokens.copy_(tokens)
         self.graph.replay()
         return self._result

@@ -1,11 +1,11 @@
-"""Trials: whether a faster way to compute a decoder layer gives the numbers of transformers' own class, up to rounding.
+"""Trials: whether a faster implementation of a decoder layer gives the same numbers as transformers' own class, up to rounding.
 
-In 16 bits no two ways round alike, and what a rounding grows to over many layers is chance: on some tokens two passes that are
-both right end 45% apart. So one layer is tried at a time, on a few tokens, and its error is judged by another's: that of
-transformers' layer in the same precision. The errors of both are taken against transformers' layer in a higher one.
+In 16 bits no two implementations round alike, and how a rounding error grows over many layers is chance: on some tokens two
+correct passes end 45% apart. So layers are tried one at a time, on a few tokens. Transformers' layer in a higher precision is the
+reference, and the error may only be about as large as the error of transformers' layer in the same precision.
 
-LoRA begins as zero, which would hide a mistake in it. For the trial B is drawn, so that LoRA adds as much to the result as the
-base weight does.
+LoRA starts at zero, which would hide a mistake in it. For the trial B is drawn at random, so that LoRA adds as much to the result
+as the base weight.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
 from hybrid_lightning.engine.prepacked import prepacked_weights
 
 _TOKENS = 12
-# An error may be this many times that of the ordinary computation, since roundings fall otherwise. Seen: 0.7 to 1.1 times it.
+# An error may be this many times the error of the ordinary computation, since values round differently. Seen: 0.7 to 1.1 times.
 _TIMES = 2
-# Beside that: what sums in another order may change in float32, where the ordinary computation may have no error at all.
+# Added to that for float32, where sums in another order differ and the ordinary computation may have no error at all.
 _FLOOR = 1e-4
 
 
@@ -38,14 +38,14 @@ def why_layers_differ(
     dtype: torch.dtype | None,
     parts_of: Callable[[KnownLayer], LayerParts],
 ) -> str:
-    """How a way to compute layers gives other numbers than transformers' own; empty if it does not.
+    """How an implementation of layers differs from transformers' own numbers; empty if it does not.
 
     Args:
-        decoder: The decoder, in eval mode, with whole weights, and not within `prepacked_weights`.
-        layers: Its layers, of which the first of each kind is tried: they take different ways by what their projections are.
-        backend: Of its fused layers.
-        dtype: Dtype of the products; None takes that of each weight.
-        parts_of: Makes the way that is tried, within `prepacked_weights`.
+        decoder: The decoder, in eval mode, with unsharded weights, outside `prepacked_weights`.
+        layers: Its layers. The first of each kind is tried: the kinds of projections decide the code that runs.
+        backend: The backend of its fused layers.
+        dtype: Dtype of the products; None means each weight's own.
+        parts_of: Makes the implementation to try, within `prepacked_weights`.
     """
     kinds = {tuple(_kind(module) for module in projections(layer)): number for number, layer in reversed(list(enumerate(layers)))}
     device = next(decoder.parameters()).device
@@ -76,16 +76,16 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _own_result(layer: nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """What a layer of transformers' own class computes of hidden states [N, n], under the current autocast."""
+    """The output of a layer of transformers' own class for hidden states [N, n], under the current autocast."""
     cosines, sines = (part.to(dtype)[None] for part in angles)
     given = {"attention_mask": None, "position_embeddings": (cosines, sines), "packing": _OneSequence()}
     return layer(hidden.to(dtype)[None], **given)[0]
 
 
 def _higher_precision(rows: Tensor) -> torch.dtype | None:
-    """The precision in which numbers have no error beside those of computing with some rows under the current autocast.
+    """A precision that makes errors negligible beside the errors of computing with these rows under the current autocast.
 
-    None where that is in float32 in which nothing is rounded further, as on an accelerator it may be.
+    None where the computation is in float32 and rounds no further. On an accelerator float32 products may round further.
     """
     device = rows.device.type
     if rows.dtype in HALF or torch.is_autocast_enabled(device):
@@ -94,20 +94,20 @@ def _higher_precision(rows: Tensor) -> torch.dtype | None:
 
 
 def why_not_alike(found: Tensor, ordinary: Tensor, exact: Tensor) -> str:
-    """How numbers differ that should be the same up to rounding; empty if they do not.
+    """How numbers differ that should be equal up to rounding; empty if they do not.
 
-    Errors are taken as shares of the size of each place of the last axis. Without that the few places where some models have
-    numbers a thousand times as large as elsewhere would hide all others.
+    Errors are relative to the typical size at each place of the last axis. Some models have a few places with numbers a thousand
+    times as large as elsewhere, which would hide errors in all others.
 
     Args:
-        found: The numbers in question, [..., n].
-        ordinary: The same by the ordinary computation in the same precision.
-        exact: The same in a higher precision.
+        found: The numbers to check, [..., n].
+        ordinary: The ordinary computation in the same precision.
+        exact: The ordinary computation in a higher precision.
     """
     if found.dtype != ordinary.dtype:
         return f"{found.dtype} instead of {ordinary.dtype}"
     off, allowed = _error(found, exact), _TIMES * _error(ordinary, exact) + _FLOOR
-    return "" if off <= allowed else f"other numbers, {off:.2g} of their size away where rounding explains {allowed:.2g}"
+    return "" if off <= allowed else f"other numbers, off by {off:.2g} of their size where rounding explains {allowed:.2g}"
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -118,7 +118,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def _drawn_adapters(layer: KnownLayer) -> Iterator[None]:
-    """Within this context LoRA in a layer adds to its products about as much as the base weights do."""
+    """Draw B of a layer's LoRA within this context, so that LoRA adds about as much to its products as the base weights."""
     own: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for seed, module in enumerate(projections(layer)):
@@ -150,7 +150,7 @@ class _OneSequence:
 
 
 def _own_layer(decoder: Any, number: int, known: KnownLayer, dtype: torch.dtype | None = None) -> nn.Module:
-    """A layer of transformers' own class with the same weights, into which LoRA is merged; None leaves each its dtype."""
+    """A layer of transformers' own class with the same weights and LoRA merged; `dtype=None` keeps each weight's dtype."""
     kind: Any = own_class(decoder.layers[number])
     with torch.device("meta"):
         layer = kind(decoder.config, number).eval()
@@ -187,11 +187,11 @@ def _frozen(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
 
 
 class _AsItIs(nn.Module):
-    """A projection of a special kind, such as a quantized one, which is called in the precision that it always has."""
+    """A projection that is not a plain layer, for example a quantized one. It is called in its own precision."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.call = (layer,)  # not a part of this module
+        self.call = (layer,)  # in a tuple, so that it is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""

@@ -2,20 +2,20 @@
 
     w = bound(pi(token) / mu(token)),        loss = aggregate(w * policy_term + kl_coef * kl)
 
-pi and mu are the probabilities of a token under the same weights, the ones that sampled it: pi as the training forward pass
-computes it, mu as the sampler computed it. In exact arithmetic pi = mu. They differ in bfloat16, with weights merged for
-sampling, or with another inference engine, and the gradient then belongs to an off-policy objective (Yao et al., "Your efficient
-RL framework secretly brings you off-policy RL training", 2025, which truncates the ratio of each token). The weight w has no
-gradient, and does not change the KL term.
+Both probabilities are under the weights that sampled the token: pi as the training forward pass computes it, mu as the sampler
+computed it. In exact arithmetic pi = mu. They differ in bfloat16, with weights merged for sampling, or with another inference
+engine. The gradient then belongs to an off-policy objective (Yao et al., "Your efficient RL framework secretly brings you
+off-policy RL training", 2025, which truncates the ratio of each token). The weight w has no gradient, and does not change the KL
+term.
 
 The four classes are the modes of TRL's `vllm_importance_sampling_mode`, with `cap` for its `clip_max` and `floor` for its
 `clip_min`. They take the ratio of each token, or the product of the ratios over a sequence, and either truncate it to the bounds
 or set it to 0 outside them (by token and with both bounds, this is IcePop). Discarded tokens stay in the loss's denominators, as
 in TRL.
 
-The metric `sampling/logp_difference/mean` shows whether a correction is worth having. In float32 it is about 1e-6, and w is 1. In
-bfloat16 it was 0.02 for SmolLM2-135M, where the w of a token was at most 1.3, so a cap of 2 cuts only ratios that have gone
-wrong.
+The metric `sampling/logp_difference/mean` shows whether you need a correction. In float32 it is about 1e-6, and w is 1. In
+bfloat16 it was 0.02 for SmolLM2-135M, and the w of a token was at most 1.3, so a cap of 2 cuts only ratios that have gone wrong.
+
 With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollouts.sampling_logprobs`): truncation is not corrected.
 """
 
@@ -63,7 +63,7 @@ class ImportanceCorrection(Configurable, ABC):
         if weights.shape not in (mask.shape, mask.shape[:1]):
             raise ConfigError(
                 f"{type(self).__name__}.weights returned shape {tuple(weights.shape)}; return {tuple(mask.shape)} or, with one "
-                f"value a sequence, {tuple(mask.shape[:1])}"
+                f"value per sequence, {tuple(mask.shape[:1])}"
             )
         return weights
 

@@ -5,9 +5,9 @@
     ForwardKL            coef * KL(q, p), likewise
     JensenShannon        coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise
 
-The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
-others its whole distribution (GKD, arXiv 2306.13649, with its beta). All are per token, with no credit for later tokens, at
-the temperature of the sampling. Divergences are aggregated as the loss's KL term, and not weighted by an importance ratio.
+The first needs only the teacher's log-probability of each sampled token (Thinking Machines, "On-Policy Distillation", 2025). The
+others need its whole distribution (GKD, arXiv 2306.13649, with its beta). All are per token, with no credit for later tokens, at
+the sampling temperature. Divergences are aggregated like the loss's KL term, and not weighted by an importance ratio.
 """
 
 import math
@@ -21,7 +21,7 @@ from hybrid_lightning.errors import ConfigError
 
 
 class Distillation(Configurable):
-    """Base class of the ways to learn from a teacher.
+    """Base class of methods that learn from a teacher.
 
     Args:
         coef: Weight relative to the other terms of the loss.
@@ -48,7 +48,7 @@ class Divergence(Distillation):
     """
 
     of_distributions = True
-    held_blocks = 7  # arrays [K, V] that there are at its peak, for plans of memory
+    held_blocks = 7  # arrays [K, V] at its peak, for memory plans
     weighed_by_teacher = False  # whether `top_k` compares the teacher's most probable tokens, or the policy's
 
     def __init__(self, coef: float = 1.0, top_k: int = 0) -> None:
@@ -100,7 +100,7 @@ class JensenShannon(Divergence):
     def __init__(self, coef: float = 1.0, top_k: int = 0, beta: float = 0.5) -> None:
         super().__init__(coef, top_k)
         if not 0 < beta < 1:
-            raise ConfigError(f"JensenShannon: beta={beta} must be between 0 and 1; take ForwardKL for 0 and ReverseKL for 1")
+            raise ConfigError(f"JensenShannon: beta={beta} must be between 0 and 1; use ForwardKL for 0 and ReverseKL for 1")
         self.beta = beta
 
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
@@ -115,6 +115,6 @@ def _kl(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
-    """Log-probabilities of some tokens [K, k] and, as one more, of all others together, [K, k + 1]."""
+    """Append to log-probabilities of some tokens [K, k] the log-probability of all other tokens together, [K, k + 1]."""
     known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # rounding may take it to 0, and the rest to nothing
     return torch.cat([logprobs, torch.log(-torch.expm1(known))], dim=1)

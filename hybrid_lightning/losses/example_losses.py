@@ -98,9 +98,9 @@ class DPOLoss(ExampleLoss):
         loss = -(1 - label_smoothing) log sigmoid(beta margin) - label_smoothing log sigmoid(-beta margin)
 
     Log-probabilities are sums over the tokens of a completion; `ref` is the start policy. Rows come in pairs: the chosen
-    completion, then the rejected one. Label smoothing is the conservative DPO in its authors' code: the assumed share of pairs
-    with swapped labels. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite sign, in `robust`; its loss
-    `sigmoid` has no label smoothing.)
+    completion, then the rejected one. `label_smoothing`, the assumed share of pairs with swapped labels, is conservative DPO as
+    in the authors' code. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite sign, in `robust`; its
+    loss `sigmoid` has no label smoothing.)
 
     Args:
         beta: How strongly the policy is held to the start policy.

@@ -1,19 +1,26 @@
 """GRPO and its descendants: the clipped surrogate over one importance ratio per token, r_t = exp(l_t - l_old_t).
 
-The losses differ in their clip range and in how they average over tokens. With
+    class          mean over                                                              default clip range
+    `GRPOLoss`     sequences, of the mean over their tokens                               0.2, 0.2
+    `DAPOLoss`     all tokens of the optimizer step                                       0.2, 0.28
+    `DrGRPOLoss`   sequences, of the sum over their tokens / longest possible completion  0.2, 0.2
+    `BNPOLoss`     micro-batches, of the mean over their tokens                           0.2, 0.2
+
+The equations below use the clipped surrogate of token t,
 
     c_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
-and |o| the number of tokens of a sequence:
+with the advantage A, the number of tokens |o| of a sequence, and the KL estimate k3_t (see `functional.k3_kl`). All classes have
+the optional dual clip, KL term and entropy bonus of `ClippedLoss`. Except for GRPO's KL term, these depart from the papers.
 
 `GRPOLoss`: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, equation 3).
 
     L = mean over sequences of (1/|o|) sum_t [ c_t + kl_coef k3_t ]
 
-Departures from the paper: two clip ranges (equal by default); an optional dual clip on r; kl_coef is 0 by default instead of
-0.04, because later work with verifiable rewards found the term unnecessary (DAPO, Dr. GRPO) and it costs a reference forward
-pass; an optional importance weight on the KL; an optional entropy bonus. The mean over sequences is over all sequences of the
-optimizer step instead of one group. For groups of equal size this is the paper's mean over groups.
+Departures from the paper: two clip ranges (equal by default), and an optional importance weight on the KL. kl_coef is 0 by
+default instead of 0.04: later work with verifiable rewards found the term unnecessary (DAPO, Dr. GRPO), and it costs a reference
+forward pass. The mean over sequences is over all sequences of the optimizer step instead of one group; for groups of equal size
+this is the paper's mean over groups.
 
 `DAPOLoss`: Decoupled Clip and Dynamic Sampling Policy Optimization (arXiv 2503.14476, equation 8).
 
@@ -25,8 +32,8 @@ their own options: dynamic sampling is `PolicyModule.dynamic_sampling`, overlong
 `PolicyModule.mask_truncated_completions`, and the soft overlong punishment is the reward `OverlongPenalty`.
 
 Departures: the denominator is the number of tokens in the whole optimizer step, over its micro-batches and ranks. The paper's sum
-is over one group. TRL divides by the average over the steps of a generation batch (tokens of the batch / its steps), so that a
-step with longer completions weighs more there. Also an optional dual clip, KL term (the paper removes it) and entropy bonus.
+is over one group. TRL divides by the average over the steps of a generation batch (tokens of the batch / its steps), so there a
+step with longer completions weighs more. The paper removes the KL term, which is optional here.
 
 `DrGRPOLoss`: Dr. GRPO, "GRPO done right" (Understanding R1-Zero-Like Training, arXiv 2503.20783).
 
@@ -37,27 +44,25 @@ than a short one. The paper also drops the standard deviation from the advantage
 configs/loss/dr_grpo.yaml does.
 
 The constant is the sampler's `max_new_tokens` (`LossInputs.max_completion_tokens`; TRL's `max_completion_length`). It makes the
-loss of short completions small, which does not matter with AdamW; with other optimizers the learning rate must take it into
-account. The paper's own code divides by a fixed budget, too.
-
-Departures: an optional dual clip, KL term (the paper has none) and entropy bonus.
+loss of short completions small. That does not matter with AdamW; with other optimizers, adapt the learning rate. The paper's own
+code divides by a fixed budget, too. The paper has no KL term, which is optional here.
 
 `BNPOLoss`: GRPO with the same weight for every token of a micro-batch (TRL's `loss_type="bnpo"`).
 
     L = mean over micro-batches of 1/(tokens of the micro-batch) sum_t c_t
 
 By definition, the gradient of this loss depends on how a step is split into micro-batches; no other loss here has this property.
-With one completion per micro-batch it is `GRPOLoss`, and with the whole step in one micro-batch it is `DAPOLoss` (at the same
-clip range); in between, a token weighs more if it shares its micro-batch with short completions. Use this loss to reproduce
-results that were obtained with it. Use `DAPOLoss` for a gradient that does not depend on devices and `accumulate_grad_batches`.
+With one completion per micro-batch it is `GRPOLoss`. With the whole step in one micro-batch it is `DAPOLoss` (at the same clip
+range). In between, a token weighs more if it shares its micro-batch with short completions. Use this loss to reproduce results
+that were obtained with it. Use `DAPOLoss` for a gradient that does not depend on devices and `accumulate_grad_batches`.
 
 A micro-batch is the batch that Lightning passes to `training_step`: the rows of a step divided by `accumulate_grad_batches` and
-devices. Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage are not
-left out, since their tokens count in the denominator. Truncated completions that are masked do leave their micro-batch, and the
-remaining rows of the step are distributed evenly over its micro-batches; in TRL they stay in their micro-batch, without tokens.
+devices. Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage stay,
+since their tokens count in the denominator. Masked truncated completions leave their micro-batch, and the remaining rows of the
+step are distributed evenly over its micro-batches; in TRL they stay in their micro-batch, without tokens.
 
-Departures from TRL: an optional dual clip, and an entropy bonus with the denominator of the whole step. The paper with this name
-(arXiv 2506.02864) has another topic: it normalises rewards by a Beta distribution.
+Departures from TRL: an entropy bonus with the denominator of the whole step. The paper with this name (arXiv 2506.02864) has
+another topic: it normalises rewards by a Beta distribution.
 """
 
 import warnings
@@ -90,8 +95,8 @@ class TokenClippedLoss(ClippedLoss):
         if min(self.clip_low, self.clip_high) < SMALLEST_CLIP:
             raise ConfigError(
                 f"{type(self).__name__}: clip_low={self.clip_low:g}, clip_high={self.clip_high:g} is too small for ratios of "
-                f"single tokens (below {SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 "
-                "(DAPO: 0.28)"
+                f"single tokens (below {SMALLEST_CLIP}), perhaps left over from a GSPO config; set clip_low=0.2 and "
+                "clip_high=0.2 (DAPO: 0.28)"
             )
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
@@ -135,8 +140,8 @@ class DAPOLoss(TokenClippedLoss):
         super().__init__(clip_low, clip_high, **others)
         if clip_high <= clip_low:
             warnings.warn(
-                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no "
-                "clip-higher, as if left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
+                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so there is no clip-higher "
+                "(perhaps left over from a GRPO config); DAPO has clip_low=0.2 and clip_high=0.28",
                 stacklevel=2,
             )
 

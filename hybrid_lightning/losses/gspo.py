@@ -59,7 +59,7 @@ class SequenceClippedLoss(ClippedLoss):
         if max(self.clip_low, self.clip_high) >= CLIP_LIMIT:
             raise ConfigError(
                 f"{type(self).__name__}: clip_low={self.clip_low:g}, clip_high={self.clip_high:g} is too large for ratios of "
-                f"whole sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config; set clip_low=3e-4 and "
+                f"whole sequences ({CLIP_LIMIT} or more), perhaps left over from a GRPO config; set clip_low=3e-4 and "
                 "clip_high=4e-4"
             )
 

@@ -2,7 +2,8 @@
 
     loss = aggregate(importance_weights * policy_term + kl_coef * kl + divergence) - entropy_coef * entropy
 
-Axes: B sequences, T completion tokens (right-padded).
+All terms but the first are optional; `divergence` comes from a teacher (see `distillation`). Axes: B sequences, T completion
+tokens (right-padded).
 
 A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
 `policy_metrics`. The base class checks the inputs, casts half precision to float32, sets tokens that were not sampled to 0, adds
@@ -20,16 +21,16 @@ The entropy bonus is the mean entropy of the policy over all sampled tokens of t
 that its weight means the same for every loss (as in TRL, except that TRL's mean is over a micro-batch; verl aggregates it like
 the loss).
 
-Importance weights are optional. They correct for a sampler that differs a little from the policy (see `correction`), or leave
-tokens out (see `top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy
-bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
+Importance weights correct for a sampler that differs a little from the policy (see `correction`), or leave tokens out (see
+`top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy bonus and the
+metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
 
 The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) removes completions
 from the policy term if they have A < 0 and the current policy would hardly sample them:
 
     M = 0 if A < 0 and (1/|o|) sum_t (l_sampled_t - l_t) > off_policy_mask_threshold; else 1
 
-l_sampled is the sampler's own log-probability, so that both old weights and differences between sampling and training count.
+l_sampled is the sampler's own log-probability, so stale weights and differences between sampling and training both count.
 Masked tokens stay in the denominators and in the KL. With advantages of tokens, the tokens with A < 0 are masked.
 """
 
@@ -55,8 +56,8 @@ class PolicyLoss(Configurable, ABC):
         kl_coef: Weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
         kl_importance_weight: Multiply the KL by the importance ratio, gradient included.
         entropy_coef: Weight of the entropy bonus; 0 leaves it out, and costs nothing.
-        off_policy_mask_threshold: Completions with A < 0 get no policy gradient if their tokens have become less likely since
-            they were sampled by more than this on average, in nats (see the head of this file); None for no such mask.
+        off_policy_mask_threshold: Completions with A < 0 get no policy gradient once their tokens have become less likely since
+            sampling by more than this many nats on average (see the head of this file); None for no such mask.
 
     Raises:
         ConfigError: If a weight is negative or not finite, or the threshold not positive.
@@ -122,8 +123,8 @@ class PolicyLoss(Configurable, ABC):
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The loss before KL and aggregation, and the importance ratio: one per token, [B, T], or one per sequence, [B].
 
-        All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
-        anything. `old_logprobs` come from the inputs, or where these have none are the current ones without gradient, [B, T].
+        All tensors are float32 or float64. Where nothing was sampled, log-probabilities are 0, and returned values are ignored.
+        `old_logprobs` [B, T] come from the inputs; if the inputs have none, they are the current ones without gradient.
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
@@ -142,10 +143,12 @@ class PolicyLoss(Configurable, ABC):
                 mask and denominators.
 
         Returns:
-            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
-            shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
-            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there
-            is that mask (share of sequences; of tokens with advantages of tokens), and the metrics of `policy_metrics`.
+            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and the shares of:
+
+            - "ratio/mean": over sequences if the loss has one ratio per sequence, else over tokens; and "ratio/max"
+            - "kl", with a KL term: mean over tokens, including its importance weight
+            - "off_policy/masked", with that mask: share of sequences, or of tokens if advantages are per token
+            - the metrics of `policy_metrics`
 
         Raises:
             ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus
@@ -185,8 +188,8 @@ class PolicyLoss(Configurable, ABC):
             loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.sampled_mask, inputs.num_tokens)
         if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise ConfigError(
-                f"{type(self).__name__}: the loss has no gradient; compute policy_term from inputs.logprobs, and detach "
-                "weights alone"
+                f"{type(self).__name__}: the loss has no gradient; compute policy_term from inputs.logprobs, and detach only "
+                "weights"
             )
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
@@ -194,15 +197,15 @@ class PolicyLoss(Configurable, ABC):
         """Raise ConfigError unless the loss takes advantages of tokens."""
         if not self.takes_token_advantages:
             raise ConfigError(
-                f"{type(self).__name__} takes one advantage a sequence, and model.credit=turn gives each turn its own, or "
-                "SampledReverseKL each token; take another loss, such as GSPOTokenLoss for GSPO, or set takes_token_advantages "
-                "= True in a loss of yours that takes them as [B, T], or model.credit=episode, or model.distillation=ReverseKL"
+                f"{type(self).__name__} takes one advantage per sequence, but model.credit=turn gives one per turn, or "
+                "SampledReverseKL one per token; use another loss, such as GSPOTokenLoss for GSPO, or model.credit=episode, or "
+                "model.distillation=ReverseKL; in your own loss that takes them as [B, T] set takes_token_advantages = True"
             )
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
         """Raise ConfigError if a method of a subclass returned a wrong shape, which broadcasting would hide."""
         if value.shape not in allowed:
-            shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
+            shapes = " or, with one value per sequence, ".join(str(tuple(shape)) for shape in allowed)
             raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}; return {shapes}")
 
 
@@ -237,7 +240,7 @@ class ClippedLoss(PolicyLoss):
         super().__init__(**terms)
         name = type(self).__name__
         if not 0 <= clip_low < 1:
-            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, as ratios are positive; set e.g. 0.2")
+            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1: ratios are positive; set e.g. 0.2")
         if not (math.isfinite(clip_high) and clip_high >= 0):
             raise ConfigError(f"{name}: clip_high={clip_high} must be finite and at least 0; set a large one for no clip above")
         if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1 + clip_high):
@@ -271,7 +274,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     """Raise ConfigError for inputs that are missing, or that would broadcast to an unintended shape."""
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
-        raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
+        raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability per completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights", "entropy", "divergence")
     of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
     for field, want in {"advantages": of_advantages, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():

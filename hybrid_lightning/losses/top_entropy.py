@@ -3,8 +3,8 @@
     L = aggregate( 1[H_t >= threshold] policy_term_t )
 
 H_t is the entropy of the distribution from which token t was drawn, after the temperature. The threshold is chosen so that a
-given share of the tokens reaches it. Most tokens of a solution follow from the tokens before them. The few tokens at which it
-could fork decide what is learned: in the paper a 32B model learned more from 20% of the tokens than from all.
+given share of the tokens reaches it. Most tokens of a solution follow from the tokens before them. Only a few tokens decide which
+way it goes, and learning depends on these: in the paper a 32B model learned more from 20% of the tokens than from all.
 
 Departures from the paper:
 
@@ -13,7 +13,7 @@ Departures from the paper:
 - Tokens of sequences without advantage do not count: their policy gradient is zero anyway.
 - The entropies come from the policy that sampled, computed together with the old log-probabilities, because they must be known
   before the first backward pass of a step. The paper takes the entropies of the policy that is being trained. On the first
-  minibatch of a rollout, which is exactly on-policy, the two are the same, but cost an extra forward pass.
+  minibatch of a rollout, which is exactly on-policy, both are the same; computing them beforehand costs an extra forward pass.
 
 Tokens that are left out stay in the loss's denominators (as in the paper and in TRL). The KL and the entropy bonus are over all
 tokens. All tokens at the threshold are kept. Scoring for the adapter's plan uses the gradient of all tokens.

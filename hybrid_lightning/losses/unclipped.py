@@ -1,19 +1,25 @@
-"""Losses with a bound other than a clip on the importance ratio of each token, r_t = exp(l_t - l_old_t); sg: without gradient.
+"""Losses that bound the update of a token by other means than a clip of its importance ratio, r_t = exp(l_t - l_old_t).
+
+    `CISPOLoss`   caps the ratio as a weight; every token keeps its gradient
+    `SAPOLoss`    replaces the clip by a sigmoid
+    `DPPOLoss`    masks tokens by the change of their probability instead of the ratio
+
+Below, sg is "without gradient" and A the advantage. All three have the optional KL term and entropy bonus of `PolicyLoss`, which
+none of the papers has. A dual clip would add nothing to the cap of CISPO and to the bounded gate of SAPO.
 
 `CISPOLoss`: Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
 
     L = 1/(tokens of the optimizer step) sum over sequences sum_t -sg[min(r_t, cap)] A l_t
 
-The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought is still learned,
-although its ratio leaves GRPO's range at once.
+The importance weight is bounded, but no token loses its gradient. So a rare token that opens a new line of thought is still
+learned, although its ratio leaves GRPO's clip range immediately.
 
 `cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
 paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
 from 1: a class switched on the command line inherits arguments with the same name, and a cap of 0.28 would scale the policy term
 down.
 
-Departures from the paper: an optional KL term (the paper has none), and an optional entropy bonus; denominators as in `DAPOLoss`.
-There is no dual clip, which would add nothing to the cap.
+Departure from the paper: denominators as in `DAPOLoss`.
 
 `SAPOLoss`: Soft Adaptive Policy Optimization (arXiv 2511.20347).
 
@@ -22,9 +28,6 @@ There is no dual clip, which would add nothing to the cap.
 A soft gate replaces the clip. On-policy its slope is exactly 1, and the slope falls off smoothly as the ratio moves away from 1.
 It falls faster where A < 0, since pushing one token down raises all other tokens of the vocabulary.
 
-Departures from the paper: an optional KL term and entropy bonus, which the paper does not have. There is no dual clip, which
-would add nothing since the gate is bounded.
-
 `DPPOLoss`: Divergence Proximal Policy Optimization with the binary total variation (arXiv 2602.04879; the default of prime-rl).
 
     L = 1/(tokens of the optimizer step) sum over sequences sum_t [ -M_t r_t A + log_ratio_coef (log r_t)^2 ]
@@ -32,9 +35,10 @@ would add nothing since the gate is bounded.
 
 A token loses its gradient once its probability, not the ratio of its probabilities, has moved too far in the direction in which
 the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
-log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
-paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
-truncates r_t at 20 and gives the gradient to l_t, which is the same below 20; an optional KL term and entropy bonus.
+log-ratio pulls tokens back to their old probability. It comes from prime-rl, with a weight of 1e-3 there (after Kimi K2.5, arXiv
+2602.02276); the paper has none, and the default here is 0. With it, sequences without advantage are also trained on.
+
+Departure: the paper's code truncates r_t at 20 and gives the gradient to l_t, which is the same below 20.
 """
 
 import math

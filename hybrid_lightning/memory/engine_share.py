@@ -1,8 +1,8 @@
-"""`EngineShare`: what a rollout engine in the training process takes of the device that trains, and whether both fit.
+"""`EngineShare`: memory that a rollout engine in the training process takes on the training device, and whether both fit.
 
-On a GPU vLLM takes `gpu_memory_utilization` of the device's whole memory, for weights, KV cache and activations; its sleep mode
+On a GPU vLLM takes `gpu_memory_utilization` of the device's whole memory, for weights, KV cache and activations. Its sleep mode
 frees the cache, or everything, while the policy is updated (docs.vllm.ai: "Conserving memory", "Sleep Mode"). On a CPU it takes
-its weights and a cache of a size that we choose, and frees nothing. Servers are on other devices.
+its weights and a cache of a size that we choose, and frees nothing. Servers run on other devices.
 """
 
 import math
@@ -14,8 +14,8 @@ from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 
 CONTEXT_BYTES = 2**29  # of a GPU's memory, for its context and torch's code
-# What takes less beside an engine, or takes the engine elsewhere.
-_OTHERWISE = (
+# Reduces training's memory, or moves the engine to other devices.
+_OTHER_REMEDIES = (
     "quantize the base (model.quantization), split it over devices (trainer.strategy), or let servers on other devices sample "
     "(model.sampler=VLLMServerSampler)"
 )
@@ -26,15 +26,15 @@ class EngineShare:
     """Bytes of a device that a rollout engine takes."""
 
     weights: float = 0.0
-    sampling: float = 0.0  # all that it takes while it samples
-    updating: float = 0.0  # what it keeps while the policy is updated
+    sampling: float = 0.0  # total while it samples
+    updating: float = 0.0  # kept while the policy is updated
     least: float = 0.0  # weights, and the KV cache of one completion
 
 
 def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
-    """What the engine of a run takes of each device; nothing if the policy samples by itself, or servers do.
+    """Memory that a run's engine takes on each device; zero if the policy itself or servers sample.
 
-    The memory of an accelerator must be known. The engine has all `parameters` of the model, with LoRA merged.
+    An accelerator's memory must be known. The engine holds all `parameters` of the model, with LoRA merged.
     """
     sampler = settings.sampler
     if not isinstance(sampler, VLLMSampler):
@@ -55,7 +55,7 @@ def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
 def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tuple[float, bool]]) -> str | None:
     """Why training and an engine do not fit on a GPU together, with the remedy; None if they do, or there is no engine.
 
-    `training` has for each phase of the run the bytes that training takes in it, and whether the engine samples in it.
+    `training` maps each phase of the run to the bytes that training takes, and whether the engine samples.
     """
     sampler, device = settings.sampler, settings.flags.device_bytes
     if settings.flags.on_cpu or device is None or not isinstance(sampler, VLLMSampler):
@@ -66,7 +66,7 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
     resting = max(taken for taken, samples in training.values() if samples)
     largest = math.floor(100 * (room - resting) / device) / 100
     smallest = math.ceil(100 * share.least / device) / 100
-    change = "set sampler.gpu_memory_utilization={}" if 0 < smallest <= largest < 1 else _OTHERWISE
+    change = "set sampler.gpu_memory_utilization={}" if 0 < smallest <= largest < 1 else _OTHER_REMEDIES
     if share.sampling < share.least:
         return (
             f"{given} of {format_bytes(device)} is less than the engine's weights with the KV cache of one completion, "
@@ -81,7 +81,7 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
     if share.updating and taken + share.updating > room:
         frees = {"kv_cache": share.weights, "weights": 0.0} if sampler.sleep == "nothing" else {"weights": 0.0}
         fitting = [sleep for sleep, kept in frees.items() if taken + kept <= room]
-        remedy = f"set sampler.sleep={fitting[0]}" if fitting else f"lower model.max_tokens_per_micro_batch, {_OTHERWISE}"
+        remedy = f"set sampler.sleep={fitting[0]}" if fitting else f"lower model.max_tokens_per_micro_batch, {_OTHER_REMEDIES}"
         return (
             f"sampler.sleep={sampler.sleep} does not fit: while {phase}, training takes up to {format_bytes(taken)} and the "
             f"engine keeps {format_bytes(share.updating)}, {where}; {remedy}"

@@ -1,4 +1,4 @@
-"""Whether a run fits on its devices, and the fewest changes with which it does."""
+"""Whether a run fits on its devices, and the fewest changes that make it fit."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,17 +15,17 @@ from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.memory.strategies import Components
 from hybrid_lightning.model.quantization import NF4
 
-_LEFT_SHARE = 0.05  # of a GPU, which its allocator cannot use
-_FEWEST_PROMPTS, _FEWEST_RANKS = 4, 4  # prompts in a rollout, below which a step says little
-_GAIN = 0.99  # a change helps if the worst moment takes less than this share of what it took
+_LEFT_SHARE = 0.05  # share of a GPU's memory that its allocator cannot use
+_FEWEST_PROMPTS, _FEWEST_RANKS = 4, 4  # lower bounds of changes; with fewer prompts in a rollout a step's signal is weak
+_GAIN = 0.99  # a change helps if it reduces the worst moment to less than this share
 
 
 @dataclass(frozen=True)
 class Change:
     """A change of a run that saves memory."""
 
-    overrides: str  # as it is given on the command line
-    cost: str  # what it costs, or that it costs nothing
+    overrides: str  # options for the command line
+    cost: str  # the cost, for the user; may be "nothing"
     settings: Mapping[str, Any] = field(default_factory=dict)  # fields of `RunSettings`
     planning: Mapping[str, Any] = field(default_factory=dict)  # fields of `RunSettings.planning`
 
@@ -35,7 +35,7 @@ class Change:
 
 
 def room(settings: RunSettings) -> float | None:
-    """Bytes that a run may take of each device, on a CPU of its share of the machine; None where that is not known."""
+    """Bytes that a run may take on each device, or on a CPU of its share of the machine; None if unknown."""
     memory, devices = settings.flags.device_bytes, settings.flags.sharding.devices
     if memory is None:
         return None
@@ -43,12 +43,12 @@ def room(settings: RunSettings) -> float | None:
 
 
 def taken(method: MethodMemory, settings: RunSettings) -> float:
-    """Bytes that a run takes at its worst moment: on a CPU the process, else its tensors."""
+    """Bytes that a run takes at its worst moment: the whole process on a CPU, else its tensors."""
     return method.process_bytes if settings.flags.on_cpu else method.peak_bytes
 
 
 def verdict(method: MethodMemory, settings: RunSettings) -> str:
-    """Whether a run fits by its own method, and what takes most at the worst moment, in one line."""
+    """One line: whether a run fits with its own method, and the largest component at the worst moment."""
     free, needed, peak = room(settings), taken(method, settings), method.peaks[method.peak_phase]
     sums = {name: sum(getattr(peak, part) for part in parts) for name, parts in COMPONENT_NAMES.items()}
     part = max(sums, key=sums.__getitem__)
@@ -56,8 +56,8 @@ def verdict(method: MethodMemory, settings: RunSettings) -> str:
     most = f"{method.method} takes up to {format_bytes(needed)}, most of it while {phase} ({part} {size})"
     memory = settings.flags.device_bytes
     if free is None or memory is None:
-        return f"{most}; give --device_gib, the memory of a device in GiB, for whether that fits"
-    where = f"{format_bytes(free)} ({format_bytes(memory)} without what its context and its allocator take)"
+        return f"{most}; give --device_gib, the memory of a device in GiB, to see whether that fits"
+    where = f"{format_bytes(free)} ({format_bytes(memory)} without the memory of its context and allocator)"
     if settings.flags.on_cpu:
         each = "" if (devices := settings.flags.sharding.devices) == 1 else f" (a {devices}th of the machine's memory)"
         where = f"{format_bytes(free)}{each}, {format_bytes(PROCESS_BYTES)} of it for Python and libraries"
@@ -65,18 +65,18 @@ def verdict(method: MethodMemory, settings: RunSettings) -> str:
 
 
 def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Change], MethodMemory]:
-    """The fewest changes with which a run fits, and the plan with them; which does not fit either if no changes are enough.
+    """The fewest changes that make a run fit, and the plan with them. If no changes are enough, that plan does not fit either.
 
-    At the worst moment the cheapest change that helps is made, as far as is needed, until all moments fit. Of the changes made
-    those are then taken back, dearest first, without which it fits as well.
-    The memory of the devices must be known, and `needs_reference` says whether the loss compares with the start policy.
+    At the worst moment, take the cheapest change that helps; repeat until all moments fit. Then undo changes that turn out not to
+    be needed, the most expensive first.
+    The memory of the devices must be known. `needs_reference` is whether the loss compares with the start policy.
 
     Raises:
-        ConfigError, ModelError: As `plan_memory`, for the run as it is.
+        ConfigError, ModelError: Like `plan_memory`, for the unchanged run.
     """
     free, kinds = room(settings), _kinds(settings, needs_reference)
     assert free is not None
-    strengths = [0] * len(kinds)  # how many forms of each kind are used up: 0 for no change
+    strengths = [0] * len(kinds)  # the chosen form of each kind, from 1; 0 for no change
     found = plan_method(settings)
     while taken(found, settings) > free:
         for stronger in _stronger(strengths, kinds):
@@ -97,7 +97,7 @@ def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Cha
 
 
 def _stronger(strengths: list[int], kinds: list[list[Change]]) -> Iterator[list[int]]:
-    """The next form of each kind, and then the strongest: without any budget nothing is scored."""
+    """Candidates: the next form of each kind, then the strongest of each (with a budget of zero nothing is scored)."""
     further = [(kind, strengths[kind] + 1) for kind, forms in enumerate(kinds) if strengths[kind] < len(forms)]
     for kind, strength in further + [(kind, len(kinds[kind])) for kind, following in further if following < len(kinds[kind])]:
         yield [*strengths[:kind], strength, *strengths[kind + 1 :]]
@@ -108,7 +108,7 @@ def _chosen(strengths: list[int], kinds: list[list[Change]]) -> list[Change]:
 
 
 def _planned(settings: RunSettings, changes: list[Change]) -> MethodMemory | None:
-    """The plan with some changes; None where they do not go together, such as prompts that cannot be split."""
+    """The plan with these changes; None if they cannot be combined, for example if prompts cannot be split."""
     for change in changes:
         settings = change.apply(settings)
     try:
@@ -118,7 +118,7 @@ def _planned(settings: RunSettings, changes: list[Change]) -> MethodMemory | Non
 
 
 def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
-    """The kinds of changes in the order of what they cost, each with stronger and stronger forms."""
+    """The kinds of changes, cheapest first, each with increasingly strong forms."""
     planning, schedule, sharding = settings.planning, settings.schedule, settings.flags.sharding
     cost = "nothing: no KL term needs them"
     kinds = [[Change("--adapter.keep_start_weights=false", cost, {"keep_start_weights": False})]]
@@ -126,7 +126,7 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
     cost = "time, in validations"
     counts = _halves(settings.eval_prompts, 1)
     kinds.append([Change(f"--data.eval_batch_size={count}", cost, {"eval_prompts": count}) for count in counts])
-    cost = "fewer problems in each step, so more steps for as many"
+    cost = "fewer problems in each step, so more steps for the same number"
     counts = _halves(schedule.prompts_per_rollout, max(_FEWEST_PROMPTS, sharding.devices))
     smaller = [replace(schedule, prompts_per_rollout=count) for count in counts]
     kinds.append([Change(f"--model.prompts_per_rollout={one.prompts_per_rollout}", cost, {"schedule": one}) for one in smaller])
@@ -136,16 +136,16 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
     if not settings.gradient_checkpointing:
         cost = "a third more time, in updates"
         kinds.append([Change("--model.gradient_checkpointing=true", cost, {"gradient_checkpointing": True})])
-    if find_spec("bitsandbytes") is not None and sharding.parts == 1:  # FSDP2 cannot split what it makes
+    if find_spec("bitsandbytes") is not None and sharding.parts == 1:  # FSDP2 cannot split bitsandbytes' state and weights
         from bitsandbytes.optim import AdamW8bit
 
-        cost, fewer_bits = "a little exactness, in the optimizer's state", replace(settings.optimization, optimizer=AdamW8bit)
+        cost, fewer_bits = "a little precision, in the optimizer's state", replace(settings.optimization, optimizer=AdamW8bit)
         kinds.append([Change("--model.optimizer=bitsandbytes.optim.AdamW8bit", cost, {"optimization": fewer_bits})])
         if settings.quantization is None and settings.flags.precision.endswith("mixed"):
-            cost = "exactness of the frozen weights, and time"
+            cost = "precision of the frozen weights, and time"
             kinds.append([Change("--model.quantization=NF4", cost, {"quantization": NF4()})])
     if settings.plan is None and isinstance(planning.budget, ModuleBudget):
-        cost = "what full training of these modules gains over LoRA"
+        cost = "the gain of full training over LoRA for these modules"
         budgets = [ModuleBudget(share) for share in (0.5, 0.1, 0.05, 0.0) if share < planning.budget.share]
         kinds.append([Change(f"--adapter.budget.share={one.share}", cost, planning={"budget": one}) for one in budgets])
     if settings.plan is None and not planning.rank_pattern:
@@ -156,7 +156,7 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
 
 
 def _halves(count: int, least: int) -> Iterator[int]:
-    """Half of a number, half of that, and so on, but none below the least."""
+    """A number halved repeatedly, down to `least`."""
     while count // 2 >= least:
         count //= 2
         yield count

@@ -1,4 +1,4 @@
-"""Show the planned memory of a run: a title, a table with a column for each method, and what its numbers mean."""
+"""Show the planned memory of a run: a title, a table with a column for each method, and notes on its numbers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ COMPONENT_NAMES = {
 
 
 def memory_title(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
-    """What is planned, in one line."""
+    """The planned run in one line."""
     sharding, where = settings.flags.sharding, "CPU" if settings.flags.on_cpu else "accelerator"
     name = f"{sharding.name} with CPU offload" if sharding.cpu_offload else sharding.name
     devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
@@ -39,7 +39,7 @@ def memory_table(methods: Sequence[MethodMemory], settings: RunSettings) -> Tabl
     for method in methods:
         table.add_column(method.method, justify="right")
     table.add_row("trained numbers", *(f"{method.trainable:,}" for method in methods))
-    for name, parts in COMPONENT_NAMES.items():  # each at its largest
+    for name, parts in COMPONENT_NAMES.items():  # largest value of each
         largest = [method.largest_components for method in methods]
         if name not in ("rollout engine", "teacher") or any(getattr(components, parts[0]) for components in largest):
             table.add_row(name, *(format_bytes(sum(getattr(components, part) for part in parts)) for components in largest))
@@ -54,16 +54,16 @@ def memory_table(methods: Sequence[MethodMemory], settings: RunSettings) -> Tabl
 
 
 def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
-    """What the numbers mean, and what they leave out."""
+    """Notes: what the numbers mean, and what they leave out."""
     lines = [
-        "First the largest that each part becomes, then what is there together in each moment, last the most of it. Completions "
-        "have full length, every row is updated, and of a budget's choices the largest modules are taken: a run's tensors "
-        "take at most this.",
+        "Top: the largest size of each part. Middle: the total in each phase. Bottom: the largest total. The plan assumes "
+        "completions of full length, an update of every row, and the largest modules that a budget can choose, so a run's "
+        "tensors take at most this.",
         "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
     ]
     if any(method.host for method in methods):
         hosts = ", ".join(f"{method.method} {format_bytes(method.host)}" for method in methods)
-        lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
+        lines.append(f"Weights, gradients and optimizer state on the host take, for each device: {hosts}.")
     if isinstance(settings.sampler, VLLMSampler):
         share = methods[0].share
         kept = format_bytes(share.updating) if share.updating else "nothing on the device, and its weights on the host,"
@@ -73,18 +73,18 @@ def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
             f"of the weights; it keeps {kept} while the policy is updated{slept}."
         )
     lines.append(
-        f"process: tensors together, {format_bytes(PROCESS_BYTES)} for Python and libraries, and what lies between tensors; "
-        "each process takes all of it."
+        f"process: all tensors, {format_bytes(PROCESS_BYTES)} for Python and libraries, and gaps between tensors; each process "
+        "takes this much."
         if settings.flags.on_cpu
-        else f"Not in it: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and what the "
-        "allocator keeps for itself."
+        else f"Not included: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and memory "
+        "that the allocator reserves."
     )
     lines.extend(f"Bounded from above: {bound}." for bound in methods[0].bounds)
     return "\n".join(lines)
 
 
 def gathers_note(own: MethodMemory, settings: RunSettings) -> str | None:
-    """What the run's passes receive from other devices, and the option with which that is less; None if weights are not split."""
+    """The bytes that passes receive from other devices, and the option that reduces them; None if weights are not sharded."""
     if not own.gathered:
         return None
     option, other = "with --model.gradient_checkpointing=true", replace(settings, gradient_checkpointing=True)
@@ -92,5 +92,5 @@ def gathers_note(own: MethodMemory, settings: RunSettings) -> str | None:
         option, other = "without model.max_tokens_per_micro_batch", replace(settings, max_tokens_per_micro_batch=None)
     fewer = plan_method(other)
     remedy = f"; {option} {format_bytes(fewer.gathered)}, in {fewer.passes}" if fewer.passes < own.passes else ""
-    sent = f"{format_bytes(own.gathered)} to each, in {own.passes} forward and backward passes a rollout"
+    sent = f"{format_bytes(own.gathered)} to each, in {own.passes} forward and backward passes per rollout"
     return f"Weights from other devices: {sent}{remedy}"

@@ -1,6 +1,6 @@
 """Plan the memory of a run at the peaks of its phases, for full fine-tuning, LoRA and hybrid.
 
-What a device holds is in `strategies.py`, and what it computes in between in `engine/pass_memory.py`.
+`strategies.py` has the weights and state that a device holds, `engine/pass_memory.py` the memory of its passes.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +23,7 @@ from hybrid_lightning.types import Sequences
 
 _PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
-# Beside its tensors a process on a CPU has Python and its libraries, and gaps, as a share of them (`benchmarks/memory`).
+# A process on a CPU also has Python and its libraries, and gaps, as a share of its tensors (`benchmarks/memory`).
 PROCESS_BYTES, _GAPS = 580 * 2**20, 0.15
 
 
@@ -35,10 +35,10 @@ class MethodMemory:
     parameters: int  # of the base model
     trainable: int  # parameters that are trained
     peaks: dict[str, Components]  # phase of the run -> memory at its peak
-    host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
-    share: EngineShare = field(default_factory=EngineShare)  # what a rollout engine takes of the peaks
-    bounds: tuple[str, ...] = ()  # what is bounded from above and not predicted, in words for the user
-    passes: int = 0  # of the updates of a rollout, each forward and backward
+    host: float = 0.0  # bytes offloaded from the device to the memory of the host
+    share: EngineShare = field(default_factory=EngineShare)  # a rollout engine's share of the peaks
+    bounds: tuple[str, ...] = ()  # parts that are upper bounds rather than predictions, worded for the user
+    passes: int = 0  # forward and backward passes in the updates of one rollout
     gathered: float = 0.0  # bytes of weights that a device receives from others in these passes
 
     @property
@@ -58,30 +58,30 @@ class MethodMemory:
 
     @property
     def largest_components(self) -> Components:
-        """Each component at its largest; they need not be that large at the same time."""
+        """The largest value of each component over all phases; they may be reached at different times."""
         names = (entry.name for entry in fields(Components))
         return Components(**{name: max(getattr(peak, name) for peak in self.peaks.values()) for name in names})
 
 
 def plan_memory(settings: RunSettings) -> list[MethodMemory]:
-    """Plan the memory that full fine-tuning, LoRA and hybrid take on a device.
+    """Plan the memory that full fine-tuning, LoRA and hybrid take on the first device.
 
-    Of several devices it is the first. Completions are taken to have full length, every row to have an advantage, and the budget
-    to choose the largest modules. So the result is an upper bound for any run, and what a run with such completions takes.
+    The plan assumes completions of full length, an advantage for every row, and a budget that chooses the largest modules. So the
+    result is an upper bound for any run, and exact for a run with such completions.
 
     Returns:
         The methods: full fine-tuning, LoRA, and the run's own plan or budget if it is neither of them.
 
     Raises:
-        ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot make a step on a CPU.
-        ModelError: If transformers has no such model, or nothing in it can be adapted.
+        ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot run on a CPU.
+        ModelError: If transformers does not have the model, or nothing in it can be adapted.
     """
     run = _Run(settings)
     return [run.method(name) for name in dict.fromkeys(("FFT", "LoRA", own_method(settings)))]
 
 
 def plan_method(settings: RunSettings) -> MethodMemory:
-    """Plan the run's own method alone; errors as of `plan_memory`."""
+    """Plan only the run's own method; raises like `plan_memory`."""
     return _Run(settings).method(own_method(settings))
 
 
@@ -98,7 +98,7 @@ def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
 
 
 class _Run:
-    """A run, with what does not depend on the method."""
+    """A run, with everything that does not depend on the method."""
 
     def __init__(self, settings: RunSettings) -> None:
         from hybrid_lightning.engine import PassMemory  # imports PEFT, which is slow
@@ -145,7 +145,7 @@ class _Run:
 
     def _trained(self, sizes: ModelSizes) -> Trained:
         lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
-        inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # with a mask or a norm beside them
+        inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # 2: a dropout mask or a norm is kept as well
         low_rank, plain = sizes.trainable - sizes.full, not quantized and not lora.use_dora
         experts = (sizes.experts, sizes.experts_in_layer if sizes.experts else 0)
         return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, sizes.rank, inputs, plain, *experts)
@@ -154,7 +154,7 @@ class _Run:
         return Rows(prompts, completions, self.settings.prompt_tokens, self.settings.completion_tokens)
 
     def _cut(self, prompts: int, tokens: int, micro_batches: int = 1) -> list[Rows]:
-        """The passes of the first micro-batch of a rollout, as training cuts them: all rows take part and have full length."""
+        """The passes of the first micro-batch of a rollout, as training cuts them, with all rows and full lengths."""
         settings, samples = self.settings, self.settings.schedule.samples_per_prompt
         number = torch.arange(prompts).repeat_interleave(samples)[:, None]
         number = number[: max(1, len(number) // micro_batches)]
@@ -169,12 +169,12 @@ class _Run:
         return Components(sizes.weight_bytes / parts, gradients=sizes.trained_bytes / parts, optimizer=state / parts)
 
     def _held(self, moment: Moment, sizes: ModelSizes) -> Components:
-        """What a device holds whatever is computed."""
+        """What a device holds, whatever it computes."""
         copies = self.sharding.copies(moment, sizes)
         if self.sharding.cpu_offload:
             return Components(copies=copies)
         if moment in ("calibrating", "scoring"):
-            # On CPUs the model as it was loaded, from which the parts are made, is in the same memory.
+            # On CPUs the loaded model, which is then split, is in the same memory.
             loaded = sizes.base_bytes if self.on_cpu and self.sharding.parts > 1 else 0.0
             return Components(sizes.base_bytes / self.sharding.parts + loaded, copies)
         return replace(self._part(sizes), copies=copies)
@@ -186,7 +186,7 @@ class _Run:
         return _computing(self._held("generating", sizes), found)
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
-        """Peaks of calibrating and scoring, where devices have the base model as loaded, or a part of it, and nothing else."""
+        """Peaks of calibrating and scoring: devices hold only the base model as loaded, or a part of it."""
         from hybrid_lightning.training.calibration import calibration_batch  # imports PEFT, as above
 
         settings, parts = self.settings, self.sharding.parts
@@ -197,23 +197,22 @@ class _Run:
             generated = self.passes.sampling(self._rows(batch, batch * settings.schedule.samples_per_prompt), None)
             calibrating = _computing(self._held("calibrating", sizes), generated)
         if self.on_cpu:
-            # Exact gradients are summed up in the memory of the host. Of several processes there each has the gradients of a pass
-            # beside its part of the sums. To gather them takes about as much again, little of it in tensors (measured).
+            # Exact gradients are summed up in the memory of the host. With several processes, each also holds the gradients of a
+            # pass. Gathering them takes about as much again, little of it in tensors (measured).
             exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
             sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
             held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)
-        held = replace(held, gradients=held.gradients + settings.dtype.itemsize * sizes.experts_in_layer)  # of a pass, at a time
+        held = replace(held, gradients=held.gradients + settings.dtype.itemsize * sizes.experts_in_layer)  # one layer at a time
         passes = self._cut(prompts, settings.tokens_of_pass(sizes.base_bytes / parts + self.teacher))
-        # Rows all have the same length, so that the pass with most rows has most tokens.
+        # All rows have the same length, so the pass with most rows has most tokens.
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
 
     def _updating(self, sizes: ModelSizes) -> tuple[dict[str, Components], int]:
-        """Peaks of updating and, on an accelerator, of the optimizer step; and the passes of the updates of a rollout.
+        """Peaks of updating and, on an accelerator, of the optimizer step; and the number of passes per rollout.
 
-        Gradients of the previous step are cleared before the backward pass of a micro-batch, or, where a micro-batch takes
-        several passes, before the first of them. With gradient accumulation, micro-batches after the first of a step run beside
-        the gradients of earlier ones.
+        Gradients of the previous step are cleared before the backward pass of a micro-batch, or before its first pass if it takes
+        several. With gradient accumulation, later micro-batches of a step run while gradients of earlier ones exist.
         """
         settings, parts, accumulated = self.settings, self.sharding.parts, self.settings.flags.accumulate_grad_batches
         begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
@@ -245,5 +244,5 @@ def _largest(stages: tuple[Components, Components, Components], found: PassBytes
 
 
 def _computing(held: Components, found: PassBytes) -> Components:
-    """What a device holds together with what a pass computes."""
+    """What a device holds, plus the memory of a pass."""
     return replace(held, packed=found.packed, activations=found.activations, cache=found.cache, logits=found.logits)

@@ -1,4 +1,4 @@
-"""`RunSettings`: what decides how much memory a run takes, read from the objects of the run, whose weights are not loaded."""
+"""`RunSettings`: the settings that decide a run's memory, read from the run's objects without loading weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,12 +27,12 @@ from hybrid_lightning.training.optim import Optimization
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.training.teachers import ModelTeacher
 
-_MAX_PROMPTS = 500  # at most so many are encoded to find the longest
+_MAX_PROMPTS = 500  # most prompts to encode when looking for the longest
 
 
 @dataclass(frozen=True)
 class TrainerFlags:
-    """Flags of a Trainer, which need not be built, since its devices may not be on this machine."""
+    """Flags of a Trainer. No Trainer is built: its devices may not be on this machine."""
 
     sharding: Sharding = field(default_factory=SingleDevice)
     on_cpu: bool = True
@@ -45,8 +45,8 @@ class TrainerFlags:
     def of(cls, flags: Mapping[str, Any], device_gib: float | None = None) -> "TrainerFlags":
         """Read the Trainer's part of a config.
 
-        `device_gib` is the memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None takes the
-        devices of this machine.
+        `device_gib` is the memory of each device in GiB, and makes the devices GPUs unless the accelerator is "cpu"; None takes
+        the devices of this machine.
 
         Raises:
             ConfigError: If memory cannot be planned for the strategy, or a device has no memory.
@@ -68,7 +68,7 @@ class TrainerFlags:
 
     @classmethod
     def of_trainer(cls, trainer: Trainer) -> "TrainerFlags":
-        """The flags of a Trainer that is built."""
+        """The flags of an existing Trainer."""
         device = trainer.strategy.root_device
         return cls(
             _sharding(trainer.strategy, trainer.world_size, device.type == "cpu"),
@@ -81,7 +81,7 @@ class TrainerFlags:
 
     @property
     def avoids_halves(self) -> bool:
-        """Whether products that are to have 16 bits are computed in float32, by weights in float32 (see `Policy.precision`)."""
+        """Whether 16-bit products are computed in float32, with float32 weights (see `Policy.precision`)."""
         return self.on_cpu and self.precision.endswith("mixed") and bool(why_no_halves())
 
 
@@ -91,21 +91,21 @@ class RunSettings:
 
     config: PretrainedConfig  # of the model
     prompt_tokens: int  # length of each prompt
-    completion_tokens: int  # length of every completion, or of all of an episode that follows the prompt
+    completion_tokens: int  # length of every completion, or of an episode after its prompt
     schedule: RolloutSchedule
     planning: Any  # a `callbacks.planning.Planning`: budget, LoRA, candidates, and how they are scored
     flags: TrainerFlags = field(default_factory=TrainerFlags)
     sampler: RolloutEngine = field(default_factory=Sampler)
     optimization: Optimization = field(default_factory=Optimization)
-    dtype: torch.dtype = torch.float32  # of the frozen weights; trained ones are float32
+    dtype: torch.dtype = torch.float32  # of the frozen weights; trained weights are float32
     quantization: Quantization | None = None  # of the frozen weights
-    attention: str | None = None  # implementation that is asked for
+    attention: str | None = None  # requested implementation
     gradient_checkpointing: bool = False
     max_tokens_per_micro_batch: int | None = None
     entropy_gradient: bool = False  # whether the loss has an entropy bonus
     eval_prompts: int = 0  # prompts that a device validates together; 0: no validation
     eval_samples: int = 8
-    plan: AdapterPlan | None = None  # plan of the run, where there is one already
+    plan: AdapterPlan | None = None  # plan of the run, if it exists already
     keep_start_weights: bool = True
     teacher: ModelTeacher | None = None  # a second model from which the policy learns
     compared: int = 0  # blocks of logits that a divergence from a teacher holds
@@ -118,9 +118,9 @@ class RunSettings:
     def of(
         cls, policy: PolicyModule, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None
     ) -> "RunSettings":
-        """Read the settings of a policy, whose weights may not be loaded, of the callback `HybridAdapterSetup`, and of the data.
+        """Read the settings of a policy, of the callback `HybridAdapterSetup`, and of the data. No weights are loaded.
 
-        Prompts have `prompt_tokens`; None takes `data.max_prompt_tokens`, or else the longest of the training prompts.
+        Prompts have `prompt_tokens`; None takes `data.max_prompt_tokens`, or else the longest training prompt.
 
         Raises:
             ConfigError: If a value is impossible, or the length of the prompts or the memory of a device cannot be determined.
@@ -134,8 +134,8 @@ class RunSettings:
             check_optimizer(policy.optimization.optimizer, flags.sharding.name)
         if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
             raise ConfigError(
-                "there is no GPU here; give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
-                f"{sampler.gpu_memory_utilization} is a share"
+                f"sampler.gpu_memory_utilization={sampler.gpu_memory_utilization} is a share of a GPU's memory, and there is no "
+                "GPU here; give --device_gib, the memory of a GPU in GiB"
             )
         return cls(
             pretrained.config,
@@ -162,11 +162,11 @@ class RunSettings:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of products, which autocast makes."""
+        """The dtype of products under the run's precision."""
         return torch.bfloat16 if self.flags.precision.endswith("mixed") and not self.flags.avoids_halves else self.dtype
 
     def tokens_of_pass(self, weights: float = 0.0, trained: float = 0.0) -> int:
-        """Tokens that a pass may take on a device with so many bytes of weights, of which so many weights are trained."""
+        """Tokens that a pass may take on a device with this many bytes of weights and number of trained weights."""
         if self.max_tokens_per_micro_batch:
             return self.max_tokens_per_micro_batch
         on_cpu, memory = self.flags.on_cpu, self.flags.device_bytes
@@ -181,7 +181,7 @@ def _prompt_tokens(policy: PolicyModule, data: Any) -> int:
     try:
         return max(len(policy.encode(prompt)) for prompt in data.train_prompts[:_MAX_PROMPTS])
     except (AttributeError, ValueError, OSError, DataError, ModelError, ConfigError) as error:
-        raise ConfigError(f"the length of the prompts cannot be found out ({one_line(error)}); give --prompt_tokens") from error
+        raise ConfigError(f"the length of the prompts cannot be determined ({one_line(error)}); give --prompt_tokens") from error
 
 
 def _eval_prompts(data: Any) -> int:
@@ -191,7 +191,7 @@ def _eval_prompts(data: Any) -> int:
 
 
 def _device_count(devices: Any, on_cpu: bool) -> int:
-    """Number of devices that `trainer.devices` asks for."""
+    """Number of devices that `trainer.devices` requests."""
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
     if isinstance(devices, (list, tuple)):
@@ -209,4 +209,4 @@ def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
         return DDP(devices)
     if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
         return SingleDevice() if devices == 1 else DDP(devices)  # Lightning's choice
-    raise ConfigError(f"trainer.strategy={name} cannot be planned for; take auto, ddp, or --config configs/strategy/fsdp.yaml")
+    raise ConfigError(f"cannot plan memory for trainer.strategy={name}; use auto, ddp, or --config configs/strategy/fsdp.yaml")

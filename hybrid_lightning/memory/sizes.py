@@ -17,7 +17,7 @@ class ModelSizes:
     """Sizes of a model with an adapter. Bytes of blocks include the adapter."""
 
     parameters: int  # of the base model
-    base_bytes: int  # bytes of the base model as it was loaded
+    base_bytes: int  # bytes of the base model as loaded
     frozen_bytes: int  # bytes of the base model's weights that are kept
     outside_bytes: int  # bytes of weights outside of decoder blocks: embeddings, output layer
     block_bytes: int  # bytes of the largest block
@@ -28,7 +28,7 @@ class ModelSizes:
     experts: int  # parameters of the experts that have LoRA
     experts_in_layer: int  # parameters of the largest layer's experts, where experts are candidates
     trainable: int  # trained parameters, LoRA's included
-    rank: int  # the largest of LoRA
+    rank: int  # the largest LoRA rank
 
     @property
     def trained_bytes(self) -> int:
@@ -49,7 +49,7 @@ class ModelSizes:
 def measure_sizes(
     model: PreTrainedModel, plan: AdapterPlan, keep_start_weights: bool, quantization: Quantization | None = None
 ) -> ModelSizes:
-    """Measure a model on the meta device when it is adapted as planned, and its frozen weights are quantized."""
+    """Measure a model on the meta device, as adapted by the plan and with frozen weights quantized."""
     width = next(model.parameters()).element_size()
     blocks = decoder_blocks(model)
     in_block = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -108,13 +108,13 @@ def teacher_bytes(model: PreTrainedModel, quantization: Quantization | None) -> 
 
 
 def quantized_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of an NF4 weight of this shape: a scale of 8 bits per 64 weights, one of 32 bits per 256 of those, two tables."""
+    """Bytes of an NF4 weight of this shape: an 8-bit scale per 64 weights, a 32-bit scale per 256 scales, and two tables."""
     count = shape[0] * shape[1]
     return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes for people.
+    """Format a number of bytes for people.
 
     Example:
         >>> format_bytes(0), format_bytes(81_920), format_bytes(3.2e9)

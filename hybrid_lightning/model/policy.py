@@ -150,8 +150,8 @@ class Policy:
         if self.plan is not None:
             if self.plan.digest != plan.digest:
                 raise PlanError(
-                    f"the model is adapted by plan {self.plan.digest[:12]} and cannot take plan {plan.digest[:12]} as well; load "
-                    "the model anew"
+                    f"the model is adapted by plan {self.plan.digest[:12]} and cannot also take plan {plan.digest[:12]}; load "
+                    "the model again"
                 )
             return
         if plan.model_digest != self.base_digest:
@@ -160,7 +160,7 @@ class Policy:
                 f"{self.base_digest[:12]}; use the same model, revision and dtype, or make a new plan with the score command"
             )
         if device is not None or self.quantization is not None:
-            self.choose_products(device or self.device)  # now, so that a base is changed from the same numbers in every run
+            self.choose_products(device or self.device)  # now, so that every run changes the base from the same numbers
         if self.quantization is not None:
             quantize_base(self.model, self.quantization, plan.full_modules, device)
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
@@ -176,7 +176,7 @@ class Policy:
 
     @contextmanager
     def start_policy(self) -> Iterator[None]:
-        """Within this context the model computes as it did before adaptation; there is no second copy of it in memory."""
+        """Make the model compute as before adaptation, within this context and without a second copy in memory."""
         if self.plan is None:
             yield
             return
@@ -193,12 +193,12 @@ class Policy:
 
         Products of 16 bits are computed in float32 where that is faster (see `choose_products`).
         """
-        with self._asked_precision():
+        with self._requested_precision():
             in_float32 = self.is_loaded and self.choose_products(self.device)  # a check before a run does not load it
             with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
                 yield
 
-    def _asked_precision(self) -> AbstractContextManager[Any]:
+    def _requested_precision(self) -> AbstractContextManager[Any]:
         return autocast_of(self.model) if self._precision is None else self._precision()
 
     def choose_products(self, device: torch.device) -> bool:
@@ -210,7 +210,7 @@ class Policy:
         if device.type != "cpu":
             return False
         if not self._has_chosen:
-            with self._asked_precision():
+            with self._requested_precision():
                 halves = autocast_dtype(device) in HALF
             if halves:
                 self._has_chosen = True

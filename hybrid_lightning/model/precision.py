@@ -1,4 +1,4 @@
-"""How a model computes: eval or train mode of each module, gradient checkpointing, and precision.
+"""Modes of a model: eval or train mode of each module, gradient checkpointing, and precision.
 
 The base model stays in eval mode during training: its own dropout would make the log-probabilities of a training step differ from
 the sampling policy's, and the ratio of the first minibatch would not be 1. Modules that the adapter adds are in train mode, so
@@ -12,8 +12,9 @@ These values of `trainer.precision` work for a policy. Trained weights and gradi
 | `bf16-mixed`      | float32, bfloat16 | bfloat16, by autocast   |
 | `16-mixed`        | float32, float16  | float16, by autocast    |
 
-Under `16-mixed` the loss is scaled, so that small gradients do not vanish; if a gradient becomes too large for float16, all
-processes skip the step. On a CPU Lightning replaces it by `bf16-mixed`; with FSDP2 Lightning accepts it only as a plugin:
+`model.dtype` is the dtype of frozen weights. Under `16-mixed` the loss is scaled, so that small gradients do not vanish; if a
+gradient becomes too large for float16, all processes skip the step. On a CPU Lightning replaces `16-mixed` by `bf16-mixed`; with
+FSDP2 Lightning accepts it only as a plugin:
 
     --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed --trainer.plugins.device=cuda
 
@@ -73,14 +74,14 @@ def autocast_of(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def why_float32(model: nn.Module) -> str:
-    """Why a CPU should compute a model's 16-bit products in float32, in words for the user; empty if it should not."""
+    """Why a CPU should compute a model's 16-bit products in float32, worded for the user; empty if it should not."""
     reason, memory = why_no_halves(), memory_of(torch.device("cpu"))
     needed = 4 * sum(parameter.numel() for parameter in model.parameters()) * world_size()
     if not reason or memory is None or needed <= _MOST * memory:
         return reason
     rank_zero_warn(
-        f"{reason}, so that products take 4 to 60 times as long as in float32, for which weights of {needed / 2**30:.1f} GiB do "
-        f"not fit into half of the {memory / 2**30:.1f} GiB of this machine; take a smaller model, or another machine"
+        f"{reason}, so products take 4 to 60 times as long as in float32, but float32 weights of {needed / 2**30:.1f} GiB do "
+        f"not fit into half of this machine's {memory / 2**30:.1f} GiB; use a smaller model or another machine"
     )
     return ""
 

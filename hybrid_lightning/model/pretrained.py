@@ -95,11 +95,11 @@ class Pretrained:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the model of a config on the meta device; ModelError if transformers does not have it."""
+    """Build a config's model on the meta device; ModelError if transformers does not have it."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
+        raise ModelError(f"cannot build a causal language model from this config: {one_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()

@@ -113,9 +113,9 @@ class PromptEncoder:
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
             begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {begin!r}: {error}; the model's "
-                "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
-                "included (the embedded policy knows digits and signs alone)"
+                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {begin!r}: {error}; a part of it is not "
+                "in the model's vocabulary: use another model, other data, or another data.format or system_prompt (the "
+                "embedded policy knows only digits and signs)"
             ) from error
         while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and prompt.messages is None:
             ids.pop()
@@ -142,20 +142,19 @@ class PromptEncoder:
             DataError: If the completion has no tokens.
         """
         if prompt.messages is not None:
-            asked, said = self.render(prompt), {"role": "assistant", "content": text}
+            before, answer = self.render(prompt), {"role": "assistant", "content": text}
             try:
-                whole = self.apply_template([*prompt.messages, said], add_generation_prompt=False)
+                whole = self.apply_template([*prompt.messages, answer], add_generation_prompt=False)
             except TemplateError as error:
                 raise ConfigError(
                     f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
                 ) from error
-            if not whole.startswith(asked):
+            if not whole.startswith(before):
                 raise ConfigError(
-                    f"the chat template writes the prompt of {prompt.place} otherwise once it is answered, so that "
-                    "completions could not be told from prompts; set model.chat_template to one that adds the answer behind "
-                    "the prompt"
+                    f"the chat template changes the prompt of {prompt.place} once an answer follows it, so completions cannot "
+                    "be separated from prompts; set model.chat_template to one that appends the answer to the prompt"
                 )
-            text = whole.removeprefix(asked)
+            text = whole.removeprefix(before)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise DataError(f"a completion of {prompt.place} has no tokens; correct or remove the row")

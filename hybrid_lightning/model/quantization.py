@@ -97,7 +97,7 @@ def quantize_base(
         )
     if not names:
         raise ConfigError(
-            f"{nothing}: it takes weights whose inputs are a multiple of {_BLOCK}, and no linear module has such; set "
+            f"{nothing}: it needs a number of inputs that is a multiple of {_BLOCK}, which no linear module has; set "
             "model.quantization=null"
         )
     del plain  # it would keep every weight in memory until the end
@@ -117,6 +117,6 @@ def check_quantization(quantization: Quantization, strategy: Strategy) -> None:
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):
         kind, name = type(quantization).__name__, type(strategy).__name__
         raise ConfigError(
-            f"model.quantization={kind} does not work with {name}, which would split packed weights apart from their scales; use "
+            f"model.quantization={kind} does not work with {name}, which would separate packed weights from their scales; use "
             "trainer.strategy=ddp, where each device has the whole quantized base, or set model.quantization=null"
         )

@@ -1,8 +1,8 @@
 """Rollouts: sample completions of prompts, and turn them into micro-batches of training data.
 
 prompt_order.py       the order in which training prompts are drawn
-sampler.py            samples completions
-interface.py          requests to an engine, and its view of weights and model
+sampler.py            samples completions in this process
+interface.py          the request to an engine, and the policy's weights and model as an engine sees them
 rollout_engine.py     the interface of everything that samples completions, and of episodes that continue turn by turn
 future.py             a rollout in progress
 vllm/                 samples completions with vLLM

@@ -7,22 +7,22 @@ Axes: P prompts (groups) of a rollout, G completions per prompt, B = P * G.
 If all completions of a prompt are right, or all are wrong, every advantage of the group is 0. The more such groups a rollout
 has, the fewer are left to average out the noise of the gradient. So more prompts are sampled until P groups are useful.
 
-- Which groups are useful: a group is judged by the parts of the reward that measure correctness, so that a group is replaced if
-  its completions differ only in a penalty for length, as in the paper; if no part measures correctness, by the whole reward. The
-  values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests) makes a difference,
-  too. A group is also replaced if its whole rewards are equal, or if all its completions are masked. (With `PerRewardAdvantage`
-  such a group might have been useful, since the parts may differ although their sums are equal.) Episodes that are left out
-  because their environment failed do not count. With credit by turn a group is useful if it is useful in one of its turns, judged
-  by the rewards from that turn on.
-- Replacements are the next prompts of the order. An extra rollout has the number of prompts that should give the missing groups
-  at the yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run
-  the same on any number of ranks that divides a quarter.
+- A group is useful if its completions differ in a part of the reward that measures correctness, so a group that differs only in a
+  penalty for length is replaced, as in the paper. If no part measures correctness, the whole reward decides. The values of the
+  parts count, not just right and wrong: partial credit (for code that passes some of its tests) is a difference, too.
+- A group is also replaced if its whole rewards are equal, or if all its completions are masked. (With `PerRewardAdvantage` such a
+  group might have been useful, since the parts may differ although their sums are equal.) Episodes that are left out because
+  their environment failed do not count. With credit by turn a group is useful if it is useful in one of its turns, judged by the
+  rewards from that turn on.
+- Replacements are the next prompts of the order. The size of an extra rollout follows from the share of useful groups so far: as
+  many prompts as should give the missing groups, rounded up to quarters of P, and at most P. Rounding up leaves a reserve, and
+  makes a run the same on any number of ranks that divides a quarter.
 - The first P useful groups in the order of the prompts are trained on, not the first to finish, which would favour short
   completions. Further useful groups are dropped: in the next rollout they would come from an older policy, and its first
   minibatch would no longer be exactly on-policy.
 - Departure: the paper samples without limit. Here sampling ends after `max_extra_rollouts` (verl ends the run at its
-  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with others. Their advantage is set to 0, so
-  that the step has its usual size and denominators; the policy gradient computes nothing for them.
+  `filter_groups.max_num_gen_batches`). Other groups then fill the gap. Their advantage is set to 0, so the step has its
+  usual size and denominators, and the policy gradient ignores them.
 - All ranks count the groups of all ranks, so that they make the same extra rollouts of the same size. A rank with more useful
   groups than its share gives some to ranks with fewer.
 """

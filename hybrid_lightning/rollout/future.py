@@ -23,20 +23,20 @@ _END_S = 4.0  # time for cancelled work to end, after waiting for it was interru
 
 
 class RolloutFuture(Generic[_T]):
-    """A rollout in progress: a `concurrent.futures.Future` with a last part that the thread requesting the result computes.
+    """A rollout in progress: like a `concurrent.futures.Future`, but the thread that requests the result computes the last part.
 
-    The first part may be made elsewhere, by servers or another thread; `wait` waits for it. `result` computes the rest, once. An
+    The first part may run elsewhere, on servers or in another thread; `wait` waits for it. `result` computes the rest, once. An
     engine in this process has no first part: it computes everything when `result` is called.
 
-    If waiting or computing fails, the work in progress is cancelled, and the next `result` raises the same: an exception, or a
-    requested stop of the run.
+    If waiting or computing fails, the work in progress is cancelled, and the next `result` raises the same exception. A requested
+    stop of the run is also raised as an exception.
 
     Args:
         compute: Computes the result.
         source: Work that has to finish before that.
         context: Makes the context for waiting and computing.
-        on_wait: Called from time to time while a `Future` is awaited.
-        on_cancel: Called when this is cancelled, beside `source.cancel` of another `RolloutFuture`.
+        on_wait: Called from time to time while waiting for `source`, if that is a `concurrent.futures.Future`.
+        on_cancel: Called when this future is cancelled. A `RolloutFuture` as `source` is cancelled as well.
 
     Attributes:
         waited_s: Seconds spent waiting for it.

@@ -2,8 +2,8 @@
 
 Axes: P prompts per rollout over all ranks, G completions per prompt, B rows of this rank, T completion tokens.
 
-Completions are generated in the dataloader, so that `training_step` is a pure loss under Lightning's automatic optimisation, and
-every Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
+The dataloader generates completions, so that `training_step` is a pure loss under Lightning's automatic optimisation, and every
+Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
 
     epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches.
 
@@ -15,8 +15,8 @@ With `rollouts_ahead` k, rollout r + k begins before rollout r is trained on, wi
     k = 0      begin 0   train 0   begin 1   train 1   begin 2   train 2   ...
     k = 1      begin 0, begin 1    train 0   begin 2   train 1   begin 3   train 2   ...
 
-A remote engine makes completions in the meantime; with any other engine the same schedule is computed in turns. Rollouts are
-trained on in the order in which they began. None is dropped, and none begins unless the run will train on it.
+A remote engine makes completions during training; any other engine computes the same schedule in turns. Rollouts are trained on
+in the order in which they began. None is dropped, and none begins unless the run will train on it.
 """
 
 from abc import abstractmethod
@@ -107,8 +107,8 @@ class RolloutSource(Protocol):
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Compute what must be known about the micro-batches of one optimizer step before the step begins.
 
-        That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
-        All ranks call it together.
+        Adds `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed). All
+        ranks call it together.
         """
 
 
@@ -187,8 +187,8 @@ class RolloutLoader:
 
     The order of the prompts is a new permutation for each pass over them, or draws from sets in proportion to their weights (see
     `PromptOrder`). It depends only on `seed` and the number of the pass. The last prompts of a pass are left out if they do not
-    fill a rollout. An epoch has the same number of rollouts as one pass; `DynamicSampling` draws more prompts, so that a pass
-    ends before the epoch.
+    fill a rollout. An epoch has as many rollouts as fit into one pass. With `DynamicSampling`, rollouts draw more prompts, so a
+    pass over the prompts ends before the epoch.
 
     Args:
         prompts: The training prompts, the same on every rank.
@@ -277,12 +277,11 @@ class RolloutLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position in the prompt order, and for each rank its remaining micro-batches, their rollouts and all random states.
 
-        It is plain data and tensors. Saving waits for the completions of rollouts ahead; if the run was asked to stop, or its
-        engine failed, the resumed run begins them again. All ranks must call this together.
+        It is plain data and tensors. Saving waits for the completions of rollouts ahead. If a stop of the run was requested, or
+        its engine failed, the resumed run begins them again. All ranks must call this together.
         """
         places, ahead, now = [], [], self._position
-        # Errors that keep a rollout from being made, but no checkpoint from being saved; with several ranks, the ones that all
-        # raise.
+        # Errors that prevent a rollout, but must not prevent a checkpoint. With several ranks: errors that all ranks raise.
         put_off = RunStopped, RolloutError if self.run.world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
@@ -316,8 +315,8 @@ class RolloutLoader:
         """Continue from a `state_dict`.
 
         A different number of ranks distributes the remaining rows among themselves, and continues with the same completions.
-        Other training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up. It is
-        also given up if the state says so (`given_up`); the prompts of rollouts ahead are then drawn again.
+        If the training prompts have changed, they are drawn from the beginning of their order, and the rest of the old rollout is
+        dropped. The rollout is also dropped if the state contains `given_up`; the prompts of rollouts ahead are then drawn again.
         """
         same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
         given_up = state.get("given_up", False)
@@ -333,7 +332,7 @@ class RolloutLoader:
         if not same:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
-                "kind of order: training starts at the beginning of the new order, and the rollout in progress is given up"
+                "kind of order: training starts at the beginning of the new order, and the rollout in progress is dropped"
             )
         self.generator.set_state(saved[0]["generator"].cpu())
         if self.run.rank < len(saved):
@@ -380,8 +379,8 @@ class RolloutLoader:
                 self._begin()
             batches = self._micro_batches(first.result())
         except BaseException:
-            # After a stop during generation, the state is the one of the last optimizer step. A run that resumes from a
-            # checkpoint saved now begins these rollouts again.
+            # After a stop during generation, restore the state of the last optimizer step. A run that resumes from a checkpoint
+            # saved now begins these rollouts again.
             for entry in list(self._ahead)[len(ahead) :]:
                 entry.minibatches.cancel()
             self._ahead = deque(ahead)
@@ -403,7 +402,7 @@ class RolloutLoader:
         """The optimizer steps of one pass over a rollout, with the rows that contribute to each."""
         sequences, advantages, counted = rollout.sequences, rollout.advantages, rollout.counted
         rows = len(sequences) // self.schedule.minibatches_per_rollout
-        # A completion without tokens adds nothing to any loss. A masked one counts as a sequence; one that is left out does not.
+        # A completion without tokens adds nothing to a loss. A masked completion counts as a sequence; an excluded one does not.
         contributes = sequences.sampled_mask.any(dim=1)
         if rollout.contributes is not None:
             contributes = contributes & rollout.contributes
@@ -441,8 +440,8 @@ class RolloutLoader:
         one_pass: list[PolicyBatch] = []
         for step, minibatch in enumerate(minibatches):
             rows = torch.arange(len(minibatch.sequences), device=minibatch.advantages.device)
-            # Until the first optimizer step the policy's log-probabilities are the old ones. If there are further passes over
-            # the rollout, the old ones are needed for the first step, too.
+            # Until the first optimizer step the policy's log-probabilities are the old ones. With several passes over the
+            # rollout, the first step's micro-batches come again later, so they need old log-probabilities, too.
             on_policy = step == 0 and epochs == 1
             one_pass.extend(self.source.add_logprobs([minibatch.rows(part) for part in rows.tensor_split(accumulate)], on_policy))
         return deque(one_pass * epochs)

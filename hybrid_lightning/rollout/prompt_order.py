@@ -63,8 +63,8 @@ class PromptOrder:
         for name, weight in weights.items():
             if name not in self._turns:
                 raise ConfigError(
-                    f"the weight {weight:g} of set {name!r} gives it no draw in an epoch of {self._size} prompts, so that it "
-                    "would never be trained on; raise it, or leave the set out"
+                    f"the weight {weight:g} of set {name!r} gives it no draw in an epoch of {self._size} prompts, so it would "
+                    "never be trained on; raise it, or leave the set out"
                 )
 
     def of(self, epoch: int) -> list[int]:

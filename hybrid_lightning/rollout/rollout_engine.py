@@ -1,6 +1,6 @@
-"""`RolloutEngine`: the interface through which the policy, its evaluation and its calibration get completions of prompts.
+"""`RolloutEngine`: the interface that the policy, its evaluation and its calibration use to get completions of prompts.
 
-Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
+Prompts go in as token ids and completions come out as token ids, so nothing is tokenized twice. Each token has its
 log-probability under softmax(logits / temperature).
 
 Our `Sampler` computes with the policy's own weights. Other engines have a copy of them (`needs_weight_sync`), which training
@@ -9,8 +9,8 @@ makes stale: before such an engine samples, it receives the changed weights (`up
 `Conversation` continues episodes, turn by turn, after the text that an environment has added to them:
 
     conversation = sampler.conversation(engine, tokenizer, request, capacity=512)
-    turn = conversation.first()                         the first message of every episode: the result of `sample`
-    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of these two, after the added text
+    turn = conversation.first()                         the first message of every episode, as from `sample`
+    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of episodes 0 and 3, after these added tokens
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
 """
@@ -50,7 +50,7 @@ class RolloutEngine(Configurable, ABC):
 
     Args:
         max_new_tokens: Longest completion in tokens. A completion that reaches it without a stop token counts as not finished.
-        temperature: Divides the logits; must be positive. Greedy decoding is an argument of `sample` instead, since training with
+        temperature: Divides the logits; must be positive. Greedy decoding is a field of `SamplingRequest` instead: training with
             it would not explore.
         top_p: Sample from the smallest set of most probable tokens with probabilities that add up to this; 1 keeps all tokens.
         top_k: Sample from this many most probable tokens; 0 keeps all tokens.
@@ -63,7 +63,7 @@ class RolloutEngine(Configurable, ABC):
     """
 
     shares_device = False  # whether it allocates memory in this process, in its own way, on the training device
-    needs_weight_sync = False  # whether `update` has to give it the policy's weights; other engines sample with the policy itself
+    needs_weight_sync = False  # whether `update` has to send it the policy's weights; if not, it samples with the policy itself
     # Whether completions are made in other processes, while this one continues (see `begin`), by engines that all ranks share.
     is_remote = False
     inflight_updates = False  # whether open requests continue with new weights from `update`; else no request may be open
@@ -174,18 +174,18 @@ class RolloutEngine(Configurable, ABC):
         """Whether open requests wait for weights that only `update` can give, because their engine was restarted."""
         return False
 
-    def go_on_with(self, version: WeightsVersion) -> None:
-        """Accept tokens by these weights from open requests. All ranks call it before one of them updates."""
+    def accept_weights(self, version: WeightsVersion) -> None:
+        """Accept tokens sampled with these weights from open requests. All ranks call it before one of them updates."""
 
     def updating(self) -> AbstractContextManager[Any]:
-        """Within this context it receives weights, and completions that other threads request do not begin."""
+        """Hold back completions that other threads request, while the engine receives weights within this context."""
         return nullcontext()
 
     def release_memory(self) -> None:
         """Free memory that is not needed until the next call, if the engine shares a device with training."""
 
     def shut_down(self) -> None:
-        """End everything that this engine has started, but no server that others started."""
+        """End everything that this engine has started. Servers that others started keep running."""
 
     @abstractmethod
     def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
@@ -264,9 +264,9 @@ class RolloutEngine(Configurable, ABC):
 
 
 class Conversation:
-    """Episodes with any rollout engine: the context of a message is passed to it as a longer prompt.
+    """Episodes with any rollout engine: it receives the context of a message as a longer prompt.
 
-    Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its number among the samples, and the
+    Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its index among the samples, and the
     number of its messages so far (see `PromptDraws.of_turns`).
 
     Weights must not change during a conversation, unless the engine allows `inflight_updates`. A turn that begins after an update
@@ -303,7 +303,7 @@ class Conversation:
         """The first message of all B episodes."""
         limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._own)
         request = replace(self._request, limits=[min(limit, self._capacity) for limit in limits])
-        return self._noted(range(len(self._own)), self._first(request))
+        return self._recorded(range(len(self._own)), self._first(request))
 
     def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
         """The next message of some episodes, with everything before it as its prompt; the others wait, and may continue later.
@@ -330,9 +330,9 @@ class Conversation:
             draws=draws,
             limits=limits,
         )
-        return self._noted(rows, self._next(request, rows, added))
+        return self._recorded(rows, self._next(request, rows, added))
 
-    def _noted(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
+    def _recorded(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
         sequences = turn.sequences
         lengths = sequences.completion_mask.sum(dim=1).tolist()
         for row, tokens, length in zip(rows, sequences.completion_ids.tolist(), lengths, strict=True):

@@ -36,15 +36,15 @@ _EVERY = 16  # steps after which the number of running rows is copied from an ac
 
 
 class Sampler(RolloutEngine):
-    """Samples in the training process with the very weights that are trained; the default rollout engine.
+    """Samples in the training process, with the trained weights themselves; the default rollout engine.
 
     Args:
-        max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
-        cuda_graphs: Record the step of a token as a CUDA graph, once for each number of rows that runs for several tokens, and
-            replay it, which spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by
-            segments, and a model whose rotary embeddings do not depend on the longest row.
-            `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
-            the screen which it is; `true` refuses to go on otherwise.
+        max_new_tokens: Longest completion in tokens. A completion that reaches it without a stop token counts as not finished.
+        cuda_graphs: Replay the step of a token from a CUDA graph, which saves launching its kernels one by one. A graph is
+            recorded for each number of rows that lasts several tokens. It needs a GPU with kernels for attention by segments, and
+            a model with rotary embeddings that do not depend on the longest row.
+            `auto` uses graphs where they work and the first replayed steps equal plain steps to the bit, and prints the outcome;
+            `true` refuses to run without them.
         options: Arguments of `RolloutEngine`.
 
     Raises:
@@ -68,17 +68,17 @@ class Sampler(RolloutEngine):
     def conversation(
         self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
     ) -> Conversation:
-        """Begin episodes of several turns; keys and values are kept if the model's way of decoding can keep them."""
+        """Begin episodes of several turns. Keys and values are kept between turns if the model's decoding supports that."""
         return _ContinuedConversation(self, engine, tokenizer, request, capacity)
 
     @torch.no_grad()
     def first(
         self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
     ) -> "tuple[Rollouts, _Decoder]":
-        """Complete a request, as `sample` does, and with a capacity the first message of episodes.
+        """Complete a request like `sample`, or, with a capacity, sample the first message of episodes.
 
         Returns:
-            The rollouts, and their decoder, which has room for episodes of `capacity` tokens.
+            The rollouts, and their decoder, with space for episodes of `capacity` tokens.
         """
         limits = self._checked_limits(engine, request)
         samples, on_completion, on_tokens = request.samples_per_prompt, request.on_completion, request.on_tokens
@@ -113,7 +113,7 @@ class Sampler(RolloutEngine):
 
 
 class _ContinuedConversation(Conversation):
-    """Continues from the existing keys and values, if the model's way of decoding can."""
+    """Continues from the existing keys and values, if the model's decoding supports that."""
 
     _sampler: Sampler
     _decoder: "_Decoder"
@@ -139,7 +139,7 @@ class _Decoder:
 
     decoding: Decoding
     generator: Draws
-    # Receives the number, the tokens and whether a stop ended it, for each sequence that ends before all have to.
+    # Receives the number of a sequence, its tokens, and whether a stop ended it. Called for sequences that end early.
     on_ended: Callable[[int, list[int], bool], None] | None = None
 
     def __init__(
@@ -167,19 +167,19 @@ class _Decoder:
         if reason and self.sampler.cuda_graphs is True:
             raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
         if reason:
-            self.engine.graphs.say(reason)
+            self.engine.graphs.warn_once(reason)
         elif wanted and isinstance(decoding, SegmentDecoding):
             decoding.graphs = self.engine.graphs
         return decoding.prefill(samples)
 
     def _why_no_graphs(self) -> str:
         if not isinstance(self.decoding, SegmentDecoding):
-            reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
+            reason = self.engine.passes().get("attention by segments", "a CPU has no CUDA graphs")
             return reason or "a sliding window of this model hides tokens of prompts"
         decoder: Any = base_model(self.engine.model).get_decoder()
         kinds = str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", ""))  # of all layers, or by their types
-        asks = any(kind in kinds for kind in ("dynamic", "longrope"))
-        return "the host looks at the positions of each token, which the RoPE of this model depends on" if asks else ""
+        depends = any(kind in kinds for kind in ("dynamic", "longrope"))
+        return "this model's RoPE depends on the positions, which the host has to read at each token" if depends else ""
 
     def decode(
         self, begin: Callable[[], Tensor], generator: Draws, limits: Sequence[int]
@@ -187,8 +187,8 @@ class _Decoder:
         """Decode until all sequences have ended.
 
         Args:
-            begin: Computes logits [B, V] of the first token of each. They are the largest tensor of all, and nobody else holds
-                them while the next are computed.
+            begin: Computes logits [B, V] of the first token of each. Passed as a function, so that these logits, the largest
+                tensor, are freed before the next ones are computed.
             generator: See `SamplingRequest.draws`.
             limits: Most tokens of each sequence, [B].
 
@@ -197,16 +197,16 @@ class _Decoder:
         """
         graphs, self.generator = self.engine.graphs, generator
         batch, most = len(limits), max(limits)
-        limit = None  # of each, where not all have the same
+        limit = None  # of each sequence, if limits differ
         if min(limits) < most:
             limit = torch.tensor(limits, device=self.device)
-        cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by their own limit
+        cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # ended by their own limit
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         tokens = torch.full((batch, most), self.pad_id, device=self.device)
         logprobs = torch.zeros(batch, most, device=self.device)
-        counter, known, told = _Running(batch, self.device), batch, torch.zeros_like(running)
+        counter, known, reported = _Running(batch, self.device), batch, torch.zeros_like(running)
         for step in range(most):
             token, logprob = self._choose(begin(), rows, step)
             tokens[rows, step], logprobs[rows, step] = token.where(running, self.pad_id), logprob.where(running, 0)
@@ -217,10 +217,10 @@ class _Decoder:
                 cut[rows], running = cut[rows] | full, running & ~full
             alive = counter.after(step, running)
             if self.on_ended is not None and alive < known:
-                known, ended = alive, torch.ones_like(told).index_fill_(0, rows[running], False)
-                for row in (ended & ~told).nonzero().flatten().tolist():
+                known, ended = alive, torch.ones_like(reported).index_fill_(0, rows[running], False)
+                for row in (ended & ~reported).nonzero().flatten().tolist():
                     self.on_ended(row, tokens[row, : lengths[row]].tolist(), not cut[row])
-                told = ended
+                reported = ended
             if self.on_token is not None:
                 self.on_token(alive, step + 1)
             if alive == 0 or step + 1 == most:
@@ -278,11 +278,11 @@ def _replays(device: torch.device) -> bool:
 
 
 class _Running:
-    """How many rows run, which the host has to know now and then.
+    """Number of running rows, as far as the host knows it.
 
-    On a CPU the number is known at every step. On an accelerator, reading it would wait until all queued work is done, which
-    leaves the device without work. So the number is copied every `_EVERY` steps, and read when the next copy begins. Until then a
-    few rows that have ended continue; nobody reads their tokens.
+    On a CPU the number is known at every step. On an accelerator, reading it would wait until all queued work is done, and leave
+    the device idle. So the number is copied every `_EVERY` steps, and read when the next copy begins. Until then a few rows that
+    have ended continue; their tokens are ignored.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -326,9 +326,9 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token for each row of logits from one random number, by inverting the cumulative distribution.
 
-    `torch.multinomial` draws V exponential numbers for a token, which for a vocabulary of 50,000 takes longer on a CPU than the
-    model's output layer. Here the one number is first looked up among the sums of blocks of tokens, so that only one block is
-    summed token by token. Running sums are float64: in float32, V small numbers would not add up to 1 closely enough.
+    `torch.multinomial` draws V exponential numbers for a token. With a vocabulary of 50,000 that takes longer on a CPU than the
+    model's output layer. Here the number is first looked up among the sums of blocks of tokens, so only one block is summed token
+    by token. Running sums are float64: in float32, V small numbers would not add up to 1 accurately enough.
 
     Args:
         logits: [R, V].
@@ -356,8 +356,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw a token for each row of logits on an accelerator, with its log-probability, in few passes over the logits.
 
-    Probabilities are summed as whole multiples of 2^-40, so that sums are exact, and the same in whatever order the device adds.
-    A probability below that counts as 0.
+    Probabilities are summed as whole multiples of 2^-40, so sums are exact and do not depend on the order in which the device
+    adds. A probability below 2^-40 counts as 0.
 
     Args:
         logits: [R, V].
@@ -390,7 +390,7 @@ def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tup
 
 @partial(OneKernel, "rows _ _")
 def _block_sums(blocks: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The highest of each block of logits over the temperature, x, and the sum of exp(x - highest), [R, blocks] float32 each."""
+    """For each block of x = logits / temperature: the highest x, and the sum of exp(x - highest), [R, blocks] float32 each."""
     scaled = blocks.float() / temperature
     highest = scaled.amax(dim=2, keepdim=True)
     lowest = torch.finfo(torch.float32).min  # where all are minus infinity

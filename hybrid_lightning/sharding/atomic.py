@@ -1,6 +1,7 @@
-"""Replace a file or a folder with another one, so that at every moment one of the two is complete.
+"""Replace a file or a folder, so that at every moment the old or the new one is complete.
 
-Between two renames a folder exists only as `replaced_path` of its name; `checkpoint_exists` reports this.
+Replacing a folder takes two renames. Between them the old folder exists only as `replaced_path`; `checkpoint_exists` reports
+this.
 
 A file that is being written or removed is next to its final place, under a name that nothing takes for a checkpoint.
 """
@@ -17,7 +18,7 @@ def unfinished_path(path: Path) -> Path:
 
 
 def replaced_path(path: Path) -> Path:
-    """Path of the predecessor of `path` for a moment: a folder cannot replace another one in one step."""
+    """Temporary path of the predecessor of `path`: a folder cannot replace another one in one step."""
     return path.with_name(f".{path.name}.replaced")
 
 

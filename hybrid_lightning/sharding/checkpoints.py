@@ -1,4 +1,4 @@
-"""Write and read checkpoints, which are complete or absent, however a process ends that writes or removes one.
+"""Write and read checkpoints. A checkpoint is complete or absent, even if a process is killed while it writes or removes one.
 
 - `WholeFiles` writes a checkpoint as one file, under every strategy; folders are written by `FSDP2Strategy`.
 - The functions find and read a checkpoint before a run.
@@ -56,11 +56,11 @@ class WholeFiles(TorchCheckpointIO):
             with suppress(OSError):
                 discard(part)  # it takes up space, which may be needed
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise CheckpointError(f"{path} could not be written: {cause}; what was there before is as it was") from error
+            raise CheckpointError(f"{path} could not be written: {cause}; an earlier checkpoint is unchanged") from error
         put_in_place(path)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Read a checkpoint; the tensors of a sharded one are put together."""
+        """Read a checkpoint; the parts of a sharded one are joined into whole tensors."""
         if is_sharded_checkpoint(path):
             return read_folder(Path(path))
         return super().load_checkpoint(path, *arguments, **options)
@@ -91,9 +91,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: it is no checkpoint, or damaged; give another one") from error
+        raise CheckpointError(f"{path} cannot be read: it is not a checkpoint, or damaged; give another one") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no checkpoint, but a {type(content).__name__}; give another one")
+        raise CheckpointError(f"{path} is not a checkpoint, but a {type(content).__name__}; give another one")
     return content
 
 
@@ -109,7 +109,7 @@ def require_checkpoint(path: str | Path) -> None:
     place = next(folder for folder in path.absolute().parents if folder.is_dir())
     found = sorted(_checkpoints_in(place), key=lambda near: near.stat().st_mtime, reverse=True)[:_SHOWN]
     near = [str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file) for file in found]
-    remedy = f"give one that is there, such as {' or '.join(near)}" if near else f"give the path of one; {place} has none"
+    remedy = f"give an existing one, such as {' or '.join(near)}" if near else f"give the path of one; {place} has none"
     raise CheckpointError(f"there is no checkpoint {path} (looked for {path.absolute()}); {remedy}")
 
 
@@ -122,7 +122,7 @@ def checkpoint_exists(path: str | Path) -> bool:
     path = Path(path)
     if not path.exists() and replaced_path(path).exists():
         raise CheckpointError(
-            f"{path} is missing, since a process was killed as it put a new one in its place; the one before is whole: rename "
+            f"{path} is missing, since a process was killed while replacing it; the previous one is complete: rename "
             f"{replaced_path(path)} to {path.name}"
         )
     return path.exists()

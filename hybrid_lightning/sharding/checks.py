@@ -23,8 +23,8 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer])
     name = type(strategy).__name__
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, (DDPStrategy, FSDP2Strategy)):
         raise ConfigError(
-            f"trainer.strategy={name} is not supported: rollouts and checkpoints need what ours do; use ddp where the model, its "
-            "gradients and the optimizer's state fit one device, else fsdp, which is FSDP2"
+            f"trainer.strategy={name} is not supported; use ddp if the model, its gradients and the optimizer's state fit one "
+            "device, else fsdp, which is FSDP2"
         )
     if not isinstance(strategy, FSDP2Strategy):
         return
@@ -32,14 +32,14 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer])
         folder = getattr(callback, "dirpath", None)
         if folder is not None and not is_local(folder):
             raise ConfigError(
-                f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; "
+                f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are written and then renamed; "
                 "give a folder in a file system that all devices share, or write full checkpoints"
             )
     prompts = getattr(trainer.datamodule, "test_prompts", None) if trainer.state.fn == "predict" else None  # type: ignore[attr-defined]
     if prompts is not None and len(prompts) < trainer.world_size:
         raise ConfigError(
-            f"{len(prompts)} prompts cannot be predicted on {trainer.world_size} devices by {name}, which need one "
-            "each; use fewer devices"
+            f"{name} needs at least one prompt per device to predict, got {len(prompts)} for {trainer.world_size} devices; use "
+            "fewer devices"
         )
     if trainer.state.fn == "fit":
         check_optimizer(optimizer, name)
@@ -55,6 +55,6 @@ def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -
     kind = type(optimizer([group]))
     if kind.__module__.startswith("bitsandbytes"):
         raise ConfigError(
-            f"model.optimizer={kind.__name__} cannot hold the state of weights that {strategy} splits over devices; use "
-            "torch.optim.AdamW, whose state is split as well, or trainer.strategy=ddp"
+            f"model.optimizer={kind.__name__} does not work with {strategy}, which splits its state over devices; use "
+            "torch.optim.AdamW or trainer.strategy=ddp"
         )

@@ -45,8 +45,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Checkpoints hold tensors by name, so that every strategy and every number of processes can resume from them.
 
     Args:
-        save_distributed_checkpoint: Write a checkpoint as a folder with the part of each process, instead of one file with whole
-            tensors, which are put together on the first process.
+        save_distributed_checkpoint: Write a checkpoint as a folder to which each process writes its part. False gathers whole
+            tensors on the first process and writes one file.
         cpu_offload: Keep each device's part of weights, gradients and optimizer state in the memory of the host. Weights are
             copied to the device one block at a time, gradients are copied back, and the optimizer step runs on the host.
         process_group_backend: Backend such as `nccl` or `gloo`; None chooses it by the device.
@@ -78,7 +78,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def offloads(self) -> bool:
-        """Whether weights are kept on another device than the one that computes with them."""
+        """Whether weights are kept on another device than the computing device."""
         return self.cpu_offload and self.root_device.type != "cpu"
 
     def setup_environment(self) -> None:
@@ -99,8 +99,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             return backend
         if self._process_group_backend is not None:
             raise ConfigError(
-                f"trainer.strategy.process_group_backend={backend} does not work with cpu_offload, where norms of gradients and "
-                f"checkpoints are gathered on the CPU; give cpu:gloo,{self.root_device.type}:{backend}, or null"
+                f"trainer.strategy.process_group_backend={backend} does not work with cpu_offload, which gathers gradient norms "
+                f"and checkpoints on the CPU; give cpu:gloo,{self.root_device.type}:{backend}, or null"
             )
         return f"cpu:gloo,{self.root_device.type}:{backend}"
 
@@ -140,7 +140,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
             return
         if storage_options is not None:
-            raise ConfigError("storage_options has no meaning for a sharded checkpoint, which is a folder; leave it out")
+            raise ConfigError("storage_options does not work with sharded checkpoints, which are folders; leave it out")
         write_folder(checkpoint, Path(self.broadcast(filepath)))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[n
     mine = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if saved != mine:
         raise CheckpointError(
-            "the checkpoint's optimizer state is of other parameters than those that are trained now; give the checkpoint of a "
-            "run that trained the same modules"
+            "the checkpoint's optimizer state belongs to other parameters than the trained ones; give the checkpoint of a run "
+            "that trained the same modules"
         )
 
 

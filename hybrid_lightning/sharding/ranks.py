@@ -53,7 +53,7 @@ def first_rank_does(function: Callable[[], None]) -> None:
 def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: str) -> list[Result]:
     """Results of a function on each rank (picklable, with tensors on the CPU), where it may fail or be stopped.
 
-    `purpose` names the goal of the call, in words that follow "could not".
+    `purpose` describes the call, in words that follow "could not".
 
     Raises:
         RunStopped: If one rank received a stop request.

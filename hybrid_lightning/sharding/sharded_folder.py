@@ -62,7 +62,7 @@ def write_folder(content: Mapping[str, Any], path: Path) -> None:
             distributed_checkpoint.save(tensors, checkpoint_id=part)
         first_rank_does(end)
     except (distributed_checkpoint.CheckpointException, CheckpointError) as error:
-        raise CheckpointError(f"{path} could not be written: {_cause(error)}; what was there before is as it was") from error
+        raise CheckpointError(f"{path} could not be written: {_cause(error)}; an earlier checkpoint is unchanged") from error
 
 
 def is_sharded_checkpoint(path: Any) -> bool:
@@ -78,9 +78,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: it is no sharded checkpoint, or not whole; give another one") from error
+        raise CheckpointError(
+            f"{path} cannot be read: it is not a sharded checkpoint, or incomplete; give another one"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no checkpoint, but has a {type(content).__name__} as {_META}; give another one")
+        raise CheckpointError(f"{path} is not a checkpoint: {_META} is a {type(content).__name__}; give another one")
     return content
 
 
@@ -168,7 +170,7 @@ def _check_files(path: Path, stored: Metadata) -> None:
         if not file.is_file() or file.stat().st_size < end:
             what = "cut short" if file.is_file() else "missing"
             raise CheckpointError(
-                f"{path} is not whole: {name} is {what}; give another checkpoint, and let all processes write where all can read"
+                f"{path} is incomplete: {name} is {what}; give another checkpoint, in a file system that all processes share"
             )
 
 

@@ -3,7 +3,7 @@
 If the command starts its processes itself, the first process starts the others and watches them, but nothing watches the first
 one. If it is killed, gloo's connections break and each rank prints which checkpoint to resume from (`lost_contact` in
 `callbacks/graceful_stop.py`). NCCL between the GPUs of a machine notices nothing, and neither does a rank that still waits for
-the others to connect: they would wait for half an hour without a message. Torchrun and SLURM watch their processes themselves.
+the others to connect: both would wait for half an hour without a message. Torchrun and SLURM watch their processes themselves.
 """
 
 import os
@@ -14,7 +14,7 @@ from hybrid_lightning.stopping import StopSignals
 
 _STARTER = "HYBRID_LIGHTNING_STARTER"  # environment variable with the id of the process that starts the other ranks
 _EVERY_S = 0.5  # seconds between two checks of the starter
-_GRACE_S = 10.0  # seconds for a rank to end by itself: with gloo's error, or like the starter, with all work done
+_GRACE_S = 10.0  # seconds for a rank to end by itself: with gloo's error, or with all work done, like the starter
 
 
 def end_with_starter(signals: StopSignals) -> bool:
@@ -36,7 +36,7 @@ def _watch(starter: int, signals: StopSignals) -> None:
         time.sleep(_EVERY_S)
     time.sleep(_GRACE_S)
     try:
-        cause = "rank 0, which started it, has ended; its own output says why"
+        cause = "rank 0, which started it, has ended; see the output of rank 0 for the reason"
         os.write(2, f"rank {os.environ['LOCAL_RANK']} ends: {cause}; {signals.last_words()}\n".encode())
     finally:
         os._exit(1)  # not by an exception, which would not reach the waiting main thread

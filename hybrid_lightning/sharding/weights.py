@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 class Weights:
     """The weights of a model that every rank has in full, so nothing has to be gathered."""
 
-    # Whether they are split over ranks. Ranks then gather them together in each pass, and have to make the same number of passes.
+    # Whether weights are split over ranks. If so, ranks gather them together in each pass and must make equally many passes.
     sharded = False
 
     def as_forward(self, function: Callable[[], Result]) -> Result:

@@ -382,7 +382,7 @@ class Generation:
             self._under_way = []
         with sampler.updating():
             if sampler.is_remote and not waits:
-                sampler.go_on_with(weights.version)
+                sampler.accept_weights(weights.version)
                 if together:
                     gather_objects(None)  # the other ranks are at the same point
             everything = self._all_need(weights, model) if policy.weights.sharded else None

@@ -239,7 +239,7 @@ class RLTask(Task):
         self.generation.sampler.release_memory()
         advantages = self.advantage.of_rewards(self.credited(rollouts, rewards), rollouts.samples_per_prompt)
         sequences = self.trained_sequences(rollouts, rewards)
-        of_tokens, most = token_advantages(advantages, rollouts), self.passes.budget_of_now()
+        of_tokens, most = token_advantages(advantages, rollouts), self.passes.current_token_budget()
         of_tokens = self.teaching.calibrated(rollouts, sequences, of_tokens, self.loss)
         logprobs, counted = self.calibration_logprobs, rewards.counted
         return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)

@@ -96,7 +96,7 @@ class ServerTeacher(Teacher):
 
     def _served(self) -> str:
         """Name of the model that the server has."""
-        self._model = self._model or str(self._server.ask("GET", "/v1/models")["data"][0]["id"])
+        self._model = self._model or str(self._server.request("GET", "/v1/models")["data"][0]["id"])
         return self._model
 
     def _ask(self, asked: _Asked) -> "Future[list[float]]":
@@ -116,7 +116,7 @@ class ServerTeacher(Teacher):
                     kept = self._replies.known(path)
                     if kept is None:
                         body = {"prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-                        answer = self._server.ask("POST", "/v1/completions", body, limit=self.timeout_s)
+                        answer = self._server.request("POST", "/v1/completions", body, limit=self.timeout_s)
                         entries = answer["choices"][0]["prompt_logprobs"]
                         pairs = [*zip(tokens, entries, strict=True)][-len(completion) :]
                         found = array("f", [float(entry[str(token)]["logprob"]) for token, entry in pairs])

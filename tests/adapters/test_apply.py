@@ -166,7 +166,7 @@ def test_an_adapted_model_or_another_one_is_refused(make_model, plan_for):
     plan = plan_for(model)
     adapted = apply_plan(model, plan)
     for again in (adapted, adapted.get_base_model(), nn.ModuleList([adapted])):
-        with pytest.raises(ModelError, match="already carries"):
+        with pytest.raises(ModelError, match="already has"):
             apply_plan(again, plan)
     with pytest.raises(PlanError, match="no such module"):
         apply_plan(make_model("gpt2"), plan)
@@ -183,7 +183,7 @@ def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for
     plan = plan_for(model, ModuleBudget(0.3))
     modes = {"layers.0": mode, "layers.1": "lora"}
     candidates = tuple(dataclasses.replace(m, mode=modes[m.name]) for m in plan.candidates if m.name in modes)
-    with pytest.raises(PlanError, match=r"difference starts with other\.layers\.0"):
+    with pytest.raises(PlanError, match=r"first difference is other\.layers\.0"):
         apply_plan(model, dataclasses.replace(plan, candidates=candidates))
 
 

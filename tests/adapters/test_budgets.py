@@ -53,7 +53,7 @@ def test_parameter_budget_by_hand_and_with_ranks_that_differ():
 def test_budgets_say_what_they_need():
     with pytest.raises(ConfigError, match=r"share=1\.5"):
         ModuleBudget(1.5)
-    with pytest.raises(ConfigError, match="needs a score of b"):
+    with pytest.raises(ConfigError, match="needs a score for b"):
         ModuleBudget(0.5).choose([module("a", 1.0), module("b", None)], LoraSettings())
     assert [ModuleBudget(share).needs_scores for share in (0, 0.1, 1)] == [False, True, False]
     assert ParameterBudget(1).choose([module("a", None)], LoraSettings()) == {"a"}

@@ -61,7 +61,7 @@ def test_shared_weights_are_no_candidates_and_a_model_without_any_or_with_an_ada
         find_candidates(nn.Sequential(nn.Linear(2, 2)))
     adapted = nn.Linear(2, 2)
     adapted.peft_config = {}
-    with pytest.raises(ModelError, match="already carries"):
+    with pytest.raises(ModelError, match="already has"):
         find_candidates(adapted)
 
 
@@ -93,7 +93,7 @@ def test_the_longest_name_decides():
 def test_impossible_ranks_and_keys_that_match_nothing_are_refused():
     names = ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]
     for rank in (-1, 1.5, True, "8"):
-        with pytest.raises(ConfigError, match=r"rank_pattern: mlp=.* is no rank; give a whole number"):
+        with pytest.raises(ConfigError, match=r"rank_pattern: mlp=.* is not a rank; give a whole number"):
             ranks_by_pattern(names, {"mlp": rank}, 4)
     for key in ("_proj", "attention"):
         with pytest.raises(ModelError, match=rf"rank_pattern: '{key}' matches no candidate .*\(it has mlp\)"):

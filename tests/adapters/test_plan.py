@@ -37,7 +37,7 @@ def test_round_trip_by_a_file_that_a_person_can_read_and_edit(plan, tmp_path):
     assert AdapterPlan.from_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["plan"]) == plan
     edited = path.read_text().replace('"mode": "lora"', '"mode": "lora", "rank": 2', 1).replace('"lora"}', '"frozen"}', 1)
     path.write_text(edited)
-    with pytest.raises(PlanError, match=r'plan\.json was changed.*delete the line "digest"'):
+    with pytest.raises(PlanError, match=r'plan\.json was changed.*delete its line "digest"'):
         AdapterPlan.load(path)
     path.write_text("\n".join(line for line in edited.splitlines() if '"digest"' not in line))
     changed = AdapterPlan.load(path)
@@ -68,7 +68,7 @@ def changed(place, **changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda data: data.pop("model"), "p.json is no adapter plan: .*'model'; correct it, or make a new one"),
+        (lambda data: data.pop("model"), "p.json is not an adapter plan: .*'model'; correct it, or make a new one"),
         (lambda data: data.pop("candidates"), "the field 'candidates' is missing"),
         (changed(None, extra=1), "unexpected .*'extra'"),
         (changed(None, format=3), "has format 3, and this version reads 1"),
@@ -91,7 +91,7 @@ def test_files_that_are_no_plans(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match=r"plan\.json cannot be read \(No such"):
         AdapterPlan.load(path)
-    for content, message in ((b"{,}", "is no JSON"), (b"\xff\xfe\x00", "is no JSON"), (b"[]", "is no adapter plan")):
+    for content, message in ((b"{,}", "is not JSON"), (b"\xff\xfe\x00", "is not JSON"), (b"[]", "is not an adapter plan")):
         path.write_bytes(content)
         with pytest.raises(PlanError, match=rf"plan\.json {message}"):
             AdapterPlan.load(path)
@@ -110,7 +110,7 @@ def test_a_plan_fits_its_model_only(plan, make_model):
         plan.check_model(make_model("gpt2"))
     for changes, message in (
         ({"shape": (99, 32)}, r"q_proj has shape \(99, 32\); here it has \(32, 32\)"),
-        ({"name": "model.norm"}, "a Qwen2RMSNorm there, no linear module"),
+        ({"name": "model.norm"}, "a Qwen2RMSNorm there, not a linear module"),
     ):
         with pytest.raises(PlanError, match=message):
             dataclasses.replace(plan, candidates=(dataclasses.replace(first, **changes),)).check_model(model)
@@ -155,8 +155,8 @@ def test_settings_are_the_plans_and_checked(make_model, plan_for):
     ("modes", "message"),
     [
         ({"layers.0": "frozen"}, "leaves all modules frozen"),
-        ({"layers.0": "lora", "other.layers.0": "frozen"}, 'would not leave other.layers.0 "frozen", since its name ends like'),
-        ({"layers.0": "full", "sublayers.0": "frozen"}, 'would not leave sublayers.0 "frozen", since its name ends like'),
+        ({"layers.0": "lora", "other.layers.0": "frozen"}, 'would not keep other.layers.0 "frozen", since a module with another'),
+        ({"layers.0": "full", "sublayers.0": "frozen"}, 'would not keep sublayers.0 "frozen", since a module with another'),
         ({"layers.0": "lora", "sublayers.0": "frozen"}, None),  # told apart at the dot
         ({"layers.0": "lora", "other.layers.0": "full"}, None),  # full goes first
         ({"model.layers.1": "full", "model.layers.11": "lora"}, None),

@@ -58,7 +58,7 @@ def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_what_that_cos
         assert not packs(model)
         assert not packs(model)
     # Mamba's layers continue from a state with one token alone, and transformers pads it on the left as others.
-    assert ("computed anew for each completion" in caplog.text) == (family == "mamba")
+    assert ("recomputed for each completion" in caplog.text) == (family == "mamba")
     logprobs, _ = token_logprobs(engine_of(model), build_sequences("shared"), 1.0)
     for row in range(3):
         expected, _ = plain(model, "shared", row, 1.0)

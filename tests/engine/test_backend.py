@@ -28,7 +28,7 @@ def test_it_needs_a_gpu_that_has_flash_attention_and_says_why_not(monkeypatch, c
     found = Backend().why_no_segments(torch.device("cuda", 0), dtype)
     of_backend._why_not_on.cache_clear()
     assert reason in found and bool(found) == bool(reason)
-    assert Backend().why_no_segments(torch.device("cpu"), torch.bfloat16) == "cpu has no kernels of it"
+    assert Backend().why_no_segments(torch.device("cpu"), torch.bfloat16) == "cpu has no kernels for it"
     key = torch.zeros(2, dtype=torch.bfloat16)
     assert Backend().key_dtype(key) == torch.float32 and Backend().key_dtype(key.to("meta")) == torch.bfloat16
 

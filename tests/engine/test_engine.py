@@ -103,7 +103,7 @@ def test_layers_that_are_watched_or_wrapped():
     decoder.layers[0].mlp = fused_mlp
     wrapped = type("FSDPLlamaDecoderLayer", (type(decoder.layers[1]),), {})
     decoder.layers[1] = made_like(decoder.layers[1], wrapped)
-    assert "FSDPLlamaDecoderLayer is not known, as where a strategy has wrapped it" in slow(engine)["fast decoding"]
+    assert "FSDPLlamaDecoderLayer is not known; a strategy may have wrapped it" in slow(engine)["fast decoding"]
 
 
 def test_a_run_says_it_and_a_resumed_one_what_has_changed(model, sums, tmp_path, said, monkeypatch):

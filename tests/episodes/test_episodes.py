@@ -293,7 +293,7 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
     ("options", "message"),
     [
         ({"credit": "turn"}, r"credit=turn is for episodes, and model\.environment is not set; set it, or cr"),
-        (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage a sequence, and model\.credit=turn .*GSPOTokenLoss"),
+        (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage per sequence, but model\.credit=turn .*GSPOTokenLoss"),
         ({**by_turn(GRPOLoss()), "credit": "turns"}, r"model\.credit='turns'; give episode or turn"),
         ({"turn_template": "{content}"}, r"model\.turn_template is for episodes, and model\.environment is not set"),
     ],

@@ -56,10 +56,10 @@ def test_what_does_not_fit_is_refused_with_the_reason(train, tmp_path):
     weights = load_file(folder / "adapter_model.safetensors")
     gone = next(name for name in weights if ".lora_B." in name)
     save_file({name: weight for name, weight in weights.items() if name != gone}, folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"does not fit its base model: it lacks '.*lora_B"):
+    with pytest.raises(ModelError, match=r"does not fit its base model: it is missing '.*lora_B"):
         load(folder)
     save_file({**weights, "base_model.model.more.lora_A.weight": weights[gone].clone()}, folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"the base has no place for '.*more\.lora_A"):
+    with pytest.raises(ModelError, match=r"the base has no '.*more\.lora_A"):
         load(folder)
 
 

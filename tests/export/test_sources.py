@@ -50,7 +50,7 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
 
     for write, message in (
         (lambda: path.write_text("text"), "cannot be read"),
-        (lambda: torch.save([1], path), "is no checkpoint, but a list"),
+        (lambda: torch.save([1], path), "is not a checkpoint, but a list"),
         (lambda: torch.save({"state_dict": {}}, path), "not written by hybrid_lightning"),
         (lambda: save(**{CHECKPOINT_KEY: new_state(None, "x")}), "saved without an adapter"),
         (lambda: save(hyper_parameters={}), "does not say which base model"),

@@ -76,7 +76,7 @@ def test_impossible_values_are_refused():
     for make, message in (
         (lambda: losses.SampledReverseKL(coef=0), "coef=0 must be finite and above 0; leave model.teacher out"),
         (lambda: losses.ForwardKL(top_k=-1), "top_k=-1 is not a number of tokens"),
-        (lambda: losses.JensenShannon(beta=1), "take ForwardKL for 0 and ReverseKL for 1"),
+        (lambda: losses.JensenShannon(beta=1), "use ForwardKL for 0 and ReverseKL for 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             make()

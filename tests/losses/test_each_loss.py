@@ -30,7 +30,7 @@ def test_values_equal_a_scalar_loop(cls, options, advantages):
     if advantages == "of tokens":
         inputs = with_token_advantages(inputs)
         if cls is GSPOLoss:
-            with pytest.raises(ConfigError, match="GSPOLoss takes one advantage a sequence"):
+            with pytest.raises(ConfigError, match="GSPOLoss takes one advantage per sequence"):
                 loss(inputs)
             return
     output, want = loss(inputs), scalar_loss(inputs, loss)

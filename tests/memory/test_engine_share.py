@@ -173,4 +173,6 @@ def test_plan_shows_the_engine_and_has_to_know_the_device(folder, monkeypatch):
     assert re.search(r"rollout engine +│ +64.0 MiB", on_cpu.out) and "refused" not in on_cpu.out
     assert "it keeps 64.0 MiB while the policy is updated." in on_cpu.out
     monkeypatch.setattr(settings_module, "memory_of", lambda device: None)
-    assert_refused(run(folder, "plan", *ENGINE, *on_gpu), "give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_")
+    assert_refused(
+        run(folder, "plan", *ENGINE, *on_gpu), "and there is no GPU here; give --device_gib, the memory of a GPU in GiB"
+    )

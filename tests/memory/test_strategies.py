@@ -70,7 +70,7 @@ def test_what_passes_receive_from_other_devices_and_with_which_option_it_is_less
         return gathers_note(plan_method(settings), settings)
 
     assert note(DDP(2)) is note(SingleDevice()) is None
-    start = r"Weights from other devices: ([\d.]+) MiB to each, in (\d+) forward and backward passes a rollout"
+    start = r"Weights from other devices: ([\d.]+) MiB to each, in (\d+) forward and backward passes per rollout"
     few = re.fullmatch(start, note(FSDP2(2), gradient_checkpointing=True))
     many = re.fullmatch(rf"{start}; with --model.gradient_checkpointing=true {few[1]} MiB, in {few[2]}", note(FSDP2(2)))
     part = planned(FSDP2(2)).peaks["generating"].weights / 2**20  # of each device, which receives as much

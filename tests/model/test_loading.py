@@ -87,9 +87,9 @@ def test_damaged_and_lacking_weights_and_encoders_are_refused(model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1000])
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3, "layer_types": None}))
     for name, message in {
-        **dict.fromkeys((".", "t5"), "is no causal language model"),
+        **dict.fromkeys((".", "t5"), "is not a causal language model"),
         "cut": "cannot load the model",
-        "deeper": r"lacks \d+ weights, such as 'model\.layers\.2\.",
+        "deeper": r"is missing \d+ weights, such as 'model\.layers\.2\.",
     }.items():
         with pytest.raises(ModelError, match=message):
             load_model(resolve_model(str(tmp_path / name)), "float32", None)
@@ -100,7 +100,7 @@ def test_a_shard_that_is_missing_is_found_before_weights_are_read(tmp_path):
     build_tokenizer().save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
     shards[1].unlink()
-    message = rf"lacks 1 of {len(shards)} weight files, such as '{shards[1].name}'; copy the folder again"
+    message = rf"is missing 1 of {len(shards)} weight files, such as '{shards[1].name}'; copy the folder again"
     with pytest.raises(ModelError, match=message):
         check_weights(resolve_model(str(tmp_path)))
     for path in tmp_path.glob("model*"):

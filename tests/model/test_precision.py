@@ -158,9 +158,7 @@ def test_a_plan_knows_of_it_and_weights_that_would_not_fit_stay_with_a_warning(m
         dtypes += [settings.dtype, settings.product_dtype]
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
     monkeypatch.setattr(precision_module, "memory_of", lambda device: 1000)
-    with pytest.warns(
-        UserWarning, match=f"{WHY}, so that .* do not fit into half of the 0.0 GiB of this machine; take a smaller"
-    ):
+    with pytest.warns(UserWarning, match=f"{WHY}, so .* do not fit into half of this machine's 0.0 GiB; use a smaller"):
         module, _ = run(model, sums, tmp_path, max_steps=1)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32, torch.bfloat16}
 

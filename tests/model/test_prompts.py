@@ -66,7 +66,7 @@ def test_an_empty_prompt_and_what_the_vocabulary_lacks_are_refused():
             PromptEncoder(build_tokenizer(), "{# nothing #}").encode(prompt)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path()))
     assert encoder.encode(Prompt(text="12*3="))
-    with pytest.raises(DataError, match=r"cannot encode the prompt of q\.csv row 3, which begins '.*: .*take another model"):
+    with pytest.raises(DataError, match=r"cannot encode the prompt of q\.csv row 3, which begins '.*: .*use another model"):
         encoder.encode(Prompt(text="How many?", index=3, source="q.csv"))
 
 
@@ -78,5 +78,5 @@ def test_a_chat_completion_is_what_the_template_writes_up_to_its_end():
     assert tokenizer.decode(ids) == "3<eos>"
     plain = PromptEncoder(tokenizer).encode_completion(Prompt(text="1+2="), "3", [2])
     assert plain == [*tokenizer("3").input_ids, 2]
-    with pytest.raises(ConfigError, match="otherwise once it is answered"):
+    with pytest.raises(ConfigError, match="changes the prompt of"):
         PromptEncoder(tokenizer, "{{ messages|length }}").encode_completion(prompt, "3", [2])

@@ -155,7 +155,7 @@ def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout
     with pytest.raises(RolloutError, match=r"cannot be read \(TypeError"):
         complete(sampler)
     odd.on_inference_v1_generate = lambda body: broken(body, {"token_ids": [2, 10**6, 1]})
-    with pytest.raises(RolloutError, match="gave token 1000000, and the policy has"):
+    with pytest.raises(RolloutError, match="returned token 1000000, the policy has"):
         begin(sampler, [[3, 5]]).result()
 
 
@@ -191,7 +191,7 @@ def test_a_server_with_other_weights_is_left_out_until_it_has_been_updated_and_r
     assert shares(restarted) == [2]
     for server in (restarted, other):
         after(0.15, partial(setattr, server, "label", "another run's"))
-    for says in ("another run's", r"another run's instead of 2-2abc.*servers of its own"):
+    for says in ("another run's", r"another run's instead of 2-2abc.*give each run its own servers"):
         with pytest.raises(RolloutError, match=says):
             complete(sampler)
 

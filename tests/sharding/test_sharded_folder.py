@@ -47,17 +47,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-NONE = "cannot be read: it is no sharded checkpoint, or not whole"
+NONE = "cannot be read: it is not a sharded checkpoint, or incomplete"
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("__0_0.distcp", cut, "is not whole: __0_0.distcp is cut short; give another checkpoint"),
-        ("__0_0.distcp", Path.unlink, "is not whole: __0_0.distcp is missing; give another checkpoint"),
+        ("__0_0.distcp", cut, "is incomplete: __0_0.distcp is cut short; give another checkpoint"),
+        ("__0_0.distcp", Path.unlink, "is incomplete: __0_0.distcp is missing; give another checkpoint"),
         ("meta.pt", cut, NONE),
         ("meta.pt", Path.unlink, NONE),
-        ("meta.pt", lambda path: torch.save([1], path), "is no checkpoint, but has a list as meta.pt"),
+        ("meta.pt", lambda path: torch.save([1], path), "is not a checkpoint: meta.pt is a list"),
         (".metadata", cut, NONE),
         (".metadata", Path.unlink, NONE),
     ],

@@ -29,7 +29,12 @@ print("to the end")
 """
 STARTER = 'LOCAL_RANK=1 HYBRID_LIGHTNING_STARTER=$$ "$@" & wait'
 CASES = {
-    "waits without end": (60, 0.5, "code 1\n", "rank 1 ends: rank 0, which started it, has ended; its own output says why"),
+    "waits without end": (
+        60,
+        0.5,
+        "code 1\n",
+        "rank 1 ends: rank 0, which started it, has ended; see the output of rank 0 for the reason",
+    ),
     "ends by itself": (1.5, 600, "to the end\n", ""),  # with a message of its own, or as the starter has
 }
 

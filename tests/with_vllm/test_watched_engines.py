@@ -136,5 +136,7 @@ def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_use
 
 def test_heads_that_vllm_cannot_compute_with_on_a_cpu_are_refused(server):
     for sampler in (VLLMSampler(max_new_tokens=8), VLLMServerSampler(max_new_tokens=8, urls=[server.url])):
-        with pytest.raises(ConfigError, match=r"on a CPU, where vLLM's attention takes heads of .* and the policy's have 16"):
+        with pytest.raises(
+            ConfigError, match=r"on a CPU, where vLLM's attention takes heads of .* and the policy has heads of 16"
+        ):
             policy_of(sampler, "embedded:episodes").task.generation.check()

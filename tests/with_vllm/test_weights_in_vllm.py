@@ -78,7 +78,7 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision, which is not installed")
 def test_gated_delta_nets_follow_in_bfloat16(tmp_path, sampler):
     folder = write_model(tmp_path / "model", "qwen3_5_text", layers=4)
-    with pytest.raises(ConfigError, match=r"in bfloat16 alone, with heads of 64 or 128 .*; set model\.dtype=bfloat16"):
+    with pytest.raises(ConfigError, match=r"only in bfloat16, with heads of 64 or 128 .*; set model\.dtype=bfloat16"):
         policy_of(sampler, folder).task.generation.check()
     policy = policy_of(sampler, folder, "hybrid", dtype="bfloat16")
     for seed in (3, 4):
@@ -247,7 +247,7 @@ def test_what_nccl_is_asked_for_is_what_vllm_has(monkeypatch):
     sender = NcclTransfer(Worker(), "127.0.0.1", 20.0, SimpleNamespace(device=torch.device("cuda", 0)))
     with pytest.raises(RolloutError, match="finds no NCCL"):
         sender.connect()
-    told = sender._told(Update({"a": (2, 3), "b": (4,)}, torch.bfloat16, True))
+    told = sender._update_info(Update({"a": (2, 3), "b": (4,)}, torch.bfloat16, True))
     assert NCCLWeightTransferUpdateInfo(**told).dtype_names == ["bfloat16"] * 2
     assert list(inspect.signature(PyNcclCommunicator.broadcast).parameters) == ["self", "tensor", "src", "stream"]
     assert "ncclCommAbort(self.comm)" in inspect.getsource(PyNcclCommunicator.destroy), "ncclCommDestroy would wait"

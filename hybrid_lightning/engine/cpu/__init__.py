@@ -1,7 +1,6 @@
-"""CPU kernels in C++ for what torch does by several operations, each of which goes through memory once.
+"""CPU kernels in C++ that replace several torch operations, each with its own pass over memory.
 
-On a CPU half of the time of decoding a token went into some hundred small operations beside the products with weights. The
-kernels are compiled once, for the processor at hand (`build.py`). `operators.py` calls them with
-tensors. Where there are none, for want of a compiler, on another system or on an accelerator, callers compute the same with
-torch.
+On a CPU half of the time of decoding a token went into some hundred small operations besides the products with weights. The
+kernels are compiled once, for this machine's processor (`build.py`). `operators.py` calls them with tensors. Without kernels (no
+compiler, another system, an accelerator) callers use torch instead.
 """

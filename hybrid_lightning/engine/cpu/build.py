@@ -1,7 +1,7 @@
 """Compiles the CPU kernels for this processor, once, and loads them.
 
-They are compiled on the user's machine because only there it is known what the processor can do, and without torch's headers, so
-that it takes seconds. The library lies in the user's cache folder under a name that says all that it depends on.
+They are compiled on the user's machine, since only there the processor is known, and without torch's headers, so that it takes
+seconds. The library is in the user's cache folder; a hash of everything it depends on is in its name.
 """
 
 import ctypes
@@ -23,27 +23,27 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-# No option that lets the compiler ignore nan: a gradient that is not finite has to be noticed.
+# No option may let the compiler ignore nan: a gradient that is not finite has to be noticed.
 _OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-# No order of a sum that depends on the address of its numbers, which differs from run to run.
+# The order of a sum must not depend on the addresses of its numbers, which differ from run to run.
 _OPTIONS += ["--param=vect-max-peeling-for-alignment=0"]
 _OFF = "HYBRID_LIGHTNING_KERNELS"
 
 
 class _CannotCompileError(Exception):
-    """Why there are no kernels, and what helps."""
+    """The kernels cannot be compiled; the message gives the cause and the remedy."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none.
+    """The compiled kernels, or None.
 
-    `HYBRID_LIGHTNING_KERNELS=0` in the environment does without them. Where they cannot be compiled, a warning says why.
+    `HYBRID_LIGHTNING_KERNELS=0` in the environment turns them off. If they cannot be compiled, a warning gives the cause.
     """
     return _found()[0]
 
 
 def why_none() -> str:
-    """Why there are no kernels, in words for the user; empty where there are."""
+    """Why there are no kernels, worded for the user; empty where there are."""
     return _found()[1]
 
 
@@ -52,22 +52,22 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(_OFF) == "0":
         return None, f"{_OFF}=0 is set"
     if not sys.platform.startswith("linux"):
-        return None, f"the compiled ones are for Linux, and this is {sys.platform}"
+        return None, f"compiled kernels need Linux, and this is {sys.platform}"
     try:
         return _load(), ""
     except (_CannotCompileError, OSError) as error:
-        logger.warning("No kernels for this CPU, on which generation and training then take longer: %s", error)
+        logger.warning("no kernels for this CPU, so generation and training are slower: %s", error)
         return None, str(error)
 
 
 def _load() -> ctypes.CDLL:
     compiler, runtime = _compiler(), _openmp()
     sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
-    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [path.read_text(encoding="utf-8") for path in sources]
-    digest = hashlib.sha256("\0".join([*texts, *_OPTIONS, *compiler, said, str(runtime), _processor()]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([*texts, *_OPTIONS, *compiler, version, str(runtime), _processor()]).encode()).hexdigest()
     name = f"kernels-{digest[:16]}.so"
-    with ExitStack() as stack:  # a library that has been loaded needs its file no more
+    with ExitStack() as stack:  # a loaded library no longer needs its file
         target = (_cache() or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / name
         if not target.exists():
             _compile(compiler, runtime, target)
@@ -75,27 +75,27 @@ def _load() -> ctypes.CDLL:
 
 
 def _cache() -> Path | None:
-    """The folder for what is compiled; None if there is no place to write."""
+    """The folder for compiled libraries; None if no folder is writable."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError if the user's home is not known
+    except (OSError, RuntimeError):  # RuntimeError if the user's home is unknown
         return None
     return folder if os.access(folder, os.W_OK) else None
 
 
 def _compiler() -> list[str]:
-    """The command, which CXX may give with options. It has to be GCC's, or one that speaks to its OpenMP: Clang's does not."""
+    """The compiler's command; CXX may set it, with options. It needs GCC's OpenMP interface, which Clang does not use."""
     named = os.environ.get("CXX", "").split()
     for candidate in [named] if named else [["g++"], ["c++"]]:
         if path := shutil.which(candidate[0]):
             return [path, *candidate[1:]]
-    what = f"CXX={named[0]} is not there" if named else "no C++ compiler was found"
-    raise _CannotCompileError(f"{what}; install one (Debian, Ubuntu: apt install g++), or set {_OFF}=0 to be without")
+    what = f"CXX={named[0]} was not found" if named else "no C++ compiler was found"
+    raise _CannotCompileError(f"{what}; install one (Debian, Ubuntu: apt install g++), or set {_OFF}=0 to turn kernels off")
 
 
 def _openmp() -> Path:
-    """The OpenMP library that torch has loaded. With another one, two sets of threads would wait for work on the same cores."""
+    """The OpenMP library that torch has loaded. With another one, two thread pools would compete for the same cores."""
     torch.get_num_threads()
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         path = Path(line.split(maxsplit=5)[-1])
@@ -105,7 +105,7 @@ def _openmp() -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The processor's properties that -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     wanted = ("model name", "model\t", "cpu family", "flags", "Features", "CPU part")
     return "\n".join(
@@ -123,7 +123,7 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
         commands = [[*compiler, *_OPTIONS, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))  # raises the error of a command, if one fails
-        # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.
+        # Without -fopenmp, which would link its own OpenMP library. -z defs reports missing symbols now instead of at load.
         _run([*compiler, "-shared", "-Wl,-z,defs", "-o", str(result), *objects, str(runtime)])
         result.replace(target)  # several processes may compile at once
 
@@ -131,5 +131,5 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
-        raise _CannotCompileError(f"{command[0]} failed ({said}); set CXX to another compiler, or {_OFF}=0 to be without")
+        error = (done.stderr.strip().splitlines() or ["no output"])[0]
+        raise _CannotCompileError(f"{command[0]} failed ({error}); set CXX to another compiler, or {_OFF}=0 to turn kernels off")

@@ -1,4 +1,4 @@
-// Attention of new tokens of running completions to their prompt's keys and values, which all siblings read, and their own.
+// Attention of new tokens to the keys and values of their prompt, shared by all its completions, and of their own completion.
 
 #include <algorithm>
 #include <vector>
@@ -12,7 +12,7 @@ struct Cache {
     int64_t samples, heads, width, capacity;
 };
 
-// Of `queries` (R of them, D numbers each) with the key-value pairs that one completion sees.
+// Attention of `queries` (R of them, D numbers each) to the key-value pairs that one completion sees.
 template <class T, int D, int R>
 static void attend(
     const float* queries, const T* prompt_keys, const T* prompt_values, int64_t prompt, const T* keys, const T* values,
@@ -54,7 +54,7 @@ static void decode(
 #pragma omp parallel if (rows * K * repeats * (S + most) * D > GRAIN)
     {
         std::vector<float> scores(4 * padded(S + most)), queries(4 * D);
-        // All of them first, since a completion may have several new tokens.
+        // Store all new keys and values first, since a completion may have several new tokens.
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < rows * K; ++unit) {
             int64_t row = unit / K, head = unit % K, slot = slots[row], own = (slot / G * K + head) * G + slot % G;
@@ -67,7 +67,7 @@ static void decode(
             int64_t row = unit / K, head = unit % K, slot = slots[row], prompt = slot / G, own = (prompt * K + head) * G + slot % G;
             T *keys = cache.keys + own * cache.capacity * D, *values = cache.values + own * cache.capacity * D;
             int64_t decoded = counts[row];
-            // Of all positions before the new token's, prompt and completion together, the first that it sees.
+            // The first position that the new token sees, counted over prompt and completion.
             int64_t length = lengths[prompt], first = window > 0 ? std::max<int64_t>(0, length + decoded - window) : 0;
             int64_t skipped = std::min(first, length), gone = first - skipped, shared = (prompt * K + head) * S + skipped;
             const T *prompt_keys = cache.prompt_keys + shared * D, *prompt_values = cache.prompt_values + shared * D;

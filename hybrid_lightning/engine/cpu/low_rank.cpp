@@ -1,19 +1,19 @@
-// LoRA in training, in float32: what its factors A [rank, n] and B [m, rank] add to a product with frozen weights, and their
-// gradients. Products of bfloat16 are left to libraries, which have processors' own instructions for them.
+// LoRA in training, in float32: adds the part of its factors A [rank, n] and B [m, rank] to a product with frozen weights, and
+// computes their gradients. Products of bfloat16 are left to libraries, which use the processor's instructions for them.
 //
-// Libraries are made for wider matrices: by them, products of 128 numbers into 8 reach a tenth of what a processor can do.
+// Libraries are made for wider matrices: their products of 128 numbers into 8 reach a tenth of a processor's peak.
 
 #include <algorithm>
 #include <vector>
 
 #include "products.h"
 
-// Rows that are computed at a time, so that they and what is made of them stay in a core's own caches.
+// Rows per block, so that the block and its results stay in a core's own caches.
 constexpr int64_t BLOCK = 4 * ROWS;
-// Into so many parts at most rows are cut whose gradients of the factors are summed up apart, however many threads there are.
+// Rows are cut into at most this many parts, whatever the number of threads; each part sums up its own gradients of the factors.
 constexpr int64_t PARTS = 16;
 
-// Rows in full lanes: where they lie, or a copy.
+// Rows padded to full lanes: the original memory, or a copy.
 class Wide {
   public:
     void read(const float* from, int64_t rows, int64_t size, int64_t row_stride) {
@@ -69,7 +69,7 @@ static void add_low_rank(
     }
 }
 
-// With dy [rows, m] and inner = dy (s B):   dx += inner A,   dA = inner' x,   dB = s dy' low.   No dx where it has no place.
+// With dy [rows, m] and inner = dy (s B):   dx += inner A,   dA = inner' x,   dB = s dy' low.   A null dx is skipped.
 static void low_rank_gradients(
     const float* outer, const float* x, const float* low, const float* down, const float* up, float* of_x, float* of_down,
     float* of_up, int64_t rows, int64_t n, int64_t m, int64_t rank, int64_t outer_stride, int64_t x_stride, float scaling) {

@@ -1,4 +1,4 @@
-// Numbers as the kernels load, compute and store them: storage in T (float or bfloat16), arithmetic in float32.
+// How the kernels load, compute and store numbers: storage in T (float or bfloat16), arithmetic in float32.
 
 #pragma once
 
@@ -11,7 +11,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-// Below so many numbers waking other threads costs more than they save.
+// With fewer numbers than this, waking other threads costs more than they save.
 constexpr int64_t GRAIN = 32768;
 
 struct bf16 {
@@ -24,7 +24,7 @@ static inline float get(bf16 value) { return __builtin_bit_cast(float, uint32_t(
 
 static inline void put(float& to, float value) { to = value; }
 
-// Round to nearest, ties to even; a nan stays one.
+// Round to nearest, ties to even; nan stays nan.
 static inline void put(bf16& to, float value) {
     uint32_t bits = __builtin_bit_cast(uint32_t, value);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -53,7 +53,7 @@ static inline Floats load(const bf16* from) {
     return __builtin_bit_cast(Floats, wide);
 }
 
-// All lanes put together by an operation, by halves, so that operations do not wait for each other.
+// Reduce all lanes with an operation, by halves, so that operations do not wait for each other.
 template <class Operation>
 static inline float reduced(Floats value, Operation operation) {
     typedef float Eight __attribute__((vector_size(32)));
@@ -75,8 +75,8 @@ static inline float largest(Floats value) {
     return reduced(value, [](auto one, auto other) { return one > other ? one : other; });
 }
 
-// e^x within 2e-7 of its size; 0 below -87, where float32 has no normal numbers left, and e^88 above 88.
-// By Cody and Waite's reduction and the polynomial of Cephes' expf, which compilers turn into vector code, unlike libm's.
+// e^x with a relative error of at most 2e-7; 0 below -87, where float32 has no normal numbers left, and e^88 above 88.
+// Uses Cody and Waite's reduction and the polynomial of Cephes' expf. Unlike libm's, compilers turn it into vector code.
 static inline float exponential(float x) {
     float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float power = __builtin_rintf(bounded * 1.44269504088896341f);
@@ -94,10 +94,10 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// Room for so many numbers in full lanes.
+// `size` rounded up to full lanes.
 static inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-// A row becomes e^(x - its largest), whose sum is returned. Full lanes are computed: behind the row lie numbers of minus infinity.
+// Overwrite a row with e^(x - its largest), and return the sum. Full lanes are computed: minus infinity pads the row.
 static inline float exponentials(float* row, int64_t size) {
     Floats mosts = load(row);
     for (int64_t begin = LANES; begin < size; begin += LANES) {
@@ -114,5 +114,5 @@ static inline float exponentials(float* row, int64_t size) {
     return sum(sums);
 }
 
-// Addresses of a function for each storage: name_f32 and name_bf16.
+// Export a function for each storage type: name_f32 and name_bf16.
 #define EXPORT(name) extern "C" { auto name##_f32 = name<float>; auto name##_bf16 = name<bf16>; }

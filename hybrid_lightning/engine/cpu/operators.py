@@ -1,4 +1,4 @@
-"""The CPU kernels as functions of tensors. Callers ask `usable` first, and compute with torch where it says no."""
+"""The CPU kernels as functions of tensors. Callers check `usable` first, and fall back to torch."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_lightning.engine.cpu.build import library, why_none
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_KINDS = {Tensor, torch.nn.Parameter}  # not those that only look like one, such as distributed tensors
+_KINDS = {Tensor, torch.nn.Parameter}  # no subclasses, such as distributed tensors
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
@@ -33,18 +33,18 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these tensors: on the CPU, all of one dtype, float32 or bfloat16."""
+    """Whether kernels support these tensors: on the CPU, all float32 or all bfloat16."""
     dtype = tensors[0].dtype
-    for part in tensors:  # some hundred times a token: no generator
+    for part in tensors:  # called some hundred times per token, so no generator
         if part.dtype is not dtype or not part.is_cpu or type(part) not in _KINDS:
             return False
     return dtype in _SUFFIX and library() is not None
 
 
 def why_unusable(dtype: torch.dtype) -> str:
-    """Why there are no kernels for tensors of a dtype on the CPU, in words for the user; empty where there are."""
+    """Why no kernels support this dtype on the CPU, worded for the user; empty where they do."""
     if library() is None:
-        return why_none() or "they were switched off"
+        return why_none() or "they are turned off"
     known = f"they compute with float32 and bfloat16, and the model with {str(dtype).partition('.')[2]}"
     return "" if dtype in _SUFFIX else known
 
@@ -52,21 +52,21 @@ def why_unusable(dtype: torch.dtype) -> str:
 @cache
 def _function(name: str, dtype: torch.dtype) -> Any:
     kernels = library()
-    assert kernels is not None, "callers ask `usable` first"
+    assert kernels is not None, "callers check `usable` first"
     address = ctypes.c_void_p.in_dll(kernels, f"{name}_{_SUFFIX[dtype]}").value
     assert address is not None
     return ctypes.CFUNCTYPE(None, *_SIGNATURES[name])(address)
 
 
 def _call(name: str, tensors: Sequence[Tensor | None], *numbers: Any) -> None:
-    """Call the compiled function NAME for the storage dtype of the first tensor, with all their addresses and the numbers."""
+    """Call a compiled function, for the dtype of the first tensor, with the tensors' addresses and the numbers."""
     first = tensors[0]
     assert first is not None
     _function(name, first.dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
 
 
 def _dense(part: Tensor) -> Tensor:
-    """The same with the numbers of its last axis side by side in memory."""
+    """The tensor with a contiguous last axis, copied if necessary."""
     return part if part.stride(-1) == 1 else part.contiguous()
 
 
@@ -108,7 +108,7 @@ def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
 
 
 def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
-    """Rotary position embedding of x [N, heads, D] by [N, D] each, or what its transpose makes of x; contiguous."""
+    """Rotary position embedding of x [N, heads, D], or its transpose; contiguous. Cosines and sines are [N, D]."""
     x = _dense(x)
     result = x.new_empty(x.shape)
     sizes = (*x.shape, x.stride(0), x.stride(1))
@@ -117,7 +117,7 @@ def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) 
 
 
 def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
-    """[x, x A'] [N, n + r] of x [N, n] and A [r, n], which is float32 and contiguous."""
+    """[x, x A'] [N, n + r] for x [N, n] and A [r, n]. A is float32 and contiguous."""
     x = _dense(x)
     rank, (count, size) = len(down), x.shape
     result = x.new_empty(count, size + rank)
@@ -125,14 +125,14 @@ def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
     return result
 
 
-# `at::native::cpublas::brgemm` and `brgemm_release` of ATen/native/CPUBlas.h, which code by torch's compiler calls, too. A name
-# says all types of the arguments: where a torch has others, it is not found.
+# `at::native::cpublas::brgemm` and `brgemm_release` of ATen/native/CPUBlas.h; torch's compiler generates calls to them, too. The
+# mangled names contain the argument types, so a torch with other types does not have them.
 _BRGEMM = ("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "_ZN2at6native7cpublas14brgemm_releaseEb")
 
 
 @cache
 def _brgemm() -> tuple[int | None, ...]:
-    """Addresses of torch's products of bfloat16 with a float32 result, which no operator has on CPUs; none where they fail."""
+    """Addresses of torch's bfloat16 product with a float32 result, which no operator offers on CPUs; empty if it fails."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         found = tuple(ctypes.cast(getattr(torch_cpu, name), _POINTER).value for name in _BRGEMM)
@@ -144,13 +144,13 @@ def _brgemm() -> tuple[int | None, ...]:
 
 
 def multiplies_to_floats(weight: Tensor) -> bool:
-    """Whether `float_logits` can be had for a weight that is `usable`."""
+    """Whether `float_logits` supports a weight that is `usable`."""
     even = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
     return even and torch._C._get_mkldnn_enabled() and bool(_brgemm())
 
 
 def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [N, V] float32, not rounded to bfloat16 on the way, of hidden states [N, H] and a weight [V, H] in bfloat16."""
+    """Logits [N, V] float32 of bfloat16 hidden states [N, H] and weight [V, H], never rounded to bfloat16."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
     _call("float_logits", (hidden, weight, logits), *_brgemm(), *hidden.shape, len(weight))
@@ -158,7 +158,7 @@ def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw a token for each row of logits [B, V] by uniform random numbers in [0, 1), [B, 1] float64.
+    """Draw a token for each row of logits [B, V], given uniform random numbers in [0, 1), [B, 1] float64.
 
     Returns:
         Tokens [B] int64, and their log-probabilities [B] float32.
@@ -170,12 +170,12 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Te
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: bool) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens [K] and entropies [K], float32, under logits [K, V], which are contiguous.
+    """Log-probabilities of tokens [K] and entropies [K], float32, under contiguous logits [K, V].
 
-    With `slopes` the logits become onehot(token) - p.
+    With `slopes` the logits are overwritten by onehot(token) - p.
 
     Raises:
-        IndexError: If a token is not in the vocabulary; a kernel would write beside the logits.
+        IndexError: If a token is not in the vocabulary: the kernel would write outside the logits.
     """
     tokens = tokens.contiguous()
     if ((tokens < 0) | (tokens >= logits.shape[1])).any():
@@ -185,21 +185,21 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     return logprobs, entropies
 
 
-# Numbers of both factors up to which the kernels are faster than libraries: with 4,096 they take 0.5 to 0.9 of the time, with
-# 33,792 as much forward and 1.0 to 1.4 of it backward (two threads of a Zen 4, 912 and 655 rows). The bound lies between.
+# Largest size of both factors together for which the kernels beat libraries: with 4,096 numbers they take 0.5 to 0.9 of the time,
+# with 33,792 the same time forward and 1.0 to 1.4 of it backward (two threads of a Zen 4, 912 and 655 rows).
 _MOST = 16_384
 
 
 def low_rank_pays(down: Tensor, up: Tensor) -> bool:
-    """Whether these kernels are faster than torch's products for factors A and B of these sizes."""
+    """Whether the kernels are faster than torch's products for factors A and B of these sizes."""
     return down.numel() + up.numel() <= _MOST
 
 
 def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Add s (x A') B' in place to a contiguous result [N, m], of x [N, n], A [r, n] and B [m, r].
+    """Add s (x A') B' in place to a contiguous result [N, m], with x [N, n], A [r, n] and B [m, r].
 
     Returns:
-        x A', [N, r], which the gradients need again.
+        x A', [N, r], which the gradients need.
     """
     x, rank = _dense(x), len(down)
     low = x.new_empty(len(x), rank)
@@ -211,9 +211,9 @@ def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: f
 def low_rank_gradients(
     outer: Tensor, x: Tensor, low: Tensor, down: Tensor, up: Tensor, scaling: float, of_x: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A [r, n] and B [m, r] from that of a result, [N, m], x [N, n] and x A' [N, r].
+    """Gradients of A [r, n] and B [m, r] from the gradient of the result, [N, m], x [N, n] and x A' [N, r].
 
-    Those of x are added in place to what `of_x` [N, n] has, which is contiguous, or None if nobody wants them.
+    The gradient of x is added in place to the contiguous `of_x` [N, n]; None skips it.
     """
     outer, x, rank = _dense(outer), _dense(x), len(down)
     down, up = down.contiguous(), up.contiguous()
@@ -224,7 +224,7 @@ def low_rank_gradients(
     return of_down, of_up
 
 
-# ---- attention; axes are those of `engine/attention.py`, and N tokens are one packed sequence
+# ---- attention; axes as in `engine/attention.py`, with N tokens in one packed sequence
 
 DECODED_HEAD_SIZES = {32, 64, 96, 128, 256}  # values of D that `decode_attention` is compiled for
 
@@ -241,7 +241,7 @@ def decode_attention(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of N new tokens of completions. Their keys and values are written behind the completions' own.
+    """Attention of N new tokens of completions. Their keys and values are appended to the completions' own.
 
     Args:
         query: [N, H, D].
@@ -249,8 +249,8 @@ def decode_attention(
         value: [N, K, D].
         prompt: Keys and values of the prompts, [P, K, S, D] each, padded on the right; contiguous.
         own: Keys and values of the completions, [P, K, G, capacity, D] each; contiguous.
-        slots: The slot of each token's completion, [N] int64, counted over [P, G].
-        counts: Tokens of its completion up to the new one, which is included, [N] int64.
+        slots: The slot of each token's completion, [N] int64, an index into the flattened [P, G].
+        counts: Tokens of its completion up to and including the new one, [N] int64.
         lengths: Tokens of each prompt, [P] int64.
         window: A token sees this many positions; None for all.
         scaling: Factor of the scores.
@@ -266,22 +266,22 @@ def decode_attention(
 
 
 def _dense_tokens(part: Tensor) -> Tensor:
-    """The same [N, heads, D], with the numbers of a token side by side in memory."""
+    """The tensor [N, heads, D] with contiguous tokens, copied if necessary."""
     return part if part.stride(2) == 1 and part.stride(1) == part.shape[2] else part.contiguous()
 
 
 class Groups(NamedTuple):
-    """Where each prompt and each completion lies among N packed tokens: as a segment. A group is a prompt and its completions.
+    """Prompts and completions as segments of N packed tokens. A group is a prompt and its completions.
 
     Tensors are int64 and contiguous.
     """
 
-    segments: Tensor  # [count, 2]: begin and end of each, group by group, the prompt's before those of its completions
-    first: Tensor  # [groups + 1]: the number of each group's first segment, and at the end the count
+    segments: Tensor  # [count, 2]: begin and end of each segment, group by group, each prompt before its completions
+    first: Tensor  # [groups + 1]: the index of each group's first segment, then the count
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float) -> Tensor:
-    """Attention of every token, [N, H, D], to its prompt's keys and to its own segment's, up to its own; they are [N, K, D].
+    """Attention of every token, [N, H, D], to its prompt's keys and to its own segment's keys up to itself, [N, K, D] each.
 
     A token sees `window` positions, counted over prompt and completion; None for all.
     """

@@ -1,7 +1,7 @@
-// Attention of prompts and completions that lie one after the other in a row of tokens, forward and backward.
+// Attention over packed prompts and completions, forward and backward.
 //
-// A group is a prompt and its completions. Its tokens have places: the prompt's from 0, then those of one completion after the
-// other. Work is cut into tasks by sizes alone, never by the number of threads, so that sums do not depend on it.
+// A group is a prompt and its completions. Its tokens have places: the prompt's tokens from 0, then the tokens of one completion
+// after the other. Work is cut into tasks by sizes, never by the number of threads, so that sums do not depend on it.
 
 #include <algorithm>
 #include <vector>
@@ -31,9 +31,9 @@ struct Task {
     int64_t group, head, from, to;
 };
 
-constexpr int64_t QUERIES = 12;           // rows of queries that are multiplied together, about: two tiles
-constexpr int64_t TASK = 256, MOST = 16;  // tokens of a task, unless a group would have more than so many tasks
-constexpr int64_t ROOM = 1 << 22;         // numbers that wait to be summed up over tasks, about
+constexpr int64_t QUERIES = 12;           // approximate rows of queries that are multiplied together: two tiles
+constexpr int64_t TASK = 256, MOST = 16;  // tokens of a task, and most tasks of a group (longer groups get larger tasks)
+constexpr int64_t ROOM = 1 << 22;         // approximate limit of numbers that wait to be summed up over tasks
 
 static std::vector<Task> tasks_of(const Groups& groups, int64_t group, int64_t head) {
     int64_t tokens = 0;
@@ -44,17 +44,17 @@ static std::vector<Task> tasks_of(const Groups& groups, int64_t group, int64_t h
     return tasks;
 }
 
-// Queries of neighbouring tokens of one segment, and the keys that they see: of the prompt and of their own segment.
+// Queries of neighbouring tokens of one segment, and the keys that they see in the prompt and in their own segment.
 struct Block {
-    int64_t token, tokens;  // number in the row of the first one, and how many
+    int64_t token, tokens;  // index of the first token in the packed row, and their number
     struct Range {
         int64_t begin, size;  // among the task's keys
     } prompt, own;
     int64_t last;                   // own keys that the first token sees; each further token sees one more
-    int64_t hidden;                 // positions of these keys that lie before the first token's window
+    int64_t hidden;                 // positions that lie before the first token's window
 };
 
-// What a task computes with: keys and values of its group's prompt and of the segments with its queries.
+// Inputs of a task: keys and values of its group's prompt and of the segments with its queries.
 template <class T>
 class Scope {
   public:
@@ -66,7 +66,7 @@ class Scope {
         if (backward) keys = gathered(in.key, in.sizes.key_stride), values_across = gathered_across(in.value, in.sizes.value_stride);
     }
 
-    // Calls a function with each block of queries.
+    // Call a function with each block of queries.
     template <class Function>
     void each_block(Function function) const {
         int64_t place = 0, most = std::max<int64_t>(1, QUERIES / in.sizes.repeats), local = 0;
@@ -103,7 +103,7 @@ class Scope {
                 for (int64_t i = 0; i < size(s); ++i) tokens.push_back(in.groups.segments[2 * s] + i);
     }
 
-    // Positions before `begin` are seen by none of a block's queries; each but the first does not see one more.
+    // No query of a block sees positions before `begin`; each later query sees one position less.
     static void hide(Block& block, int64_t begin) {
         block.hidden = begin;
         int64_t skipped = std::clamp<int64_t>(begin, 0, block.prompt.size), gone = std::max<int64_t>(0, begin - skipped);
@@ -129,7 +129,7 @@ class Scope {
     }
 };
 
-// Rows of one block: its queries, what is computed of them, and their weights, those of the prompt's keys first.
+// Rows of one block: its queries, their results, and their weights, with the prompt's keys first.
 template <class T>
 class Rows {
   public:
@@ -153,7 +153,7 @@ class Rows {
         return token * of_token + head * sizes.size;
     }
 
-    // Products of rows with keys or values that lie across.
+    // Products of rows with transposed keys or values.
     void across(const std::vector<float>& rows, const std::vector<float>& others, std::vector<float>& to) const {
         to.resize(count * stride);
         Left left{rows.data(), scope.lanes, 1};
@@ -162,7 +162,7 @@ class Rows {
         multiply(left, from + block.own.begin, scope.columns, to.data() + width, stride, count, stride - width, scope.lanes, false);
     }
 
-    // Sums of keys or values by weights.
+    // Weighted sums of keys or values.
     void along(const std::vector<float>& weights, const std::vector<float>& others, std::vector<float>& to) const {
         to.resize(count * scope.lanes);
         const float *from = others.data(), *of_own = weights.data() + width;
@@ -171,7 +171,7 @@ class Rows {
         multiply({of_own, stride, 1}, from + block.own.begin * n, n, to.data(), n, count, n, block.own.size, true);
     }
 
-    // To each key or value what rows add to it by weights.
+    // Add the rows, weighted, to each key or value.
     void back(const std::vector<float>& weights, const std::vector<float>& rows, std::vector<float>& to) const {
         int64_t n = scope.lanes;
         const float *of_own = weights.data() + width, *from = rows.data();
@@ -179,7 +179,7 @@ class Rows {
         multiply({of_own, 1, stride}, from, n, to.data() + block.own.begin * n, n, block.own.size, n, count, true);
     }
 
-    // Weights before they are multiplied by `inverses`.
+    // Unnormalized weights; `inverses` normalize them.
     void weigh() {
         across(queries, scope.keys_across, weights);
         inverses.resize(count);
@@ -200,7 +200,7 @@ class Rows {
     const Scope<T>& scope;
     const Sizes& sizes;
     Block block;
-    int64_t count, width, stride;  // rows, numbers of the prompt's weights, and of all weights of a row
+    int64_t count, width, stride;  // rows, weights per row for the prompt, and all weights per row
     std::vector<float> queries, weights, inverses;
 };
 
@@ -220,7 +220,7 @@ static void compute(const Inputs<T>& in, const Task& task, T* result) {
     });
 }
 
-// What one task adds to the gradients of the keys and values that its queries see.
+// One task's contribution to the gradients of the keys and values that its queries see.
 struct Added {
     std::vector<int64_t> tokens;
     std::vector<float> keys, values;  // [tokens, lanes]
@@ -282,7 +282,7 @@ static void write(const Sizes& sizes, int64_t head, const std::vector<int64_t>& 
     }
 }
 
-// The sum over neighbouring tasks of one group and head, in their order. All of them see the prompt, which comes first.
+// The sum over neighbouring tasks of one group and head, in order. All of them see the prompt, which comes first.
 static Added add_up(const Added* begin, const Added* end, int64_t lanes) {
     Added sum = *begin;
     for (const Added* next = begin + 1; next < end; ++next) {

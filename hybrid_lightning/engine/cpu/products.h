@@ -1,10 +1,10 @@
-// Products of small matrices that lie in a core's own caches, in float32.
+// Products of small float32 matrices that fit in a core's own caches.
 
 #pragma once
 
 #include "numbers.h"
 
-// As many sums as a processor has registers for.
+// Sums that are kept in registers: limited by the number of a processor's registers.
 constexpr int ROWS = 6;
 #ifdef __AVX512F__
 constexpr int VECTORS = 4;
@@ -12,7 +12,7 @@ constexpr int VECTORS = 4;
 constexpr int VECTORS = 1;
 #endif
 
-// A matrix whose numbers in a row, and whose rows, lie so far apart.
+// A matrix with strides: from row to row, and from column to column.
 struct Left {
     const float* numbers;
     int64_t row, column;

@@ -1,8 +1,8 @@
-// What a decoder does to each token by itself, besides products with weights.
+// A decoder's operations on single tokens, besides products with weights.
 
 #include "numbers.h"
 
-// Root mean square norm, rounded where Llama's is: y = w x / sqrt(mean(x^2) + eps), and 1 / sqrt(...) of each row.
+// Root mean square norm, rounded in the same places as Llama's: y = w x / sqrt(mean(x^2) + eps), and 1 / sqrt(...) of each row.
 template <class T>
 static void rms_norm(const T* x, const T* weight, T* y, float* inverses, int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for if (rows * size > GRAIN)
@@ -19,7 +19,7 @@ static void rms_norm(const T* x, const T* weight, T* y, float* inverses, int64_t
     }
 }
 
-// dx = r (w dy) - x r^3 mean(x w dy), r being the row's inverse.
+// dx = r (w dy) - x r^3 mean(x w dy), with r = 1 / sqrt(...) of the row.
 template <class T>
 static void rms_norm_backward(
     const T* outer, const T* x, const T* weight, const float* inverses, T* inner, int64_t rows, int64_t size) {
@@ -36,7 +36,7 @@ static void rms_norm_backward(
     }
 }
 
-// silu(gate) up. Rows of gate and up are so many numbers apart.
+// silu(gate) up. gate_stride and up_stride are in numbers.
 template <class T>
 static void gated_silu(
     const T* gate, const T* up, T* y, int64_t rows, int64_t size, int64_t gate_stride, int64_t up_stride) {
@@ -52,7 +52,7 @@ static void gated_silu(
     }
 }
 
-// Gradients of gate and up from that of silu(gate) up, which of_gate may overwrite.
+// Gradients of gate and up from the gradient `outer` of silu(gate) up; of_gate may overwrite outer.
 template <class T>
 static void gated_silu_backward(const T* outer, const T* gate, const T* up, T* of_gate, T* of_up, int64_t count) {
 #pragma omp parallel for simd if (count > GRAIN / 4)
@@ -72,7 +72,7 @@ static void rotary(
 #pragma omp parallel for if (rows * heads * size > GRAIN)
     for (int64_t row = 0; row < rows; ++row) {
         const T *cosine = cosines + row * size, *sine = sines + row * size;
-        // The transpose multiplies each number by the sine of the place that it came from.
+        // The transpose multiplies each number by the sine at the place it came from.
         const T *first_sine = sign > 0 ? sine : sine + half, *second_sine = sign > 0 ? sine + half : sine;
         for (int64_t head = 0; head < heads; ++head) {
             const T* from = x + row * row_stride + head * head_stride;
@@ -87,7 +87,7 @@ static void rotary(
     }
 }
 
-// Four rows and four of A's at a time, so that each number that is loaded is used four times.
+// Four rows of x and four of A at a time, so that each loaded number is used four times.
 template <class T>
 static void low_rank_block(
     const T* const* rows, const float* const* factors, float (*products)[4], int64_t size) {
@@ -105,7 +105,7 @@ static void low_rank_block(
         }
 }
 
-// [x, x A'] in one row: what a product with [W, s B] takes. A [rank, size] is float32.
+// [x, x A'] in one row: the input of a product with [W, s B]. A [rank, size] is float32.
 template <class T>
 static void with_low_rank(const T* x, const float* down, T* y, int64_t count, int64_t size, int64_t rank, int64_t stride) {
 #pragma omp parallel for if (count * size * (rank + 4) > GRAIN)

@@ -1,12 +1,13 @@
-// From hidden states to logits over a vocabulary, and from these to tokens and to log-probabilities. What is added up is added up
-// by one thread, so that results do not depend on threads.
+// From hidden states to logits over a vocabulary, and from logits to tokens and log-probabilities. One thread computes each sum,
+// so results do not depend on the number of threads.
 
 #include <algorithm>
 #include <vector>
 
 #include "numbers.h"
 
-// Sums of so many numbers are float32, sums of these float64: V small float32 numbers would not add up to 1 well enough.
+// Blocks of this many numbers are summed in float32, and the blocks' sums in float64: V small float32 numbers would not add up to
+// 1 accurately enough.
 constexpr int64_t BLOCK = 256;
 
 template <class T>
@@ -20,7 +21,7 @@ static float largest(const T* logits, int64_t size, float inverse_temperature) {
     return most * inverse_temperature;
 }
 
-// A token for each row by inverting the distribution function at a uniform number, and its log-probability.
+// Draw a token for each row by inverting the distribution function at a uniform number; also its log-probability.
 template <class T>
 static void draw_tokens(
     const T* logits, const double* uniform, int64_t* tokens, float* logprobs, int64_t rows, int64_t size,
@@ -45,8 +46,8 @@ static void draw_tokens(
             int64_t block = 0;
             while (block + 1 < blocks && ends[block] <= target) ++block;
             int64_t begin = block * BLOCK, end = begin + BLOCK < size ? begin + BLOCK : size;
-            // The first token whose cumulative probability exceeds the number, and where rounding of the block's sum leaves none
-            // the last with any probability: never one of probability zero.
+            // The first token with a cumulative probability above the number. If rounding of the block's sum leaves none, the last
+            // token with any probability: never one with probability zero.
             double passed = block ? ends[block - 1] : 0;
             int64_t token = begin;
             for (int64_t i = begin; i < end; ++i) {
@@ -60,7 +61,7 @@ static void draw_tokens(
     }
 }
 
-// Log-probability of a token and entropy in each row. Where wanted, logits become onehot(token) - p.
+// Log-probability of a token and entropy in each row. On request, logits are overwritten by onehot(token) - p.
 template <class T>
 static void token_logprobs(
     T* logits, const int64_t* tokens, float* logprobs, float* entropies, int64_t rows, int64_t size,
@@ -69,7 +70,7 @@ static void token_logprobs(
     for (int64_t row = 0; row < rows; ++row) {
         T* from = logits + row * size;
         float most = largest(from, size, inverse_temperature);
-        double total = 0, moment = 0;  // sum of e^s and of s e^s, s being logits less the largest
+        double total = 0, moment = 0;  // sums of e^s and of s e^s, with s = logit - largest logit
         for (int64_t begin = 0; begin < size; begin += BLOCK) {
             int64_t end = begin + BLOCK < size ? begin + BLOCK : size;
             float part = 0, moments = 0;
@@ -77,7 +78,7 @@ static void token_logprobs(
             for (int64_t i = begin; i < end; ++i) {
                 float shifted = get(from[i]) * inverse_temperature - most, weight = exponential(shifted);
                 part += weight;
-                moments += weight > 0 ? weight * shifted : 0.0f;  // no nan where a logit is minus infinity
+                moments += weight > 0 ? weight * shifted : 0.0f;  // avoids nan if a logit is minus infinity
             }
             total += part;
             moment += moments;
@@ -93,14 +94,14 @@ static void token_logprobs(
 }
 
 constexpr int64_t PANEL = 256;  // rows at a time
-constexpr int64_t CHUNK = 128;  // of the vocabulary, for one thread at a time
+constexpr int64_t CHUNK = 128;  // tokens of the vocabulary per task of a thread
 
-// torch's product of small matrices by oneDNN, c [m, n] = a [m, k] b for b [k / 2, n, 2], and what frees the units that it took.
+// torch's product of small matrices by oneDNN, c [m, n] = a [m, k] b for b [k / 2, n, 2], and a function that releases its units.
 typedef void Brgemm(int64_t m, int64_t n, int64_t k, int64_t, int64_t, int64_t, bool add, const bf16*, const bf16*, float*, bool);
 typedef void Release(bool);
 
 // Logits [rows, size] of hidden states [rows, depth] under an output layer [size, depth], never rounded to bfloat16; depth is even.
-// They are nan where oneDNN refuses.
+// They are nan if oneDNN refuses.
 static void float_logits(
     const bf16* hidden, const bf16* weight, float* logits, Brgemm* brgemm, Release* release, int64_t rows, int64_t depth,
     int64_t size) {

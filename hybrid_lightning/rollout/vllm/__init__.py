@@ -5,7 +5,7 @@ deferred.py      weights that are computed where an engine in this process copie
 servers.py       `VLLMServerSampler`: servers reached over HTTP
 server_checks.py whether a server can complete for the policy
 server_client.py one server: its description, its requests, its weights
-dispatch.py      spreads the requests of a rollout over servers
+dispatch.py      distributes the requests of a rollout over servers
 outage.py        how long to wait for servers that cannot be used
 completing.py    requests to vLLM and its answers, common to both samplers
 names.py         the parts of vLLM that are used, and the versions that have them
@@ -16,7 +16,7 @@ receiver.py      receives them, in the server
 """
 
 BACKEND = "hybrid_lightning"  # our weight transfer, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it
-LACKS = "the policy lacks"  # begins the error of a server that has weights other than the policy's
+MISSING = "the policy does not have"  # begins the error of a server that has weights other than the policy's
 NO_LORA = "vLLM has no LoRA"  # begins the error of a server that cannot compute with an adapter
 
 

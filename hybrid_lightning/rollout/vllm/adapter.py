@@ -1,7 +1,7 @@
 """The policy's LoRA without its base (`sync: adapter`): which plans allow it, and the folder from which vLLM loads it.
 
-The folder is written where vLLM is: in this process, or by `receiver.py` in a server. vLLM computes W x + s B (A x) instead of (W
-+ s B A) x. So its distribution differs from merged weights only by rounding.
+The folder is written on vLLM's machine: by this process, or by `receiver.py` in a server. vLLM computes W x + s B (A x), not
+(W + s B A) x, so its distribution differs from merged weights only by rounding.
 """
 
 import json
@@ -25,14 +25,14 @@ def check_lora(trains_fully: bool, use_dora: bool, ranks: Collection[int], exper
     """Raise ConfigError unless vLLM can compute with an adapter: only LoRA, of ranks that vLLM accepts."""
     if trains_fully:
         raise ConfigError(
-            f"model.sampler.sync=adapter sends LoRA alone, and the plan may train modules fully; {_MERGED}, or set "
+            f"model.sampler.sync=adapter sends only LoRA, and the plan may train modules fully; {_MERGED}, or set "
             "adapter.budget to ModuleBudget with share=0"
         )
     if use_dora:
         raise ConfigError(f"model.sampler.sync=adapter: vLLM has no DoRA; {_MERGED}, or set adapter.use_dora=false")
     if experts:
         raise ConfigError(
-            f"model.sampler.sync=adapter: LoRA of experts is sent merged alone; {_MERGED}, or give experts the rank 0: "
+            f"model.sampler.sync=adapter cannot send LoRA of experts; {_MERGED}, or give experts rank 0: "
             "--adapter.rank_pattern='{experts: 0}'"
         )
     if max(ranks, default=0) > RANKS[-1]:

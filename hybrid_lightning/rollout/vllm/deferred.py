@@ -1,4 +1,4 @@
-"""Weights that are computed at their destination, and how an engine in this process loads them."""
+"""Weights that are computed directly into their destination, and loading them into an engine in this process."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from hybrid_lightning.rollout.interface import PolicyWeight
 
 
 class Deferred(torch.Tensor):
-    """A weight that is computed at the destination to which it is copied.
+    """A weight that is computed when it is copied, directly into the destination.
 
     vLLM collects the parts of a joined layer until it has all, allocates the layer, and copies the parts into it. With ordinary
     tensors there would be two copies of the layer in addition to the engine's own; here there is one.
@@ -59,7 +59,7 @@ class Deferred(torch.Tensor):
 
 
 def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> None:
-    """Load weights, name and value of each, layer by layer in an engine's worker; `everything` if these are all of the model's.
+    """Load weights (name and value) layer by layer in an engine's worker; `everything` if these are all weights of the model.
 
     Raises:
         ValueError: If a joined layer received only some of its parts. No part of it is loaded then.
@@ -92,6 +92,6 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
             pack_tied(model)
             if missing := missing_weights(model, loaded):
                 raise RolloutError(
-                    f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this "
+                    f"vLLM has {len(missing)} weights that the policy does not have, such as {min(missing)!r}: it knows this "
                     "architecture under other names; leave model.sampler out to sample without vLLM"
                 )

@@ -1,9 +1,9 @@
-"""`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives failed requests to other servers.
+"""`Dispatch`: distributes the requests of a rollout over vLLM servers, and gives failed requests to other servers.
 
-A server gets a request when it has room, so that a slow server gets fewer. A server that fails is set aside, for longer each
-time, and checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's. A
-server that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers,
-and shares with other rollouts how long no server could be used (`Outage`).
+A server gets a request when it has room, so a slow server gets fewer. A server that fails is set aside, for longer each time, and
+checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's weights. A server
+that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers. All
+rollouts share the time limit for having no usable server (`Outage`).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # interval of checks for work
 _FAREWELL_S = 2.0  # time to notify servers that answers are no longer needed
 _LOOK_S = 30.0  # time limit for a server to report its weights
-_GRACE_S = 1.0  # time for all servers to report, before requests are spread over the ones that have
+_GRACE_S = 1.0  # time for all servers to report, before requests go to the ones that have
 STARTED = "default"  # vLLM's label of the weights that a server was started with
 _ON_THEIR_WAY = "its weights are on their way"
 
@@ -53,10 +53,10 @@ class _Place:
 
     server: Server
     room: int  # requests that it may have at once
-    heard: float  # time of its last correct answer
+    answered_at: float  # time of its last correct answer
     usable: bool = False
     restarted: bool = False  # it has the weights that it was started with
-    looked_at: bool = False  # a check is in progress
+    checking: bool = False  # a check is in progress
     failures: int = 0  # since its last answer
     aside_until: float = 0.0
     running: int = 0
@@ -99,7 +99,7 @@ class Dispatch:
     ) -> None:
         self._labels, self._updating = [label], updating  # labels that tokens may have
         self._timeout, self._outage = timeout, outage
-        self._look_s = min(_LOOK_S, max(1.0, outage.limit / 3))
+        self._check_s = min(_LOOK_S, max(1.0, outage.limit / 3))
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
         self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
         began = time.monotonic()
@@ -152,8 +152,8 @@ class Dispatch:
             raise RolloutError("the requests to vLLM servers were ended") from None
         return [self._answers[number] for number in range(self._total)]
 
-    def go_on_with(self, label: str) -> None:
-        """Accept answers by new weights for open requests: servers are receiving these weights."""
+    def accept_weights(self, label: str) -> None:
+        """Accept answers sampled with new weights for open requests: servers are receiving these weights."""
         if label not in self._labels:
             self._labels.append(label)
         for place in self._places:
@@ -199,8 +199,8 @@ class Dispatch:
                 while len(self._answers) < self._total:
                     now = time.monotonic()
                     self._give_up()
-                    self._look(now)
-                    if now - began > _GRACE_S or not any(place.looked_at for place in self._places):
+                    self._check_servers(now)
+                    if now - began > _GRACE_S or not any(place.checking for place in self._places):
                         self._assign(now)
                     if not self._tasks:
                         await asyncio.sleep(_SLICE_S)
@@ -211,13 +211,13 @@ class Dispatch:
             finally:
                 await self._end_all()
 
-    def _look(self, now: float) -> None:
+    def _check_servers(self, now: float) -> None:
         """Request the label of the weights from servers that are not in use, or have not answered for a while."""
         for place in self._places:
-            due = now - place.heard > self._look_s if place.usable else now >= place.aside_until
-            if due and not (place.stale or place.looked_at):
-                place.looked_at = True
-                self._begin(self._look_s, place, None, place.server.label_now(self._client))
+            due = now - place.answered_at > self._check_s if place.usable else now >= place.aside_until
+            if due and not (place.stale or place.checking):
+                place.checking = True
+                self._begin(self._check_s, place, None, place.server.label_now(self._client))
 
     def _assign(self, now: float) -> None:
         """Give waiting requests to the servers with the most room."""
@@ -243,7 +243,7 @@ class Dispatch:
                 async with asyncio.timeout(limit):
                     return await answer
             except TimeoutError as error:
-                cause = f"no answer within {limit:.0f} s; it hangs, or has too much to do"
+                cause = f"no answer within {limit:.0f} s; it hangs or is overloaded"
                 raise ServerError(place.server.url, cause) from error
 
         self._tasks[asyncio.create_task(within())] = (place, request)
@@ -251,14 +251,14 @@ class Dispatch:
     def _take(self, task: asyncio.Task[Any], place: _Place, request: _Request | None) -> None:
         """Process a result: a server's weights, or the answers to a request."""
         if request is None:
-            place.looked_at = False
+            place.checking = False
         else:
             place.running -= 1
         try:
             found = task.result()
         except (ServerError, asyncio.CancelledError) as error:  # cancelled by `_leave`
             if isinstance(error, ServerError) and error.is_final:
-                raise RolloutError(f"{error}; the request is refused, and would be by any server") from error
+                raise RolloutError(f"{error}; every server would refuse this request") from error
             if request is None or place.usable:  # several requests that fail together count once
                 self._set_aside(place)
             place.why = error.cause if isinstance(error, ServerError) else "it did not take the policy's weights"
@@ -269,7 +269,7 @@ class Dispatch:
             place.usable = found in self._labels
             place.restarted = found == STARTED
             if place.usable:
-                place.heard = time.monotonic()
+                place.answered_at = time.monotonic()
             if found == self._updating:
                 self._set_aside(place)
                 place.why = _ON_THEIR_WAY
@@ -280,7 +280,7 @@ class Dispatch:
             self._waiting.appendleft(request)
         else:
             place.failures = 0
-            place.heard = time.monotonic()
+            place.answered_at = time.monotonic()
             self._outage.end(answered=True)
             self._answers[request.number] = found
             if self._on_answers is not None:
@@ -296,7 +296,7 @@ class Dispatch:
         self._set_aside(place)
         place.restarted = label == STARTED
         place.stale = not place.restarted
-        cause = "another run uses it" if place.stale else "it was started again"
+        cause = "another run uses it" if place.stale else "it was restarted"
         place.why = f"it has weights {label} instead of {self._labels[-1]}: {cause}"
 
     def _try_again(self, place: _Place, request: _Request, hung: bool) -> None:
@@ -319,7 +319,7 @@ class Dispatch:
             raise self._failure()
         elif any(place.failures for place in self._places):  # else their first answers have not arrived yet
             updating = any(place.why == _ON_THEIR_WAY for place in self._places)
-            since = max(place.heard for place in self._places)
+            since = max(place.answered_at for place in self._places)
             if self._outage.left("" if updating else self._causes, since) < 0:
                 raise self._failure()
 
@@ -330,7 +330,7 @@ class Dispatch:
     def _failure(self) -> RolloutError:
         stale = all(place.stale for place in self._places)
         how_long = "" if stale else f" for {self._outage.limit:.0f} s (sampler.give_up_after)"
-        remedy = "give each run servers of its own" if stale else "see what the servers log, and start them again"
+        remedy = "give each run its own servers" if stale else "check the servers' logs, and restart them"
         left = self._total - len(self._answers)
         return RolloutError(
             f"no vLLM server completes{how_long}, with {left} of {self._total} prompts left: {self._causes}; {remedy}"
@@ -363,8 +363,8 @@ def _room(server: Server, samples: int) -> int:
         return 1
     if samples > server.facts.sequences:
         raise ConfigError(
-            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} of one prompt; start "
-            f"it with --max-num-seqs {samples} or more"
+            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} samples of a prompt; "
+            f"start it with --max-num-seqs {samples} or more"
         )
     return 2 * server.facts.sequences // samples
 

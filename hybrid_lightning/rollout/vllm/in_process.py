@@ -29,11 +29,11 @@ from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights do not have to leave it
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without it training's threads would be bound to cores, too
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default would also bind training's threads to cores
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": None,  # it would override the planned size
 }
-# Arguments of vLLM that are set in another way, and how.
+# Arguments of vLLM that are set elsewhere -> where.
 _NOT_FURTHER = {
     **dict.fromkeys(("model", "dtype", "load_format", "logprobs_mode"), "it follows from the policy"),
     **{name: f"give it as sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len")},
@@ -55,8 +55,8 @@ class VLLMSampler(VLLMEngine):
             on a CPU: there the cache has room for 128 sequences of `max_model_len` tokens, 1 GiB at most.
         max_model_len: Longest prompt with completion, in tokens; None takes the model's positions, or the length that fits into
             memory.
-        sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
-            `nothing` keeps all. On a CPU nothing is freed.
+        sleep: Memory that the engine frees while the policy is updated: `kv_cache`; `weights` also moves its weights to the host;
+            `nothing` frees nothing. On a CPU nothing is freed.
         engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
         options: Arguments of `RolloutEngine`.
 
@@ -80,7 +80,7 @@ class VLLMSampler(VLLMEngine):
             raise ConfigError(f"sampler.gpu_memory_utilization must be between 0 and 1, got {gpu_memory_utilization}")
         if max_model_len is not None and max_model_len <= self.max_new_tokens:
             raise ConfigError(
-                f"sampler.max_model_len={max_model_len} leaves no room for a prompt beside "
+                f"sampler.max_model_len={max_model_len} leaves no room for a prompt with "
                 f"sampler.max_new_tokens={self.max_new_tokens}; raise it, or leave it out"
             )
         if sleep not in ("nothing", "kv_cache", "weights"):
@@ -91,7 +91,7 @@ class VLLMSampler(VLLMEngine):
         self.engine_args = dict(engine_args or {})
         self._process = IsolatedProcess(_ENVIRONMENT)
         self._llm: Any = None
-        self._base = ""  # `PolicyWeights.base` at the time when the engine got all weights
+        self._base = ""  # `PolicyWeights.base` when the engine received all weights
         self._asleep = False
         self._adapter: tempfile.TemporaryDirectory[str] | None = None  # folder of separately sent LoRA
         self._adapter_is_on = False  # whether the current policy has it
@@ -103,7 +103,7 @@ class VLLMSampler(VLLMEngine):
         completing.check_installed(model.device.type)
         if torch.cuda.is_available() and model.device.type == "cpu":
             raise ConfigError(
-                "model.sampler=VLLMSampler samples on the GPU of this machine, where training has been told to use the CPU; set "
+                "model.sampler=VLLMSampler samples on this machine's GPU, but training is set to the CPU; set "
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
         if model.device.type == "cpu":
@@ -160,7 +160,7 @@ class VLLMSampler(VLLMEngine):
             yield weight.name, Deferred.of(weight)
 
     def _load_adapter(self, config: Mapping[str, Any], factors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Let the engine load LoRA from a folder in place of its current LoRA."""
+        """Make the engine replace its current LoRA with LoRA from a folder."""
         self._llm.collective_rpc(lambda worker: check_applied(worker.model_runner.model, factors))
         self._adapter = self._adapter or tempfile.TemporaryDirectory(prefix="hybrid_lightning_")
         values = {name: value.computed().to(dtype) for name, value in factors.items() if isinstance(value, Deferred)}
@@ -197,12 +197,12 @@ class VLLMSampler(VLLMEngine):
                         "give servers on other devices (VLLMServerSampler)"
                     )
                 raise RolloutError(f"vLLM did not start: {text}; {remedy}") from error
-        # A run that a signal stops has no teardown. vLLM's own end comes later, and would not find its groups.
+        # A run stopped by a signal has no teardown. vLLM's own exit handler runs later, and would not find its groups.
         atexit.register(self.shut_down)
         context = self._llm.llm_engine.model_config.max_model_len
         if context <= self.max_new_tokens:
             raise ConfigError(
-                f"vLLM's context of {context} tokens leaves no room for a prompt beside sampler.max_new_tokens="
+                f"vLLM's context of {context} tokens leaves no room for a prompt with sampler.max_new_tokens="
                 f"{self.max_new_tokens}; raise sampler.gpu_memory_utilization or lower sampler.max_new_tokens"
             )
         self.max_model_len = context
@@ -232,9 +232,9 @@ class VLLMSampler(VLLMEngine):
         if model.device.type == "cpu":
             options |= {"enforce_eager": True, "max_num_seqs": _CPU_SEQUENCES}
             context = options["max_model_len"] = self._context_on_cpu(model.config)
-            # If vLLM 0.32 processes a prompt with a seed in pieces, it ends on a CPU ("CPU Generator does not use offset").
+            # vLLM 0.32 crashes on a CPU if it splits a prompt with a seed into chunks ("CPU Generator does not use offset").
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, _CPU_TOKENS)}
-            if states_of(model.config):  # vLLM keeps states for prefixes only if it takes prompts in pieces
+            if states_of(model.config):  # vLLM keeps states for prefixes only with chunked prefill
                 options["enable_prefix_caching"] = False
             options["kv_cache_memory_bytes"] = self.cache_bytes_on_cpu(model.config, model.dtype)
             del options["gpu_memory_utilization"]
@@ -282,8 +282,8 @@ class VLLMSampler(VLLMEngine):
             # Names of requests -> number of the prompt.
             names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
             try:
-                for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
-                    wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
+                for name, ids, arguments in zip(names, prompt_ids, parameters, strict=True):
+                    wanted = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
                     engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted, lora_request=adapter)
                 steps = 0
                 while engine.has_unfinished_requests():
@@ -302,7 +302,7 @@ class VLLMSampler(VLLMEngine):
         others = {label for group in in_order for answer in group for label, _ in answer.versions} - {str(self.version)}
         if others:
             raise RolloutError(
-                f"vLLM completed with weights of version {min(others)}, and the policy has {self.version}; let nothing else set "
+                f"vLLM completed with weights of version {min(others)}, and the policy has {self.version}; nothing else may set "
                 "the weights of this engine"
             )
         return in_order
@@ -315,8 +315,11 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             prompts = [{"prompt_token_ids": ids} for ids in token_ids]
-            asked, adapter = SamplingParams(**completing.PROMPT_LOGPROBS), self._lora_request() if self._adapter_is_on else None
-            outputs = self._llm.generate(prompts, asked, use_tqdm=False, lora_request=adapter)
+            arguments, adapter = (
+                SamplingParams(**completing.PROMPT_LOGPROBS),
+                self._lora_request() if self._adapter_is_on else None,
+            )
+            outputs = self._llm.generate(prompts, arguments, use_tqdm=False, lora_request=adapter)
         labels = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
         rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
         logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]
@@ -325,7 +328,7 @@ class VLLMSampler(VLLMEngine):
         return answer
 
     def release_memory(self) -> None:
-        """Free what `sleep` names, by vLLM's sleep mode, on GPUs."""
+        """Free the memory that `sleep` names, with vLLM's sleep mode, on GPUs."""
         if self._llm is None or self._asleep or self.sleep == "nothing" or not torch.cuda.is_available():
             return
         with self._process.entered():
@@ -364,7 +367,7 @@ class VLLMSampler(VLLMEngine):
 
 def _answer(output: Any) -> Answer:
     if output.finish_reason not in ("stop", "length"):
-        raise RolloutError(f"vLLM ended a completion by {output.finish_reason!r}: {output.stop_reason}")
+        raise RolloutError(f"vLLM ended a completion with {output.finish_reason!r}: {output.stop_reason}")
     logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
     versions = [(span.version, span.start) for span in output.weight_versions or ()]
     return Answer(list(output.token_ids), logprobs, output.finish_reason == "stop", versions)

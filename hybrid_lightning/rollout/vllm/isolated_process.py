@@ -1,10 +1,10 @@
 """`IsolatedProcess`: lets vLLM work in the training process without changing it.
 
-vLLM takes a process for its own. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`,
-makes a default process group where there is none and further groups in an existing one, freezes the garbage collector, binds
-memory to NUMA nodes, and sets environment variables such as LD_PRELOAD. Training would then draw other numbers, take itself for
-distributed, or pass those variables to processes that it starts. So every call of vLLM is made within `entered`. It gives vLLM
-its own world, kept from call to call, and restores everything afterwards.
+vLLM assumes that it owns the process. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`,
+creates a default process group or adds groups to an existing one, freezes the garbage collector, binds memory to NUMA nodes, and
+sets environment variables such as LD_PRELOAD. Training would then draw other numbers, believe that it is distributed, or pass
+those variables to processes that it starts. So every call of vLLM is made within `entered`. It gives vLLM its own world, kept
+from call to call, and restores everything afterwards.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ class IsolatedProcess:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within this context the process belongs to vLLM; nested contexts change nothing."""
+        """Give the process to vLLM within this context; nested contexts change nothing."""
         if self._within:
             yield
             return
@@ -66,10 +66,10 @@ class IsolatedProcess:
             restore_random_state(self._random)
         _enter_world(self._world)
         torch.set_num_threads = self._set_threads
-        gc.freeze = lambda: None  # newly frozen objects could not be told apart from earlier ones
+        gc.freeze = lambda: None  # newly frozen objects could not be distinguished from earlier ones
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of vLLM's calls in torch, about which users can do nothing
+                warnings.simplefilter("ignore")  # torch's warnings about vLLM's calls, which users cannot act on
                 yield
         finally:
             _enter_world(self._outside)
@@ -93,7 +93,7 @@ class IsolatedProcess:
 
     @contextmanager
     def with_own_groups(self) -> Iterator[None]:
-        """Within this context, inside `entered`, the process groups are training's."""
+        """Restore training's process groups within this context, inside `entered`."""
         _enter_world(self._outside)
         try:
             yield
@@ -145,7 +145,7 @@ def _set_environment(changes: Mapping[str, str | None]) -> None:
 
 
 def _memory_policy() -> tuple[int, Any] | None:
-    """The kernel's policy for placing this thread's memory on NUMA nodes; None if it cannot be found out."""
+    """The kernel's policy for placing this thread's memory on NUMA nodes; None if it is unknown."""
     numbers = _MEMORY_POLICY.get(platform.machine())
     if numbers is None or platform.system() != "Linux" or threading.current_thread() is not threading.main_thread():
         return None

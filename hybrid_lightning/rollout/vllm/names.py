@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from hybrid_lightning.errors import ConfigError
 
 RUN = ("0.32",)  # versions with which tests/with_vllm passes
-OLDEST = "0.31"  # oldest version that was looked at
+OLDEST = "0.31"  # oldest version that was examined
 # Names that this version does not have yet.
 SINCE = {
     "vllm.outputs.CompletionOutput.weight_versions": "0.32",
@@ -40,7 +40,7 @@ IN_PROCESS = {
     "vllm.lora.request": "LoRARequest.load_inplace",
     "vllm.lora.utils": "parse_fine_tuned_lora_name",
 }
-# Used by the receiver in a server, beside some of these; a server without one of them ends when it starts.
+# Also used by the receiver in a server; a server without one of them fails at its start.
 RECEIVER = {
     "vllm.distributed.weight_transfer.base": "WeightTransferEngine WeightTransferInitInfo WeightTransferUpdateInfo",
     "vllm.distributed.weight_transfer.factory": "WeightTransferEngineFactory._registry",
@@ -73,7 +73,7 @@ def version_of(package: str) -> str | None:
 def warn_unless_run(found: str, where: str) -> None:
     """Warn about a version of vLLM that was not tested."""
     if ".".join(re.findall(r"\d+", found)[:2]) not in RUN:
-        rank_zero_warn(f"{where} has vLLM {found}, with which this package was not tested; vLLM {', '.join(RUN)} was")
+        rank_zero_warn(f"{where} has vLLM {found}, which was not tested with this package; tested: vLLM {', '.join(RUN)}")
 
 
 def check_names(used: Mapping[str, str], found: str, where: str) -> None:
@@ -88,13 +88,13 @@ def check_names(used: Mapping[str, str], found: str, where: str) -> None:
 
 def check_paths(description: Any, found: str, where: str) -> None:
     """Look for the used paths of a server in its description (OpenAPI); ConfigError if something is missing."""
-    told = "weight_versions in its completions"
-    has = {*description["paths"], told if "weight_versions" in str(description.get("components")) else ""}
-    for name in (*PATHS, told):
+    field = "weight_versions in its completions"
+    has = {*description["paths"], field if "weight_versions" in str(description.get("components")) else ""}
+    for name in (*PATHS, field):
         if name not in has:
             raise _missing(name, found, where)
 
 
 def _missing(name: str, found: str, where: str) -> ConfigError:
     since = SINCE.get(name, OLDEST)
-    return ConfigError(f"{where} has vLLM {found}, which has no {name}, as vLLM {since} has; install vLLM {RUN[-1]}")
+    return ConfigError(f"{where} has vLLM {found} without {name}, which vLLM {since} has; install vLLM {RUN[-1]}")

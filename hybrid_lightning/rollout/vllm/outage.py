@@ -1,4 +1,4 @@
-"""`Outage`: how long to wait for servers that cannot be used, for all requests together."""
+"""`Outage`: time limit for waiting while no server can be used, shared by all requests."""
 
 import threading
 import time
@@ -10,9 +10,9 @@ _AGAIN_S = 60.0  # time until it is reported again
 
 
 class Outage:
-    """A time without a usable server, shared by all requests and updates, so that together they wait no longer than one.
+    """A time without a usable server, shared by all requests and updates, so that together they wait no longer than one of them.
 
-    It is reported at once and every minute.
+    It is logged after a second, and then every minute.
 
     Args:
         limit: Seconds after which the run stops (`give_up_after`).

@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from hybrid_lightning.rollout.interface import PEFT_PREFIX
-from hybrid_lightning.rollout.vllm import LACKS
+from hybrid_lightning.rollout.vllm import MISSING
 from hybrid_lightning.rollout.vllm.adapter import check_applied, split, write_folder
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, local_address
 
@@ -76,7 +76,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group = gloo_group(store, rank, init_info.ranks, address, limit)
 
     def start_weight_update(self) -> None:
-        """Let vLLM expect weights; until they arrive it is not known which."""
+        """Prepare to receive weights; their names are not known yet."""
         self._loaded = None
 
     def finish_weight_update(self) -> None:
@@ -92,7 +92,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         pack_experts(self.model, loaded)
         if self._everything:  # tied weights have one name from here on
             if missing := missing_weights(self.model, loaded):
-                raise ValueError(f"{LACKS} {min(missing)}: vLLM knows this architecture under other names")
+                raise ValueError(f"{MISSING} {min(missing)}: vLLM knows this architecture under other names")
             pack_tied(self.model)
 
     def receive_weights(self, update_info: GlooUpdate) -> None:

@@ -38,48 +38,46 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int, takes_
     _check_interface(server)
     facts, ours = server.facts, f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
     if facts.logprobs_mode != "processed_logprobs":
-        fault = f"gives {facts.logprobs_mode}, which are not those of what it samples from"
+        fault = f"returns {facts.logprobs_mode}, not the log-probabilities of the distribution that it samples from"
         raise _fault(server, fault, "--logprobs-mode processed_logprobs")
     if facts.splits_prompts_on_cpu:
-        fault = "takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds"
+        fault = "splits long prompts into chunks, which crashes vLLM 0.32 on a CPU if requests have seeds"
         raise _fault(server, fault, "--no-enable-chunked-prefill")
     if facts.on_cpu:
         check_on_cpu(model.config, getattr(torch, facts.dtype), f"{server.url} runs", takes_adapter)
     if facts.backend not in (BACKEND, "nccl"):
-        remedy = (
-            f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL cannot be had, which needs '
-        )
-        fault = f"cannot be sent weights ({facts.backend or 'no'} weight transfer)"
+        remedy = f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and without NCCL, which needs '
+        fault = f"cannot receive weights ({facts.backend or 'no'} weight transfer)"
         raise _fault(server, fault, f"{remedy}hybrid_lightning in its environment")
     if facts.backend == "nccl" and model.device.type != "cuda":
-        raise _fault(server, f"takes weights by NCCL, which a policy on {model.device.type} cannot send by", ours)
+        raise _fault(server, f"takes weights over NCCL, which a policy on {model.device.type} cannot use", ours)
     if takes_adapter:
         _check_adapter(server, model, ours)
     if facts.context <= max_new_tokens:
-        fault = f"has a context of {facts.context} tokens, no room for a prompt beside sampler.max_new_tokens={max_new_tokens}"
+        fault = f"has a context of {facts.context} tokens: no room for a prompt with sampler.max_new_tokens={max_new_tokens}"
         raise _fault(server, fault, "a longer --max-model-len, or lower sampler.max_new_tokens")
     check_tokenizer(server, model.tokenizer, "start it with the policy's model")
     _check_config(server, model)
     wanted = str(model.dtype).removeprefix("torch.")
     if facts.dtype != wanted:
         rank_zero_warn(
-            f"{server.url} computes in {facts.dtype} and the policy in {wanted}, so that their probabilities differ more than "
-            f"they need to; start it with --dtype {wanted}"
+            f"{server.url} computes in {facts.dtype} and the policy in {wanted}, so their probabilities differ more than "
+            f"necessary; start it with --dtype {wanted}"
         )
 
 
 def _check_adapter(server: Server, model: ServedModel, ours: str) -> None:
     rank, facts = least_max_rank(model.lora_rank), server.facts
     if facts.max_lora_rank < model.lora_rank or not facts.max_lora_rank:
-        fault = f"takes LoRA up to rank {facts.max_lora_rank}, and the policy's is {model.lora_rank}"
+        fault = f"takes LoRA up to rank {facts.max_lora_rank}, and the policy has rank {model.lora_rank}"
         raise _fault(server, fault if facts.max_lora_rank else "takes no LoRA", f"--enable-lora --max-lora-rank {rank}")
     if facts.on_cpu and facts.lora_anywhere:
-        fault = "has LoRA at its output layer, by which vLLM ends on a CPU at log-probabilities of prompts"
+        fault = "has LoRA at its output layer, which crashes vLLM on a CPU at log-probabilities of prompts"
         raise _fault(server, fault, f"--lora-target-modules {' '.join(model.lora_modules)}")
-    if _ask_if_there(server, "/v1/load_lora_adapter") is None:
-        raise _fault(server, "cannot be told of an adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
+    if _get_if_available(server, "/v1/load_lora_adapter") is None:
+        raise _fault(server, "cannot load an adapter at run time", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
     if facts.backend != BACKEND:
-        raise _fault(server, f"takes weights by {facts.backend}, which no adapter can be sent by", ours)
+        raise _fault(server, f"takes weights over {facts.backend}, which cannot carry an adapter", ours)
 
 
 def _fault(server: Server, fault: str, start: str) -> ConfigError:
@@ -87,23 +85,23 @@ def _fault(server: Server, fault: str, start: str) -> ConfigError:
 
 
 def _check_interface(server: Server) -> None:
-    version = _ask_if_there(server, "/version")
+    version = _get_if_available(server, "/version")
     if not version:
-        raise ConfigError(f"{server.url} is no vLLM server (it has no /version); start one there: {_START}")
+        raise ConfigError(f"{server.url} is not a vLLM server (it has no /version); start one there: {_START}")
     found = str(version["version"])
     warn_unless_run(found, server.url)
-    if not _ask_if_there(server, "/weight_info"):
+    if not _get_if_available(server, "/weight_info"):
         raise _fault(server, "has no interface for weights", f"VLLM_SERVER_DEV_MODE=1 in its environment: {_START}")
-    if _ask_if_there(server, "/inference/v1/generate") is None:
+    if _get_if_available(server, "/inference/v1/generate") is None:
         raise _fault(server, "does not take token ids", f"--enable-scale-out: {_START}")
-    if description := _ask_if_there(server, "/openapi.json"):  # unless it was started with --disable-fastapi-docs
+    if description := _get_if_available(server, "/openapi.json"):  # unless it was started with --disable-fastapi-docs
         check_paths(description, found, server.url)
 
 
-def _ask_if_there(server: Server, path: str) -> Any:
+def _get_if_available(server: Server, path: str) -> Any:
     """The answer to a GET request; None if there is no such path, and empty if only POST is allowed."""
     try:
-        return server.ask("GET", path)
+        return server.request("GET", path)
     except ServerError as error:
         if error.status not in (404, 405):
             raise
@@ -120,7 +118,7 @@ def check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, remedy: 
         except Exception:  # of a tokenizer without an unknown token; the library hides its class
             continue
         try:
-            found: Any = server.ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+            found: Any = server.request("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
         except ServerError as error:
             if error.status in (404, 405, 501):
                 return  # started without a tokenizer
@@ -129,7 +127,7 @@ def check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, remedy: 
             found = f"nothing ({error.cause})"
         if found != wanted:
             raise ConfigError(
-                f"{server.url} has another tokenizer than the policy: it splits {text!r} into {str(found)[:60]} and the policy "
+                f"{server.url} has another tokenizer than the policy: it splits {text!r} into {str(found)[:60]}, the policy "
                 f"into {str(wanted)[:60]}; {remedy}"
             )
 
@@ -145,5 +143,5 @@ def _check_config(server: Server, model: ServedModel) -> None:
             raise
         name = getattr(model.config, "_name_or_path", "") or "the policy's model"
         raise ConfigError(
-            f"{server.url} has {server.facts.model}, not {name}: {error.cause}; start it with the policy's"
+            f"{server.url} has {server.facts.model}, not {name}: {error.cause}; start it with the policy's model"
         ) from error

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from hybrid_lightning.errors import RolloutError, shorten
-from hybrid_lightning.rollout.vllm import LACKS, NO_LORA
+from hybrid_lightning.rollout.vllm import MISSING, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
 
 _CONNECT_S = 10.0
@@ -80,7 +80,7 @@ class ServerError(RolloutError):
     def is_final(self) -> bool:
         """Whether the same request would be refused again."""
         wrong = self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
-        return wrong or self.cause.startswith(("another model", LACKS, NO_LORA))
+        return wrong or self.cause.startswith(("another model", MISSING, NO_LORA))
 
 
 class Server:
@@ -101,12 +101,12 @@ class Server:
         """Properties of the server; requested once."""
         if self._facts is None:
             # On first use the server inspects its whole environment, which takes seconds.
-            info = self.ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
-            names, size = self.ask("GET", "/v1/models"), self.ask("GET", "/get_world_size")
+            info = self.request("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
+            names, size = self.request("GET", "/v1/models"), self.request("GET", "/get_world_size")
             try:
                 self._facts = ServerFacts.of(info["vllm_config"], names, size)
             except (KeyError, IndexError, TypeError, ValueError) as error:
-                cause = f"its answer to /server_info lacks {error}: another version of vLLM than those that are supported"
+                cause = f"its answer to /server_info has no {error}: this version of vLLM is not supported"
                 raise ServerError(self.url, cause) from error
         return self._facts
 
@@ -123,62 +123,62 @@ class Server:
 
     def label(self, limit: float = _SHORT_S) -> str:
         """Label of its weights, as last set."""
-        return self._label(self.ask("GET", "/weight_info", limit=limit))
+        return self._label(self.request("GET", "/weight_info", limit=limit))
 
     def set_label(self, label: str) -> None:
         """Set the label of its weights."""
-        self.ask("POST", "/update_weight_version", {"new_version": label})
+        self.request("POST", "/update_weight_version", {"new_version": label})
 
     def pause(self, keeps: bool) -> None:
-        """Begin no requests, and keep open ones for `resume`, or end them."""
-        self.ask("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=min(_PAUSE_S, self.timeout))
+        """Begin no more requests; keep the open ones for `resume`, or end them."""
+        self.request("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=min(_PAUSE_S, self.timeout))
 
     def resume(self) -> None:
         """Begin requests again."""
-        self.ask("POST", "/resume")
+        self.request("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
-        """Forget results of other weights; requests that are kept read their tokens again."""
-        answer = self.ask("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"}, limit=self.timeout)
+        """Drop results computed with other weights; open requests that are kept read their tokens again."""
+        answer = self.request("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"}, limit=self.timeout)
         if answer is not None and not answer.get("success", True):
-            raise ServerError(self.url, "it did not forget what the weights before have computed")
+            raise ServerError(self.url, "it did not drop results computed with earlier weights")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let its workers connect to the sender."""
+        """Make its workers connect to the sender."""
         self._after_a_stop("/init_weight_transfer_engine", {"init_info": init_info})
 
     def shutdown_weight_transfer_engine(self, limit: float = _SHORT_S) -> None:
-        """Let its workers close their connection."""
+        """Make its workers close their connection."""
         self._after_a_stop("/shutdown_weight_transfer_engine", limit=limit)
 
     def start_weight_update(self) -> None:
-        """Let it expect weights."""
+        """Prepare it to receive weights."""
         self._after_a_stop("/start_weight_update")
 
     def update_weights(self, update_info: Any, limit: float) -> None:
-        """Let it receive weights."""
-        self.ask("POST", "/update_weights", {"update_info": update_info}, limit=limit)
+        """Make it receive weights."""
+        self.request("POST", "/update_weights", {"update_info": update_info}, limit=limit)
 
     def finish_weight_update(self) -> None:
-        """Let it use the weights that arrived."""
-        self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
+        """Make it use the received weights."""
+        self.request("POST", "/finish_weight_update", {}, limit=self.timeout)
 
     def use_adapter(self, folder: str | None) -> None:
         """Complete from here on with LoRA that its workers read from a folder, or without."""
         if folder is not None and folder != self._known:
-            self.ask("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
+            self.request("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
             self._known = folder
         self.adapter = folder
 
     def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
-        """Make a request; make it again if an update is open because its sender was stopped before ending it."""
+        """Make a request. If an update is still open, because its sender was stopped, finish it and repeat the request."""
         try:
-            self.ask("POST", path, body, limit=limit or self.timeout)
+            self.request("POST", path, body, limit=limit or self.timeout)
         except ServerError as error:
             if "already active" not in error.cause and "during a weight update" not in error.cause:
                 raise
             self.finish_weight_update()
-            self.ask("POST", path, body, limit=limit or self.timeout)
+            self.request("POST", path, body, limit=limit or self.timeout)
 
     # ---- completions
 
@@ -200,7 +200,7 @@ class Server:
             choices = sorted(content["choices"], key=lambda choice: int(choice["index"]))
             reasons = {choice["finish_reason"] for choice in choices}
             if not reasons <= {"stop", "length"} or len(choices) != parameters["n"]:
-                raise ServerError(self.url, f"it ended completions by {sorted(map(str, reasons))}: it has been told to pause")
+                raise ServerError(self.url, f"it ended completions with {sorted(map(str, reasons))}: it was paused")
             return [_answer(choice, parameters["max_tokens"]) for choice in choices]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(self.url, f"its completions cannot be read ({type(error).__name__}: {error})") from error
@@ -244,7 +244,7 @@ class Server:
         try:
             return str(answer["weight_version"])
         except (LookupError, TypeError) as error:
-            raise ServerError(self.url, f"its answer to /weight_info says no version: {shorten(answer)}") from error
+            raise ServerError(self.url, f"its answer to /weight_info has no version: {shorten(answer)}") from error
 
     def connections(self) -> httpx.AsyncClient:
         """Connections to this server and others like it; each request limits its own time."""
@@ -261,7 +261,7 @@ class Server:
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
         }
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
     ) -> Any:
         """Make a GET or POST request, which may take `limit` seconds; returns the JSON of its answer, None if that is empty.
@@ -276,7 +276,7 @@ class Server:
         return self._content(self._within(min(limit, self.timeout) if limit <= _SHORT_S else limit, answer))
 
     def _within(self, limit: float, answer: Callable[[httpx.AsyncClient], Awaitable[_T]]) -> _T:
-        """The answer if it arrives within this many seconds in all, however slowly."""
+        """The answer, if it arrives completely within this many seconds."""
 
         async def limited() -> _T:
             async with asyncio.timeout(limit), self.connections() as client:
@@ -285,20 +285,20 @@ class Server:
         try:
             return asyncio.run(limited())
         except TimeoutError as error:
-            raise ServerError(self.url, f"no answer within {limit:g} s; it hangs, or has too much to do") from error
+            raise ServerError(self.url, f"no answer within {limit:g} s; it hangs or is overloaded") from error
         except httpx.HTTPError as error:
             raise self._failure(error) from error
 
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
             try:
-                is_text = response.content.startswith(b"Success")  # vLLM answers so for adapters
+                is_text = response.content.startswith(b"Success")  # vLLM's answer for adapters
                 return response.json() if response.content and not is_text else None
             except ValueError as error:
-                raise ServerError(self.url, f"{response.request.url.path}: no JSON, so no vLLM answers there", 404) from error
+                raise ServerError(self.url, f"{response.request.url.path}: not JSON, so this is not vLLM", 404) from error
         cause = _cause(response)
         if response.status_code in (401, 403):
-            cause = f"it asks for an API key ({cause}); set VLLM_API_KEY to it, here as there"
+            cause = f"it requires an API key ({cause}); set the same VLLM_API_KEY here and there"
         elif response.status_code == 404 or not cause:
             cause = f"{response.request.url.path}: {response.status_code} {cause}".rstrip()
         raise ServerError(self.url, cause, response.status_code)
@@ -318,7 +318,7 @@ def _answer(choice: dict[str, Any], longest: int) -> Answer:
     tokens = [int(token) for token in choice["token_ids"]]
     logprobs = [float(entry["logprob"]) for entry in (choice["logprobs"] or {}).get("content") or ()]
     if not 0 < len(tokens) <= longest:
-        raise ValueError(f"{len(tokens)} tokens, where 1 to {longest} were asked for")
+        raise ValueError(f"{len(tokens)} tokens instead of 1 to {longest}")
     if not all(map(math.isfinite, logprobs)):
         raise ValueError("a log-probability is not finite")
     versions = [(str(span["version"]), int(span["start"])) for span in choice.get("weight_versions") or ()] or [("unknown", 0)]

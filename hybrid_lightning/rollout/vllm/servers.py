@@ -51,8 +51,8 @@ _T = TypeVar("_T")
 class VLLMServerSampler(VLLMEngine):
     """Samples with vLLM servers, which receive the policy's weights before each rollout.
 
-    The prompts of a rollout are spread over the servers. If a server fails, the others complete its prompts. A server that was
-    restarted is used again from the next rollout on. Servers are never ended.
+    The prompts of a rollout are distributed over the servers. If a server fails, the others complete its prompts. A server that
+    was restarted is used again from the next rollout on. Servers are never shut down.
 
     Start each server with `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out`, `--logprobs-mode processed_logprobs`,
     `--generation-config vllm` and `--weight-transfer-config`, with the backend `nccl` on GPUs and `hybrid_lightning` on CPUs. If
@@ -60,9 +60,9 @@ class VLLMServerSampler(VLLMEngine):
 
     Args:
         urls: Addresses of the servers, such as `[http://node7:8000, http://node8:8000]`.
-        timeout: Longest time for one request in seconds; it is then given to another server.
-        give_up_after: Seconds until the run stops, so that it can be resumed, if no server answers, completes a request or takes
-            weights. Until then they are tried again, in growing intervals.
+        timeout: Time limit for one request in seconds; after that, another server gets the request.
+        give_up_after: The run stops, and can be resumed, if for this many seconds no server answers, completes a request or takes
+            weights. Until then servers are tried again, at growing intervals.
         address: Address under which the servers reach this machine; None takes the address by which this machine reaches them.
         options: Arguments of `RolloutEngine`.
 
@@ -102,8 +102,8 @@ class VLLMServerSampler(VLLMEngine):
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
         self._taking: list[Server] = []  # servers that take the weights of the current update
         self._dispatches: list[Dispatch] = []  # may have open requests
-        self._asking = threading.RLock()  # held while requests begin, and while weights are being sent
-        self._hopeless: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
+        self._request_lock = threading.RLock()  # held while requests begin, and while weights are being sent
+        self._refusing: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
         self._outage = Outage(give_up_after)
 
     def check_model(self, model: ServedModel) -> None:
@@ -121,13 +121,13 @@ class VLLMServerSampler(VLLMEngine):
         for failure in found.values():
             if isinstance(failure, ServerError):
                 raise RolloutError(
-                    f"{failure}; start the server, or take it out of sampler.urls (docs/how-to/vllm.md has the command)"
+                    f"{failure}; start the server, or remove it from sampler.urls (docs/how-to/vllm.md has the command)"
                 ) from failure
             if failure is not None:
                 raise failure
         kinds = sorted({str(server.facts.backend) for server in found})
         if len(kinds) > 1:
-            raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
+            raise ConfigError(f"the servers have different weight transfers ({', '.join(kinds)}); start all with the same one")
 
     def context(self, config: Any) -> tuple[float, str]:
         """The model's limit, or a server's limit."""
@@ -148,16 +148,16 @@ class VLLMServerSampler(VLLMEngine):
         return weights.base != self._base and self.version is not None
 
     def _has_base(self, server: Server, label: str, before: WeightsVersion | None, model: ServedModel) -> bool:
-        """Whether a server with this label needs only the weights that training changes; all should have the version before."""
+        """Whether a server with this label needs only the weights that training changes; it should have the version before."""
         if before is not None or not self.sends_adapter:
             return label == str(before)
         return label == STARTED and model.folder is not None and server.facts.reads_weights
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """Give the servers the policy's weights, unless they have them already.
+        """Send the servers the policy's weights, unless they have them already.
 
-        With the result of `needs_everything` the weights are iterated over once, whatever happens, as on other ranks. Without it
-        an update that fails is made again.
+        Given the result of `needs_everything`, the weights are iterated over exactly once, as on other ranks. Without it a failed
+        update is repeated.
 
         Raises:
             RolloutError: If no server could be updated within `give_up_after`.
@@ -167,7 +167,7 @@ class VLLMServerSampler(VLLMEngine):
         if not everything and self.version == weights.version:
             self._outage.end()
             return
-        self.go_on_with(weights.version)
+        self.accept_weights(weights.version)
         before, self.version = self.version, None  # until all has succeeded; without a version, everything is sent next time
         stream = weights.stream(everything)
         try:
@@ -176,24 +176,24 @@ class VLLMServerSampler(VLLMEngine):
                 if updated:
                     break
                 if updated is False and not alone:
-                    raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
+                    raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; restart the servers")
                 if updated is False:
                     everything, stream = True, weights.stream(True)
         finally:
             if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
-                deque(stream, maxlen=0)  # without this, other ranks, which gather the weights with this one, would wait
+                deque(stream, maxlen=0)  # read it to the end: other ranks gather the weights with this one, and would wait
         self.version, self._base = weights.version, weights.base
         self._outage.end()
-        self.go_on_with(weights.version)
+        self.accept_weights(weights.version)
 
-    def go_on_with(self, version: WeightsVersion) -> None:
-        """Accept tokens by these weights from open requests."""
+    def accept_weights(self, version: WeightsVersion) -> None:
+        """Accept tokens sampled with these weights from open requests."""
         for dispatch in self._running:
-            dispatch.go_on_with(str(version))
+            dispatch.accept_weights(str(version))
 
     def updating(self) -> AbstractContextManager[Any]:
-        """Within this context, completions that other threads request do not begin."""
-        return self._asking
+        """Hold back completions that other threads request, within this context."""
+        return self._request_lock
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
         """Begin to complete a request on the servers; another thread may call it, too.
@@ -201,16 +201,16 @@ class VLLMServerSampler(VLLMEngine):
         Raises:
             RolloutError: If an earlier update has failed, so that no server has known weights.
         """
-        with self._asking:
+        with self._request_lock:
             if self.version is None:
                 raise RolloutError(
-                    f"no vLLM server has the policy's weights: {self._why() or 'none was given them'}; start them again"
+                    f"no vLLM server has the policy's weights: {self._why() or 'none has received them'}; restart the servers"
                 )
             return super().begin(engine, tokenizer, request)
 
     @property
     def has_lost_weights(self) -> bool:
-        """Whether open requests wait for restarted servers, to which `update` gives weights."""
+        """Whether open requests wait for restarted servers, which need weights from `update`."""
         return any(dispatch.has_lost_weights for dispatch in self._running)
 
     @property
@@ -226,41 +226,41 @@ class VLLMServerSampler(VLLMEngine):
         before: WeightsVersion | None,
         everything: bool,
     ) -> bool | None:
-        """Send weights in one pass to all reachable servers, which had the version before.
+        """Send weights in one pass to all reachable servers, which should have the version `before`.
 
         Returns:
-            Whether a server then has them; None if none could be reached, and the pass has not begun.
+            Whether a server has the weights afterwards; None if no server could be reached, and the pass has not begun.
         """
         labels = self._labels()
         has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
         chosen = [server for server in labels if server not in has_them]
         if not everything:
             for server in [server for server in chosen if not self._has_base(server, labels[server], before, model)]:
-                self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
+                self._leave_out(server, f"it has weights {labels[server]}, since it was restarted")
                 chosen.remove(server)
         if labels and not chosen:
             return bool(has_them)
         update = Update(weights.shapes(everything), model.dtype, everything, weights.adapter)
         self._taking = list(chosen)
         try:
-            self._settle(self._ask(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
+            self._settle(self._in_threads(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
             if not self._taking:
                 return True if has_them else None
             self._send(update, stream, model)
-            finished = self._ask(self._taking, partial(self._finish, update, str(weights.version)))
+            finished = self._in_threads(self._taking, partial(self._finish, update, str(weights.version)))
             self._settle(finished, 2 * self.timeout + update.longest_s)
         except BaseException:
             self._taking = []
             for server in chosen:
-                self._disconnect(server)  # without this, pending work would stay on the GPU
+                self._disconnect(server)  # so that no pending work stays on the GPU
             raise
         for server in self._taking:
             if self._left_out.pop(server, None) is not None:
-                rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
+                rank_zero_info(f"vLLM: {server.url} has the policy's weights, and is used again")
         return bool(has_them or self._taking)
 
     def _send(self, update: Update, stream: Iterator[PolicyWeight], model: ServedModel) -> None:
-        """Send weights to all servers at once; each is computed after all have taken the one before, in the same memory."""
+        """Send weights to all servers at once. All weights use the same memory: the next one waits until all servers have one."""
         by_nccl = any(server.facts.backend == "nccl" for server in self._taking)
         memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
         sent: dict[Server, Future[None]] = {}
@@ -270,7 +270,7 @@ class VLLMServerSampler(VLLMEngine):
                 return
             value = memory[: weight.shape.numel()].view(weight.shape)
             weight.write_rows(value, 0)
-            sent = self._ask(self._taking, partial(self._give, value))
+            sent = self._in_threads(self._taking, partial(self._give, value))
         self._settle(sent, 2 * self.timeout)
 
     def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
@@ -278,7 +278,7 @@ class VLLMServerSampler(VLLMEngine):
         server.set_label(_UPDATING)
         if server not in self._transfers or update.everything:
             self._transfers[server] = self._connected(server, model)
-        if server not in self._taking:  # it has not been waited for
+        if server not in self._taking:  # the update continued without it
             self._disconnect(server)
             return
         self._transfers[server].begin(update)
@@ -295,29 +295,29 @@ class VLLMServerSampler(VLLMEngine):
             server.resume()
 
     def _settle(self, asked: dict[Server, "Future[None]"], limit: float) -> None:
-        """Wait for the servers' part of an update; servers that fail, or take longer, are left out of it."""
+        """Wait for a step of an update on all servers; servers that fail, or exceed the limit, are left out of the update."""
         wait(asked.values(), limit)
         for server, answer in asked.items():
-            failure = answer.exception() if answer.done() else RolloutError(f"it hangs in the update, for {limit:.0f} s")
+            failure = answer.exception() if answer.done() else RolloutError(f"it has hung in the update for {limit:.0f} s")
             if failure is None:
                 continue
             self._taking.remove(server)
             self._disconnect(server)
             if isinstance(failure, ServerError) and failure.is_final:
-                self._hopeless.add(server)
+                self._refusing.add(server)
             named = "" if isinstance(failure, RolloutError) else f"{type(failure).__name__}: "  # of gloo, NCCL or vLLM
             self._leave_out(server, named + one_line(failure, 600))
             for dispatch in self._running:
                 dispatch.leave(server)
 
     def _connected(self, server: Server, model: ServedModel) -> Transfer:
-        """Connect to a server that may have been restarted, as something else."""
+        """Connect to a server that may have been restarted, perhaps with another model."""
         self._disconnect(server)
         server.forget()
         try:
             check_server(server, model, self.max_new_tokens, self.sends_adapter)
         except ConfigError as error:
-            self._hopeless.add(server)
+            self._refusing.add(server)
             raise RolloutError(str(error)) from error
         server.shutdown_weight_transfer_engine()
         kind = GlooTransfer if server.facts.backend == BACKEND else NcclTransfer
@@ -327,18 +327,18 @@ class VLLMServerSampler(VLLMEngine):
 
     def _labels(self) -> dict[Server, str]:
         """Labels of the weights of all usable servers."""
-        # A server that hangs is waited for once.
+        # A hanging server gets the long limit only once.
         first = min(_FIRST_S, self.give_up_after)
         labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else first))
         for server, found in labels.items():
             if not isinstance(found, str):
-                self._hopeless.discard(server)
+                self._refusing.discard(server)
                 self._leave_out(server, str(found))
-        return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._hopeless}
+        return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._refusing}
 
     def _leave_out(self, server: Server, why: str) -> None:
         if server not in self._left_out:
-            rank_zero_warn(f"vLLM: {server.url} could not be given the policy's weights, and is left out: {why}")
+            rank_zero_warn(f"vLLM: {server.url} did not take the policy's weights, and is left out: {why}")
         self._left_out[server] = why
 
     def _disconnect(self, server: Server) -> None:
@@ -357,24 +357,24 @@ class VLLMServerSampler(VLLMEngine):
             began = time.monotonic()
             yield
             left = self._outage.left(self._why(), began)
-            if left <= 0 or self._hopeless.issuperset(self._servers):
+            if left <= 0 or self._refusing.issuperset(self._servers):
                 raise RolloutError(
                     f"no vLLM server takes the policy's weights (tried for {self.give_up_after - left:.0f} s): {self._why()}; "
-                    "start them again with the policy's model"
+                    "restart the servers with the policy's model"
                 )
             time.sleep(min(left, _LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(number, 16)))
 
     def _why(self) -> str:
         return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
 
-    def _ask(self, servers: Iterable[Server], question: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
-        return {server: in_thread(partial(question, server), REQUEST) for server in servers}
+    def _in_threads(self, servers: Iterable[Server], call: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
+        return {server: in_thread(partial(call, server), REQUEST) for server in servers}
 
     def _of_each(
-        self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
+        self, servers: Iterable[Server], call: Callable[[Server], _T], limit: float | None = None
     ) -> dict[Server, _T | BaseException]:
         """Make one request to all servers at once; an error becomes the answer, and a server that exceeds the limit has none."""
-        answers = self._ask(servers, question)
+        answers = self._in_threads(servers, call)
         done = wait(answers.values(), limit).done
         return {server: answer.exception() or answer.result() for server, answer in answers.items() if answer in done}
 
@@ -399,7 +399,7 @@ class VLLMServerSampler(VLLMEngine):
         return begun
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
-        """Begin to compute log-probabilities of sequences, on all servers that have weights."""
+        """Begin to compute log-probabilities of sequences, on all servers that have the policy's weights."""
         servers = [server for server in self._servers if server not in self._left_out]
 
         def of_all() -> list[PromptLogprobs]:
@@ -409,7 +409,7 @@ class VLLMServerSampler(VLLMEngine):
                     labels, logprobs = answer
                     found.append(PromptLogprobs(server.url, one_version(labels), logprobs))
                 elif isinstance(answer, ServerError) and answer.is_final:  # completions will show any other error
-                    rank_zero_warn(f"vLLM: {answer}; whether it computes what the policy computes is not watched")
+                    rank_zero_warn(f"vLLM: {answer}; its agreement with the policy is not checked")
             return found
 
         return in_thread(of_all, REQUEST)

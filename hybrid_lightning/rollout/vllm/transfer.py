@@ -1,6 +1,6 @@
 """Sends the policy's weights to vLLM servers: `GlooTransfer` from anywhere to anywhere, `NcclTransfer` between GPUs.
 
-Each server has its own connection to the sender, with all its workers, so that one server's fault does not disturb others. The
+Each server, with all its workers, has its own connection to the sender, so a fault in one server does not disturb others. The
 receiver of `GlooTransfer` is `receiver.py`; the receiver of `NcclTransfer` is in vLLM.
 """
 
@@ -107,17 +107,17 @@ class Transfer(ABC):
         """
 
     def begin(self, update: Update) -> None:
-        """Let the server expect the weights of an update.
+        """Prepare the server for the weights of an update.
 
         Raises:
             RolloutError: If it refuses.
         """
         self._longest = self._timeout + update.longest_s
         self._server.start_weight_update()
-        self._answer = in_thread(lambda: self._server.update_weights(self._told(update), self._longest), REQUEST)
+        self._answer = in_thread(lambda: self._server.update_weights(self._update_info(update), self._longest), REQUEST)
 
     def give(self, value: Tensor) -> None:
-        """Send the next weight, which has been read when this returns.
+        """Send the next weight. When this returns, its memory may be overwritten.
 
         Raises:
             RolloutError: If the server does not take it. The connection is then closed.
@@ -128,7 +128,7 @@ class Transfer(ABC):
                 answer.result()
             self._broadcast(value, answer)
         except Exception as error:
-            self.close()  # here, while the value is still kept for its readers
+            self.close()  # now, while the value is still in memory for its readers
             if isinstance(error, RolloutError):
                 raise
             if wait([answer], self._limit / 10).done:  # the worker has closed the connection; its answer has the reason
@@ -136,7 +136,7 @@ class Transfer(ABC):
             raise RolloutError(f"{self._server.url}: the connection for weights broke: {one_line(error)}") from error
 
     def end(self) -> None:
-        """Let the server use the weights that arrived.
+        """Make the server use the received weights.
 
         Raises:
             RolloutError: If it has not loaded them.
@@ -149,7 +149,7 @@ class Transfer(ABC):
         """Close the connection, even if something is in progress."""
 
     @abstractmethod
-    def _told(self, update: Update) -> dict[str, Any]:
+    def _update_info(self, update: Update) -> dict[str, Any]:
         """Description of an update for the server."""
 
     @abstractmethod
@@ -183,13 +183,13 @@ class GlooTransfer(Transfer):
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
-        asked = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
-        asked["timeout_s"] = 2 * self._limit  # leaves time to wait for another server that hangs
+        init_info = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
+        init_info["timeout_s"] = 2 * self._limit  # leaves time to wait for another server that hangs
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
-        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked), REQUEST)
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(init_info), REQUEST)
         present = [f"worker {rank}" for rank in range(1, self._ranks)]
         what = f"its workers do not reach this machine at {self._address}:{store.port}"
-        self._wait_until(lambda: store.check(present), answer, what, "open the ports between them, or give sampler.address")
+        self._wait_until(lambda: store.check(present), answer, what, "open the ports between them, or set sampler.address")
         self._group = gloo_group(store, 0, self._ranks, local_address(self._server.url), limit)
         self._store = store
         _wait_for(answer, self._limit)
@@ -198,21 +198,21 @@ class GlooTransfer(Transfer):
         """Close the connection."""
         self._group = self._store = None
 
-    def _told(self, update: Update) -> dict[str, Any]:
-        told = {"dtype": update.dtype_name, "everything": update.everything, "adapter": update.adapter, "folder": self.folder}
-        return update.description | told
+    def _update_info(self, update: Update) -> dict[str, Any]:
+        extra = {"dtype": update.dtype_name, "everything": update.everything, "adapter": update.adapter, "folder": self.folder}
+        return update.description | extra
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed in the meantime
         assert group is not None, "connect has to be called first"
-        group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
+        group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # not declared by torch
 
 
 class NcclTransfer(Transfer):
     """Sends weights from GPU to GPUs over NCCL, for vLLM's own receiver; needs vLLM in this environment, too.
 
-    NCCL waits on the GPU, without end, for workers that have died. So each server has its own stream, which nothing else waits
-    for, and the host polls it. A broadcast that does not end is aborted, and with it whatever occupies the stream.
+    NCCL waits on the GPU forever for workers that have died. So each server has its own stream, which nothing else waits for, and
+    the host polls it. A broadcast that does not end is aborted, together with everything else on the stream.
     """
 
     _communicator: Any = None  # vLLM's PyNcclCommunicator
@@ -229,11 +229,11 @@ class NcclTransfer(Transfer):
         self._stream = torch.cuda.Stream(self._device)
         port = free_port()
         # Not packed: weights are sent from the one buffer that they are computed in.
-        asked = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
-        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}), REQUEST)
+        init_info = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(init_info | {"packed": False}), REQUEST)
         joined = in_thread(lambda: self._join(port), REQUEST)
-        what = f"its workers and this machine do not meet over NCCL at {self._address}:{port}"
-        remedy = "open the ports between them, give sampler.address, or set NCCL_SOCKET_IFNAME here and there"
+        what = f"its workers and this machine do not connect over NCCL at {self._address}:{port}"
+        remedy = "open the ports between them, set sampler.address, or set NCCL_SOCKET_IFNAME here and there"
         try:
             self._wait_until(joined.done, answer, what, remedy)
             joined.result()
@@ -264,7 +264,7 @@ class NcclTransfer(Transfer):
         if hasattr(communicator, "comm"):
             communicator.destroy()  # this calls ncclCommAbort
 
-    def _told(self, update: Update) -> dict[str, Any]:
+    def _update_info(self, update: Update) -> dict[str, Any]:
         return update.description | {"dtype_names": [update.dtype_name] * len(update.shapes)}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
@@ -273,7 +273,7 @@ class NcclTransfer(Transfer):
             self._stream.wait_stream(torch.cuda.default_stream(self._device))  # the value is computed on this stream
             self._communicator.broadcast(value, 0, self._stream)
             sent = self._stream.record_event()
-        remedy = "see what it logs and start it again; if NCCL takes the wrong network, set NCCL_SOCKET_IFNAME here and there"
+        remedy = "check its log and restart it; if NCCL uses the wrong network, set NCCL_SOCKET_IFNAME here and there"
         self._wait_until(sent.query, answer, "its workers took no weight over NCCL", remedy)
 
 
@@ -286,7 +286,7 @@ def _wait_for(answer: "Future[None]", limit: float) -> None:
 
 def gloo_group(store: TCPStore, rank: int, ranks: int, address: str, limit: timedelta) -> ProcessGroupGloo:
     """Connect processes by gloo, on the network of one of this machine's addresses."""
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # which torch does not declare
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not declared by torch
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = limit
     return ProcessGroupGloo(PrefixStore("weights", store), rank, ranks, options)
@@ -314,7 +314,7 @@ def facts_of(config: Any) -> dict[str, bool | int | float | str]:
 
 
 def check_facts(mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError if a server has a model other than the weights are for, comparing the facts of both (see `facts_of`)."""
+    """Raise ValueError if a server's model differs from the policy's, comparing the facts of both (see `facts_of`)."""
     for name, value in wanted.items():
         if name in mine and mine[name] != value:
             raise ValueError(f"another model: {name} is {mine[name]!r} there and {value!r} in the policy's config")
@@ -328,7 +328,7 @@ def free_port() -> int:
 
 
 def check_joined(names: Collection[str], model: Any) -> None:
-    """Raise ValueError unless each layer that vLLM joins gets all of its parts or none: vLLM itself would not report it.
+    """Raise ValueError if a layer that vLLM joins gets only some of its parts: vLLM itself would not report it.
 
     Args:
         names: Names of the weights of an update, as in a checkpoint.
@@ -343,4 +343,4 @@ def check_joined(names: Collection[str], model: Any) -> None:
             for part in siblings.get(piece, ()):
                 other = ".".join([*pieces[:place], part, *pieces[place + 1 :]])
                 if other not in came and pieces[-1] == "weight":
-                    raise ValueError(f"{name} came without {other}, with which vLLM joins it; all parts have to come together")
+                    raise ValueError(f"{name} came without {other}, and vLLM joins the two; all parts have to come together")

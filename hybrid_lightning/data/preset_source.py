@@ -99,17 +99,17 @@ class PresetSource(TableSource):
 
 
 def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
-    """Read a split from a local copy of a data set, a file or a folder: where its rows come from, and the rows.
+    """Read a split from a local copy of a data set, a file or a folder; returns where its rows come from, and the rows.
 
-    The rows are in all files with the split's name in theirs, in the folder of the `subset` if there is one. If this is the only
-    split to read (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
+    Reads all files with the split in their name, from the folder of the `subset` if there is one. If this is the only split to
+    read (`alone`), a single file may have any name. `parameter` names the split in error messages.
 
     Raises:
         ConfigError: If the split is a slice.
         DataError: If there is no file for the split, or it cannot be read.
     """
     if "[" in split:
-        raise ConfigError(f"{parameter}={split!r}: slices are for the hub; of a local copy take max_rows or a fraction")
+        raise ConfigError(f"{parameter}={split!r}: slices work only on the hub; for a local copy set max_rows or a fraction")
     place = Path(path).expanduser()
     if subset is not None and (place / subset).is_dir():
         place = place / subset

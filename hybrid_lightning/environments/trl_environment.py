@@ -20,15 +20,15 @@ from hybrid_lightning.user_code import load_function
 class TRLEnvironment(ToolEnvironment):
     """An environment class of TRL: `reset(**row)` begins an episode, and all its other public methods are tools.
 
-    The row has the columns of the data, `prompt`, `answer` and `seed`; `reset` gets those that it takes. Its return value (None,
-    text or blocks of text) is added before the first turn. `get_reward()`, if there is one, is called once, at the end of an
-    episode. With `model.credit=turn` it is called after each turn instead: the reward of a turn is the change, so that the
-    rewards of an episode add up to its last value.
+    A row has the columns of the data, `prompt`, `answer` and `seed`; `reset` gets the ones that it takes as parameters. Its
+    return value (None, text or blocks of text) is added before the first turn. `get_reward()`, if there is one, is called once,
+    at the end of an episode. With `model.credit=turn` it is called after each turn instead, and the reward of a turn is the
+    change, so that the rewards of an episode add up to its last value.
 
-    TRL gives no seed, and the episodes of a process share the global random generators. An environment that draws from them is
-    repeatable, and begins the episodes of a group alike, only with `episodes.workers`. Each episode has its own thread for
-    ordinary tools, so that several episodes wait together, where TRL calls one tool after another; `reset` runs for one episode
-    at a time.
+    TRL passes no seed, and the episodes of a process share the global random generators. If an environment draws from them, it is
+    repeatable, and starts all episodes of a group alike, only with `episodes.workers`. Each episode has its own thread for
+    ordinary tools, so several episodes wait at the same time, while TRL calls one tool after another; `reset` runs for one
+    episode at a time.
 
     Args:
         factory: The class, or a function that makes an object: `package.module.Class` or `path/to/file.py:Class`.
@@ -51,17 +51,17 @@ class TRLEnvironment(ToolEnvironment):
         tool_timeout_s: float = 30.0,
         max_result_chars: int = 8_000,
     ) -> None:
-        before = random_states()  # the run's; the object in the config must not change them
+        before = random_states()  # making the object in the config must not change the run's states
         self._object = load_function(factory, "factory")(**deepcopy(arguments or {}))
         restore_random_states(before)
         # On the class: on the object, properties would be evaluated.
         methods = [name for name, _ in inspect.getmembers(type(self._object), inspect.isfunction) if not name.startswith("_")]
         if "reset" not in methods:
-            raise ConfigError(f"factory={factory!r} makes a {type(self._object).__name__}, which has no method reset; add one")
+            raise ConfigError(f"factory={factory!r} makes a {type(self._object).__name__}, which has no method reset; add it")
         tools = [getattr(self._object, name) for name in methods if name not in ("reset", "get_reward")]
         if not tools:
             raise ConfigError(
-                f"factory={factory!r}: a policy can call nothing, since reset is its only public method; add a tool"
+                f"factory={factory!r}: reset is its only public method, so a policy has no tool to call; add a tool"
             )
         super().__init__(tools, call_format, tool_timeout_s, max_result_chars)
         self._get_reward: Callable[[], Any] | None = getattr(self._object, "get_reward", None)

@@ -1,6 +1,6 @@
 r"""`MultipleChoice`: whether a completion chooses the right letter.
 
-The letter is searched for in this order, and the first place with a letter decides:
+The letter is searched in these places, and the first place with a letter decides:
 
 1. in `\boxed{}`;
 2. after the last "answer is", "answer:" or similar;
@@ -92,8 +92,8 @@ class MultipleChoice(AnswerReward):
         choice = reference_choice(answer)
         if choice is None or choice not in letters:
             raise DataError(
-                f"MultipleChoice: the reference answer {answer!r} of {prompt.place} is no letter from A to {letters[-1]}; "
-                "correct the row, or take a reward for other answers, such as ExactMatch"
+                f"MultipleChoice: the reference answer {answer!r} of {prompt.place} is not a letter from A to {letters[-1]}; "
+                "correct the row, or use a reward for other answers, such as ExactMatch"
             )
         return choice
 
@@ -105,8 +105,8 @@ class MultipleChoice(AnswerReward):
             options = options.get("text")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise DataError(
-                f"MultipleChoice: column {self.options_column!r} of {prompt.place} is no list of 2 to 26 options; correct the "
-                "row, or name the column with the options by options_column"
+                f"MultipleChoice: column {self.options_column!r} of {prompt.place} is not a list of 2 to 26 options; correct the "
+                "row, or set options_column to the column with the options"
             )
         return "".join(chr(ord("A") + number) for number in range(len(options)))
 

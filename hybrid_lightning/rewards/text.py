@@ -1,4 +1,4 @@
-"""Rewards that read only the text of a completion, and functions with which all rewards extract the answer from a text.
+"""Rewards that read only the text of a completion, and the functions that extract answers for all rewards.
 
 - `ExactMatch`: whether the answer is the same text as the reference answer.
 - `FormatReward`: whether the completion has a given form, whatever its content.
@@ -54,9 +54,9 @@ class AnswerReward(RewardFunction):
 class ExactMatch(AnswerReward):
     r"""1.0 if the completion is the reference answer, else 0.0.
 
-    White space around the answer is ignored, and all white space within it is the same; everything else counts, so "12." is not
-    "12". Without a `pattern` the whole completion is the answer. If a policy continues after its answer, use a stop string (of
-    the sampler), or a pattern such as `\A\s*([^\n]*)` for the first line.
+    White space around the answer is ignored, and any white space inside it counts as one space. Everything else must match: "12."
+    is not "12". Without a `pattern` the whole completion is the answer. If a policy continues after its answer, set a stop string
+    in the sampler, or a pattern such as `\A\s*([^\n]*)` for the first line.
 
     Args:
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
@@ -125,8 +125,8 @@ class FormatReward(RewardFunction):
 class RepetitionPenalty(RewardFunction):
     """0 for a completion without repeated n-grams, falling to nearly -1 for a completion that only repeats itself.
 
-    Use it in a `WeightedSum` beside a reward for correctness. Words are separated by spaces, and their case is ignored. A text in
-    a language without spaces is one word, so that no repetition is found in it.
+    Use it in a `WeightedSum` beside a reward for correctness. Words are separated by spaces, and their case is ignored. In a
+    language without spaces, a text is one word, so no repetition is found.
 
     Args:
         ngram_words: Number of words in an n-gram. Solutions with recurring formulas need longer n-grams than open-r1's 3.
@@ -188,6 +188,6 @@ def reference_answer(reward: str, prompt: Prompt) -> str:
     if prompt.answer is None or not prompt.answer.strip():
         raise RewardError(
             f"reward {reward} needs a reference answer, but {prompt.place} has none; set the answer_column of the data source, "
-            "or take a reward that needs no answer"
+            "or use a reward that needs no answer"
         )
     return prompt.answer

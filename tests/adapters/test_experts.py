@@ -182,7 +182,7 @@ def test_a_plan_of_other_experts_is_refused():
     plan = plan_of(build())
     with pytest.raises(PlanError, match=r"mlp\.experts has shape \{'gate_up_proj': \(4, 64, 64\).*; here it has .*\(8, 64"):
         plan.check_model(build(num_local_experts=8))
-    with pytest.raises(CheckpointError, match=r"lacks the trained weight '.*layers\.3\.mlp\.gate\.lora_A.weight'"):
+    with pytest.raises(CheckpointError, match=r"does not have the trained weight '.*layers\.3\.mlp\.gate\.lora_A.weight'"):
         peft_weights({}, dataclasses.replace(plan, candidates=plan.candidates[-1:]), "it")
 
 

@@ -324,7 +324,7 @@ def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tm
 def test_a_checkpoint_of_another_program_or_format_is_refused(model, sums, saved, tmp_path):
     content = torch.load(saved[0] / "step=3.ckpt", weights_only=True)
     other = {**content.pop(CHECKPOINT_KEY), "format": CHECKPOINT_FORMAT + 1}
-    refusal = f"has format {CHECKPOINT_FORMAT + 1}, and this version reads {CHECKPOINT_FORMAT}; resume it with the version that"
+    refusal = f"has format {CHECKPOINT_FORMAT + 1}, but this version reads format {CHECKPOINT_FORMAT}; resume with"
     data = {"datamodule": build_data(sums, validation_fraction=0.2), "ckpt_path": tmp_path / "other.ckpt"}
     for entry, message, command in (
         ({}, "was not written by hybrid_lightning", "validate"),

@@ -67,6 +67,6 @@ def test_products_may_have_larger_factors_with_numbers_of_their_own_and_the_same
     assert all(row.answer == str(row.columns["a"] * row.columns["b"]) for row in rows)
     assert {row.columns["b"] for row in rows} == set(range(5, 41)) and len({row.index for row in rows}) > 2000
     assert wide.split_of(100, 7) == ProductSource().split_of(100, 7)
-    for options, reason in (({"low_factor": 3, "high_factor": 2}, "are no range; give"), ({"high": 10**7}, "narrower ranges")):
+    for options, reason in (({"low_factor": 3, "high_factor": 2}, "are not a range; give"), ({"high": 10**7}, "narrower ranges")):
         with pytest.raises(ConfigError, match=reason):
             ProductSource(**options)

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_said_in_one_line():
         (lambda: play(GymEnvironment(here("Odd"), {"said": [{"type": "image"}]}), []), "a block of type 'image'; only texts"),
         (
             lambda: play(GymEnvironment(here("Odd"), {"said": "go"}), ["a"]),
-            "step returned 'text', which is not of Gymnasium's form; wrap it",
+            "step returned 'text', which does not follow Gymnasium's API; wrap it",
         ),
         (lambda: play(OpenEnvEnvironment("http://x", here("Client"), observation="body"), []), "no such field; it has text"),
     ):

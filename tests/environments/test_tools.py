@@ -156,7 +156,7 @@ def test_what_is_wrong_with_documents_is_said(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"{reason}; give a folder or file of .txt, .md or .jsonl"):
             DocumentSearch(str(path))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    with pytest.raises(ConfigError, match='line 2 is no object with "text"'):
+    with pytest.raises(ConfigError, match='line 2 is not an object with "text"'):
         DocumentSearch(str(tmp_path))
     monkeypatch.setattr("hybrid_lightning.environments.tools.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package bm25s; pip install 'hybrid-lightning\[search\]'"):

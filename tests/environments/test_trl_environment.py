@@ -141,6 +141,6 @@ def test_tools_are_described_as_trl_does_reset_gets_the_row_and_checkpoints_the_
 
 
 def test_what_is_no_environment_is_refused():
-    for name, message in (("EpisodeLimits", "which has no method reset; add one"), ("Mute", "reset is its only public method")):
+    for name, message in (("EpisodeLimits", "which has no method reset; add it"), ("Mute", "reset is its only public method")):
         with pytest.raises(ConfigError, match=message):
             TRLEnvironment(here(name))

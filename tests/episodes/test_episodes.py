@@ -75,7 +75,7 @@ def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
     assert begun[:3] == [begun[0]] * 3 and begun[3:] == ["go7"] * 3
     policy, greedy = play(Talk(), samples=1, greedy=True)
     sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.task.seed))
-    with pytest.raises(RolloutError, match="began the episodes of the data row 0 differently, although they have one seed"):
+    with pytest.raises(RolloutError, match="started episodes of the data row 0 differently with the same seed"):
         play(Talk(broken="begins"))
     assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "also of an evaluation"
 

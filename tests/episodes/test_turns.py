@@ -270,10 +270,10 @@ KEPT = r"set model\.chat_template=keep_history, which keeps them, also in the ex
 @pytest.mark.parametrize(
     ("name", "variables", "cause"),
     [
-        ("qwen3", {}, "drops or changes the thoughts in earlier turns once a message of role 'user' follows"),
+        ("qwen3", {}, "drops or changes the thoughts in earlier turns when a message of role 'user' follows"),
         ("qwen3", {"enable_thinking": False}, "drops or changes the thoughts"),  # its generation prompt has one
         ("qwen3_5_think", {}, "drops or changes the thoughts"),
-        ("moved", {}, "changes earlier turns once a message of role 'user' follows"),
+        ("moved", {}, "changes earlier turns when a message of role 'user' follows"),
     ],
 )
 def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_them_offered(name, variables, cause):
@@ -303,7 +303,7 @@ def test_what_was_not_tried_before_is_tried_when_it_comes():
     turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
     assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools "
     tokenizer.chat_template = MOVED.replace("m.content +", "(raise_exception('too odd') if m.content == '?' else m.content) +")
-    with pytest.raises(DataError, match="refuses what the environment added to the data row 0: too odd; correct"):
+    with pytest.raises(DataError, match="rejects the environment's messages for the data row 0: too odd; correct"):
         TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), []).added(ASKED, [{"role": "user", "content": "?"}], [])
 
 
@@ -350,11 +350,11 @@ def test_plain_prompts_are_continued_by_a_template_of_text():
 
 def test_what_the_vocabulary_lacks_is_said_before_the_run_and_in_it():
     encoder, prompt = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path())), Prompt(text="12+3=")
-    remedy = r"for the embedded policy digits and signs, and model\.turn_template='\{content\}'"
+    remedy = r"the embedded policy needs digits and signs, and model\.turn_template='\{content\}'"
     with pytest.raises(DataError, match=remedy):
         TurnEncoder(encoder, []).check([prompt], ["user"])
     turns = TurnEncoder(encoder, [], turn_template="{content}")
     turns.check([prompt], ["user"])
     assert text_of(turns, turns.added(prompt, [{"role": "tool", "content": "[15]"}], [])) == "[15]"
-    with pytest.raises(DataError, match=f"cannot encode what an environment adds, which begins 'higher'.*{remedy}"):
+    with pytest.raises(DataError, match=f"cannot encode an environment's message, which begins 'higher'.*{remedy}"):
         turns.added(prompt, [{"role": "user", "content": "higher"}], [])

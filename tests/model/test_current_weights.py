@@ -204,7 +204,7 @@ def test_an_engine_is_compared_on_the_same_tokens_after_each_update(model):
     assert [policy.tokenizer.decode(ids) for ids in sampler.scored[0]][:1] == ["12+3=15"], "with the answer"
     sampler.model.lm_head.weight.data *= 5
     lora.data += 0.1
-    with pytest.raises(RolloutError, match=r"of a copy differ from the policy's by [\d.]+ nats a token .* they agreed before"):
+    with pytest.raises(RolloutError, match=r"of a copy differ from the policy's by [\d.]+ nats per token .* they agreed before"):
         policy.generate(prompts, 2)
 
 

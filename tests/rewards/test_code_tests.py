@@ -186,13 +186,13 @@ def test_a_long_line_does_not_hold_up_training():
 def test_a_row_without_usable_tests_is_refused(reward):
     for columns, message in (
         ({}, "'test' has neither code, nor a list of asserts"),
-        ({"test": "def check(candidate:"}, "'test' is no Python code"),
+        ({"test": "def check(candidate:"}, "'test' is not Python code"),
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "entry_point_column must name"),
-        ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'entry_point': 'Solution\\(' is no expression"),
+        ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'Solution\\(' is not a Python expression"),
         ({"test": "f(1)"}, "has no assert"),
         ({"test": "assert 1 == 1"}, "calls nothing that the program could define"),
         ({"test": "assert f(1)", "prompt": "Write a function f."}, "set setup_column to the column with imports"),
-        ({"test": {"inputs": ["1"], "outputs": []}}, 'as many "inputs" as "outputs"'),
+        ({"test": {"inputs": ["1"], "outputs": []}}, 'the same number of "inputs" and "outputs"'),
         ({"test": {"inputs": [[1]], "outputs": ["1"], "fn_name": "f"}}, "fn_name"),
         ({"test": {"inputs": [1], "outputs": ["1"]}}, "must be text"),
         ({"test": [{"input": "1"}]}, 'must have an "input" and an "output"'),

@@ -61,7 +61,7 @@ def parameters(count=1):
 
 def test_an_empty_group_is_left_out_and_none_at_all_is_refused():
     assert [group["name"] for group in build(full=([], 0.1), lora=(parameters(), 1.0))["optimizer"].param_groups] == ["lora"]
-    with pytest.raises(ConfigError, match="no trainable parameter; add the callback HybridAdapterSetup"):
+    with pytest.raises(ConfigError, match="no trainable parameters; add the callback HybridAdapterSetup"):
         build(full=([], 0.1), lora=([], 1.0))
     with pytest.raises(ConfigError, match="run's length"):  # before the warm-up
         build(schedule=CosineSchedule(warmup_steps=100), total=math.inf, full=(parameters(), 0.1))

@@ -1,7 +1,7 @@
 """Units of answers: finds the unit, such as cm^2 in 15 cm^2, and converts between units of the same dimension.
 
-A word that is not in the table here, such as apples, is not a unit. sympy.physics.units and pint would lengthen the worker's
-start by half or more, and read neither LaTeX nor "square centimeters". Texts have been rewritten by `plain_units`.
+A word that is not in the table, such as apples, is not a unit. sympy.physics.units and pint would lengthen the worker's start by
+half or more, and read neither LaTeX nor "square centimeters". The functions expect texts that `plain_units` has rewritten.
 Like `math_text.py`, this file must not import anything else of this project.
 """
 

@@ -1,7 +1,7 @@
-"""The command line: LightningCLI with further commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
+"""The command line: LightningCLI with more commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
 
 This file defines the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
-`cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds
+`cli_parser.py` reads arguments and configs and reports mistakes in them, `cli_help.py` writes the help, and `remedies.py` adds
 remedies to error messages of other libraries.
 """
 
@@ -80,7 +80,7 @@ _WITHOUT_TRAINER = ("compare", "configs")
 
 
 def _program() -> str:
-    """How the command was started."""
+    """The command's name, as it was started."""
     return "hybrid-lightning" if Path(sys.argv[0]).name.startswith("hybrid-lightning") else "python -m hybrid_lightning"
 
 
@@ -114,7 +114,7 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        # Building the options of a command takes long, so only the given command's options are built.
+        # Building the options of a command is slow, so only the given command's options are built.
         self._made = set(self.subcommands())
         if isinstance(arguments, list):
             check_whole_configs(arguments)
@@ -193,7 +193,7 @@ class HybridLightningCLI(LightningCLI):
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Handle --help after all other arguments, because these decide which classes the help is about."""
+        """Handle --help after all other arguments, which decide which classes the help describes."""
         given = sys.argv[1:] if args is None else args
         asked = help_asked_last(given) if isinstance(given, list) and self._made else given
         if asked == given:
@@ -216,7 +216,7 @@ class HybridLightningCLI(LightningCLI):
             sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Describe each command in a whole sentence; Lightning takes the first line of its docstring."""
+        """Describe each command in a whole sentence; Lightning would use the first line of its docstring."""
         said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
         for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
@@ -226,11 +226,11 @@ class HybridLightningCLI(LightningCLI):
         of_runs.add_argument(
             "folders", metavar="RUN", nargs="*", help="Folder of a run, such as runs/gspo/version_0; at least two."
         )
-        of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
+        of_runs.add_argument("--html", metavar="FILE", help="New file for the comparison as a page, with charts of the curves.")
         parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
-        text = "List the configs that come with the package, or print one, to be changed in a file of your own."
+        text = "List the configs that come with the package, or print one as a start for your own."
         of_configs = Parser(description=text)
-        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Such as gspo or loss/dapo; without one all are listed.")
+        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Config to print, such as gspo or loss/dapo.")
         parser._subcommands_action.add_subcommand("configs", of_configs, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -239,7 +239,7 @@ class HybridLightningCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
         parser.add_argument("-h", "--help", action=ShowHelp)
         if subcommand == "plan":
-            parser.add_argument("--fit", action="store_true", help="look for the fewest changes with which it fits")
+            parser.add_argument("--fit", action="store_true", help="Find the fewest changes that make the run fit.")
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # no table by Lightning: EvaluationReport shows the same
         return parser
@@ -280,7 +280,7 @@ class HybridLightningCLI(LightningCLI):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config without the arguments of the command, so that every command can read it."""
+    """Saves the resolved config without the command's own arguments, so that every command can read it."""
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()

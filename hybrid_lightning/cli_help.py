@@ -2,7 +2,7 @@
 
     --help  ->  config (all other arguments)  ->  sections (one per class)  ->  text
 
-It describes correct arguments; `cli_parser.py` reads arguments and reports mistakes in them.
+`cli_parser.py` reads arguments and reports mistakes in them.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from hybrid_lightning.cli_parser import Parser, is_ours, known_classes, suggesti
 from hybrid_lightning.errors import ConfigError
 
 _HOW = """\
-Below are the options of the classes that the config names, with the values that it gives, or of the default ones.
-A config has them by the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e-3}. Several --config lie on top of each other.
+The options below belong to the classes that the config names, or to the default classes; "now" is the config's value.
+In a config, options have the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e-3}. A later --config overrides earlier ones.
 
-    --KEY=CLASS         names another class, as in --model.loss=GRPOLoss
-    --KEY.help          shows all of a class and lists the others, as in --model.loss.help, --data.help, --trainer.help
-    --KEY.help=CLASS    shows all of another class, as in --model.reward.help=FunctionReward"""
+    --KEY=CLASS         choose another class, as in --model.loss=GRPOLoss
+    --KEY.help          describe the class in full and list the others, as in --model.loss.help, --data.help, --trainer.help
+    --KEY.help=CLASS    describe another class in full, as in --model.reward.help=FunctionReward"""
 
 
 def help_asked_last(arguments: Sequence[str]) -> list[str]:
-    """Move a request for help to the end, as one `--help=KEY=CLASS`, so that it is handled when the config is known.
+    """Move a request for help to the end, as a single `--help=KEY=CLASS`, so that the config is known when it is handled.
 
     Example:
         >>> help_asked_last(["fit", "--model.loss.help", "GRPOLoss", "--config", "a.yaml"])
@@ -80,17 +80,17 @@ class Section:
     key: str  # such as model.loss
     part: type
     values: Mapping[str, Any]  # argument -> value in the config
-    kind: Any = None  # type of the option that takes it
+    kind: Any = None  # type of the option that accepts the class
 
     def options(self) -> list[argparse.Action]:
         """One option for each argument of the class, by its full name."""
         return self.add_to(ArgumentParser(), "")
 
     def add_to(self, parser: ArgumentParser, title: str, description: str = "", base: Any = None) -> list[argparse.Action]:
-        """Add the options to a parser as a group. With a `base`, the group begins with the option that selects another class."""
+        """Add the options to a parser as a group. With a `base`, the group begins with the option that chooses the class."""
         group = parser.add_argument_group(title, description)
         if base is not None:
-            group.add_argument(f"--{self.key}", type=base, help="Its class.")
+            group.add_argument(f"--{self.key}", type=base, help="The class.")
         called_with = get_args(self.kind)[0] if get_origin(self.kind) is Callable else ()  # such as parameters for an optimizer
         skip: set[str | int] = {len(called_with)} if called_with else set()
         names = group.add_class_arguments(self.part, self.key, as_group=False, fail_untyped=False, skip=skip)
@@ -101,7 +101,7 @@ class Section:
 
 
 def sections(parser: Parser, config: Mapping[str, Any]) -> list[Section]:
-    """A section for each class that a command's config names. A class within another follows it; the Trainer comes last."""
+    """A section for each class that a command's config names. Nested classes follow their outer class; the Trainer comes last."""
     found: list[Section] = []
     for key in sorted(parser.parts, key=lambda key: key == "trainer"):
         value = config.get(key)
@@ -157,7 +157,7 @@ def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
     section, known = found.get(key), known_classes(kinds.get(key))
     if section is None and not known:
         others = [*found, *(name for name, kind in kinds.items() if known_classes(kind))]
-        near = suggestion(key, others, "--{}.help") or f"; {parser.command} --help shows all that is there"
+        near = suggestion(key, others, "--{}.help") or f"; {parser.command} --help lists all options"
         raise ConfigError(f"--{key}.help: there is no class {key}{near}")
     if name:
         named = _named(key, name, known, kinds.get(key))
@@ -168,9 +168,9 @@ def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
         required = [action.dest.rpartition(".")[2] for action in section.add_to(shown, "options") if action.required]
         shown.description = "\n\n".join([title, *_paragraphs(section.part), *(_in_a_config(section, required) if known else [])])
     if known:
-        title = "" if section is not None else f"--{key} names no class here; "
+        title = "" if section is not None else f"no class is chosen for --{key}; "
         lines = [f"    {name}: {first_sentence(_paragraphs(part)[0])}" for name, part in known.items()]
-        shown.add_argument_group(f"{title}classes for --{key}, beside your own by module.Class", "\n".join(lines))
+        shown.add_argument_group(f"{title}classes for --{key} (your own: module.Class)", "\n".join(lines))
     return shown.format_help()
 
 
@@ -213,7 +213,7 @@ def _values(keys: Iterable[str], values: Mapping[str, Any], above: str = "") -> 
 
 
 class _Text(DefaultHelpFormatter):
-    """Formats one option per line with its meaning below, and texts by paragraphs; examples keep their lines."""
+    """Formats each option on its own line with its meaning below. Fills paragraphs; examples keep their lines."""
 
     given: Mapping[str, Any]
     expected: Mapping[str, Any]
@@ -251,7 +251,7 @@ class _Text(DefaultHelpFormatter):
 
 
 def _choices(kind: Any) -> dict[str, type]:
-    """Classes that an option accepts, if it accepts nothing else except null."""
+    """Classes that an option accepts, if it accepts only classes or null."""
     alternatives = [kind] if get_origin(kind) is Callable else [part for part in get_args(kind) if part is not NoneType] or [kind]
     return known_classes(alternatives[0]) if len(alternatives) == 1 else {}
 
@@ -271,7 +271,7 @@ def _paragraphs(part: type) -> list[str]:
 
 
 def _whole(text: str, part: type, name: str) -> str:
-    """The description of an argument. A base class's text fills it in if it is missing or begins with `As in Base`."""
+    """The description of an argument; a base class's description if it is missing or begins with `As in Base`."""
     match = re.match(r"(?:As in|See) `(\w+)`", text)
     bases = part.__mro__[1:] if match is None else [base for base in part.__mro__ if base.__name__ == match[1]]
     if (text and match is None) or not bases:
@@ -283,14 +283,14 @@ def _whole(text: str, part: type, name: str) -> str:
 
 
 def first_sentence(text: str | None) -> str:
-    """The first sentence of a text that does not state a default, on one line."""
+    """The first sentence of a text that does not begin with "Default", on one line."""
     text = " ".join((text or "").replace("``", "`").split())
     sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)
 
 
 def _is_of_a_library(part: type) -> bool:
-    """Whether a class has a library's constructor; our Trainer has Lightning's."""
+    """Whether a class has a library's constructor, as our Trainer has Lightning's."""
     maker = next(base for base in part.__mro__ if "__init__" in vars(base))
     return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 

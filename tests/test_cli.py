@@ -126,4 +126,4 @@ def test_a_run_without_a_reward_measures_the_loss_alone(folder, shown):
     result = done(folder, "test", "--config", "sft.yaml", "--ckpt_path", shown[0] / "checkpoints" / "last.ckpt")
     assert "loss" in result.out and "avg@2" not in result.out
     result = run(folder, "plan", "--config", "sft.yaml")
-    assert result.code == 1 and "plan knows the memory of PolicyModule, but model is a SupervisedModule" in result.last
+    assert result.code == 1 and "plan works only for PolicyModule, but model is a SupervisedModule" in result.last

@@ -94,7 +94,7 @@ sys.modules["hybrid_lightning.cli"] = types.SimpleNamespace(main=lambda signals:
 program.run()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 3 and ended.stderr.startswith("ended although threads or exit handlers still ran 0.2 s")
+    assert ended.returncode == 3 and ended.stderr.startswith("forced to end: threads or exit handlers still ran 0.2 s")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -108,7 +108,7 @@ def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, nu
         program.send_signal(number)
         _, said = program.communicate(timeout=30)
     assert program.returncode == 128 + number
-    last = f"stopped by {number.name}: nothing that a run could go on from has been made; start the command again"
+    last = f"stopped by {number.name}: there is nothing to resume from yet; start the command again"
     assert said.splitlines()[-1] == last
 
 

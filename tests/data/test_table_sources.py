@@ -104,7 +104,7 @@ def test_bad_arguments_are_refused_at_once():
         ({}, "set at least one of train, validation, test"),
         ({"train": "x", "max_rows": 0}, "max_rows=0"),
         ({"train": "x", "template": "{choices[]}"}, r"write \{\{ and \}\}"),
-        ({"train": "x", "answer_pattern": "(a"}, "is no regular expression"),
+        ({"train": "x", "answer_pattern": "(a"}, "is not a regular expression"),
         ({"train": "x", "answer_pattern": "(a)", "answer_column": None}, "nothing to search in; set answer_column"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

@@ -212,12 +212,12 @@ def check_refused(message, hub, folder, *options):
 
 
 # What other lines there may be: of the cache that is taken, and progress of data.
-NOTES = "only what is in the cache can be used|Using the latest cached|Found the latest cached|examples/s"
-NOT_THERE = r"is no folder here and no {} on the hub, or a private one; correct it{}, or log in by 'hf auth login' or HF_TOKEN"
+NOTES = "using only the cache|Using the latest cached|Found the latest cached|examples/s"
+NOT_THERE = r"is neither a folder here nor a public {} on the hub; correct it{}, or log in with 'hf auth login' or HF_TOKEN"
 GATED = (
-    r"'me/gated' is gated, .*; accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
+    r"'me/gated' is gated, .*; accept its terms at https://huggingface\.co/{}me/gated and log in with 'hf auth login' or HF_TOKEN"
 )
-REFUSED = r"the hub refuses the token of HF_TOKEN or .*, which is revoked, expired or mistyped; give a new one of .*, or unset it"
+REFUSED = r"the hub rejects the token of HF_TOKEN or .*, which is revoked, .*; get a new one from .*, or unset it"
 MODELS = [
     ("Qwen3-0.6B", "", r"'Qwen3-0\.6B' " + NOT_THERE.format("model", r" \(most are OWNER/NAME\)")),
     ("me/none", STRANGER, "'me/none' " + NOT_THERE.format("model", "")),
@@ -250,8 +250,8 @@ def test_without_a_network_nothing_waits_and_what_is_in_the_cache_is_used(hub, f
     monkeypatch.setattr(hub, "reachable", False)
     hub_answers.cache_clear()
     begun = time.monotonic()
-    lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached; check the network"
-    with pytest.warns(match=r"the hub \S+ cannot be reached \(.*\): only what is in the cache can be used"):
+    lacks = "'me/other' is missing or incomplete in the cache .*, and the hub .* cannot be reached; check the network"
+    with pytest.warns(match=r"the hub \S+ cannot be reached \(.*\); using only the cache"):
         check_refused(f"the model {lacks}", hub, folder, "--model.model=me/other")
     check_refused(f"the data set {lacks}", hub, folder, "--data.source.path=me/other")
     check(run(folder, *SMALL), folder, *FIRST)

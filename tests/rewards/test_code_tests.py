@@ -149,7 +149,10 @@ def test_installed_packages_can_be_allowed_but_not_one_that_programs_could_not_i
     monkeypatch.syspath_prepend(tmp_path)
     row, programs = prompt(test="assert f([2, 1]) == [1, 2]"), ["from in_order import f"]
     assert CodeTests()(programs, [row]) == [0.0] and CodeTests(packages=["in_order"])(programs, [row]) == [1.0]
-    for name, message in (("sorts", "cannot be imported.*No module named '\\w+'.*what it needs"), ("absent", "is not installed")):
+    for name, message in (
+        ("sorts", "cannot be imported.*No module named '\\w+'.*its depend"),
+        ("absent", "is not installed"),
+    ):
         with pytest.raises(ConfigError, match=f"'{name}' {message}"):
             CodeTests(packages=[name])
 

@@ -77,7 +77,7 @@ def test_bad_arguments():
         (lambda: WeightedSum([ExactMatch()], [1.0, 2.0]), r"weights=\[1.0, 2.0\] for 1 rewards"),
         (lambda: WeightedSum([ExactMatch()], [float("nan")]), "finite"),
         (lambda: WeightedSum([ExactMatch(), WeightedSum([ExactMatch()])]), "more than one is named exact_match"),
-        (lambda: FormatReward("(a"), r"pattern='\(a' is no regular expression"),
+        (lambda: FormatReward("(a"), r"pattern='\(a' is not a regular expression"),
         (lambda: ExactMatch("(a)(b)"), "2 groups instead of 1"),
         (lambda: RewardBySet({}), "give each set a reward"),
         (lambda: RewardBySet({"a": WeightedSum([ExactMatch()])}), "the reward of set 'a' is a sum"),

@@ -224,7 +224,7 @@ def test_what_cannot_be_found_is_said_at_start(here):
         ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
         ("my_rewards.py:neither", "has the parameters text; name one of them completions"),
         ("my_rewards.py:by_place", "takes completions only by position"),
-        ("my_rewards.py", r"is a file without a function; name one of it, as in my_rewards.py:function"),
+        ("my_rewards.py", r"names a file but no function in it; write my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
         ("my_rewards.py:Limits", "is a class; .* set class_path"),
         ("needs.py:f", "needs.py needs the module 'no_such_library', which is not installed"),

@@ -64,7 +64,7 @@ def test_a_sandbox_that_does_not_hold_is_found_out(without, monkeypatch):
     """The attempts run by the same calls as programs: without a filter of system calls some of them succeed."""
     without("seccomp")
     monkeypatch.setattr(isolation.Isolation, "is_enough", True)
-    with pytest.raises(SandboxError, match="does not hold on this machine: a program succeeded in making a process"):
+    with pytest.raises(SandboxError, match="is not secure on this machine: a program succeeded in making a process"):
         isolation.require_isolation()
 
 

@@ -77,6 +77,13 @@ _TRAINER_WITHOUT_DEVICE = {
     "logger": False,
 }
 _WITHOUT_TRAINER = ("compare", "configs")
+# Descriptions of Lightning's commands; the others have their docstrings.
+_DESCRIPTIONS = {
+    "fit": "Score the modules, adapt the model and train it.",
+    "validate": "Measure a policy on the validation prompts.",
+    "test": "Measure a policy on the test prompts.",
+    "predict": "Complete the test prompts, and write the completions and rewards to a file.",
+}
 
 
 def _program() -> str:
@@ -217,7 +224,8 @@ class HybridLightningCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Describe each command in a whole sentence; Lightning would use the first line of its docstring."""
-        said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        docs = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        said = {**docs, **_DESCRIPTIONS}
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
         for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
             choice.help = said[choice.dest]

@@ -26,11 +26,21 @@ from hybrid_lightning.errors import ConfigError
 
 _HOW = """\
 The options below belong to the classes that the config names, or to the default classes; "now" is the config's value.
-In a config, options have the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e-3}. A later --config overrides earlier ones.
+In a config, options have the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e-3}; for None write null.
 
     --KEY=CLASS         choose another class, as in --model.loss=GRPOLoss
     --KEY.help          describe the class in full and list the others, as in --model.loss.help, --data.help, --trainer.help
     --KEY.help=CLASS    describe another class in full, as in --model.reward.help=FunctionReward"""
+
+
+# Options that libraries add to every command.
+_SHARED = {
+    "config": "Config file, or the name of a shipped config (see the command `configs`). Later ones override earlier ones.",
+    "print_config": "Print the resulting config and exit; --print_config=skip_default leaves out defaults.",
+    "seed_everything": "Seed of Python, NumPy and torch; true draws a random one.",
+    "ckpt_path": "Checkpoint to load: a file, or the folder of a sharded checkpoint.",
+    "weights_only": "Whether to load only tensors and plain types from the checkpoint.",
+}
 
 
 def help_asked_last(arguments: Sequence[str]) -> list[str]:
@@ -136,7 +146,8 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
     for action in parser._actions:  # the command's own options
         if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
-            action.help = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            shortened = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            action.help = _SHARED.get(action.dest, shortened)
             own._add_action(action)
     for section in found:
         base = parser.parts.get(section.key)
@@ -291,8 +302,8 @@ def first_sentence(text: str | None) -> str:
 
 def _is_of_a_library(part: type) -> bool:
     """Whether a class has a library's constructor, as our Trainer has Lightning's."""
-    maker = next(base for base in part.__mro__ if "__init__" in vars(base))
-    return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
+    maker = next(vars(base)["__init__"] for base in part.__mro__ if "__init__" in vars(base))
+    return getattr(maker, "__module__", "").partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 
 
 def _imported(path: str) -> Any:

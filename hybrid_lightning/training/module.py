@@ -78,7 +78,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
     its `task`.
 
     Args:
-        model: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a hub id.
+        model: The model to train: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a
+            hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
@@ -94,7 +95,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
             number that fits the size of the model (see `default_token_budget`).
         seed: Seed of the order of the data, of sampling and of evaluation.
         quantization: Quantizes the frozen base after the modules are scored, such as `NF4()`; None for no quantization.
-        optimizer: Makes the optimizer from the parameter groups that it is called with.
+        optimizer: Class of the optimizer, or a function that makes it from the parameter groups.
         lr_full: Learning rate of fully trained modules; None for `lr_lora` times 96 / hidden size, at most `lr_lora`.
         lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule; None for `ConstantSchedule()`.

@@ -103,7 +103,7 @@ class Optimization:
     """How trainable weights are updated: the optimizer, and one learning rate for each kind of module.
 
     Args:
-        optimizer: Makes the optimizer from the parameter groups that it is called with.
+        optimizer: Class of the optimizer, or a function that makes it from the parameter groups.
         lr_full: Learning rate of fully trained modules; None for `rate_of_full_modules`.
         lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule.

@@ -29,7 +29,7 @@ class PolicyModule(LanguageModule):
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
         reward: Scores completions. In Python also a function (see `FunctionReward`), or a list of rewards and functions, which
-            are added up. None, with an environment, for `EpisodeReturn()`: the environment's own rewards.
+            are added up. With an environment, None stands for `EpisodeReturn()`: the environment's own rewards.
         environment: The environment that the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None
             if a completion is a single message.
         episodes: Limits of an episode, and how environments run; None for `EpisodeLimits()`. Each message of the policy has at

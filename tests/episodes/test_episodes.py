@@ -292,10 +292,10 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"credit": "turn"}, r"credit=turn is for episodes, and model\.environment is not set; set it, or cr"),
+        ({"credit": "turn"}, r"credit=turn needs model\.environment, which is not set; set it, or set cr"),
         (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage a sequence, and model\.credit=turn .*GSPOTokenLoss"),
         ({**by_turn(GRPOLoss()), "credit": "turns"}, r"model\.credit='turns'; give episode or turn"),
-        ({"turn_template": "{content}"}, r"model\.turn_template is for episodes, and model\.environment is not set"),
+        ({"turn_template": "{content}"}, r"model\.turn_template needs model\.environment, which is not set"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model, options, message):

@@ -23,7 +23,7 @@ from hybrid_lightning.model import loading
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:two runs with one seed may differ"),  # programs have a time limit
+    pytest.mark.filterwarnings("ignore:two runs with the same seed may differ"),  # programs have a time limit
     pytest.mark.filterwarnings("ignore:nothing is learned from"),
 ]
 

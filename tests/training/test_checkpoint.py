@@ -106,7 +106,7 @@ def test_a_reward_that_no_other_program_finds_is_named_at_the_start_and_left_out
     given = [by_length, partial(by_length, tolerance=1), LengthPenalty()]
     with pytest.warns(UserWarning) as said:
         module, path = save(model, sums, tmp_path, policy={"reward": given})
-    (named,) = (str(warning.message) for warning in said if "checkpoints hold" in str(warning.message))
+    (named,) = (str(warning.message) for warning in said if "checkpoints store" in str(warning.message))
     assert "<locals>.by_length, functools.<partial>, __main__.LengthPenalty of model.reward only by name" in named
     assert [term.name for term in module.task.generation.reward_terms()] == ["by_length", "function_reward", "length_penalty"]
 

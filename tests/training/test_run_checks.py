@@ -188,7 +188,7 @@ def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
     run = run_on("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
+    with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some GPU operations .*; trainer\.benchmark=true"):
         warn_of_differences(run, "packed_flash_attention_2", [])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):

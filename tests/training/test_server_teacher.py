@@ -75,7 +75,7 @@ def test_what_cannot_work_is_refused_before(model, tmp_path, server, teacher):
     with pytest.raises(ConfigError, match="url='node7' is not an address"):
         ServerTeacher("node7")
     for options, message in (
-        ({"distillation": losses.ReverseKL()}, "gives log-probabilities of sampled tokens, and ReverseKL.*use ModelTeacher"),
+        ({"distillation": losses.ReverseKL()}, "gives log-probabilities of sampled tokens, but ReverseKL.*use ModelTeacher"),
         ({"sampler": OftenDone(6, temperature=0.7)}, "temperature=0.7; set it to 1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -91,7 +91,7 @@ LONG_EPISODES = "model.environment=my_parts.Talk model.turn_template={content} m
 UNLOADED = [
     ("test t", "cannot load the model"),
     # data
-    ("validate t data.source.init_args.validation_fraction=0", "no validation rows, which validate needs"),
+    ("validate t data.source.init_args.validation_fraction=0", "no validation rows, but validate needs some"),
     ("fit t model.sampler.max_new_tokens=200", r"model\.sampler\.max_new_tokens=200 leaves 0 .* lower .* to 124 or less$"),
     (
         "doctor t data.source.init_args.train=long.jsonl",

@@ -1,4 +1,4 @@
-"""How far log-probabilities of sampling and of training are apart: `python -m benchmarks.speed.agreement`.
+"""Measures how much log-probabilities of sampling and of training differ: `python -m benchmarks.speed.agreement`.
 
 Trains a workload for some rollouts, so that LoRA is not zero, and compares the same tokens under the same weights.
 """

@@ -1,4 +1,4 @@
-"""How many programs a minute the sandbox runs, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
+"""Measures how many programs the sandbox runs per minute, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
 
 import os
 import time

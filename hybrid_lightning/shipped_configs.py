@@ -18,7 +18,7 @@ def config_names() -> list[str]:
 
 
 def read_config(name: str) -> str:
-    """The text of a config; ConfigError if there is no config of that name."""
+    """The text of a config; ConfigError if the name is unknown."""
     if name not in config_names():
         near = get_close_matches(name, config_names(), n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "the command 'configs' lists all of them"

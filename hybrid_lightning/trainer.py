@@ -81,7 +81,7 @@ class Trainer(LightningTrainer):
 
     Each run has its own folder, `log_dir`, for the files of loggers, checkpoints and callbacks (see `RunFolder`), whatever the
     loggers. `setup` hooks can see the checkpoint that is about to be loaded. The Trainer reports the time of checkpoints to
-    `StepTimer`, since there is no hook for it.
+    `StepTimer`, since Lightning has no hook for it.
     """
 
     command = "fit"  # the user's command that Lightning runs as `fit`: "fit", "score" or "doctor"
@@ -155,8 +155,8 @@ class Trainer(LightningTrainer):
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()
-        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, whose
-        # hooks would run the validation.
+        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, and
+        # its hooks would run the validation.
         stop = find_callback(self, GracefulStop)
         if self.state.fn == "fit" and stop is not None and stop.validation_due:
             self.fit_loop.on_run_start()
@@ -175,9 +175,9 @@ class Trainer(LightningTrainer):
             command: "fit", "score", "doctor", "validate", "test" or "predict".
 
         Raises:
-            ModelError: If there is no such model.
+            ModelError: If the model cannot be found.
             ConfigError: If settings cannot work, or if a callback monitors a metric that will not be measured.
-            DataError: If there is no data for the command, or if the data is malformed.
+            DataError: If the command has no data, or if the data is malformed.
             RewardError: If the reward cannot score the data.
         """
         if command == "doctor":
@@ -235,7 +235,7 @@ class Trainer(LightningTrainer):
             datamodule: Its calibration data.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup.
+            ConfigError: If the callback HybridAdapterSetup is missing.
         """
         _adapter_of(self, "score")
         # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs only this setup, under every strategy.
@@ -300,7 +300,7 @@ class Trainer(LightningTrainer):
         Modules are not scored: the fully trained modules are chosen at random. The module and the Trainer cannot be used again.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, or if the module does not sample its training data.
+            ConfigError: If the callback HybridAdapterSetup is missing, or if the module does not sample its training data.
             DiagnosisError: If the run cannot learn.
         """
         adapter = _adapter_of(self, "doctor")
@@ -369,9 +369,9 @@ class Trainer(LightningTrainer):
             device_gib: Memory of each device in GiB (a GPU, unless trainer.accelerator=cpu); None for this machine's.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, the model is not a PolicyModule, a value is invalid, or no
+            ConfigError: If the callback HybridAdapterSetup is missing, the model is not a PolicyModule, a value is invalid, or no
                 changes make the run fit.
-            ModelError: If there is no such model.
+            ModelError: If the model cannot be found.
         """
         adapter, show = _adapter_of(self, "plan"), partial(console().print, soft_wrap=True)
         if not isinstance(model, PolicyModule):

@@ -30,7 +30,7 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
         option: Name of the option, for messages.
 
     Raises:
-        ConfigError: If there is no such file, module or function, or it cannot be imported.
+        ConfigError: If the file, module or function does not exist, or cannot be imported.
     """
     if path.endswith(".py"):
         raise ConfigError(f"{option}={path!r} names a file but no function in it; write {path}:function")

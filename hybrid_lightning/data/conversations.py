@@ -40,7 +40,7 @@ class ConversationFormat(PromptFormat):
         """Make the prompt of a row from its turns, unchanged.
 
         Raises:
-            DataError: If the column is missing or does not hold a list of turns, or if there is no question.
+            DataError: If the column is missing or does not hold a list of turns, or if the conversation has no question.
         """
         where = row.place
         if self.column not in row.columns:

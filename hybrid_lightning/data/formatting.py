@@ -128,7 +128,7 @@ class FormatBySet(PromptFormat):
         formats: Name of the set, as in the source `Mixture` -> its format.
 
     Raises:
-        ConfigError: If there is no set.
+        ConfigError: If no set is given.
     """
 
     def __init__(self, formats: dict[str, PromptFormat]) -> None:

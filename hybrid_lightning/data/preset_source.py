@@ -106,7 +106,7 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
 
     Raises:
         ConfigError: If the split is a slice.
-        DataError: If there is no file for the split, or it cannot be read.
+        DataError: If the split's file is missing, or cannot be read.
     """
     if "[" in split:
         raise ConfigError(f"{parameter}={split!r}: slices work only on the hub; for a local copy set max_rows or a fraction")
@@ -158,7 +158,7 @@ def boxed_answer(columns: dict[str, Any], *names: str) -> str:
     r"""Content of the last `\boxed{}` of a solution, in the first of the named columns that the row has.
 
     Raises:
-        ValueError: If the row has none of the columns, or there is no `\boxed{}` in the cell.
+        ValueError: If the row has none of the columns, or the cell has no `\boxed{}`.
     """
     solution = cell_text(columns, *names)
     answer = last_boxed(solution)

@@ -80,7 +80,7 @@ class Mixture(PromptSource):
             weight. None: all training rows form one pool, and each epoch uses every row once.
 
     Raises:
-        ConfigError: If there is no set, a set is itself a mixture, or a weight is not positive or names an unknown set.
+        ConfigError: If no set is given, a set is itself a mixture, or a weight is not positive or names an unknown set.
 
     Example:
         >>> from hybrid_lightning.data import ArithmeticSource, ProductSource
@@ -141,7 +141,7 @@ class EpisodeSource(PromptSource):
         prompt: Text for the policy before the environment's first message.
 
     Raises:
-        ConfigError: If a number is negative, or there is no task.
+        ConfigError: If a number is negative, or all are 0.
 
     Example:
         >>> splits = EpisodeSource(count=2, validation_count=1, prompt="Guess the number.").load()

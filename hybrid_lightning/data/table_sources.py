@@ -57,7 +57,7 @@ class RowsSource(TableSource):
         **columns: Arguments of `TableSource`.
 
     Raises:
-        ConfigError: If there is no split.
+        ConfigError: If no split is given.
         DataError: If a split has no rows, or a row is not a dict.
 
     Example:

@@ -17,7 +17,7 @@ class EnvironmentBySet(Environment):
         environments: Name of the set -> its environment.
 
     Raises:
-        ConfigError: If there is no set.
+        ConfigError: If no set is given.
         DataError: If a prompt belongs to another set.
     """
 

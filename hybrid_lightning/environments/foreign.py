@@ -32,7 +32,7 @@ class ForeignEnvironment(Environment):
         arguments: Its arguments, by name.
 
     Raises:
-        ConfigError: If there is no such function, or it does not take these arguments.
+        ConfigError: If the function does not exist, or it does not take these arguments.
     """
 
     def __init__(self, make: str, arguments: dict[str, Any] | None = None) -> None:
@@ -166,16 +166,16 @@ def said(observation: Any) -> list[Message]:
     return [{"role": "user", "content": text}] if text else []
 
 
-def content_text(value: Any, otherwise: Callable[[Any], str] | None = None) -> str:
+def content_text(value: Any, fallback: Callable[[Any], str] | None = None) -> str:
     """The text of an observation or of a tool's result, which may consist of blocks, as in multimodal messages and MCP.
 
     Args:
         value: A text is returned unchanged; None and empty lists give an empty text; data classes, pydantic models, arrays and
             tensors give JSON.
-        otherwise: Converts values that cannot be written as JSON.
+        fallback: Converts values that cannot be written as JSON.
 
     Raises:
-        ConfigError: If a block is not text, or if a value cannot be written as JSON and `otherwise` is not given.
+        ConfigError: If a block is not text, or if a value cannot be written as JSON and `fallback` is not given.
 
     Example:
         >>> content_text({"board": (1, 2)}), content_text({"content": [{"type": "text", "text": "done"}]})
@@ -186,14 +186,14 @@ def content_text(value: Any, otherwise: Callable[[Any], str] | None = None) -> s
         blocks = blocks["content"]
     blocks = [*map(_plain, blocks)] if isinstance(blocks, (list, tuple)) else []
     if not blocks or not all(isinstance(block, Mapping) and block.get("type") in _BLOCKS for block in blocks):
-        return _as_text(value, otherwise)
+        return _as_text(value, fallback)
     for block in blocks:
         if block["type"] != "text":
             raise ConfigError(f"there is a block of type {block['type']!r}; only texts can be shown to the policy")
-    return "".join(_as_text(block["text"], otherwise) for block in blocks)
+    return "".join(_as_text(block["text"], fallback) for block in blocks)
 
 
-def _as_text(value: Any, otherwise: Callable[[Any], str] | None) -> str:
+def _as_text(value: Any, fallback: Callable[[Any], str] | None) -> str:
     if isinstance(value, str):
         return str.__str__(value)
     if value is None or (isinstance(value, (list, tuple, dict)) and not value):
@@ -201,8 +201,8 @@ def _as_text(value: Any, otherwise: Callable[[Any], str] | None) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, default=_plain_or_error)
     except (TypeError, ValueError, RecursionError) as error:
-        if otherwise is not None:
-            return otherwise(value)
+        if fallback is not None:
+            return fallback(value)
         raise ConfigError(
             f"observation {shorten(value)} cannot be written as text ({error}); wrap the environment so that its observations "
             "are texts"

@@ -31,7 +31,7 @@ class GuessNumber(Environment):
         invalid: Answer to a message that is not a guess; `{low}` and `{high}` are filled in.
 
     Raises:
-        ConfigError: If there is no number to guess, or the answers to low and high guesses are the same.
+        ConfigError: If the range has only one number, or the answers to low and high guesses are the same.
 
     Example:
         >>> game = GuessNumber(1, 100)
@@ -96,7 +96,7 @@ class ReasoningGymEnvironment(Environment):
         wrong: Message after a wrong answer; `{left}` is the number of attempts left.
 
     Raises:
-        ConfigError: If there is no attempt, the pattern does not have exactly one group, or reasoning-gym is missing.
+        ConfigError: If `attempts` is below 1, the pattern does not have exactly one group, or reasoning-gym is missing.
     """
 
     def __init__(

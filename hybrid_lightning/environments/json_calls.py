@@ -40,9 +40,9 @@ class HermesCalls(CallFormat):
         end = 0
         while (begin := text.find(self.OPEN, end)) >= 0:
             end = begin + len(self.OPEN)
-            call, behind = _read_json(text, end)
+            call, after = _read_json(text, end)
             if isinstance(call, Call):
-                end = behind
+                end = after
                 closed = text.startswith(self.CLOSE, _skip_space(text, end))
                 call = call if closed else MalformedCall(f"{self.CLOSE} is missing behind the JSON")
             yield call
@@ -64,8 +64,8 @@ class LlamaCalls(CallFormat):
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
         """See `CallFormat.parse`. A message is a call if it begins like one, or if it has the tag."""
-        _, tag, behind = text.partition(self.TAG)
-        text = (behind if tag else text).strip()
+        _, tag, after = text.partition(self.TAG)
+        text = (after if tag else text).strip()
         if not tag and not re.match(r'\{\s*"(name|parameters|arguments|type)"\s*:', text):
             return []
         return first_calls(self._calls(text))

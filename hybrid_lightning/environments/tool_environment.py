@@ -44,7 +44,7 @@ class ToolEnvironment(Environment):
         tools_column: Column with a list of the names of the tools that the row may call; None if every row may call all tools.
 
     Raises:
-        ConfigError: If there is no such function, or it cannot be described to a policy.
+        ConfigError: If the function does not exist, or it cannot be described to a policy.
         DataError: If a row names a tool that does not exist.
     """
 
@@ -215,4 +215,4 @@ def as_text(value: Any) -> str:
         return "(the tool returned nothing)"
     if isinstance(value, (bytes, bytearray)):
         return value.decode(errors="replace")
-    return content_text(value, otherwise=str)
+    return content_text(value, fallback=str)

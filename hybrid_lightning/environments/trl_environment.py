@@ -38,7 +38,7 @@ class TRLEnvironment(ToolEnvironment):
         max_result_chars: As in `ToolEnvironment`.
 
     Raises:
-        ConfigError: If there is no such class, it has no `reset` or no tool, or a tool cannot be described to a policy.
+        ConfigError: If the class does not exist, it has no `reset` or no tool, or a tool cannot be described to a policy.
     """
 
     thread_safe: ClassVar[bool] = False  # TRL makes all calls in one thread

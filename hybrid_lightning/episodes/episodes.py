@@ -46,7 +46,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)  # tokens of the completion
     sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
     logprobs: list[float] = field(default_factory=list)  # 0 for added tokens
-    steps: list[int] = field(default_factory=list)  # step of the weights behind each token; empty if all have the same weights
+    steps: list[int] = field(default_factory=list)  # step of the weights that sampled each token; empty if all are the same
     last: Sequence[int] = ()  # tokens of the policy's last message
     texts: list[str] = field(default_factory=list)  # texts of the policy's messages
     lengths: list[int] = field(default_factory=list)  # lengths of the policy's messages in tokens

@@ -115,7 +115,7 @@ class TurnEncoder:
             self._tokenize(self._write({"role": "", "content": ""}))
         if True in chat and self._encoder.has_template:  # without one the prompt itself is rejected
             for role in roles:
-                self._fit_behind([_new(role)])
+                self._fit_after([_new(role)])
 
     # ---- in the run
 
@@ -152,12 +152,12 @@ class TurnEncoder:
             ConfigError: If the chat template renders earlier turns differently when messages of such a role follow.
             DataError: If the template or the tokenizer rejects the messages.
         """
-        new, mark = self._cut(new if prompt.messages is None else self._fit_behind(new))
+        new, mark = self._cut(new if prompt.messages is None else self._fit_after(new))
         if prompt.messages is None:
             return self._tokenize("".join(map(self._write, new)), mark)
         new = self._joined(new)
         try:
-            ids = self._tokenize(self._behind(new, add_generation_prompt=not last), mark)
+            ids = self._tokenize(self._after_answer(new, add_generation_prompt=not last), mark)
         except (TemplateError, TypeError) as error:
             raise DataError(
                 f"the chat template rejects the environment's messages for {prompt.place}: {error}; correct the messages, or "
@@ -170,7 +170,7 @@ class TurnEncoder:
 
     # ---- parts
 
-    def _behind(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def _after_answer(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The template's text after an answer: the end of the turn, and new messages."""
         conversation = [ASKED, self._answered(new), *new]
         return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
@@ -185,7 +185,7 @@ class TurnEncoder:
     def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
         """The template's text after an answer; None if the template rejects the messages."""
         try:
-            return self._behind(new, add_generation_prompt)
+            return self._after_answer(new, add_generation_prompt)
         except (TemplateError, TypeError):  # TypeError: a template adds a text to something else
             return None
 
@@ -195,7 +195,7 @@ class TurnEncoder:
         if role not in self._sampled_ends:
             # The template's own token for ending turns counts, even if the policy sampled a different one. Tokens are counted,
             # not characters, since some tokenizers drop a line break after a special token.
-            written = self._behind([_new(role)] if new else []).partition(_NEW)[0]
+            written = self._after_answer([_new(role)] if new else []).partition(_NEW)[0]
             ids = self._tokenize(written)
             self._sampled_ends[role] = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), 0)
         return self._sampled_ends[role]
@@ -211,7 +211,7 @@ class TurnEncoder:
             fitted.append(message)
         return fitted
 
-    def _fit_behind(self, messages: Sequence[Message]) -> list[Message]:
+    def _fit_after(self, messages: Sequence[Message]) -> list[Message]:
         """Messages after an answer, with the roles that the template can add; ConfigError if it cannot add any."""
         fitted = self._fit(messages)
         if any(message["role"] == "user" for message in fitted) and self._fault("user"):
@@ -226,17 +226,17 @@ class TurnEncoder:
 
     def _find_fault(self, role: str) -> str:
         new = _new(role)
-        behind = self._trial([new])
-        if role == "tool" and self.tools and _NEW not in (behind or ""):
+        rest = self._trial([new])
+        if role == "tool" and self.tools and _NEW not in (rest or ""):
             self._after_calls = True
-            behind = self._trial([new])
-            self._after_calls = _NEW in (behind or "")
-        if behind is None or _NEW not in behind:
+            rest = self._trial([new])
+            self._after_calls = _NEW in (rest or "")
+        if rest is None or _NEW not in rest:
             return f"the chat template cannot render a message of role {role!r} after an answer; change model.chat_template"
         if role not in ("user", "system") and not self.tools:
             # A role that is rendered like any word means nothing to the model, unless its template shows tools.
             other = self._trial([{**new, "role": "unknown"}])
-            if other is not None and other.replace("unknown", role) == behind:
+            if other is not None and other.replace("unknown", role) == rest:
                 return f"the chat template does not know the role {role!r}; change model.chat_template"
         answered = self._answered([new])
         for head in ([ASKED], [{"role": "system", "content": "SYSTEM"}, ASKED]):
@@ -252,7 +252,7 @@ class TurnEncoder:
                     whole = self._encoder.apply_template([*head, said, new, said, new], self.tools)
                     if "<think>" not in opened + text:  # an empty thought before an answer without one loses nothing
                         whole = _EMPTY_THOUGHT.sub("", whole)
-                    if whole != opened + 2 * (text + behind):
+                    if whole != opened + 2 * (text + rest):
                         what = "drops or changes the thoughts in" if "think>" in opened + text else "changes"
                         return (
                             f"the chat template {what} earlier turns when a message of role {role!r} follows, but training needs "
@@ -283,7 +283,7 @@ class TurnEncoder:
         return joined
 
     def _with_system(self, messages: list[Message], text: str) -> list[Message]:
-        """Messages with a system text in front: after an existing system text, or before the user's if there is no such role."""
+        """Messages with a system text in front: after an existing system text, or before the user's without such a role."""
         if not text:
             return messages
         first = messages[0]
@@ -310,7 +310,7 @@ class TurnEncoder:
         return re.compile(f"(?=({'|'.join(re.escape(text) for text in control if len(text) > 1) or '(?!)'})).", re.DOTALL)
 
     def _cut(self, messages: T, around: Sequence[Message] = ()) -> tuple[T, str]:
-        """Messages with a mark inside each control token of their texts, and the mark; "" if there is no control token."""
+        """Messages with a mark inside each control token of their texts, and the mark; "" if they have no control token."""
         if not any(map(self._control_tokens.search, _texts(messages))):
             return messages, ""
         used = set[str]().union(*_texts(messages), *_texts(around))

@@ -30,7 +30,7 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
         datamodule: Data module of the training, for the model card.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it has no adapter.
+        CheckpointError: If the checkpoint does not exist, or has no adapter.
         ConfigError: If neither the checkpoint nor `arguments` names the base model.
     """
     path = Path(path)

@@ -157,7 +157,7 @@ class Change:
 def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
     """Whether the learning rates fit, from the change in one step at the full rates.
 
-    `steps` is the length of the run, infinite if there is no limit. `precision` is the Trainer's. Rounding to 16 bits alone is a
+    `steps` is the length of the run, infinite without a limit. `precision` is the Trainer's. Rounding to 16 bits alone is a
     KL of less than 1e-3, and may hide a step entirely.
     """
     if change.kl > _MAX_KL or not math.isfinite(change.kl):

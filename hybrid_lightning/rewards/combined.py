@@ -35,7 +35,7 @@ class WeightedSum(RewardFunction):
             training; None for 1.0 each. A metric that measures correctness still counts for accuracy.
 
     Raises:
-        ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.
+        ConfigError: If no reward is given, a weight is missing or not finite, or two rewards have the same name.
     """
 
     def __init__(self, rewards: AnyRewards, weights: list[float] | None = None) -> None:
@@ -76,7 +76,7 @@ class RewardBySet(DelegatingReward):
         name: Name under which it is logged; None for `reward_by_set`.
 
     Raises:
-        ConfigError: If there is no set, a reward is a sum, or some of the rewards measure correctness and others do not.
+        ConfigError: If no set is given, a reward is a sum, or some of the rewards measure correctness and others do not.
     """
 
     def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:

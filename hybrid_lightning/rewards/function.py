@@ -53,7 +53,7 @@ class FunctionReward(RewardFunction):
             end. null is true for asynchronous functions of one `completion`, and false for others.
 
     Raises:
-        ConfigError: If there is no such function, it has neither `completions` nor `completion`, or `arguments` do not fit it.
+        ConfigError: If the function does not exist, it has neither `completions` nor `completion`, or `arguments` do not fit it.
     """
 
     batches_only: ClassVar[bool] = False

@@ -158,7 +158,7 @@ def _with_opening(completion: str) -> list[str]:
 
 
 def extract_match(pattern: re.Pattern[str] | None, completion: str) -> str | None:
-    """The group of a pattern in its last match, None if there is no match; without a pattern the whole completion."""
+    """The group of a pattern in its last match, or None; without a pattern, the whole completion."""
     if pattern is None:
         return completion
     matches = [match.group(1) for match in pattern.finditer(completion)]

@@ -36,7 +36,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
     try:
         _place(descriptors)
     except BaseException:
-        os._exit(_SETUP_FAILED)  # there is no descriptor yet to report the reason
+        os._exit(_SETUP_FAILED)  # the descriptor for a reason does not exist yet
     try:
         privileges.die_with_parent(launcher)
         root = os.geteuid() == 0

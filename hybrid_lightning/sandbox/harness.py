@@ -127,7 +127,7 @@ class Peer:
         """Read the next answer.
 
         Raises:
-            RuntimeError: If there is no answer, or it is not a value.
+            RuntimeError: If the answer is missing, or is not a value.
             Exception: The program's exception, if its class is built in.
         """
         try:

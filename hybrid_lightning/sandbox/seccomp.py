@@ -67,7 +67,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
     Signals may be sent only to `pid`, an id in the process's own namespace; `threads` allows threads to be started.
 
     Raises:
-        OSError: If there is no table of system calls for this machine type.
+        OSError: If the machine type has no table of system calls.
     """
     if machine not in AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"no table of system calls for machine type {machine}")

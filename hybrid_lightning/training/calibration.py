@@ -193,7 +193,7 @@ def reward_losses(
 ) -> CalibrationLosses:
     """Training losses of calibration rollouts.
 
-    Rows without tokens are left out of the loss. Rows whose advantages ([N] or [N, T]) are all 0 are left out, too, unless the
+    Rows without tokens are left out of the loss. Rows with advantages ([N] or [N, T]) of 0 are left out, too, unless the
     loss has an entropy bonus: their gradient is exactly zero. A chunk has at most `max_tokens`, as in training, so scoring needs
     no more memory than training.
     """

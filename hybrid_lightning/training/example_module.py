@@ -23,8 +23,8 @@ class ExampleModule(LanguageModule):
         options: Options of `LanguageModule`.
 
     Raises:
-        ConfigError: If a value is invalid, or there is no loss.
-        ModelError: If there is no such model.
+        ConfigError: If a value is invalid, or no loss is given.
+        ModelError: If the model cannot be found.
     """
 
     default_loss: type[ExampleLoss] | None = None

@@ -46,7 +46,7 @@ class Generation:
         sampler: Makes the completions.
         reward: Scores the completions; None if nothing is completed.
         run: The run that trains or evaluates the policy.
-        seed: Seed for the tasks of episodes whose rows have no seed.
+        seed: Seed for the tasks of episodes if their rows have no seed.
         episodes: Plays episodes, if completions are episodes; else None.
         rollouts_ahead: See `RolloutSchedule`.
     """

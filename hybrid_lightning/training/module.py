@@ -108,7 +108,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     Raises:
         ConfigError: If a value is invalid.
-        ModelError: If there is no such model.
+        ModelError: If the model cannot be found.
     """
 
     adapter_attribute = "model"  # see `Adaptable`

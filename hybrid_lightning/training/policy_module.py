@@ -65,7 +65,7 @@ class PolicyModule(LanguageModule):
 
     Raises:
         ConfigError: If a value is invalid.
-        ModelError: If there is no such model.
+        ModelError: If the model cannot be found.
     """
 
     task: RLTask

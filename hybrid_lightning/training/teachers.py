@@ -127,7 +127,7 @@ class ModelTeacher(Teacher):
         quantization: Quantizes its linear modules, such as `NF4()`; None for no quantization.
 
     Raises:
-        ModelError: If there is no such model.
+        ModelError: If the model cannot be found.
     """
 
     def __init__(

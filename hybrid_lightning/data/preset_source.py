@@ -26,8 +26,8 @@ class PresetSource(TableSource):
         train_split: Name of the data set's split to train on; None for no training rows. Here and below, "auto" is the split that
             the data set has for this use, as listed in `data/presets.py`. Any other split of the data set also works, such as
             "test", and from the hub a slice of a split, such as "test[:90%]".
-        validation_split: Name of the split to validate on; None for none.
-        test_split: Name of the split to test on; None for none.
+        validation_split: Name of the split to validate on; None for no validation rows.
+        test_split: Name of the split to test on; None for no test rows.
         local_path: Copy to read instead of the hub: a folder, such as a clone of the data set's repository, with files named
             after the splits (`train.jsonl`, `data/test-00000-of-00001.parquet`), or one file. None reads from the hub or its
             cache.

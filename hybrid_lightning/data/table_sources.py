@@ -23,8 +23,8 @@ class FileSource(TableSource):
 
     Args:
         train: Path of the training file; None for no training rows.
-        validation: Path of the validation file; None for none.
-        test: Path of the test file; None for none.
+        validation: Path of the validation file, if there is one.
+        test: Path of the test file, if there is one.
         **columns: Arguments of `TableSource`.
 
     Example:
@@ -51,9 +51,9 @@ class RowsSource(TableSource):
     As in `FileSource`, training rows that also occur in a held-out split are dropped, and fractions are split off.
 
     Args:
-        train: Training rows, each a dict from column to cell; None for none.
-        validation: Validation rows; None for none.
-        test: Test rows; None for none.
+        train: Training rows, each a dict from column to cell; None for no training.
+        validation: Validation rows, if there are any.
+        test: Test rows, if there are any.
         **columns: Arguments of `TableSource`.
 
     Raises:
@@ -99,8 +99,8 @@ class HubSource(TableSource):
         name: Configuration of the data set, such as "main"; None if it has only one.
         revision: Branch, tag or commit; None for the newest.
         train_split: Name of the split to train on, or a slice such as "train[:90%]"; None for no training rows.
-        validation_split: Name of the validation split; None for none.
-        test_split: Name of the test split; None for none.
+        validation_split: Name of the validation split, if there is one.
+        test_split: Name of the test split, if there is one.
         **columns: Arguments of `TableSource`.
 
     Example:

@@ -44,7 +44,7 @@ class ToolEnvironment(Environment):
         tools_column: Column with a list of the names of the tools that the row may call; None if every row may call all tools.
 
     Raises:
-        ConfigError: If the function does not exist, or it cannot be described to a policy.
+        ConfigError: If a function does not exist, or cannot be described to a policy.
         DataError: If a row names a tool that does not exist.
     """
 

@@ -102,7 +102,7 @@ def _bounded(value: Fraction) -> Fraction:
 class PythonSession(Tool):
     """Sandboxed Python. Names stay defined across the calls of an episode.
 
-    No process lasts: each call runs the code of the earlier calls again, in a new sandbox, and returns what the last
+    No process runs between calls: each call runs the code of the earlier calls again, in a new sandbox, and returns what the last
     one prints. If code hangs or crashes, later calls leave it out; slow code slows all later calls. `random` is seeded by the
     episode. Other values that differ from run to run, such as the time, change with each call. Code is isolated like the programs
     of `CodeTests`.

@@ -63,7 +63,7 @@ class CodeTests(RewardFunction):
             fewer if several ranks share a machine.
         allow_without_isolation: Whether programs may run on a machine that cannot isolate them. They then have all your
             permissions.
-        name: Name under which it is logged; None for `code_tests`.
+        name: Name in logs; None for `code_tests`.
 
     Raises:
         ConfigError: If an argument is out of range, or programs cannot import a package.

@@ -73,7 +73,7 @@ class RewardBySet(DelegatingReward):
     Args:
         rewards: Name of the set (as in the data source `Mixture`) -> its reward, which must not be a sum. If all sets share a
             reward, such as a format reward, put it and this one into a `WeightedSum`.
-        name: Name under which it is logged; None for `reward_by_set`.
+        name: Name in logs; None for `reward_by_set`.
 
     Raises:
         ConfigError: If no set is given, a reward is a sum, or some of the rewards measure correctness and others do not.

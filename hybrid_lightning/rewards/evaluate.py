@@ -31,9 +31,8 @@ def evaluate_reward(
         arriving: The scorer that has started on these completions one by one; None if there is none.
 
     Returns:
-        The rewards. `correct` is True if every part that measures correctness is at least 1.0; if no part measures correctness,
-        if the total is at least 1.0. A completion that some term could not score (see `RewardFunction.max_failed_share`) does not
-        count.
+        The rewards. `correct` is True if every part that measures correctness is at least 1.0; without such a part, if the total
+        is at least 1.0. A completion that some term could not score (see `RewardFunction.max_failed_share`) does not count.
 
     Raises:
         RewardError: If a term raises, does not return one finite number per completion, or has no value for too many completions.

@@ -45,7 +45,7 @@ class FunctionReward(RewardFunction):
         on_timeout: Reward of a completion if its call takes too long; None stops training with an error that names the row.
         concurrency: Number of asynchronous calls, or with `overlap` calls of any kind, in progress at the same time.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
-        name: Name under which it is logged; None for the function's name.
+        name: Name in logs; None for the function's name.
         arguments: Parameter of the function -> its value, the same for all completions, such as `{tolerance: 0.2}`.
         overlap: Whether completions are scored as they arrive, while the policy still generates others. Each then gets its own
             call, in a thread, at the same time as others and in any order; a function of `completions` gets one at a time. true

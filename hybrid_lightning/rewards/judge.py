@@ -82,7 +82,7 @@ class JudgeReward(RewardFunction):
         cache_dir: Folder of the cached replies; None for `~/.cache/hybrid_lightning/judge`.
         api_key_variable: Environment variable with the API key, which is never written to disk; no key is sent if it is not set.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
-        name: Name under which it is logged; None for `judge_reward`.
+        name: Name in logs; None for `judge_reward`.
 
     Raises:
         ConfigError: If a value is invalid.

@@ -44,7 +44,7 @@ class OverlongPenalty(RewardFunction):
     Args:
         max_tokens: The limit, usually the sampler's `max_new_tokens`; the stop token counts.
         buffer_tokens: Number of tokens before the limit at which the penalty begins.
-        name: Name under which it is logged; None for `overlong_penalty`.
+        name: Name in logs; None for `overlong_penalty`.
 
     Raises:
         ConfigError: If `buffer_tokens` is below 1 or above `max_tokens`.
@@ -127,7 +127,7 @@ class _OverCorrectness(RewardFunction):
     Args:
         reward: The reward for correctness.
         weights: Its weight, and the weight of this reward.
-        name: Name under which it is logged.
+        name: Name in logs.
     """
 
     measures_correctness = False
@@ -161,7 +161,7 @@ class CosineLength(_OverCorrectness):
         wrong_shortest: Reward of a wrong completion of length 0.
         wrong_longest: Reward of a wrong completion at the limit.
         at_limit: Reward of every completion that reaches the limit; None for the value of the formula.
-        name: Name under which it is logged; None for `cosine_length`.
+        name: Name in logs; None for `cosine_length`.
 
     Raises:
         ConfigError: If `reward` does not measure correctness.
@@ -201,7 +201,7 @@ class GroupLength(_OverCorrectness):
         reward: The reward for correctness, which has weight 1: a completion is right if it earns 1.0.
         weight: Weight of the length reward, which lies between -0.5 and 0.5. The paper raises the weight during training, and
             does not give its value.
-        name: Name under which it is logged; None for `group_length`.
+        name: Name in logs; None for `group_length`.
 
     Raises:
         ConfigError: If `reward` does not measure correctness.

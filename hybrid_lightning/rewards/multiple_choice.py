@@ -62,7 +62,7 @@ class MultipleChoice(AnswerReward):
         options_column: Column with the list of options; their number determines the letters. Rows without it have A to J.
         pattern: Regular expression with one group for the part of the completion to search. The last match counts, no match
             earns 0, and `.` also matches line breaks. None searches the whole completion.
-        name: Name under which it is logged; None for `multiple_choice`.
+        name: Name in logs; None for `multiple_choice`.
 
     Example:
         >>> prompt = Prompt(text="?", answer="C", columns={"options": ["1", "2", "3", "4"]})

@@ -26,7 +26,7 @@ class ReasoningGymReward(AnswerReward):
     Args:
         pattern: Regular expression with one group for the answer, such as `<answer>(.*?)</answer>`. The last match counts,
             and no match earns 0. None takes the whole completion, without white space around it.
-        name: Name under which it is logged; None for `reasoning_gym_reward`.
+        name: Name in logs; None for `reasoning_gym_reward`.
     """
 
     def __init__(self, pattern: str | None = None, name: str | None = None) -> None:

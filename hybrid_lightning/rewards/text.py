@@ -23,7 +23,7 @@ class AnswerReward(RewardFunction):
     Args:
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the whole completion.
-        name: Name under which it is logged; None for the class name in snake_case.
+        name: Name in logs; None for the class name in snake_case.
 
     Raises:
         ConfigError: If `pattern` is not a regular expression with one group.
@@ -62,7 +62,7 @@ class ExactMatch(AnswerReward):
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the whole completion.
         ignore_case: Whether "Yes" equals "yes".
-        name: Name under which it is logged; None for `exact_match`.
+        name: Name in logs; None for `exact_match`.
 
     Example:
         >>> ExactMatch()([" 12\n", "12."], [Prompt(text="7+5=", answer="12")] * 2)
@@ -104,7 +104,7 @@ class FormatReward(RewardFunction):
 
     Args:
         pattern: Regular expression, searched anywhere in the completion; `.` also matches line breaks.
-        name: Name under which it is logged; None for `format_reward`.
+        name: Name in logs; None for `format_reward`.
 
     Example:
         >>> FormatReward(r"\A<think>.+</think>")(["<think>2+2</think>4", "4"], [Prompt(text="?")] * 2)
@@ -130,7 +130,7 @@ class RepetitionPenalty(RewardFunction):
 
     Args:
         ngram_words: Number of words in an n-gram. Solutions with recurring formulas need longer n-grams than open-r1's 3.
-        name: Name under which it is logged; None for `repetition_penalty`.
+        name: Name in logs; None for `repetition_penalty`.
 
     Example:
         >>> RepetitionPenalty(ngram_words=2)(["a b c d", "so so so so", "so"], [Prompt(text="?")] * 3)

@@ -56,7 +56,7 @@ class MathMatch(AnswerReward):
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None searches the whole completion for the answer.
         cpu_seconds: CPU time that one comparison may take. A completion that takes more earns 0, with a warning.
-        name: Name under which it is logged; None for `math_match`.
+        name: Name in logs; None for `math_match`.
 
     Example:
         >>> prompt = Prompt(text="1/2 + 1/4?", answer="3/4")

@@ -23,7 +23,7 @@ LOGGED = re.compile(r"engine: |Loaded model weights from the checkpoint at \S+$"
 
 
 def quiet(folder, pattern, *arguments):
-    """What a command prints, of which each line says something; of libraries and of which passes are fast one line each."""
+    """Runs a command: it prints only lines that match, and at most two log lines (the fast passes, the loaded weights)."""
     text = io.StringIO()
     handler, loggers = logging.StreamHandler(text), [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in the last line, the exit code is not 0, and nothing is left.
+"""A user's mistake: the last line explains it, the exit code is not 0, and nothing is left.
 
 Data, reward, monitors and settings are checked before a model is loaded: where its weights cannot be, they say so if asked.
 """

@@ -1,4 +1,4 @@
-"""A mistake on the command line or in a config: what was meant is said, and soon."""
+"""A mistake on the command line or in a config: the message suggests what was meant, and comes soon."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_what_was_meant_is_said(folder, command, config, message):
     assert result.code == 2 and "usage" not in result.err
 
 
-# What takes long to import, of which neither a help nor a mistake needs anything.
+# Packages that take long to import; neither a help nor an error needs them.
 HEAVY = {"peft", "bitsandbytes", "datasets", "math_verify", "reasoning_gym", "trl", "hybrid_lightning.adapters.apply"}
 PROGRAM = f"""
 import sys

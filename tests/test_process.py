@@ -1,4 +1,4 @@
-"""What a process is told of memory and threads, and how the program begins and ends."""
+"""Settings of memory and threads for a process, and how the program begins and ends."""
 
 import ctypes
 import os
@@ -53,7 +53,7 @@ def test_freed_memory_is_used_again_without_faults_and_few_compiled_products_are
     said = {"MALLOC_MMAP_THRESHOLD_": "100000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
     (faults, *few), (given_back, *many) = ([int(number) for number in run(PROGRAM, **given).split()] for given in ({}, said))
     assert given_back > 8 * 2**22 // os.sysconf("SC_PAGE_SIZE") / 2, "given back and taken again, as the environment says"
-    # Eight blocks of 4 MiB, of which at most one may be new: where others have taken the process's memory meanwhile.
+    # Eight blocks of 4 MiB; at most one may be new, in case others have taken the process's memory meanwhile.
     assert faults < 8 * 2**22 // os.sysconf("SC_PAGE_SIZE") / 6
     if many[0] < 2**20:
         pytest.skip("products of this processor are not compiled for each size")

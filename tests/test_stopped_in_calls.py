@@ -1,4 +1,4 @@
-"""A run whose judge grades and whose teacher teaches from a server, stopped in a call of each of the two."""
+"""A run with a judge and a teacher on servers, stopped during a call to each of the two."""
 
 import itertools
 import json

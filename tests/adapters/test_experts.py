@@ -165,7 +165,7 @@ def test_experts_without_tokens_and_scorers_that_need_one_matrix_are_reported():
         score(model, LargestEntry(), rows=torch.randint(3, 40, (8, 64), generator=torch.Generator().manual_seed(0)))
 
 
-# ---- what cannot be is refused before weights are loaded
+# ---- impossible combinations are refused before weights are loaded
 
 
 @pytest.mark.parametrize(("option", "value"), [("use_dora", True), ("dropout", 0.1)])

@@ -123,7 +123,7 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works_as_it
 
 
 def test_the_corpus_of_episodes_is_right_and_has_the_shares_that_it_says():
-    """Each turn of a product is read without the code that made it, behind what comes before it."""
+    """Each turn of a product is read without the code that made it, after the text before it."""
     kinds = Counter()
     for row in EpisodeCorpus(20_000, seed=0).load().train:
         before, turn = row.question, row.columns["completion"]

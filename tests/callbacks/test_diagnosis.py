@@ -24,7 +24,7 @@ def parts(folder):
 
 
 def sections(text):
-    """Of the findings, each of which has a remedy."""
+    """The sections of the page that the findings name; each finding has a remedy."""
     lines = [line for line in text.splitlines() if line.startswith(("Warning: ", "Error: "))]
     return [re.fullmatch(r".+; .+ \(docs/troubleshooting\.md#(.*)\)", line)[1] for line in lines]
 

@@ -24,7 +24,7 @@ from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # One after another in the life of one run: moments, and which of the calls since the stop before. Every run is a new one, which
-# goes on from what the one before has left, so that each first moment is one of a run that has not been stopped.
+# continues what the one before left, so that each first moment is one of a run that has not been stopped.
 CHAINS = {
     "from the first completions": {
         **{"the first completions for scoring": 1, "the plan is written": 1, "the middle of the first step": 2},

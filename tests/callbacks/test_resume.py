@@ -347,7 +347,7 @@ def test_settings_made_in_python_are_compared_by_lightnings_own_trainer_too(resu
 
 
 def test_a_part_is_told_alike_however_it_was_made(resumed):
-    """What is left out is what the constructor chooses, and a number is one in whatever type."""
+    """Arguments that are left out equal the constructor's defaults, and numbers are equal in any type."""
     adapter = build_adapter(gradients=None, rank=2, alpha=32, use_dora=False)
     sampler, optimizer = Sampler(max_new_tokens=6, temperature=1), functools.partial(torch.optim.AdamW)
     resumed(3, adapter=adapter, policy={"sampler": sampler, "advantage": None, "optimizer": optimizer})

@@ -98,7 +98,7 @@ NASTY = [
 
 
 def page_of(prompt, *texts):
-    """A page of completions of a prompt, of which the first is right and the others were cut."""
+    """A page of completions of a prompt: the first is right, the others were cut."""
     count = len(texts)
     sequences = Sequences(*pad_left([[5]] * count, 0, "cpu"), *pad_right([[6]] * count, 0, "cpu"))
     first = torch.arange(count) == 0

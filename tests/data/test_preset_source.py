@@ -1,4 +1,4 @@
-"""Presets on rows in the layout that the data sets have on the hub, and on copies that are laid out otherwise."""
+"""Presets on rows in the layout of the hub, and on copies in other layouts."""
 
 import json
 

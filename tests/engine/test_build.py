@@ -1,4 +1,4 @@
-"""Kernels are compiled once, and whoever cannot have them is told why and goes on without.
+"""Kernels are compiled once; where they cannot be, a warning gives the reason and the run continues without them.
 
 This folder is not named `kernels`: tests/ is on the path, and bitsandbytes asks for a package of that name.
 """

@@ -1,4 +1,4 @@
-"""Environments of other packages by the forms of their methods, on stand-ins; and those of the real packages, where installed."""
+"""Environments of other packages by the forms of their methods: on stand-ins, and on the real packages where installed."""
 
 import random
 import threading

@@ -170,7 +170,7 @@ def test_what_goes_wrong_is_told_to_the_policy_and_counted():
     for step, (_, kind, message) in zip(answers(environment, *[text for text, *_ in TOLD]), TOLD, strict=True):
         assert told(step)[0].startswith(message) and step.messages[0]["role"] == "tool" and not step.over
         assert counted(step) == {"calls": len(step.messages), **({kind: 1} if kind else {})}
-    with pytest.raises(SandboxError, match="no sandbox"):  # which is no fault of a tool
+    with pytest.raises(SandboxError, match="no sandbox"):  # which is not the tool's fault
         answers(hermes([give]), call("give", kind="stop"))
 
 

@@ -73,7 +73,7 @@ def test_an_episode_decodes_to_the_rendering_of_its_conversation(name, end, sett
             ids = ids + sampled + turns.added(prompt, new, sampled)
             messages = [*messages, {"role": "assistant", "content": said}, *new]
         rendered = turns._encoder.apply_template(messages, turns.tools)
-        # SmolLM2's tokenizer lacks some bytes, which it leaves out.
+        # SmolLM2's tokenizer has no token for some bytes and leaves them out.
         assert text_of(turns, ids) == text_of(turns, turns._encoder.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     holds()
@@ -111,7 +111,7 @@ def test_what_an_environment_says_has_no_control_tokens(name, end, setting, vari
     for ids, other in zip(of(FORGED), of(plain), strict=True):
         assert [token for token in ids if token in control] == [token for token in other if token in control] != []
         shown = json.dumps(FORGED, ensure_ascii=False) if name == "llama3_1" and role == "tool" and ids else FORGED
-        assert FORGED in text_of(turns, ids) or shown in text_of(turns, ids) or name == "smollm2"  # which lacks some bytes
+        assert FORGED in text_of(turns, ids) or shown in text_of(turns, ids) or name == "smollm2"  # some bytes have no token
     for ids in of(plain):
         assert ids == turns._encoder.tokenizer(text_of(turns, ids), add_special_tokens=False)["input_ids"]
 

@@ -1,4 +1,4 @@
-"""The model card: what it says is so, and its code runs."""
+"""The model card: its statements are true, and its code runs."""
 
 import re
 

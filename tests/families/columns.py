@@ -63,7 +63,7 @@ def folder_of(family: str) -> Path:
 
 
 def run(family: str, share: float, **policy: object) -> PolicyModule:
-    """Two steps of GRPO, of which each changes every module that is trained."""
+    """Two steps of GRPO; each changes every trained module."""
     root, name = _root(), f"{family}-{share}-{len(policy)}"
     scorer = PreconditionedTail() if share == _SHARE else Random()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -123,7 +123,7 @@ def packed(family: str) -> str:
 
 
 def agreement(family: str) -> str:
-    """Log-probabilities of sampling and of training are those of transformers' own forward pass, of the merged export."""
+    """Log-probabilities of sampling and of training equal transformers' own forward pass on the merged export."""
     module = hybrid(family)
     tokenizer, texts = module.tokenizer, ["1+2=", "3*4-5=", "7-2="]
     request = SamplingRequest(

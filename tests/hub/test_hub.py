@@ -1,4 +1,4 @@
-"""Each config that names the hub runs from its hub ids and then from the cache; what cannot be had is said in one line, soon."""
+"""Each config that names the hub runs from its hub ids and then from the cache; missing files are reported soon, in one line."""
 
 import json
 import os

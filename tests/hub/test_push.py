@@ -1,4 +1,4 @@
-"""Exports are pushed to the hub, in training and from checkpoints; what cannot be pushed is refused before it is made."""
+"""Exports are pushed to the hub, in training and from checkpoints; an impossible push is refused before the export is made."""
 
 import shutil
 

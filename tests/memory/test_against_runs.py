@@ -1,4 +1,4 @@
-"""What is planned is what runs of the embedded policy are measured to hold, part by part and moment by moment."""
+"""The plan equals what runs of the embedded policy are measured to hold, part by part and moment by moment."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whole steps on episodes with tools against TRL's trainer: what the policy says is the same script, all else each one's own."""
+"""Whole steps on episodes with tools against TRL's trainer: the policy's turns are one script, all else is each trainer's own."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def script(template, tokenizer):
         [thought + call("pay", amount=4) + end, call("wait", hours=2) + end, "Done." + end],
         # Calls in its last turn, too. There TRL calls nothing, and we do: `wait`, since it earns nothing.
         [call("pay", amount=2) + end, call("pay", amount=5) + end, call("wait", hours=1) + end],
-        ["x" + call("wait", hours=1) + "x" * TOKENS],  # cut behind a call, which TRL makes, though no answer fits
+        ["x" + call("wait", hours=1) + "x" * TOKENS],  # cut after a call, which TRL makes, though no answer fits
         [call("pay", amount=7) + end, "y" * TOKENS],  # cut in its second turn
         [call("wait", hours=TOKENS) + end],  # the tool's answer does not fit
         ["Nothing." + end],

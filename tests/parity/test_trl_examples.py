@@ -33,7 +33,7 @@ def outputs(logprobs, mask, entropy):
 
 
 def trl_dpo(inputs, **arguments):
-    """`DPOTrainer._compute_loss` of the same log-probabilities, of which TRL has the chosen rows first."""
+    """`DPOTrainer._compute_loss` of the same log-probabilities; TRL puts the chosen rows first."""
     order = torch.cat([torch.arange(0, B, 2), torch.arange(1, B, 2)])
     mask = inputs.sampled_mask[order]
     unused = {"ld_alpha": None, "aux_loss_enabled": False, "precompute_ref_logps": False, "use_weighting": False}

@@ -138,7 +138,7 @@ def build(cls, **options):
 
 
 def assert_same(inputs, ours, theirs, tolerance=TIGHT):
-    """Equal losses with equal gradients; returns that of the log-probabilities."""
+    """Equal losses with equal gradients; returns the gradient of the log-probabilities."""
     torch.testing.assert_close(ours, theirs, **tolerance)
     leaves = (inputs.logprobs, inputs.entropy)
     gradients = [torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) for value in (ours, theirs)]

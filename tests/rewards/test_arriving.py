@@ -1,4 +1,4 @@
-"""Completions that are scored as they arrive: the same numbers, the same errors, and nothing that goes on in the end."""
+"""Completions that are scored as they arrive: the same numbers, the same errors, and nothing left running at the end."""
 
 import threading
 import time

@@ -63,7 +63,7 @@ HUMANEVAL = {
 
 def test_humaneval(reward):
     completions = {
-        "    return -xs[0] / xs[1]\n": 1.0,  # a body that goes on
+        "    return -xs[0] / xs[1]\n": 1.0,  # a body that continues
         "def root(xs):\n    return -xs[0] / xs[1]\n": 1.0,
         "def root(xs):\n    return xs[0] / xs[1]\n": 0.0,
         "def poly(xs, x): return 0\ndef root(xs):\n    return 0\n": 0.0,  # a helper of the tests is theirs

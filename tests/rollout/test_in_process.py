@@ -117,7 +117,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
         sampler._start(served())
 
 
-# ---- sleep, whose effect only a GPU has
+# ---- sleep, which has an effect on a GPU only
 
 
 @pytest.mark.parametrize(

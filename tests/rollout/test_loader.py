@@ -273,7 +273,7 @@ def test_a_rollout_that_is_given_up_is_drawn_again_with_those_ahead_of_it():
 
 
 class Elsewhere(Source):
-    """Rollouts that are made elsewhere while training goes on; notes what is done with each."""
+    """Rollouts that are made elsewhere during training; notes what is done with each."""
 
     def __init__(self, samples, failure=None):
         super().__init__(samples)

@@ -37,7 +37,7 @@ class After(Callback):
 
 @pytest.fixture
 def train(model, sums, tmp_path):
-    """Trains with servers whose completions are made up, by large steps."""
+    """Trains by large steps, with servers that make up their completions."""
 
     def run(*servers, callbacks=(), steps=4, ckpt=None, rate=0.1, sampler=(), **policy):
         options = {"max_new_tokens": 6, "timeout": 600, "give_up_after": 30, **dict(sampler)}

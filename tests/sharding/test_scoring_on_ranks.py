@@ -1,4 +1,4 @@
-"""Under FSDP2 all ranks score together: the plan is that of one process up to rounding, and none has the whole model."""
+"""Under FSDP2 all ranks score together: the plan equals one process's up to rounding, and no rank has the whole model."""
 
 import gc
 import os

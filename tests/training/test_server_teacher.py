@@ -35,7 +35,7 @@ def teacher(server, tmp_path):
 
 
 class Waits(OftenDone):
-    """Goes on after the first completion when the teacher has been asked for it."""
+    """Continues after the first completion once the teacher has been called for it."""
 
     def sample(self, engine, tokenizer, request):
         def told(row, tokens):

@@ -27,7 +27,7 @@ ENGINES = [Sampler, pytest.param(VLLMSampler, marks=needs_vllm), pytest.param(VL
 
 @pytest.fixture(scope="module", params=ENGINES)
 def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule]:
-    """A hybrid policy, whose engine is made once."""
+    """A hybrid policy; its engine is made once."""
     options = {"urls": [request.getfixturevalue("server").url]} if request.param is VLLMServerSampler else {}
     sampler = request.param(max_new_tokens=20, **options)
     policy = policy_of(sampler, model, "hybrid")
@@ -38,7 +38,7 @@ def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule
 
 @pytest.fixture
 def sampler(policy: PolicyModule) -> Iterator[RolloutEngine]:
-    """The engine, whose settings a test may change."""
+    """The engine; a test may change its settings."""
     before = dict(vars(policy.task.generation.sampler))
     yield policy.task.generation.sampler
     for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop"):

@@ -101,7 +101,7 @@ def test_pretraining_is_reproducible_and_learns():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     torch.manual_seed(5)
     start = build_model(tokenizer)
-    # Every weight learns, those that no adapter would reach included.
+    # Every weight learns, including weights that no adapter would reach.
     assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
 
 

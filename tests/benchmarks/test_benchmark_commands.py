@@ -1,4 +1,4 @@
-"""What the commands of the benchmarks refuse before anything is loaded, each in one line with its remedy; and that all start."""
+"""The benchmarks' commands: mistakes are refused before anything is loaded, in one line with a remedy; and all commands start."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ SMALL = ("--model", "embedded")
 
 
 def refused(module, arguments, capsys):
-    """Exit status, and what is said."""
+    """Exit status and message."""
     code = module.main(list(arguments))
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

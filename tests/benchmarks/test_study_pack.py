@@ -38,7 +38,7 @@ def error(run, *options):
 
 
 def test_what_is_packed_comes_back_to_the_digit_as_the_same_bytes_in_whatever_order_it_came(command, tmp_path, capsys):
-    """What is packed stays when its file is gone, and is not made again."""
+    """A packed record stays when its file is gone, and is not made again."""
     loose, table, written = tmp_path / "loose", tmp_path / "kept" / PACK, {}
     for seed in (9, 10):
         keep(loose, record(seed=seed))

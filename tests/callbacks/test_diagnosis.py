@@ -1,4 +1,4 @@
-"""A run says what keeps it from learning, each thing once, and ends with a verdict; the command doctor says it without a run."""
+"""A run reports each obstacle to its learning once, and ends with a verdict; the command doctor reports them without a run."""
 
 import json
 import re

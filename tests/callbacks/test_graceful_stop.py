@@ -1,4 +1,4 @@
-"""Stopped at any moment of its life, a run says how to go on, and whoever does so gets the curves of one that was not stopped."""
+"""Stopped at any moment, a run prints how to resume, and the resumed run has the curves of a run that was not stopped."""
 
 import re
 import shlex
@@ -40,7 +40,7 @@ CHAINS = {
     },
 }
 BEGINS_ANEW = "start the command again (scoring begins anew)"
-# Without those that whoever runs the tests ignores, as nohup does, and so do the runs.
+# Without the signals that the caller of the tests ignores (nohup does): the runs ignore them too.
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SIGNALS = [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]
 
@@ -60,7 +60,7 @@ def whole(folder):
 
 
 def go_on(folder: Path, result: Result) -> Result:
-    """Type what the stopped run says; one that was stopped before anything was trained is started again."""
+    """Run the command that the stopped run prints; a run that was stopped before it trained is started again."""
     commands = re.findall(r"hybrid_lightning (fit --config .+)", result.out)
     return run(folder, *(shlex.split(commands[-1]) if commands else FIT))
 

@@ -1,4 +1,4 @@
-"""Every kind of logger: what it holds, what the screen says, and a second run beside the first."""
+"""Every kind of logger: its contents, the screen, and a second run beside the first."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def offline():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
             patch.setenv(name, value)
-        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that what MLflow sets it to is undone
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that MLflow's own setting is undone
         patch.delenv("MLFLOW_TRACKING_URI")
         yield
         if "wandb" in sys.modules:

@@ -34,7 +34,7 @@ from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequen
 
 
 def read(folder):
-    """What TensorBoard has of a run, and its pages of samples."""
+    """A run in TensorBoard, and its pages of samples."""
     log = EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0}).Reload()
     return log, {event.step: event.tensor_proto.string_val[0].decode() for event in log.Tensors("samples/text_summary")}
 

@@ -45,7 +45,7 @@ def test_all_training_problems_are_there_by_default_and_a_tenth_in_each_held_out
 
 
 def test_split_membership_is_pinned():
-    # The shipped policy was pretrained on these splits: another hash would put what it has seen into validation.
+    # The shipped policy was pretrained on these splits: another hash would put problems it has seen into validation.
     split_of = ProductSource().split_of
     assert [split_of(a, 7) for a in range(100, 130)].count("train") == 23
     held_out = [(a, b) for a in range(100, 106) for b in FACTORS if split_of(a, b) != "train"]

@@ -8,7 +8,7 @@ from hybrid_lightning.types import Prompt
 
 
 class Words(PromptSource):
-    """Problems 0, 1, 2, ... of as many words."""
+    """Problems 0, 1, 2, ... with as many words as their number."""
 
     def __init__(self, train: int = 10, validation: int = 0, test: int = 0) -> None:
         self.sizes = {"train": train, "validation": validation, "test": test}

@@ -62,7 +62,7 @@ def test_they_are_compiled_once(tmp_path, quick, look):
         ({"PATH": "/none", "CXX": ""}, ["no C++ compiler was found", "apt install g++"]),
         ({"CXX": "none-such"}, ["CXX=none-such is not there"]),
         ({"CXX": shutil.which("false") or "false"}, ["false failed (it said nothing)", "set CXX to another compiler"]),
-        ({"HYBRID_LIGHTNING_KERNELS": "0"}, []),  # who wants none is told nothing
+        ({"HYBRID_LIGHTNING_KERNELS": "0"}, []),  # no warning where none is wanted
     ],
 )
 def test_who_has_none_is_told_why_and_goes_on(tmp_path, variables, words, look):

@@ -28,7 +28,7 @@ def texts(messages):
 
 
 def play(environment, moves, prompt=PROMPT, seed=3):
-    """What an episode of an environment says, its rewards, and whether it is over; with random states of its own."""
+    """The messages of an environment's episode, its rewards, and whether it is over; with random states of its own."""
     random.seed(seed)
     np.random.seed(seed)
     environment = environment.new()

@@ -35,7 +35,7 @@ def said(text):
 
 
 def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):
-    """The texts of the answers to the start and to each turn, by episode; all of them say the same, or a text each."""
+    """The texts of the answers to the start and to each turn, by episode: one text for all, or a text each."""
     episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=share, workers=workers, step_timeout_s=timeout_s))
     try:
         answers = [dict(enumerate(episodes.start(prompts(len(seeds)), seeds)))]
@@ -113,7 +113,7 @@ def test_in_processes_the_members_of_a_group_get_the_same_whatever_the_others_do
 
 
 class Faulty(Environment):
-    """Fails as it is told, at the second turn; LOG counts what happened to it."""
+    """Fails in the given way at the second turn; LOG counts its calls."""
 
     def __init__(self, when="", times=99):
         self.when, self.times = when, times

@@ -179,7 +179,7 @@ def test_tools_that_wait_do_so_together_and_each_is_called_once():
     one, late = call("wait", seconds=0.5), call("wait", seconds=30)
     began = time.monotonic()
     steps = answers(hermes([wait, sleep], tool_timeout_s=2), *[one] * 15, one + one + call("sleep", seconds=0.5) + one, late)
-    assert time.monotonic() - began < 6  # one by one it would be 10 s, and without those that come in late 3.5 s
+    assert time.monotonic() - began < 6  # one by one it would be 10 s, and without the late ones 3.5 s
     assert [told(step) for step in steps[:15]] == [["waited"]] * 15 and told(steps[15]) == ["waited", "waited", "slept", "waited"]
     assert told(steps[16]) == ["error: wait was not done after 2 s"] and counted(steps[16]) == {"calls": 1, "time": 1}
     assert sorted(WAITED) == [0.5] * 18 + [30]

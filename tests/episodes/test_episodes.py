@@ -267,7 +267,7 @@ class NowOrLater(Talk):
 
 
 def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
-    # So many tokens that few messages are cut, and nearly all returns are 1.
+    # Enough tokens that few messages are cut, and nearly all returns are 1.
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))

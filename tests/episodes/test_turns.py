@@ -259,7 +259,7 @@ def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
     assert turns_of("gemma").first(ASKED)[0] == turns_of("gemma")._encoder.encode(ASKED)
 
 
-MOVED = (  # the system text is written in front of what the user says last
+MOVED = (  # the system text is written in front of the user's last message
     "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
     "{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% if tools %} with tools{% endif %}{% endif %} \n"

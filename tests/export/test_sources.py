@@ -1,4 +1,4 @@
-"""Policies of checkpoints and of modules in memory; those that are sharded are in `sharding/test_checkpoints_cross`."""
+"""Policies of checkpoints and of modules in memory; `sharding/test_checkpoints_cross` has the sharded ones."""
 
 import pytest
 import torch

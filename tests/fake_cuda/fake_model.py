@@ -16,7 +16,7 @@ from hybrid_lightning.types import Sequences
 
 
 class FakeModel:
-    """The model of a config on an accelerator, adapted as `share` says, or with None as it is scored."""
+    """The model of a config on an accelerator, adapted by `share`; None: as for scoring."""
 
     def __init__(self, config, layers, share, lora, device, dtype=torch.bfloat16):
         self.device, self.mode = torch.device(device), FakeTensorMode()

@@ -147,7 +147,7 @@ def agreement(family: str) -> str:
 def exported(family: str) -> str:
     """Merged model and adapter, as plain transformers and PEFT load them, have the logits of the policy in memory.
 
-    What an engine of its own weights is sent are the weights of the folder, by its names.
+    An engine with its own weights is sent the weights of the folder, by its names.
     """
     module = hybrid(family)
     sent = CurrentWeights(module.model, module.policy.weights, "", 2, True).shapes(everything=True)

@@ -53,7 +53,7 @@ def offline(hub: Hub) -> Iterator[None]:
 
 # ---- what can be had
 
-# All that is lowered, of a config that trains and of one that tests. The rest is as it stands: samples of a rollout, minibatches,
+# Every lowered value, of a config that trains and of one that tests. The rest is as it stands: samples of a rollout, minibatches,
 # accumulation, precision, dtype, LoRA's rank.
 LOWERED = {
     "fit": {"model.sampler.max_new_tokens": 6, "model.prompts_per_rollout": 4, "trainer.max_steps": 1}
@@ -75,7 +75,7 @@ RUNS = [
 ]
 # Those with nearly all data sets and models that there are, beside the first: these run once more, from the cache.
 AGAIN = {"data/dapo_math", "evaluate"}
-SHARDED = ("fit", "qwen3", "strategy/fsdp")  # as qwen3.yaml says; on two processes
+SHARDED = ("fit", "qwen3", "strategy/fsdp")  # as in qwen3.yaml; on two processes
 # A step is enough where validations are not looked at.
 NO_VALIDATION = ("--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0")
 UNSCORED = ("--adapter.budget.share=0", *NO_VALIDATION)
@@ -123,7 +123,7 @@ def check_plan(plan, adapter):
 
 @pytest.fixture(scope="module")
 def first(hub, folder):
-    """A run from the hub with all that a run does, and what it has announced; its model and data are in the cache then."""
+    """A complete run from the hub, and its announcements; afterwards its model and data are in the cache."""
     announced = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "rank_zero_info", announced.append)
@@ -196,13 +196,13 @@ def test_the_hub_is_not_asked_where_everything_is_local(hub, folder):
     assert result.code == 0 and len(hub.requests) == asked, result.err
 
 
-# ---- what cannot be had, before any weights are asked for
+# ---- missing files, before any weights are requested
 
 SMALL = (*arguments(*FIRST), *UNSCORED)
 
 
 def check_refused(message, hub, folder, *options):
-    """A command ends in one line that says so, and has asked for no weights."""
+    """A command ends with one line that names the cause, and has requested no weights."""
     asked = len(hub.requests)
     result = run(folder, *SMALL, *options)
     error = [line for line in result.err.splitlines() if line.strip() and not re.search(NOTES, line)]
@@ -211,7 +211,7 @@ def check_refused(message, hub, folder, *options):
     assert not hub.weights_asked(asked)
 
 
-# What other lines there may be: of the cache that is taken, and progress of data.
+# Other lines that may appear: about the cache in use, and progress of data.
 NOTES = "using only the cache|Using the latest cached|Found the latest cached|examples/s"
 NOT_THERE = r"is neither a folder here nor a public {} on the hub; correct it{}, or log in with 'hf auth login' or HF_TOKEN"
 GATED = (

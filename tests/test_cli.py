@@ -1,4 +1,4 @@
-"""The command line, in this process: what every command does and prints, with rewards and with given completions."""
+"""The command line, in this process: actions and output of every command, with rewards and with given completions."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def quiet(folder, pattern, *arguments):
 
 @pytest.fixture(scope="module")
 def fitted(folder):
-    """A run, and what it has printed."""
+    """A run, and its output."""
     options = ["--trainer.logger.init_args.name=whole", "--trainer.enable_progress_bar=null"]
     return folder / "runs" / "whole" / "version_0", quiet(folder, FIT, "fit", "--config", "t.yaml", *options)
 

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
         yield folder
 
 
-# A command, and what the last line has to say.
+# A command, and its last line.
 COMMANDS = [
     ("", r"no command is given, such as .* fit --config FILE; --help lists all"),
     ("fit", r"model\.loss must be given, nearly always by a config: --config gspo"),
@@ -127,7 +127,7 @@ MISTAKES = [
 
 
 def content(folder):
-    """All that is in a folder, but for what Python makes of modules."""
+    """All files of a folder, except Python's compiled modules."""
     return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 

@@ -24,7 +24,7 @@ def titles(text):
 
 
 def value_of(text, option):
-    """What is said in brackets after an option."""
+    """The text in brackets after an option."""
     found = re.search(rf"^  --{re.escape(option)}\n(?:        .*\n)+", text, re.MULTILINE)
     assert found, f"{option} is missing"
     return re.search(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)\s*$", " ".join(found[0].split()))[1]

@@ -14,7 +14,7 @@ from hybrid_lightning.cli_parser import TRL_NAMES
 ROOT = Path(__file__).parents[1]
 
 
-# Command, what a config of it says, and the last line.
+# Command, the text of its config, and the last line.
 MISTAKES = [
     # of the command, of a class of the config, of one inside of that, of one on the command line
     ("fit --config t.yaml --trainer.max_step=3", {}, r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),

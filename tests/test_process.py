@@ -40,7 +40,7 @@ print(again, products(100), products(400))
 
 
 def run(code, **environment):
-    """What code prints, where nothing else is said of memory and threads."""
+    """The output of code without any settings of memory and threads."""
     said = ("MALLOC_", "GOMP_", "OMP_", "ONEDNN_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(said)}
     command = [sys.executable, "-c", code]

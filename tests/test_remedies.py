@@ -1,4 +1,4 @@
-"""What libraries say of devices and disks ends with a remedy, and configs of different kinds are no overlays."""
+"""Libraries' errors about devices and disks end with a remedy, and configs of different kinds are not overlays."""
 
 import errno
 import os

@@ -83,7 +83,7 @@ class Turns(RewardFunction):
 
 
 def script(template, tokenizer):
-    """Token ids of what the policy says in each turn of each episode, [B][turns]."""
+    """Token ids of the policy's text in each turn of each episode, [B][turns]."""
     key, end = ("parameters", "<|eot_id|>") if template == "llama3_1" else ("arguments", "<|im_end|>")
 
     def call(name, **arguments):
@@ -106,7 +106,7 @@ def script(template, tokenizer):
 
 
 def run_trl(folder, root, said, starts, functions, options):
-    """What two steps of TRL's trainer on one rollout are made of."""
+    """The inputs and results of two steps of TRL's trainer on one rollout."""
     found = {"losses": [], "gradients": []}
 
     class Noted(GRPOTrainer):
@@ -156,7 +156,7 @@ def run_trl(folder, root, said, starts, functions, options):
 
 
 class Played(sampler._ContinuedConversation):
-    """Says what is in a script; how it is decoded, and its log-probabilities, are ours."""
+    """Returns the texts of a script; its decoding and its log-probabilities are ours."""
 
     def _first(self, *arguments):
         return self._say(range(len(self._own)), super()._first, *arguments)

@@ -27,7 +27,7 @@ def make(seed=0):
 
 
 def outputs(logprobs, mask, entropy):
-    """What TRL's models return: a value for each token that is predicted, zero where none is learned."""
+    """The outputs of TRL's models: a value for each predicted token, zero where none is learned."""
     filled = {"log_probs": logprobs, "entropy": entropy, "mean_logits": logprobs.detach(), "is_top1": mask}
     return SimpleNamespace(label_mask=mask, **{name: value * mask for name, value in filled.items()})
 

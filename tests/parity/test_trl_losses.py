@@ -170,7 +170,7 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
 
 
 def rows_of(inputs, rows, tokens, **counts):
-    """Some rows of an optimizer step of B, with so many tokens."""
+    """Some rows of an optimizer step of B rows, with this many tokens."""
     names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "entropy")
     kept = {name: getattr(inputs, name)[rows] for name in names}
     return replace(inputs, **kept, num_sequences=float(B), num_tokens=tokens, **counts)

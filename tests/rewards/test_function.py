@@ -93,7 +93,7 @@ def test_a_batch_or_one_completion_at_a_time_with_columns_by_name(here):
     assert scores("trl_like", ["a", "bc"]) == [1.0, 2.0]
     assert scores("each", ["12", "12", "13"]) == [1.0, 1.0, 0.0]
     assert scores("brief", ["a b", "a b c"]) == [1.0, 0.0]
-    assert scores("sorts", texts := ["bb", "a"]) == [1.0, 2.0] and texts == ["bb", "a"]  # what it does to its lists stays there
+    assert scores("sorts", texts := ["bb", "a"]) == [1.0, 2.0] and texts == ["bb", "a"]  # its changes to the lists stay there
 
 
 def test_a_reward_function_of_trl_sees_what_trl_gives_it():

@@ -1,4 +1,4 @@
-"""`MathMatch`: a table of right and wrong answers, and what holds whatever a completion says."""
+"""`MathMatch`: a table of right and wrong answers, and properties that hold for any completion."""
 
 import copy
 import json

@@ -34,7 +34,7 @@ def batch(rows, first, with_old=True):
 
 
 def rows_of(batches):
-    """What the rows of batches are, without padding."""
+    """The rows of batches, without padding."""
     found = []
     for part in batches:
         sequences = part.sequences

@@ -1,4 +1,4 @@
-"""`VLLMSampler` without vLLM: settings, what it asks of vLLM, sleep, and weights that are computed where they are copied."""
+"""`VLLMSampler` without vLLM: settings, its calls of vLLM, sleep, and weights that are computed where they are copied."""
 
 import copy
 import os

@@ -52,7 +52,7 @@ def scored_rollout(prompts, sequences, logprobs, advantages, samples):
 
 
 class Restarted(Run):
-    """Counts how often it was told to count its epoch from 0."""
+    """Counts the calls that make it count its epoch from 0."""
 
     restarts = 0
 
@@ -90,7 +90,7 @@ def batches_of(loader, count):
 
 
 def take(loader, count):
-    """The same; whoever trains on one draws numbers from the generators."""
+    """The same; training on one draws numbers from the generators."""
     return [(flat(batch), random.random(), float(torch.rand(()))) for batch in batches_of(loader, count)]
 
 

@@ -1,4 +1,4 @@
-"""Our sampler against `generate` and plain passes; what every engine promises is in tests/with_vllm/test_engines.py."""
+"""Our sampler against `generate` and plain passes; tests/with_vllm/test_engines.py has the promises of every engine."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_all_families_sample_alike(tokenizer, family):
 
 
 def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
-    """What a graph of a step would read has the same place at every token, until rows are given up."""
+    """The inputs of a step's graph have the same addresses at every token, until rows are given up."""
     engine = Engine(build_model("llama"), OfAccelerator())
     ids, mask = torch.randint(3, 30, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
     with torch.no_grad(), engine.sampling():

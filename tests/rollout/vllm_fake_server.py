@@ -57,7 +57,7 @@ class FakeServer:
         self.tokenizer, self.config, self.model = tokenizer, config, model
         self.version, self.context, self.sequences = "0.32.0", 64, 8
         self.lora: dict | None = None  # its config of LoRA
-        self.description: dict | None = None  # what it says of its paths
+        self.description: dict | None = None  # its description of its paths
         self.dtype, self.logprobs_mode, self.backend = "torch.float32", "processed_logprobs", "hybrid_lightning"
         self.missing: set[str] = set()  # paths that it does not have
         self.key = ""  # API key
@@ -71,7 +71,7 @@ class FakeServer:
         self.fails = 0  # requests for completions to answer with status 500 next
         self.fails_updates = 0  # updates in which the worker fails after the first weight
         self.dies_in_updates = 0.0  # seconds after the first weight in which the server dies
-        self.requests: list[tuple[str, dict]] = []  # path and body of what it was asked
+        self.requests: list[tuple[str, dict]] = []  # path and body of each request
         self.port = 0
         self.start()
 
@@ -86,7 +86,7 @@ class FakeServer:
         self.updates: list[list[str]] = []  # names of the weights of each update
         self.group = self.store = None
         self.running = set[str]()  # names of requests
-        self.ended = set[str]()  # of those that were aborted
+        self.ended = set[str]()  # of aborted requests
         self.stopped = threading.Event()
         self.connections = set[socket.socket]()
         bound = type("Bound", (_Handler,), {"fake": self})
@@ -250,7 +250,7 @@ class _Http(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 64
 
     def handle_error(self, request, client_address):
-        """Say nothing of connections that a test has cut."""
+        """Print nothing about connections that a test has cut."""
 
 
 class _Handler(BaseHTTPRequestHandler):

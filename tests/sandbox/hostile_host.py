@@ -23,7 +23,7 @@ for name, body in json.loads(ATTEMPTS).items():
 
 
 def whole(body):
-    """A program that says whether it got out."""
+    """A program that reports whether it got out."""
     held, escaped = ("    print('held')", "    print('escaped')")
     return f"try:\n{textwrap.indent(body, '    ')}\nexcept BaseException as error:\n{held}\nelse:\n{escaped}"
 

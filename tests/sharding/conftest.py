@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train_on(folder, tmp_path_factory):
-    """Makes the runs that are named on so many ranks, one after another; what each rank found: name -> result.
+    """Makes the named runs on this many ranks, one after another; each rank's findings: name -> result.
 
     One rank is this process.
     """

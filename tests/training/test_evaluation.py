@@ -12,7 +12,7 @@ ANSWERS = ["7", "7", "5", "6", "5", None, "5", "6"]
 
 
 def build(indices, correct, lengths, sets=""):
-    """Rollouts of prompts with these indices; `correct` and `lengths` hold one list a prompt. What is 5 tokens long was cut."""
+    """Rollouts of prompts with these indices; `correct` and `lengths`: a list a prompt. Completions of 5 tokens were cut."""
     samples = len(correct[0])
     prompts = tuple(Prompt(text=f"q{i}", answer=f"a{i}", index=i, set_name=sets) for i in indices)
     flat = [value for row in correct for value in row]

@@ -1,4 +1,4 @@
-"""`trainer.deterministic=true` works with everything, and what can make two runs differ is said when a run starts."""
+"""`trainer.deterministic=true` works with everything, and a run names at its start what can make two runs differ."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ class OnGPU(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# All that there is besides losses.
+# Everything besides losses.
 CASES = {
     "gpt2": {  # which is not packed
         **{"model": "gpt2", "gradient_checkpointing": True, "epochs_per_rollout": 2, "dynamic_sampling": DynamicSampling(1)},
@@ -109,7 +109,7 @@ def test_training_on_examples(folder, tmp_path, on_gpu):
     assert trained.trainer.global_step > 0
 
 
-# ---- what is said
+# ---- the messages
 
 
 class Elsewhere(Sampler):

@@ -1,6 +1,6 @@
 """Makes the embedded policy: `python -m benchmarks.study.pretrain --policy products`.
 
-A Llama model of 0.9 M parameters reads a corpus of products, every line of which is right:
+A Llama model of 0.9 M parameters reads a corpus of products; every line is right:
 
     347*6=2082              answered directly, most lines with "="
     347*6=[42 28 20]2082    worked out, the other lines with "="

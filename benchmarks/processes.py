@@ -46,7 +46,7 @@ class Family:
                 continue
             entries, command = (text.split("\0") for text in texts)
             environment = dict(entry.partition("=")[::2] for entry in entries)
-            if environment.get(_MARK) == self.mark and command != [""]:  # that of a zombie is empty
+            if environment.get(_MARK) == self.mark and command != [""]:  # a zombie's is empty
                 found[int(path.name)] = (command, environment)
         return found
 

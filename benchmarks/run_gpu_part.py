@@ -47,7 +47,7 @@ from hybrid_lightning.types import Prompt
 
 Found = dict[str, Any]
 Trained = tuple[PolicyModule, Trainer, Found]  # with what is known of the steps
-STEPS = 4  # whose time is measured
+STEPS = 4  # the measured steps
 # The model of a rehearsal.
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -30,7 +30,7 @@ from hybrid_lightning.sharding.checkpoints import WholeFiles
 LIMIT_S = 60.0  # for all processes to end once one has been killed
 JOB_LIMIT_S = 600.0  # for a job that nobody disturbs
 TOLERANCE = 1e-5  # between weights, float32
-# What says that a process is gone, and who says so. The first tells how to go on.
+# Messages that a process is gone, and their sources. The first one gives the remedy.
 _MESSAGES = {
     "ours": r"rank \d (?:lost contact.*(?:--ckpt_path \S+|no checkpoint has been saved yet)|ends: rank 0)",
     "Lightning": r"Child process with PID \d+ terminated with code",
@@ -61,9 +61,9 @@ class Outcome:
     seconds: float | None  # until nothing of it lived; None if that took too long
     code: int
     messages: tuple[str, ...]
-    loaded: int = 0  # checkpoints that were there, all of which loaded unless there is an error
+    loaded: int = 0  # checkpoints found; all loaded unless there is an error
     step: int | None = None  # of the newest
-    difference: float | None = None  # of the final weights, from those of an undisturbed job
+    difference: float | None = None  # of the final weights from an undisturbed job's
     error: str = ""
 
     @property

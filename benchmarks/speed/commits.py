@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 1, "pairs", "threads")
     before = arguments.before
     if not (before / "benchmarks/speed/run_ours.py").is_file():
-        raise UsageError(f"{before} is no checkout of this project: make one by git worktree add {before} COMMIT")
+        raise UsageError(f"{before} is not a checkout of this project; make one: git worktree add {before} COMMIT")
     checkouts = {"before": before.resolve(), "now": ROOT}
     names = dict.fromkeys(arguments.workload)
     lines = []

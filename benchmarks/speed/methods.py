@@ -86,8 +86,8 @@ def summarize(workload: Workload, measured: dict[str, Any], device: str) -> dict
 def summarize_method(steps: list[dict[str, Any]], facts: dict[str, Any], device: str) -> dict[str, Any]:
     """Numbers of one method; the trainable state is measured after the last step."""
     side, state = summarize_side(steps, device), steps[-1]["state_bytes"]
-    # On the CPU the weights are the file itself, mapped, and stay resident as a whole: full fine-tuning, whose float32 weights
-    # take the place of those of the file, is not charged with what it no longer uses.
+    # On the CPU the weights are the file itself, mapped, and stay resident as a whole. The float32 weights of full fine-tuning
+    # replace the file's, so it is not charged with the file, which it no longer uses.
     replaced = facts["trained_weight_bytes"] - state["extra_weights"] if device == "cpu" else 0
     return {
         **side,

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.workloads import Settings
 
-# What configs name that is not there: rows of the same columns.
+# In place of data that configs name and that is missing: rows of the same columns.
 _WORDS = "Ann has {a} pens and gets {b} more. How many pens does she have?"
 _GIVEN = {"smollm2_mawps": [{"input": _WORDS.format(a=a, b=b), "target": a + b} for a in range(2, 22) for b in range(2, 22)]}
 # Nothing but rollouts and updates.

@@ -44,7 +44,7 @@ BESIDE_LORA = (
 # own. It stands beside the one of 0.3 and 1 that is best in a task's sweeps.
 DEFAULT_RATIO = {"default ratio": "hybrid", "default ratio beside rank 8": "hybrid_10_r8"}
 BY_DEFAULT = {"products_direct": "three_quarters_rate", "new_order_wide": "half_rate"}
-# Tasks whose claims stand together: those on which the formulas were chosen, and others.
+# Tasks with claims in one group: the tasks on which the formulas were chosen, and others.
 GROUPS = {
     "old_tasks": ("facts", "facts_deep", "products_direct"),
     "new_tasks": ("new_automaton", "new_order", "new_order_wide", "smollm2_codes"),

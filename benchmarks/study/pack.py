@@ -46,7 +46,7 @@ def together(store: Store, drop: Iterable[str] = ()) -> dict[str, Content]:
 def fault(name: str, content: Content) -> str:
     """Why the analysis could not read the content of a file of this name; empty if it can."""
     if name.startswith("memory/"):
-        return "" if content.get("bytes") else "it lacks 'bytes'"
+        return "" if content.get("bytes") else "it has no 'bytes'"
     try:
         record = Record(**content)
         own, _ = Job(**record.job).file, (record.validation, record.accuracy)

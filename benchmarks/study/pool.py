@@ -45,7 +45,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[str]:
     paths = [name if name.endswith(".yaml") else str(HERE / "tasks" / f"{name}.yaml") for name in arguments.task]
     for path in paths:
         if not Path(path).exists():
-            raise SystemExit(f"error: there is no task {path}; give the path of a config, or a name in {HERE / 'tasks'}")
+            raise SystemExit(f"error: no task {path}; give the path of a config, or a name in {HERE / 'tasks'}")
         model = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]
         policy = Path(str(model.get("init_args", model).get("model")))
         if policy.parent == FOLDER and not policy.exists():
@@ -58,7 +58,7 @@ def methods_of(arguments: argparse.Namespace) -> list[str]:
     names = list(METHODS) if "all" in arguments.method else arguments.method
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise SystemExit(f"error: there is no method {unknown[0]}; there are {', '.join(METHODS)}")
+        raise SystemExit(f"error: unknown method {unknown[0]}; choose among {', '.join(METHODS)}")
     return names
 
 

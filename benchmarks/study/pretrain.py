@@ -56,7 +56,7 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
 
 def main() -> None:
     parser = command("study.pretrain", __doc__)
-    parser.add_argument("--policy", nargs="+", choices=RECIPES, default=["wide", "deep"], help="default: those of the tasks")
+    parser.add_argument("--policy", nargs="+", choices=RECIPES, default=["wide", "deep"], help="default: the tasks' own")
     parser.add_argument("--seeds", type=int, nargs="+", help="one policy for each of these seeds, in a folder of its own")
     parser.add_argument("--workers", type=int, default=CORES, help="with --seeds; default: the cores")
     arguments = parser.parse_args()

@@ -37,7 +37,7 @@ class Puzzle(PromptSource):
         seed: int = 0,
     ) -> None:
         if not 0 <= doubt <= 1:
-            raise ConfigError(f"data.source: doubt={doubt} is no probability; give one from 0 to 1")
+            raise ConfigError(f"data.source: doubt={doubt} is not a probability; use one from 0 to 1")
         self.table, self.doubt, self.seed = table, doubt, seed
         self.sizes = {"train": train_size, "validation": validation_size, "test": test_size}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from benchmarks.study.store import Store, malformed
 
 Purpose = Literal["sweep", "run", "trial", "frontier", "memory"]  # the last measures a run's first steps
-TUNING_SEEDS = (1000, 1001)  # never those of the comparison
+TUNING_SEEDS = (1000, 1001)  # never used in the comparison
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Job:
     seed: int
     purpose: Purpose
     rank: int | None = None  # of LoRA, where the method leaves it open
-    policy: str | None = None  # folder of the start policy; None is that of the task
-    extra_steps: int = 0  # beside those of the task
+    policy: str | None = None  # folder of the start policy; None: the task's
+    extra_steps: int = 0  # in addition to the task's
 
     @property
     def task_name(self) -> str:

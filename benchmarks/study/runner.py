@@ -102,11 +102,11 @@ def _command_line(job: Job) -> tuple[dict[str, Any], list[str]]:
     options = {
         **method.options(task, job.rank, job.learning_rate, job.seed),
         "seed_everything": job.seed,
-        "model.seed": job.seed,  # of prompts and sampling; the problems stay those of the task
+        "model.seed": job.seed,  # of prompts and sampling; the problems do not change
     }
     if job.policy is not None:
         options["model.model"] = job.policy
-    if job.purpose == "frontier":  # of which only the end is of interest
+    if job.purpose == "frontier":  # only its end is of interest
         options["trainer.max_steps"] = options["trainer.val_check_interval"] = task["trainer"]["max_steps"] + job.extra_steps
     given = {**options, **QUIET}
     if method.module is not None:

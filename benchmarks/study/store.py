@@ -111,7 +111,7 @@ def read_pack(path: Path) -> dict[str, Content]:
             records[name] = content
     except (ValueError, TypeError, KeyError, lzma.LZMAError) as error:
         cause = f"line {len(records) + 1}, {type(error).__name__}: {error}"
-        raise SystemExit(f"error: {path} is no table of records ({cause}); restore it: git checkout {path}") from None
+        raise SystemExit(f"error: {path} is not a table of records ({cause}); restore it: git checkout {path}") from None
     return records
 
 
@@ -130,7 +130,7 @@ def differing(path: Path, name: str) -> str:
 
 def malformed(path: Path, cause: str) -> str:
     """Message about a file that is not a record."""
-    return f"{path} is no record: {cause}; delete it, and its stage makes it again"
+    return f"{path} is not a record: {cause}; delete it, and its stage makes it again"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
     """Measure all engines with a hybrid adapter, one after the other."""
-    # Longest prompt with completion; None for that of the model, where prompts differ in length.
+    # Longest prompt with completion; None for the model's own limit, where prompts differ in length.
     context = None if workload.prompt_tokens is None else workload.prompt_tokens + workload.max_new_tokens
     with ExitStack() as stack:
         url, family = "", Family()

@@ -92,7 +92,7 @@ class Measured(Gated):
             "generate_s": generate_s - self.generate_s - update_s,
             "update_s": update_s,  # the first starts the engine, the others send what training has changed
             "difference": {"mean": float(differences.mean()), "max": float(differences.max()), "tokens": len(differences)},
-            # Before what is measured beside; with CUDA that of torch's tensors.
+            # Taken before the measurements besides; with CUDA, of torch's tensors.
             "peak": torch.cuda.max_memory_allocated() if self.gate.cuda else resident_bytes()[1],
         }
         if not isinstance(self.engine, Sampler):

@@ -59,7 +59,7 @@ def wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
-        except OSError:  # of which URLError is one
+        except OSError:  # URLError is one
             time.sleep(0.5)
     raise BenchmarkError(f"the vLLM server was not ready after {START_S:.0f} s (its output is in {log})")
 

@@ -32,7 +32,7 @@ def refused(module, arguments, capsys):
     ("module", "arguments", "expected"),
     [
         (agreement, ("--steps", "0"), "--steps must be at least 1, got 0"),
-        (commits, ("nowhere",), "nowhere is no checkout of this project: make one by git worktree add nowhere COMMIT"),
+        (commits, ("nowhere",), "nowhere is not a checkout of this project; make one: git worktree add nowhere COMMIT"),
         (methods, (*SMALL, "--samples", "1"), "--samples must be at least 2, got 1"),
         (methods, (*SMALL, "--device", "cuda"), "--device cuda: torch finds no CUDA device"),
         (scaling, (*SMALL, "--samples", "8", "4", "2"), "--samples needs at least 3 sizes, all different, smallest first, got"),

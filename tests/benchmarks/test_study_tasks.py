@@ -36,7 +36,7 @@ def test_puzzles(kind):
     doubted = kind(train_size=300, doubt=0.5).read().train
     right = sum(row.answer == before.answer for row, before in zip(doubted, again, strict=True))
     assert 10 < right < 220 and [row.question for row in doubted] == [row.question for row in again]
-    with pytest.raises(ConfigError, match="doubt=2 is no probability; give one from 0 to 1"):
+    with pytest.raises(ConfigError, match="doubt=2 is not a probability; use one from 0 to 1"):
         kind(doubt=2)
 
 

@@ -5,7 +5,7 @@ messages, a reward, and whether the episode is over:
 
     environment.start(prompt, seed)      messages after the prompt, before the first turn
     environment.step(message)            once per turn
-    environment.final_reward()           the reward at the end, besides the rewards of the turns
+    environment.final_reward()           the reward at the end, added to the rewards of the turns
     environment.close()
 
 Each episode has its own object, made with the arguments of the object in the config. All episodes of a group get the same seed

@@ -74,7 +74,7 @@ class GymEnvironment(ForeignEnvironment):
         answer = game.reset(seed=seed) if takes(game.reset, "seed") else game.reset()
         if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
             answer = answer[0]
-        return said(answer)
+        return as_messages(answer)
 
     def step(self, message: Message) -> Step:
         """Act with the text of the message."""
@@ -82,7 +82,7 @@ class GymEnvironment(ForeignEnvironment):
         if not isinstance(answer, tuple) or len(answer) not in (4, 5) or not isinstance(answer[-1], Mapping):
             raise ConfigError(f"{self._make}: step returned {shorten(answer)}, which does not follow Gymnasium's API; wrap it")
         observation, reward, *over, _ = answer
-        return Step(said(observation), reward, any(map(bool, over)))
+        return Step(as_messages(observation), reward, any(map(bool, over)))
 
 
 class OpenEnvEnvironment(ForeignEnvironment):
@@ -124,7 +124,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
         client = self._begin(seed)
         self.game = client.sync() if hasattr(client, "sync") else client
         seeded = {"seed": seed} if takes(self.game.reset, "seed") else {}
-        return said(self._read(self.game.reset(**seeded)).messages)
+        return as_messages(self._read(self.game.reset(**seeded)).messages)
 
     def step(self, message: Message) -> Step:
         """Act with the text of the message."""
@@ -135,7 +135,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
         except Exception as error:
             if type(error).__name__ != "ValidationError" and "VALIDATION_ERROR" not in str(error):
                 raise
-            return Step(said(f"error: the action is not valid: {one_line(error)}"), counts={"refused_actions": 1})
+            return Step(as_messages(f"error: the action is not valid: {one_line(error)}"), counts={"refused_actions": 1})
         return self._read(result)
 
     def _read(self, result: Any) -> Step:
@@ -149,14 +149,14 @@ class OpenEnvEnvironment(ForeignEnvironment):
                     f"{', '.join(fields) or 'none'}"
                 )
             observation = fields[self._observation]
-        return Step(said(observation), 0.0 if reward is None else reward, self._over)
+        return Step(as_messages(observation), 0.0 if reward is None else reward, self._over)
 
 
-def said(observation: Any) -> list[Message]:
+def as_messages(observation: Any) -> list[Message]:
     """Turn an observation into messages: none if it is empty, the messages themselves if it is a conversation.
 
     Example:
-        >>> said("higher"), said([{"type": "text", "text": "a board"}]), said(None)
+        >>> as_messages("higher"), as_messages([{"type": "text", "text": "a board"}]), as_messages(None)
         ([{'role': 'user', 'content': 'higher'}], [{'role': 'user', 'content': 'a board'}], [])
     """
     entries = observation if isinstance(observation, (list, tuple)) else []

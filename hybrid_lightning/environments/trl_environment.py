@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from hybrid_lightning.environments.calls import CallFormat
 from hybrid_lightning.environments.environment import Step
-from hybrid_lightning.environments.foreign import said, takes
+from hybrid_lightning.environments.foreign import as_messages, takes
 from hybrid_lightning.environments.objects import random_states, restore_random_states
 from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.errors import ConfigError
@@ -76,7 +76,7 @@ class TRLEnvironment(ToolEnvironment):
         asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
         row = {"prompt": asked, "answer": prompt.answer, "seed": seed, **prompt.columns}
         observation = self._object.reset(**{name: value for name, value in row.items() if takes(self._object.reset, name)})
-        return [*super().start(prompt, seed), *said(observation)]
+        return [*super().start(prompt, seed), *as_messages(observation)]
 
     async def step(self, message: Message) -> Step:
         """Run the calls in the policy's message."""

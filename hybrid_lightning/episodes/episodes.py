@@ -56,7 +56,7 @@ class _Row:
     opened: bool = False  # `thinking` before the last message
     end: str = ""  # empty while it runs
 
-    def say(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
+    def add_turn(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
         """Add a message of the policy."""
         if not self.texts:
             self.thinking = completion.thinking
@@ -70,7 +70,7 @@ class _Row:
         self.texts.append(str(completion))
         self.messages.append({"role": "assistant", "content": str(completion)})
 
-    def hear(self, ids: Sequence[int]) -> None:
+    def add_reply(self, ids: Sequence[int]) -> None:
         """Add tokens that the policy reads."""
         self.ids += ids
         self.logprobs += [0.0] * len(ids)
@@ -185,12 +185,12 @@ class Episodes:
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
             rows, ids = self._begin(prompts, started, samples)
             conversation = self._conversation(engine, replace(request, prompt_ids=ids, on_completion=None), rows)
-            said, numbers = conversation.first(), list(range(len(rows)))
+            sampled, numbers = conversation.first(), list(range(len(rows)))
             while True:
-                self._say(rows, numbers, said)
+                self._add_turns(rows, numbers, sampled)
                 continuing = [number for number in numbers if not rows[number].end]
                 answers = running.step({number: self._message(rows[number]) for number in continuing})
-                added = {number: self._hear(rows[number], answers[number]) for number in continuing}
+                added = {number: self._add_reply(rows[number], answers[number]) for number in continuing}
                 ended = [number for number in numbers if rows[number].end not in ("", "failed")]
                 for number, earned in running.conclude(ended).items():
                     if isinstance(earned, Failure):
@@ -204,7 +204,7 @@ class Episodes:
                     for number in ended:
                         if rows[number].end != "failed":
                             request.on_completion(number, rows[number].completion())
-                said = conversation.next(numbers, [added[number] for number in numbers])
+                sampled = conversation.next(numbers, [added[number] for number in numbers])
         finally:
             running.finish()
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
@@ -238,15 +238,15 @@ class Episodes:
             begins.append(firsts[0] if firsts else ids)
         return rows, begins
 
-    def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Rollouts) -> None:
+    def _add_turns(self, rows: Sequence[_Row], numbers: Sequence[int], sampled: Rollouts) -> None:
         """Add messages of the policy to the running episodes."""
-        sequences = said.sequences
+        sequences = sampled.sequences
         made_by = [[] for _ in numbers] if sequences.weights_step is None else sequences.weights_step.tolist()
-        columns = (sequences.completion_ids.tolist(), said.sampling_logprobs.tolist(), made_by)
+        columns = (sequences.completion_ids.tolist(), sampled.sampling_logprobs.tolist(), made_by)
         lengths = sequences.completion_mask.sum(dim=1).tolist()
-        for number, length, tokens, logprobs, steps, message in zip(numbers, lengths, *columns, said.completions, strict=True):
+        for number, length, tokens, logprobs, steps, message in zip(numbers, lengths, *columns, sampled.completions, strict=True):
             if not rows[number].end:
-                rows[number].say(tokens[:length], logprobs[:length], steps[:length], message)
+                rows[number].add_turn(tokens[:length], logprobs[:length], steps[:length], message)
 
     def _message(self, row: _Row) -> Message:
         """The last message of the policy, for the environment (see `Environment.step`)."""
@@ -258,7 +258,7 @@ class Episodes:
                 raw = raw.partition(stop)[0]
         return {**row.messages[-1], "raw": f"<think>{raw}" if row.opened else raw}
 
-    def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
+    def _add_reply(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
         """Add an environment's answer to an episode; returns the tokens that the policy reads, none if the episode is over."""
         if isinstance(answer, Failure):
             row.fail()
@@ -277,7 +277,7 @@ class Episodes:
         if len(row.ids) + len(ids) >= self.limits.max_tokens:
             row.end = "tokens"
             return []
-        row.hear(ids)
+        row.add_reply(ids)
         return ids
 
     def _fitted(self, row: _Row, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:

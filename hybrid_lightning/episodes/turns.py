@@ -245,11 +245,11 @@ class TurnEncoder:
                 if any(message["content"] not in opened for message in head):
                     continue
                 for text in [""] if "tool_calls" in answered else _answers(opened):
-                    said: dict[str, Any] = {"role": "assistant", "content": text}
+                    turn: dict[str, Any] = {"role": "assistant", "content": text}
                     if "tool_calls" in answered:
                         once = self._encoder.apply_template([*head, answered, new], self.tools)
-                        said, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
-                    whole = self._encoder.apply_template([*head, said, new, said, new], self.tools)
+                        turn, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
+                    whole = self._encoder.apply_template([*head, turn, new, turn, new], self.tools)
                     if "<think>" not in opened + text:  # an empty thought before an answer without one loses nothing
                         whole = _EMPTY_THOUGHT.sub("", whole)
                     if whole != opened + 2 * (text + rest):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HOPELESS = 16  # after so many failures in a row, the judge is given up
+_HOPELESS = 16  # after this many failures in a row, the judge is given up
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _REFUSED = (401, 403, 404)  # wrong key or model: every other completion would fail as well
 _BUSY = (408, 409, 425, 429)  # worth repeating; other client errors would occur again for the same completion

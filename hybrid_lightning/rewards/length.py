@@ -38,7 +38,7 @@ from hybrid_lightning.types import Completion, Prompt
 class OverlongPenalty(RewardFunction):
     """0 for a completion well below the length limit, falling to -1 at the limit.
 
-    Use it in a `WeightedSum` beside a reward for correctness. The paper uses max_tokens=20480 and buffer_tokens=4096, and gives
+    Use it in a `WeightedSum` with a reward for correctness. The paper uses max_tokens=20480 and buffer_tokens=4096, and gives
     the penalty the same weight as its accuracy reward, which is -1 or 1.
 
     Args:

@@ -101,7 +101,7 @@ class MultipleChoice(AnswerReward):
         options = prompt.columns.get(self.options_column)
         if options is None:
             return CHOICES
-        if isinstance(options, dict):  # ARC has the options beside their labels
+        if isinstance(options, dict):  # ARC has separate lists of options and labels
             options = options.get("text")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise DataError(

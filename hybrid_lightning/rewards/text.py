@@ -98,7 +98,7 @@ class FormatReward(RewardFunction):
     Some chat templates open `<think>` in the prompt. The pattern may then match with or without this tag before the completion,
     so that one pattern suits all templates.
 
-    A policy finds the cheapest way to earn this, so give it a small weight beside a reward for correctness, and anchor the
+    A policy finds the cheapest way to earn this, so give it a small weight next to a reward for correctness, and anchor the
     pattern: `\A<think>.+</think>\s*\S` rather than `</think>`. For one pair of tags followed by another:
     `\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z`.
 
@@ -125,7 +125,7 @@ class FormatReward(RewardFunction):
 class RepetitionPenalty(RewardFunction):
     """0 for a completion without repeated n-grams, falling to nearly -1 for a completion that only repeats itself.
 
-    Use it in a `WeightedSum` beside a reward for correctness. Words are separated by spaces, and their case is ignored. In a
+    Use it in a `WeightedSum` with a reward for correctness. Words are separated by spaces, and their case is ignored. In a
     language without spaces, a text is one word, so no repetition is found.
 
     Args:

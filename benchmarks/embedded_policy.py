@@ -1,6 +1,6 @@
-"""How the embedded policy is made: `python -m benchmarks.study.pretrain --policy products`.
+"""Makes the embedded policy: `python -m benchmarks.study.pretrain --policy products`.
 
-A Llama model of 0.9 M parameters reads a corpus of products, every line of which is right:
+A Llama model of 0.9 M parameters reads a corpus of products; every line is right:
 
     347*6=2082              answered directly, most lines with "="
     347*6=[42 28 20]2082    worked out, the other lines with "="
@@ -10,8 +10,8 @@ The working, in brackets, is units first: 7*6 = 42, then 4*6 + 4 = 28, then 3*6 
 the one before. Short steps are easy for so small a model, and a whole product at once is hard. From the lines with ":" it learns
 to work; the task asks with "=", where it mostly answers directly, and mostly wrongly. See hybrid_lightning/assets/README.md.
 
-The embedded policy for episodes (`--policy episodes`) reads turns, each behind the tokens that come before it in an episode, and
-learns those of the turn alone:
+The embedded policy for episodes (`--policy episodes`) reads turns, each after the preceding tokens of an episode, and learns only
+the tokens of the turn:
 
     347*68=23596                         answered directly
     347*68=[347*68]<eos>23596 23596      a call; then its answer, which the calculator gave (without the space), copied
@@ -44,7 +44,7 @@ EPISODE_CHARACTERS = "0123456789*=[]?<>"
 
 
 def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """One token per character, padding on the left; other characters than those of the corpus are an error."""
+    """One token per character, padding on the left; characters that are not in the corpus are an error."""
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -62,7 +62,7 @@ def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, layers: int = 4, width: int = 128, feed_forward: int = 384, positions: int = 64
 ) -> LlamaForCausalLM:
-    """New weights, from torch's global random state. By default 28 candidate modules, of which 10% are 3."""
+    """New weights, from torch's global random state. By default 28 candidate modules; 10% are 3."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -95,7 +95,7 @@ class CorpusSource(PromptSource):
         self.lines, self.seed = lines, seed
 
     def read(self) -> Splits:
-        """All of them to train on."""
+        """All rows, for training."""
         rng, drawn = random.Random(self.seed), list[tuple[str, str]]()
         while len(drawn) < self.lines:
             drawn += self.draw(rng)
@@ -118,7 +118,7 @@ class EpisodeCorpus(CorpusSource):
 
 
 def product_turns(rng: random.Random) -> list[tuple[str, str]]:
-    """Each turn, behind what comes before it, of an episode with a product of the training split."""
+    """Each turn, with the tokens before it, of an episode with a product of the training split."""
     while hashed_split(asked := f"{rng.randrange(100, 1000)}*{rng.randrange(10, 100)}") != "train":
         pass
     a, b = map(int, asked.split("*"))
@@ -128,7 +128,7 @@ def product_turns(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def guessing_turns(rng: random.Random) -> list[tuple[str, str]]:
-    """Each turn, behind what comes before it, of an episode in which a number is guessed."""
+    """Each turn, with the tokens before it, of an episode in which a number is guessed."""
     number, low, high, before, turns = rng.randint(1, HIGHEST), 1, HIGHEST, "?", []
     for _ in range(GUESSES):
         guess = rng.randint(1, HIGHEST) if rng.random() < CARELESS_SHARE else rng.randint(low, high)

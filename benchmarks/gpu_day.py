@@ -1,14 +1,14 @@
-"""Everything that can only be known on a GPU, in 45 minutes or in several calls of less: `python -m benchmarks.gpu_day`.
+"""Measures everything that needs a GPU, in 45 minutes or in several shorter calls: `python -m benchmarks.gpu_day`.
 
-Each part is a process of its own with limited time, and ends with this one, however that ends. What a part has found is in
-`OUT/PART.json` as soon as it has found it, what it prints in `OUT/PART.log`, and all of it on the page `OUT/gpu_day.md`, which
-ends with the decisions that wait for it. A part that fails, dies or is killed at its limit is written down as such, and the next
-begins; the exit status is then 1. The same command again measures what is missing or has failed, with the model and the compiled
-code in `OUT/kept`, and refuses a folder with results of another device, commit or package.
+Each part runs in its own process with a time limit, and ends with this process, however that ends. A part writes each result to
+`OUT/PART.json` immediately, and its output to `OUT/PART.log`. The page `OUT/gpu_day.md` has all results, and ends with the
+decisions that depend on them. A part that fails, dies or is killed at its limit is recorded as such, and the next part begins;
+the exit status is then 1. Repeat the command to measure what is missing or has failed; it reuses the model and the compiled code
+in `OUT/kept`, and rejects a folder with results from another device, commit or package.
 
-The model has the shape of Qwen3-0.6B and random weights, which are made here: nothing is downloaded. `--device cpu` rehearses all
-of it with tiny sizes, whose numbers say nothing. `--wheels FOLDER` gets, where there is a network, the packages that a machine
-with nothing but torch lacks (see README.md).
+The model has the shape of Qwen3-0.6B and random weights, which are made here: nothing is downloaded. `--device cpu` rehearses
+everything with tiny sizes; its numbers mean nothing. On a machine with a network, `--wheels FOLDER` downloads the packages that a
+machine with only torch needs (see README.md).
 """
 
 import argparse
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(name: str, results: dict[str, Any], out: Path, end: float, over: str) -> None:
-    """Run a part in a process of its own, and put into its results what it has found, and what became of it."""
+    """Run a part in its own process, and record its results and how it ended."""
     path, log, begin, kept = out / f"{name}.json", out / f"{name}.log", time.monotonic(), out / "kept"
     keep(name, results, out)
     device, limit_s = results[name]["ran on"]["device"], min(end - begin, PART_LIMIT_S)
@@ -169,7 +169,7 @@ def measure(name: str, results: dict[str, Any], out: Path, end: float, over: str
 
 
 def keep(name: str, results: dict[str, Any], out: Path) -> None:
-    """Write the results of a part, and the page of all."""
+    """Write the results of a part, and the page with all results."""
     write(results[name], out / f"{name}.json")
     lines = ["# A day with a GPU", "", "    python -m benchmarks.gpu_day", ""]
     lines += [", ".join(f"{key} {value}" for key, value in results[name]["ran on"].items()), ""]
@@ -184,7 +184,7 @@ def keep(name: str, results: dict[str, Any], out: Path) -> None:
 
 
 def decisions(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each decision with what has been found for it."""
+    """Each decision with the results that it depends on."""
     rows = []
     for decision, parts in DECISIONS.items():
         texts = []
@@ -203,7 +203,7 @@ def shown(value: Any) -> str:
 
 
 def download(folder: Path, python: str) -> None:
-    """Wheels for Linux of what this project, TRL and bitsandbytes need, in the versions that are installed here."""
+    """Download Linux wheels of all dependencies of this project, TRL and bitsandbytes, in the versions installed here."""
     folder.mkdir(parents=True, exist_ok=True)
     (path := folder / "requirements.txt").write_text("\n".join(needed(python)) + "\n")
     platforms = [f"--platform=manylinux_2_{glibc}_{os.uname().machine}" for glibc in range(28, 4, -1)]
@@ -214,7 +214,7 @@ def download(folder: Path, python: str) -> None:
 
 
 def needed(python: str) -> list[str]:
-    """All packages, but for torch and what it brings: those of the machine with the GPU stay."""
+    """All packages except torch and its dependencies, which the machine with the GPU already has."""
     found: dict[str, str] = {}
     asked = ["hybrid-lightning[quantization]", "trl"]
     for text in asked:  # which grows meanwhile

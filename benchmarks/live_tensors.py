@@ -1,4 +1,4 @@
-"""`LiveTensors`: counts the bytes of the tensors that there are while something computes."""
+"""`LiveTensors`: counts the bytes of all live tensors while something computes."""
 
 import weakref
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ class LiveTensors(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # address of a storage -> its bytes
 
     def count(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors, also those that were made outside of this context."""
+        """Count tensors that were made outside of this context."""
         for tensor in tensors:
             if isinstance(tensor, DTensor):
                 tensor = tensor._local_tensor
@@ -39,7 +39,7 @@ class LiveTensors(TorchDispatchMode):
                 self.count_storage(tensor.untyped_storage())
 
     def restart_peak(self) -> None:
-        """Reset the peak to the bytes that there are now."""
+        """Reset the peak to the current bytes."""
         self.peak = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +54,7 @@ class LiveTensors(TorchDispatchMode):
         return False
 
     def count_storage(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, which may be known already and have another size now."""
+        """Count a storage, which may be known already with another size."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._sizes:
             self.bytes += size - self._sizes[key]

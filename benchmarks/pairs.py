@@ -1,4 +1,4 @@
-"""The parent's side of a comparison: starts a worker for each side and lets them do a step each in turn."""
+"""The parent's side of a comparison: starts a worker for each side, and lets the workers do one step each in turn."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ class Plan:
 
     @classmethod
     def of(cls, given: argparse.Namespace, sides: Sequence[str], worker: str = "", **more: Any) -> "Plan":
-        """As the options of a command say, which all sides share with one worker where it is named; makes the folder of logs."""
+        """Make the plan from the options of a command, and the folder of logs."""
         logs = given.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         if worker:
@@ -70,7 +70,7 @@ class Worker:
         return {**report, "tokens": sum(lengths), "rows": len(lengths)}
 
     def close(self) -> None:
-        """End the process, at once if it does not end by itself."""
+        """End the process, by force if it does not end by itself."""
         if self.process.stdin is not None and self.process.poll() is None:
             self.process.stdin.close()
             try:
@@ -92,7 +92,7 @@ class Worker:
 
 @contextmanager
 def prepared(workloads: list[Workload], plan: Plan) -> Iterator[list[Path]]:
-    """Folders with models and prompts of the workloads, which a process of its own writes; they live as long as this context."""
+    """Folders with models and prompts of the workloads, written by another process; they exist as long as this context."""
     with TemporaryDirectory(prefix="benchmark_") as root:
         folders = [Path(root, workload.name) for workload in workloads]
         given = {"workloads": list(map(asdict, workloads)), "folders": list(map(str, folders))}
@@ -104,13 +104,13 @@ def prepared(workloads: list[Workload], plan: Plan) -> Iterator[list[Path]]:
 
 
 def compare(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
-    """`facts` and `steps` of each side: what it reported of a discarded step and of `plan.pairs` measured ones, in turn."""
+    """`facts` and `steps` of each side: its reports of a discarded step and of `plan.pairs` measured steps, in turn."""
     facts, steps = take_turns([(side, workload, folder) for side in plan.sides], plan)
     return {"facts": dict(zip(plan.sides, facts, strict=True)), "steps": dict(zip(plan.sides, steps, strict=True))}
 
 
 def take_turns(jobs: Sequence[Job], plan: Plan) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """The facts of a worker for each job, and all of its steps: one each in turn, `plan.pairs` times after a discarded one."""
+    """The facts of a worker for each job, and all its steps: one step each in turn, `plan.pairs` times after a discarded one."""
     workers: list[Worker] = []
     steps: list[list[dict[str, Any]]] = [[] for _ in jobs]
     try:
@@ -131,7 +131,7 @@ def take_turns(jobs: Sequence[Job], plan: Plan) -> tuple[list[dict[str, Any]], l
 
 
 def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
-    """Each step must complete every prompt of its rollout, and to the full length where completions do not end by themselves."""
+    """Check that each step completes every prompt of its rollout, to the full length if completions do not end by themselves."""
     longest = workload.turns * workload.max_new_tokens
     shortest = longest if workload.full_length else 1
     if len(lengths) != workload.rows or min(lengths) < shortest or max(lengths) > longest:
@@ -142,7 +142,7 @@ def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
 
 
 def check_equal(facts: dict[str, dict[str, Any]], same: Sequence[str] = SAME) -> None:
-    """All sides must train the same number of parameters on the same prompts with the same number of threads."""
+    """Check that all sides train the same number of parameters on the same prompts with the same number of threads."""
     for name in same:
         values = {side: fact[name] for side, fact in facts.items()}
         if len(set(values.values())) > 1:

@@ -1,7 +1,7 @@
-"""Writes what both sides are given for each workload: a folder with model, tokenizer and `prompts.json`.
+"""Writes the input of both sides for each workload: a folder with model, tokenizer and `prompts.json`.
 
-Prompts have exactly the wanted number of tokens. When completions end is a matter of the tokens that end them, which any engine
-takes from the folder:
+Prompts have exactly the requested number of tokens. The stop tokens, which every engine reads from the folder, determine when
+completions end:
 
 - full length always: the end-of-sequence token has a number beyond the vocabulary, so that it can never be sampled;
 - by themselves: many rare tokens end a completion, so many that the expected length is the wanted one, by their probabilities
@@ -43,7 +43,7 @@ COMMON_TOKENS = 100  # too probable each to end completions: the probability of 
 def prepare(
     workload: Workload, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rollouts: int, seed: int
 ) -> list[str]:
-    """Prompts, and the tokens that end completions set in model and tokenizer."""
+    """Make prompts, and set the stop tokens in model and tokenizer."""
     draw = random.Random(seed)
     if workload.mean_tokens is not None:
         put_end_beyond_vocabulary(model, tokenizer)
@@ -66,7 +66,7 @@ def put_end_beyond_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def make_prompts(workload: Workload, tokenizer: PreTrainedTokenizerBase, count: int, draw: random.Random) -> list[str]:
-    """`count` prompts, all different for any real vocabulary; ModelError if none of the wanted length can be made with it."""
+    """`count` prompts, all different for any real vocabulary; ModelError if the vocabulary cannot give the requested length."""
     if workload.prompt_tokens is None:
         rows = ProductSource().read().train
         return [str(row.question) for row in draw.sample(rows, count)]
@@ -83,7 +83,7 @@ def make_prompts(workload: Workload, tokenizer: PreTrainedTokenizerBase, count: 
 
 
 def single_tokens(tokenizer: PreTrainedTokenizerBase, extra: int) -> list[str]:
-    """Texts that are one token each and stay so side by side: words with a space in front, or else characters."""
+    """Texts that are one token each, also next to each other: words with a space in front, or else characters."""
     texts = [str(tokenizer.decode([token])) for token in range(min(len(tokenizer), 50_000))]
     single = [text for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) == 1 + extra]
     words = [text for text in single if re.fullmatch(r" [A-Za-z]+", text)]
@@ -103,12 +103,12 @@ def token_probabilities(
 
 
 def ending_tokens(probabilities: torch.Tensor, mean_tokens: float, draw: random.Random) -> list[int]:
-    """Tokens, none of them common, with which completions would have about the wanted mean length.
+    """Rare tokens that, as stop tokens, give completions about the requested mean length.
 
     Args:
         probabilities: [rows, T, V] along completions that did not end.
-        mean_tokens: The wanted mean, counting the token that ends a completion.
-        draw: Chooses which tokens they are.
+        mean_tokens: The requested mean, counting the stop token.
+        draw: Chooses the tokens.
     """
     rare = probabilities.mean(dim=(0, 1)).argsort(descending=True)[COMMON_TOKENS:].tolist()
     draw.shuffle(rare)

@@ -1,4 +1,4 @@
-"""What Linux tells about processes: their memory, and which belong together. Only the standard library is imported here."""
+"""Facts about processes on Linux: their memory, and which belong together. Only the standard library is imported here."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ _MARK = "HYBRID_LIGHTNING_BENCHMARK"  # in the environment of all processes that
 def resident_bytes(process: int | str = "self") -> tuple[int, int]:
     """Resident bytes of a process, now and at most since its start or `forget_peak`; 0 if it has ended.
 
-    The peak that `getrusage` gives would include that of the parent before this program was started.
+    The peak from `getrusage` would include the parent's memory from before this program started.
     """
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -30,14 +30,14 @@ def forget_peak() -> None:
 
 
 class Family:
-    """A process and all that it starts, however they are started: they inherit a mark in `environment`."""
+    """A process and all processes that it starts in any way: they inherit a mark in `environment`."""
 
     def __init__(self) -> None:
         self.mark = uuid4().hex
         self.environment = {_MARK: self.mark}
 
     def members(self) -> dict[int, tuple[list[str], dict[str, str]]]:
-        """All that live: id -> command and environment."""
+        """All live processes: id -> command and environment."""
         found: dict[int, tuple[list[str], dict[str, str]]] = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -46,7 +46,7 @@ class Family:
                 continue
             entries, command = (text.split("\0") for text in texts)
             environment = dict(entry.partition("=")[::2] for entry in entries)
-            if environment.get(_MARK) == self.mark and command != [""]:  # that of a zombie is empty
+            if environment.get(_MARK) == self.mark and command != [""]:  # a zombie's is empty
                 found[int(path.name)] = (command, environment)
         return found
 

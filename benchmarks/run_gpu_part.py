@@ -1,4 +1,4 @@
-"""Worker: one part of the day with a GPU, the function of its name, which yields what it has found so far (see gpu_day.py)."""
+"""Worker: one part of the GPU day, a function of the same name that yields its results so far (see gpu_day.py)."""
 
 from hybrid_lightning.process import prepare_process
 
@@ -47,19 +47,19 @@ from hybrid_lightning.types import Prompt
 
 Found = dict[str, Any]
 Trained = tuple[PolicyModule, Trainer, Found]  # with what is known of the steps
-STEPS = 4  # whose time is measured
+STEPS = 4  # the measured steps
 # The model of a rehearsal.
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 class Clock(Gate):
-    """Lets steps through, and notes their seconds, and how many graphs are compiled after each; prints both for the log."""
+    """Lets steps through, and records their seconds and the number of compiled graphs after each; prints both for the log."""
 
     def __init__(self, cuda: bool, steps: int) -> None:
         self.cuda, self.steps, self.seconds, self.graphs = cuda, steps, list[float](), list[int]()
 
     def ready(self, *_: Any, **__: Any) -> None:
-        """There is no parent that waits for it."""
+        """Do nothing: no parent waits for it."""
 
     def wait(self) -> bool:
         self.begin = time.perf_counter()
@@ -74,7 +74,7 @@ class Clock(Gate):
 
 
 class LastStep(Differences):
-    """Compares log-probabilities in the last step alone, which costs it a pass, and keeps what a run says of its passes."""
+    """Compares log-probabilities only in the last step, which costs it a pass, and keeps the run's report on passes."""
 
     passes = ""
 
@@ -85,7 +85,7 @@ class LastStep(Differences):
 
 
 class Seen(Callback):
-    """Keeps the rollout that is trained on."""
+    """Keeps the training rollout."""
 
     rollout: Any = None
 
@@ -119,7 +119,7 @@ class Day:
     def train(self, workload: Workload, steps: int, *callbacks: Callback, method: str = "lora", **given: Any) -> Trained:
         """Train a policy on completions of full length, unless `stop_ids` end them.
 
-        Options of `build_policy` are in `policy`; others are those of `train`.
+        `policy` has the options of `build_policy`; the other options are for `train`.
         """
         seed_everything(0, verbose=False)
         settings, clock, last = self.settings(workload, steps), Clock(self.cuda, steps), LastStep()
@@ -146,12 +146,12 @@ def weights_of(policy: PolicyModule) -> Tensor:
 
 
 def off(found: Tensor, exact: Tensor) -> float:
-    """How far numbers are off, as a share of their size."""
+    """Relative error of numbers."""
     return float((found - exact).detach().double().norm() / exact.detach().double().norm())
 
 
 def work(cuda: bool, call: Callable[[], Any]) -> dict[str, float]:
-    """Share of the time of a call that each kernel takes, on a CPU each operator, the longest first."""
+    """Share of a call's time by kernel (on a CPU, by operator), longest first."""
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorder:
         begin = time.perf_counter()
         call()
@@ -318,7 +318,7 @@ def kernels(day: Day) -> Iterator[Found]:
 
 
 def end_with(parent: int) -> None:
-    """End this process and all that it has started when the command has ended: no second one is to run beside."""
+    """End this process and all processes that it has started when the command has ended, so that no two run at the same time."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Tables in Markdown, on the screen and on pages alike."""
+"""Tables in Markdown, for the screen and for pages."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """All columns but the first `left` are numbers."""
+    """A table; all columns except the first `left` are numbers."""
     marks = ["---"] * left + ["---:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, marks, *lines])
 
@@ -27,7 +27,7 @@ def yes(value: bool) -> str:
 
 
 def summarize_side(steps: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
-    """Seconds, peak bytes and mean completion length of one side; the first step, the warm-up, counts for the peak alone."""
+    """Seconds, peak bytes and mean completion length of one side; the first step, the warm-up, counts only for the peak."""
     measured = steps[1:]
     return {
         "seconds": spread([step["seconds"] for step in measured]),

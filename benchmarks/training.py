@@ -1,4 +1,4 @@
-"""This project's side of a comparison: a policy, a run and its measurements, as README says to use it from Python.
+"""This project's side of a comparison: a policy, a run and its measurements, using the package from Python as in README.
 
 A worker prepares its process, as `python -m hybrid_lightning` does, before it imports this.
 """
@@ -32,7 +32,7 @@ from hybrid_lightning.types import Message, Prompt
 
 
 class HashedReward(RewardFunction):
-    """The reward of all sides: every row has an advantage."""
+    """The reward of all sides, which gives every row an advantage."""
 
     measures_correctness = False
 
@@ -41,7 +41,7 @@ class HashedReward(RewardFunction):
 
 
 class GivenPrompts(LightningDataModule):
-    """Prompts to train on, the first `validated` of them for the only batch of a validation as well."""
+    """Training prompts; the first `validated` prompts are also the only batch of a validation."""
 
     def __init__(self, texts: Sequence[str], validated: int = 1) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Gated(Callback):
         self.gate = gate
 
     def on_train_epoch_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        """Before the first rollout: say what is trained, and wait."""
+        """Before the first rollout, report what is trained, and wait."""
         assert isinstance(pl_module, PolicyModule)
         prompts = trainer.datamodule.train_prompts  # type: ignore[attr-defined]
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
@@ -76,7 +76,7 @@ class Gated(Callback):
     def on_train_batch_end(
         self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the last micro-batch of a rollout: report, and wait for the next. The wait is all that is not timed."""
+        """After the last micro-batch of a rollout, report and wait for the next rollout. Only this wait is not timed."""
         assert isinstance(pl_module, PolicyModule)
         loader = trainer.train_dataloader
         assert isinstance(loader, RolloutLoader)
@@ -86,22 +86,22 @@ class Gated(Callback):
             trainer.should_stop = not self.gate.wait()
 
     def facts(self, policy: PolicyModule) -> dict[str, Any]:
-        """What else is said before the first step."""
+        """Further facts to report before the first step."""
         return {}
 
     def details(self, trainer: LightningTrainer) -> dict[str, Any]:
-        """What else is said of a step."""
+        """Further details to report about a step."""
         return {}
 
 
 class Differences(Callback):
-    """Notes how far the log-probabilities of sampling and of training are apart, in nats, of every token that is trained on."""
+    """Records how much log-probabilities of sampling and training differ, in nats, for every training token."""
 
     def __init__(self) -> None:
         self.found: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: LightningTrainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Under the weights that sampled: before the optimizer steps of a rollout, or as the loader has computed them then."""
+        """Compare under the weights that sampled: before a rollout's optimizer steps, or with the loader's values from then."""
         assert isinstance(pl_module, PolicyModule)
         trained = batch.old_logprobs
         if trained is None:  # the policy is still the one that sampled
@@ -123,7 +123,7 @@ class Answers(Environment):
 
 
 class WholeTurns(Sampler):
-    """Messages end by themselves at `max_new_tokens`, so that their episodes go on."""
+    """Messages end by themselves at `max_new_tokens`, so that their episodes continue."""
 
     def stops(self, tokenizer: Any, ids: Sequence[int] | None = None) -> Stops:
         return Stops((-1,), lambda tokens, _: torch.full((len(tokens),), tokens.shape[1] == self.max_new_tokens))  # type: ignore
@@ -152,14 +152,14 @@ def build_policy(settings: Settings, sampler: Any = None, loss: Any = None, **op
 
 
 def build_adapter(workload: Workload, method: str = "lora") -> HybridAdapterSetup:
-    """The method as a budget; nothing but the budget and the start weights differs."""
+    """The adapter of a method; methods differ only in the budget and in keeping the start weights."""
     budget = ModuleBudget({"lora": 0.0, "hybrid": 0.1, "fft": 1.0}[method])
     # FFT's float32 weights take the place of the bfloat16 ones, as in any full fine-tuning without a KL term.
     return HybridAdapterSetup(budget, rank=workload.rank, alpha=workload.alpha, keep_start_weights=method != "fft")
 
 
 def quiet_trainer(folder: str | Path, device: str = "cpu", **flags: Any) -> Trainer:
-    """A Trainer that logs, saves, shows and validates nothing, unless flags say otherwise."""
+    """A Trainer that logs, saves, shows and validates nothing, unless flags enable it."""
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
     quiet |= {"enable_model_summary": False, "default_root_dir": folder, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     return Trainer(accelerator="gpu" if device == "cuda" else "cpu", **{**quiet, **flags})
@@ -177,7 +177,7 @@ def train(settings: Settings, policy: PolicyModule, callbacks: list[Callback], c
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """What this process holds of the tensors among these, each storage once."""
+    """Bytes that this process holds of these tensors, each storage counted once."""
     local = [value._local_tensor if isinstance(value, DTensor) else value for value in tensors if isinstance(value, Tensor)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}.values())
 

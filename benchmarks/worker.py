@@ -1,7 +1,7 @@
-"""The gate that holds workers between steps.
+"""The gate at which workers wait between steps.
 
-A worker is a process that does one step whenever the parent writes a line to it, and answers each with one line of JSON. While it
-waits it is blocked on a pipe and uses no processor.
+A worker is a process that does one step for each line from the parent, and answers each with one line of JSON. While it waits, it
+is blocked on a pipe and uses no processor.
 """
 
 import json
@@ -30,7 +30,7 @@ class Gate:
         os.dup2(2, 1)
 
     def ready(self, prompt_ids: Sequence[Sequence[int]], trainable: int, **details: Any) -> None:
-        """Say that the model is loaded, and what will be trained on what."""
+        """Report that the model is loaded, with the trained parameters and the data."""
         self._answer(
             trainable_parameters=trainable,
             prompt_tokens=sorted({len(ids) for ids in prompt_ids}),
@@ -59,7 +59,7 @@ class Gate:
         )
 
     def _answer(self, **values: Any) -> None:
-        """With the bytes of this process: `cpu` now, its peak, and the same of the GPU's tensors."""
+        """Answer with the bytes of this process: `cpu` now, its peak, and the same for the GPU's tensors."""
         now, peak = resident_bytes()
         memory = {"cpu": now, "cpu_peak": peak}
         if self.cuda:

@@ -1,6 +1,6 @@
-"""The workloads of the comparisons: what one step of each does, what a worker is told of it, and what is wanted beside TRL.
+"""The workloads of the comparisons: the work of one step, the settings for a worker, and the goals compared with TRL.
 
-Only the standard library is imported here and in the commands that compare: their process stays small, workers alone load torch.
+This file and the commands that compare import only the standard library: their process stays small, and only workers load torch.
 """
 
 import json
@@ -45,7 +45,7 @@ class Workload:
 
     @property
     def episode_tokens(self) -> int:
-        """Most tokens behind a prompt."""
+        """Most tokens after a prompt."""
         return self.turns * self.max_new_tokens + (self.turns - 1) * len(ANSWER)
 
     @property
@@ -56,7 +56,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker needs to know; the parent gives it as JSON."""
+    """A worker's settings; the parent passes them as JSON."""
 
     workload: Workload
     folder: Path  # model, tokenizer and prompts.json, made by prepare.py
@@ -77,7 +77,7 @@ class Settings:
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts, those of the first rollout first."""
+        """All prompts, starting with the first rollout's."""
         texts: list[str] = json.loads((self.folder / "prompts.json").read_text())
         return texts
 
@@ -112,13 +112,13 @@ _OTHERS = {"long_prompt": {"per_device_train_batch_size": 4, **_STATIC}, "tiny":
 
 
 def fastest_settings(workload: Workload) -> dict[str, Any]:
-    """What changes TRL's speed and memory, and not what is computed."""
+    """Settings that change TRL's speed and memory, but not its results."""
     return {**_FASTEST, **_OTHERS.get(workload.name, {})}
 
 
 def hashed_reward(completions: Sequence[str]) -> list[float]:
-    """The reward of all sides, between 0 and 1, by the text and its place in the batch.
+    """The reward of all sides, between 0 and 1, from the text and its position in the batch.
 
-    Spread as if drawn at random: no two rewards of a group are equal, even if its completions are, so that no row can be skipped.
+    Values look random: no two rewards of a group are equal, even for equal completions, so no row can be skipped.
     """
     return [zlib.crc32(f"{place} {text}".encode()) / 2**32 for place, text in enumerate(completions)]

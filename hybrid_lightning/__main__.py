@@ -12,11 +12,11 @@ from hybrid_lightning.process import prepare_process
 from hybrid_lightning.sharding.starter import end_with_starter
 from hybrid_lightning.stopping import RunStopped, StopSignals
 
-_CLEAN_UP_S = 600.0  # time for a process to end; loggers may still send pending data
+_CLEAN_UP_S = 600.0  # time for a process to end, in which loggers may send pending data
 
 
 def run() -> None:
-    """Run the command line. Signals are handled from the start, before anything takes time, until the process has ended."""
+    """Run the command line. Signals are handled from the start, before anything slow, until the process has ended."""
     signals = StopSignals()
     signals.started_by_rank = end_with_starter(signals)
     signals.take_over()
@@ -35,12 +35,12 @@ def run() -> None:
         os._exit(0 if together else 128 + number if number else status)
 
     def given_up() -> None:  # Python waits forever for threads of `concurrent.futures`, such as an environment's
-        os.write(2, f"ended although threads or exit handlers still ran {_CLEAN_UP_S:g} s after the command was done\n".encode())
+        os.write(2, f"forced to end: threads or exit handlers still ran {_CLEAN_UP_S:g} s after the command was done\n".encode())
         end()
 
-    # Called last, and ends the process at once: Python's own clean-up takes a second or two, without handling signals.
+    # Called last; ends the process immediately, since Python's own clean-up takes a second or two and handles no signals.
     atexit.register(end)
-    gc.disable()  # until a command runs: earlier objects stay alive, and collecting them took 2 of 11 seconds
+    gc.disable()  # until a command runs: earlier objects stay alive, and trying to collect them took 2 of 11 seconds
     try:
         prepare_process()  # before torch is loaded
         from hybrid_lightning.cli import main
@@ -57,7 +57,7 @@ def run() -> None:
         watch = threading.Timer(_CLEAN_UP_S, given_up)
         watch.daemon = True
         watch.start()
-        signals.defer()  # until the end: a signal must not interrupt the clean-up, but still decides the exit code
+        signals.defer()  # until the end: a signal must not interrupt the clean-up, but still determines the exit code
 
 
 if __name__ == "__main__":

@@ -1,57 +1,57 @@
 """Group-relative advantages: how much better a completion is than the other completions of its prompt. Swap estimators by class.
 
-Axes: P prompts, G samples per prompt, B = P * G in prompt-major order. R are the rewards. Means and standard deviations are over
-a group, unless marked as over the batch, which is a whole rollout over all ranks.
+Axes: P prompts, G samples per prompt, B = P * G in prompt-major order. R is the reward. Means and standard deviations are over a
+group, unless marked "over the batch", which means the whole rollout over all ranks.
 
 - `GroupAdvantage`, GRPO (DeepSeekMath, arXiv 2402.03300): A = (R - mean) / (std + eps)
 - `GroupMeanAdvantage`, Dr. GRPO (arXiv 2503.20783): A = R - mean
 - `BatchStdAdvantage` (arXiv 2508.08221; TRL's `scale_rewards="batch"`): A = (R - mean) / (std over the batch + eps)
 - `LeaveOneOutAdvantage`, RLOO (Back to Basics, arXiv 2402.14740): A = R - mean over the other G - 1 samples, which is G / (G - 1)
-  times `GroupMeanAdvantage`. The baseline does not contain the completion's own reward, and so leaves the policy gradient
-  unbiased. Choose the loss separately: the paper uses REINFORCE on whole sequences, which on-policy is `GRPOLoss` except for the
-  mean over tokens; TRL's RLOOTrainer clips the ratio of whole sequences.
+  times `GroupMeanAdvantage`. The baseline does not contain the completion's own reward, so the policy gradient stays unbiased.
+  Choose the loss separately: the paper uses REINFORCE on whole sequences, which on-policy equals `GRPOLoss` except for the mean
+  over tokens; TRL's RLOOTrainer clips the ratio of whole sequences.
 - `PerRewardAdvantage`, GDPO (arXiv 2601.05242): A_k = (R_k - mean) / (std + eps) for each reward k, then S = sum_k weight_k A_k
-  and A = S / (std of S over the batch + eps). If rewards are added up before they are normalised, different combinations of them
-  can end up with the same advantage; here each reward has as much influence as its weight, however widely its values spread. The
-  paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
-  group is, except for rounding, and the rounding would make a gradient where all rewards are equal.
+  and A = S / (std of S over the batch + eps). If rewards are added up before they are normalised, different combinations of
+  rewards can get the same advantage; here only its weight determines the influence of a reward, not the spread of its values. The
+  paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is 0 up to rounding, since every
+  group has mean 0, and the rounding would make a gradient if all rewards are equal.
 
 - `ReinforcePlusPlusAdvantage`, REINFORCE++-baseline (arXiv 2501.03262): A = (R - mean) / (std of R - mean over the batch + eps).
-  Easy prompts beside hard ones do not make it smaller. As in the paper and in ms-swift, the standard deviation is over
-  completions. OpenRLHF and verl compute it over tokens, and subtract the mean over tokens once more: that is not 0 unless all
-  completions have one length, and groups of equal rewards would get a gradient. The paper's loss is `GRPOLoss`, with k2 for k3.
+  A mixture of easy and hard prompts does not make it smaller. As in the paper and in ms-swift, the standard deviation is over
+  completions. OpenRLHF and verl compute it over tokens, and also subtract the mean over tokens. That mean is not 0 unless all
+  completions have the same length, so groups of equal rewards would get a gradient. The paper's loss is `GRPOLoss`, with k2 for
+  k3.
 
-Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
-TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
-float32), and division by eps would make a gradient of it.
+All estimators depart from their papers in two ways. The standard deviation is the unbiased one, and eps = 1e-4 is added to it, as
+in TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
+float32), and division by eps would turn it into a gradient.
 
-Completions that are left out (see `Rewards.counted`) do not count: their advantage is 0, and a group consists of the completions
-that remain. In a group of one the advantage is 0.
+Completions that are left out (see `Rewards.counted`) do not count: their advantage is 0, and a group consists of the remaining
+completions. In a group of one the advantage is 0.
 
-Credit by turn (`model.credit=turn`). An episode has turns k = 1, 2, ... A reward before turn k cannot depend on what the policy
-writes in turn k. So the tokens of turn k may be weighted by the reward to go, G_k = the sum of the rewards of turn k and all
-later turns, in place of the whole reward: the expected gradient is the same, with less noise. Every estimator here does that: its
-group is then all members of the group that have a turn k, with G_k for R, and its batch is all turns of all episodes. Bias enters
-as follows:
+Credit by turn (`model.credit=turn`). An episode has turns k = 1, 2, ... A reward before turn k cannot depend on the policy's
+message in turn k. So the tokens of turn k may be weighted by the reward to go, G_k (the sum of the rewards of turn k and all
+later turns), instead of the whole reward: the expected gradient is the same, with less noise. Every estimator here supports this.
+It uses G_k for R; its group consists of the members that have a turn k, and its batch of all turns of all episodes. This affects
+the bias as follows:
 
-- The mean over the *other* members is unbiased. Which of them reach turn k, and with which reward, does not depend on what this
-  member writes in turn k. They are in other states at turn k, so the mean does not know whether this member's position was good,
-  as a critic or a group of equal states (GiGPO, arXiv 2505.10978) would: that costs variance.
-- A mean that contains the member's own G_k makes A (n - 1) / n times as large, where n members have a turn k. At turn 1 this
-  factor is the same for all; later it gives less weight to turns that few members reach. `LeaveOneOutAdvantage` has no such
-  factor.
-- The only member that reaches turn k has A = 0. So with every estimator the gradient of turn k is weighted by the probability
+- The mean over the *other* members is unbiased: which of them reach turn k, and with which reward, does not depend on this
+  member's message in turn k. But they are in other states at turn k, so the mean does not reflect whether this member's position
+  was good, unlike a critic or a group of equal states (GiGPO, arXiv 2505.10978). That costs variance.
+- A mean that contains the member's own G_k multiplies A by (n - 1) / n if n members have a turn k. At turn 1 this factor is the
+  same for all; later it gives less weight to turns that few members reach. `LeaveOneOutAdvantage` does not have this factor.
+- If only one member reaches turn k, its A is 0. So with every estimator, the gradient of turn k is weighted by the probability
   that another member reaches it, and the last turns of an episode that outlasts its group train nothing. More samples per prompt
-  make that rarer. (Without a baseline, A = G_k would be unbiased, but many times larger than any other A where rewards have one
-  sign.)
-- The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; with two members A is
+  make this rarer. (Without a baseline, A = G_k would be unbiased, but many times larger than any other A if all rewards have the
+  same sign.)
+- The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; with two members, A is
   +-0.7, whatever the difference.
-- A loss with a mean over the tokens of a sequence (`GRPOLoss`, `GSPOTokenLoss`, `SAPOLoss`) divides turn k by a length that later
-  turns determine; `DrGRPOLoss` does not, and `DAPOLoss` hardly does.
+- A loss with a mean over the tokens of a sequence (`GRPOLoss`, `GSPOTokenLoss`, `SAPOLoss`) divides turn k by a length that
+  depends on later turns; `DrGRPOLoss` does not, and `DAPOLoss` hardly does.
 
-`LeaveOneOutAdvantage` with `DrGRPOLoss` has the least bias. One scheme is not offered: to normalise the reward of each turn among
-the members that have it, and add up the rewards of later turns, as MT-GRPO (arXiv 2505.11821) does for two turns. The number of
-subtracted means then depends on when the policy stops, so that the policy pays the mean reward of each turn for taking it (verl
+`LeaveOneOutAdvantage` with `DrGRPOLoss` has the least bias. One scheme is not offered: normalising the reward of each turn among
+the members that have it, and adding up the rewards of later turns, as MT-GRPO (arXiv 2505.11821) does for two turns. The number
+of subtracted means then depends on when the policy stops, so the policy pays the mean reward of each turn that it takes (verl
 issue 7244).
 """
 
@@ -81,8 +81,8 @@ __all__ = [
 class AdvantageEstimator(Configurable, ABC):
     """Base class of estimators. A subclass maps rewards in groups, [P, G], to advantages in groups.
 
-    Anything that depends on more than one group belongs in `rescale`, which sees all completions of a rollout over all ranks, so
-    that the result does not depend on the number of ranks.
+    Anything that depends on more than one group belongs in `rescale`, which gets all completions of a rollout over all ranks.
+    The result then does not depend on the number of ranks.
 
     Example:
         >>> class BestOfGroup(AdvantageEstimator):
@@ -98,13 +98,13 @@ class AdvantageEstimator(Configurable, ABC):
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages for the rewards `groups`, both [P, G] with G at least 2; float32 or float64.
 
-        Where completions are left out, `estimate` receives groups of one size at a time.
+        If completions are left out, groups have different sizes, and `estimate` is called once for each size.
         """
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Adjust advantages by statistics of the whole rollout, [N] for all that count, at least 2; unchanged by default.
+        """Adjust the advantages that `estimate` returned by statistics of the whole rollout; by default unchanged.
 
-        `advantages` are what `estimate` returned for these completions.
+        Both arguments are [N], for all completions that count, at least 2.
         """
         return advantages
 
@@ -112,8 +112,8 @@ class AdvantageEstimator(Configurable, ABC):
         """Compute the advantage of each completion, [B] float32 (float64 for float64 rewards), without gradient.
 
         Args:
-            rewards: [B], finite where they count.
-            samples_per_prompt: G; neighbouring rewards belong to the same prompt.
+            rewards: [B], finite for all completions that count.
+            samples_per_prompt: G; adjacent rewards belong to the same prompt.
             counted: See `Rewards`, [B] bool or None.
 
         Raises:
@@ -159,15 +159,15 @@ class AdvantageEstimator(Configurable, ABC):
         self.check_samples(samples_per_prompt)
         if rewards.dim() != 1 or len(rewards) % samples_per_prompt:
             raise ConfigError(
-                f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]; give one reward a "
-                f"completion, {samples_per_prompt} neighbours a prompt"
+                f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]; give one reward per "
+                f"completion, with the {samples_per_prompt} completions of a prompt next to each other"
             )
         wrong = ~torch.isfinite(rewards)
         bad = (wrong if counted is None else wrong & counted).nonzero().flatten().tolist()
         if bad:
             raise RewardError(
                 f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite); "
-                "make the reward function return a finite number for every completion"
+                "the reward function must return a finite number for every completion"
             )
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
 
@@ -185,7 +185,7 @@ class _DividedAdvantage(AdvantageEstimator):
     def __init__(self, eps: float = 1e-4) -> None:
         if not (math.isfinite(eps) and eps > 0):
             raise ConfigError(
-                f"{type(self).__name__}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4"
+                f"{type(self).__name__}: eps={eps} must be finite and above 0, to avoid a division by 0; set e.g. 1e-4"
             )
         self.eps = eps
 
@@ -238,14 +238,14 @@ class ReinforcePlusPlusAdvantage(_DividedAdvantage):
 
 
 class NoAdvantage(AdvantageEstimator):
-    """Always 0: rewards are measured, and nothing is learned from them. Use it to learn from a teacher alone."""
+    """Always 0: rewards are only measured, and nothing is learned from them. Use it to learn only from a teacher."""
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
         return torch.zeros_like(groups)
 
     def check_samples(self, samples_per_prompt: int) -> None:
-        """Nothing is compared, so that one completion of a prompt is enough."""
+        """Accept any number: nothing is compared, so one completion of a prompt is enough."""
 
 
 class PerRewardAdvantage(GroupAdvantage):

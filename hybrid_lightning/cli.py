@@ -1,7 +1,7 @@
-"""The command line: LightningCLI with further commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
+"""The command line: LightningCLI with more commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
 
 This file defines the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
-`cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds
+`cli_parser.py` reads arguments and configs and reports mistakes in them, `cli_help.py` writes the help, and `remedies.py` adds
 remedies to error messages of other libraries.
 """
 
@@ -93,7 +93,7 @@ _DESCRIPTIONS = {
 
 
 def _program() -> str:
-    """How the command was started."""
+    """The command's name, as it was started."""
     return "hybrid-lightning" if Path(sys.argv[0]).name.startswith("hybrid-lightning") else "python -m hybrid_lightning"
 
 
@@ -135,7 +135,7 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        # Building the options of a command takes long, so only the given command's options are built.
+        # Building the options of a command is slow, so only the given command's options are built.
         self._made = set(self.subcommands())
         if isinstance(arguments, list):
             check_whole_configs(arguments)
@@ -215,7 +215,7 @@ class HybridLightningCLI(LightningCLI):
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Handle --help after all other arguments, because these decide which classes the help is about."""
+        """Handle --help after all other arguments, which decide which classes the help describes."""
         given = sys.argv[1:] if args is None else args
         asked = help_asked_last(given) if isinstance(given, list) and self._made else given
         if asked == given:
@@ -269,7 +269,7 @@ class HybridLightningCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
         parser.add_argument("-h", "--help", action=ShowHelp)
         if subcommand == "plan":
-            parser.add_argument("--fit", action="store_true", help="look for the fewest changes with which it fits")
+            parser.add_argument("--fit", action="store_true", help="Find the fewest changes that make the run fit.")
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # no table by Lightning: EvaluationReport shows the same
         return parser
@@ -310,7 +310,7 @@ class HybridLightningCLI(LightningCLI):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config without the arguments of the command, so that every command can read it."""
+    """Saves the resolved config without the command's own arguments, so that every command can read it."""
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()

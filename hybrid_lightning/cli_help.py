@@ -2,7 +2,7 @@
 
     --help  ->  config (all other arguments)  ->  sections (one per class)  ->  text
 
-It describes correct arguments; `cli_parser.py` reads arguments and reports mistakes in them.
+`cli_parser.py` reads arguments and reports mistakes in them.
 """
 
 import argparse
@@ -63,7 +63,7 @@ _SHARED = {
 
 
 def help_asked_last(arguments: Sequence[str]) -> list[str]:
-    """Move a request for help to the end, as one `--help=KEY=CLASS`, so that it is handled when the config is known.
+    """Move a request for help to the end, as a single `--help=KEY=CLASS`, so that the config is known when it is handled.
 
     Example:
         >>> help_asked_last(["fit", "--model.loss.help", "GRPOLoss", "--config", "a.yaml"])
@@ -109,17 +109,17 @@ class Section:
     key: str  # such as model.loss
     part: type
     values: Mapping[str, Any]  # argument -> value in the config
-    kind: Any = None  # type of the option that takes it
+    kind: Any = None  # type of the option that accepts the class
 
     def options(self) -> list[argparse.Action]:
         """One option for each argument of the class, by its full name."""
         return self.add_to(ArgumentParser(), "")
 
     def add_to(self, parser: ArgumentParser, title: str, description: str = "", base: Any = None) -> list[argparse.Action]:
-        """Add the options to a parser as a group. With a `base`, the group begins with the option that selects another class."""
+        """Add the options to a parser as a group. With a `base`, the group begins with the option that chooses the class."""
         group = parser.add_argument_group(title, description)
         if base is not None:
-            group.add_argument(f"--{self.key}", type=base, help="Its class.")
+            group.add_argument(f"--{self.key}", type=base, help="The class.")
         called_with = get_args(self.kind)[0] if get_origin(self.kind) is Callable else ()  # such as parameters for an optimizer
         skip: set[str | int] = {len(called_with)} if called_with else set()
         names = group.add_class_arguments(self.part, self.key, as_group=False, fail_untyped=False, skip=skip)
@@ -130,7 +130,7 @@ class Section:
 
 
 def sections(parser: Parser, config: Mapping[str, Any]) -> list[Section]:
-    """A section for each class that a command's config names. A class within another follows it; the Trainer comes last."""
+    """A section for each class that a command's config names. Nested classes follow their outer class; the Trainer comes last."""
     found: list[Section] = []
     for key in sorted(parser.parts, key=lambda key: key == "trainer"):
         value = config.get(key)
@@ -187,7 +187,7 @@ def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
     section, known = found.get(key), known_classes(kinds.get(key))
     if section is None and not known:
         others = [*found, *(name for name, kind in kinds.items() if known_classes(kind))]
-        near = suggestion(key, others, "--{}.help") or f"; {parser.command} --help shows all that is there"
+        near = suggestion(key, others, "--{}.help") or f"; {parser.command} --help lists all options"
         raise ConfigError(f"--{key}.help: there is no class {key}{near}")
     if name:
         named = _named(key, name, known, kinds.get(key))
@@ -198,9 +198,9 @@ def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
         required = [action.dest.rpartition(".")[2] for action in section.add_to(shown, "options") if action.required]
         shown.description = "\n\n".join([title, *_paragraphs(section.part), *(_in_a_config(section, required) if known else [])])
     if known:
-        title = "" if section is not None else f"--{key} names no class here; "
+        title = "" if section is not None else f"no class is chosen for --{key}; "
         lines = [f"    {name}: {first_sentence(_paragraphs(part)[0])}" for name, part in known.items()]
-        shown.add_argument_group(f"{title}classes for --{key}, beside your own by module.Class", "\n".join(lines))
+        shown.add_argument_group(f"{title}classes for --{key} (your own: module.Class)", "\n".join(lines))
     return shown.format_help()
 
 
@@ -243,7 +243,7 @@ def _values(keys: Iterable[str], values: Mapping[str, Any], above: str = "") -> 
 
 
 class _Text(DefaultHelpFormatter):
-    """Formats one option per line with its meaning below, and texts by paragraphs; examples keep their lines."""
+    """Formats each option on its own line with its meaning below. Fills paragraphs; examples keep their lines."""
 
     given: Mapping[str, Any]
     expected: Mapping[str, Any]
@@ -281,7 +281,7 @@ class _Text(DefaultHelpFormatter):
 
 
 def _choices(kind: Any) -> dict[str, type]:
-    """Classes that an option accepts, if it accepts nothing else except null."""
+    """Classes that an option accepts, if it accepts only classes or null."""
     alternatives = [kind] if get_origin(kind) is Callable else [part for part in get_args(kind) if part is not NoneType] or [kind]
     return known_classes(alternatives[0]) if len(alternatives) == 1 else {}
 
@@ -301,7 +301,7 @@ def _paragraphs(part: type) -> list[str]:
 
 
 def _whole(text: str, part: type, name: str) -> str:
-    """The description of an argument. A base class's text fills it in if it is missing or begins with `As in Base`."""
+    """The description of an argument; a base class's description if it is missing or begins with `As in Base`."""
     match = re.match(r"(?:As in|See) `(\w+)`", text)
     bases = part.__mro__[1:] if match is None else [base for base in part.__mro__ if base.__name__ == match[1]]
     if (text and match is None) or not bases:
@@ -313,16 +313,16 @@ def _whole(text: str, part: type, name: str) -> str:
 
 
 def first_sentence(text: str | None) -> str:
-    """The first sentence of a text that does not state a default, on one line."""
+    """The first sentence of a text that does not begin with "Default", on one line."""
     text = " ".join((text or "").replace("``", "`").split())
     sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)
 
 
 def _is_of_a_library(part: type) -> bool:
-    """Whether a class has a library's constructor; our Trainer has Lightning's."""
-    maker = next(base for base in part.__mro__ if "__init__" in vars(base))
-    return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
+    """Whether a class has a library's constructor, as our Trainer has Lightning's."""
+    maker = next(vars(base)["__init__"] for base in part.__mro__ if "__init__" in vars(base))
+    return getattr(maker, "__module__", "").partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 
 
 def _imported(path: str) -> Any:

@@ -1,9 +1,9 @@
 """`Configurable`: base class of everything that a config swaps by class, such as losses, rewards, scorers and samplers.
 
-An object remembers the arguments that it was built with, so that a checkpoint and TensorBoard can describe it by the same
-`class_path` and `init_args` as a YAML file, whether it was built by the command line or in Python.
+An object records the arguments that it was built with. A checkpoint and TensorBoard can then describe it by the same `class_path`
+and `init_args` as a YAML file, whether it was built by the command line or in Python.
 
-A class is named by its public path, such as hybrid_lightning.losses.GSPOLoss, so that files can move.
+Classes have public paths, such as hybrid_lightning.losses.GSPOLoss, so that files can move.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Configurable:
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
-        except TypeError:  # wrong arguments, for which the constructor raises; or a copy, which restores the attributes itself
+        except TypeError:  # wrong arguments, for which the constructor will raise; or a copy, which restores its attributes
             return self
         arguments = dict(list(bound.arguments.items())[1:])
         for parameter in inspect.signature(cls.__init__).parameters.values():
@@ -50,7 +50,7 @@ class Configurable:
 def to_plain(value: Any, other: Callable[[Any], Any] = lambda value: value) -> Any:
     """Replace every `Configurable` in nested lists, tuples and dicts by its config, and every function by its path.
 
-    `other` converts all other objects except numbers and text.
+    `other` converts any remaining object except numbers and text.
     """
     if isinstance(value, Configurable):
         return to_plain(value.to_config(), other)
@@ -110,7 +110,7 @@ def _describe(name: str, value: Any) -> Any:
         path = str(value.get("class_path"))
         if "<locals>" in path:
             raise ConfigError(
-                f"{name}: the class {path} cannot be written into a checkpoint, since it is defined within a function; define it "
+                f"{name}: the class {path} cannot be written into a checkpoint, since it is defined inside a function; define it "
                 "at the top level of a module"
             )
         return {key: _describe(name, item) for key, item in value.items()}
@@ -139,7 +139,7 @@ def lost_paths(config: Any) -> list[str]:
 
 
 def public_path(kind: type) -> str:
-    """The path from which a class should be imported: the outermost package that has it, so that files in it can move.
+    """The path from which to import a class: the outermost package that has it, so that files in the package can move.
 
     Example:
         >>> from hybrid_lightning.losses import GSPOLoss
@@ -149,7 +149,7 @@ def public_path(kind: type) -> str:
     names = kind.__module__.split(".")
     places = [".".join(names[:end]) for end in range(1, len(names))]
     if names[0] == "hybrid_lightning":
-        # Not the package itself: files name the subpackage. Classes that train a policy have one public path for three
+        # Not the package itself: files name the subpackage. Classes that train a policy share one public path for three
         # subpackages.
         places = [*places[1:], "hybrid_lightning.policy"]
     for place in places:
@@ -166,7 +166,7 @@ def imported_class(path: str) -> type | None:
 
 
 def as_call(config: Mapping[str, Any]) -> str:
-    """The config of a class as a call.
+    """Format the config of a class as a call.
 
     Example:
         >>> as_call({"class_path": "hybrid_lightning.adapters.ModuleBudget", "init_args": {"share": 0.1}})

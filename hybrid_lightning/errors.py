@@ -1,8 +1,8 @@
 """The exception classes: every error that a user can cause is a `HybridLightningError`.
 
 Each class also derives from the built-in class that a Python user would expect, so that `except ValueError` works. A message is
-one line with the cause, the value received and the remedy; the command line prints it as its last line. `one_line` and `shorten`
-convert messages of other code to that form.
+one line with the cause, the received value and the remedy; the command line prints it as its last line. `one_line` and `shorten`
+bring other libraries' messages into that form.
 """
 
 from typing import Any

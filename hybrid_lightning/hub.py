@@ -1,7 +1,7 @@
-"""The Hugging Face hub: whether it can be reached, and what its errors mean for a user.
+"""The Hugging Face hub: whether it can be reached, and its errors in words for users.
 
 Other libraries load models and data sets from the hub. They wrap its errors in their own messages and, without a network, wait
-half a minute for each file. So this file checks once whether the hub answers; if not, the cache is used immediately.
+half a minute for each file. So this file checks once whether the hub answers; if not, only the cache is used.
 """
 
 import functools
@@ -38,18 +38,16 @@ def hub_answers() -> bool:
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # huggingface_hub's versions use different libraries for HTTP
-        rank_zero_warn(
-            f"the hub {constants.ENDPOINT} cannot be reached ({one_line(error)}): only what is in the cache can be used"
-        )
+        rank_zero_warn(f"the hub {constants.ENDPOINT} cannot be reached ({one_line(error)}); using only the cache")
         return False
     return True
 
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Within this context other libraries use the cache at once if the hub cannot be reached, instead of waiting for each file.
+    """Context in which other libraries use the cache immediately if the hub cannot be reached, instead of waiting for each file.
 
-    They have no argument that covers all their requests, but all read the value that HF_HUB_OFFLINE had at their import.
+    No argument of these libraries covers all their requests, but all read the value that HF_HUB_OFFLINE had at import.
     """
     switches: list[Any] = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
     before = [switch.HF_HUB_OFFLINE for switch in switches]
@@ -68,13 +66,13 @@ class HubRepository:
     """A model or data set on the hub. The methods return error messages with the cause and the remedy."""
 
     kind: str  # "model" or "data set"
-    id: str  # its name on the hub, as the user gave it
+    id: str  # name on the hub, as the user gave it
     revision: str | None
     revision_option: str  # name of the option for the revision
     cache: str  # folder of the cache
 
     def explain(self, error: BaseException) -> str | None:
-        """What an error while reading it means; None if the error is unrelated to the hub."""
+        """Explain an error that occurred while reading it; None if the error is unrelated to the hub."""
         for cause in _chain(error):
             if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
                 continue  # libraries also request files that need not exist
@@ -92,12 +90,12 @@ class HubRepository:
             return self.no_revision()
         if "Invalid credentials" in str(error) or "is expired" in str(error):
             return (
-                "the hub refuses the token of HF_TOKEN or 'hf auth login', which is revoked, expired or mistyped; give a new one "
-                "of https://huggingface.co/settings/tokens, or unset it ('hf auth logout'), since what is public needs none"
+                "the hub rejects the token of HF_TOKEN or 'hf auth login', which is revoked, expired or mistyped; get a new one "
+                "from https://huggingface.co/settings/tokens, or unset it ('hf auth logout'): public repositories need no token"
             )
         if isinstance(error, RepositoryNotFoundError) or status == 401:
             return self.not_found()
-        return f"the hub answers {status} for the {self.kind} {self.id!r}: {one_line(error, 200)}; try again later"
+        return f"the hub answered {status} for the {self.kind} {self.id!r}: {one_line(error, 200)}; try again later"
 
     @property
     def _page(self) -> str:
@@ -107,15 +105,15 @@ class HubRepository:
         """Message: it does not exist, or this user may not see it."""
         owner = "" if "/" in self.id else " (most are OWNER/NAME)"
         return (
-            f"{self.id!r} is no folder here and no {self.kind} on the hub, or a private one; correct it{owner}, or log in by "
-            "'hf auth login' or HF_TOKEN"
+            f"{self.id!r} is neither a folder here nor a public {self.kind} on the hub; correct it{owner}, or log in with "
+            "'hf auth login' or HF_TOKEN if it is private"
         )
 
     def gated(self) -> str:
         """Message: the logged-in user must accept its terms first."""
         return (
-            f"the {self.kind} {self.id!r} is gated, and you have no access to it; accept its terms at {self._page} and log in by "
-            "'hf auth login' or HF_TOKEN; a fine-grained token must be allowed to read gated repositories"
+            f"the {self.kind} {self.id!r} is gated, and you have no access; accept its terms at {self._page} and log in with "
+            "'hf auth login' or HF_TOKEN (a fine-grained token must be allowed to read gated repositories)"
         )
 
     def no_revision(self) -> str:
@@ -128,12 +126,12 @@ class HubRepository:
     def not_in_cache(self) -> str:
         """Message: it must be read from the cache, but is not there."""
         revision = "" if self.revision is None else f" at revision {self.revision!r}"
-        lacks = f"the {self.kind} {self.id!r}{revision} is not, or not as a whole, in the cache {self.cache}"
+        missing = f"the {self.kind} {self.id!r}{revision} is missing or incomplete in the cache {self.cache}"
         if constants.HF_HUB_OFFLINE:
-            return f"{lacks}, and HF_HUB_OFFLINE is set; unset it to download, or bring the cache of a machine that has it"
+            return f"{missing}, and HF_HUB_OFFLINE is set; unset it to download, or copy the cache from a machine that has it"
         return (
-            f"{lacks}, and the hub {constants.ENDPOINT} cannot be reached; check the network, HTTPS_PROXY for a proxy and "
-            "HF_ENDPOINT for a mirror, or give a folder that has it"
+            f"{missing}, and the hub {constants.ENDPOINT} cannot be reached; check the network, HTTPS_PROXY for a proxy and "
+            "HF_ENDPOINT for a mirror, or give a local folder"
         )
 
 

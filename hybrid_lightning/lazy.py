@@ -1,8 +1,8 @@
-"""`lazy_names`: imports public names on first use, from the package's stub, their only list.
+"""`lazy_names`: imports public names on first use, from the package's stub, which is their only list.
 
-The stub, such as `engine/__init__.pyi`, has the line `from MODULE import NAME as NAME` for each name. Type checkers and editors
+The stub, such as `engine/__init__.pyi`, has the line `from MODULE import NAME as NAME` for each name; type checkers and editors
 also read it. So classes have short paths that do not change when files move, and code that needs only torch does not wait for
-PEFT. Every process imports this module, so it imports little itself.
+PEFT. Every process imports this module, so it imports little.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make `__getattr__` and `__dir__` of a package from the stub beside its file. `__all__` then holds the stub's names."""
+    """Make `__getattr__` and `__dir__` of a package from the stub beside its file; `__all__` gives the stub's names."""
     modules: dict[str, str] = {}  # name -> module that has it; empty until the first use of a name
 
     def read() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Public names of what trains a policy, as configs and checkpoints hold them: the rooms `model/` and `training/`."""
+"""Public names of the classes in `model/` and `training/`, as configs and checkpoints use them."""
 
 from hybrid_lightning.lazy import lazy_names
 

@@ -1,8 +1,8 @@
-"""Process settings for torch: on a CPU how threads wait, whether freed memory is kept, and how many compiled products are
-kept; on a GPU how memory is allocated, and which kernels compute attention.
+"""Process settings for torch: on a CPU, how threads wait, whether freed memory is kept, and how many compiled products are
+kept; on a GPU, how memory is allocated, and which kernels compute attention.
 
-A program should choose the CPU settings, not a library, so `python -m hybrid_lightning` sets them. A script that builds a Trainer
-itself can call `prepare_process()` before anything imports torch. A policy chooses the GPU settings when its run begins.
+The CPU settings are a program's choice, not a library's, so `python -m hybrid_lightning` makes them. A script that builds its own
+Trainer can call `prepare_process()` before anything imports torch. A policy makes the GPU settings when its run begins.
 """
 
 import ctypes
@@ -10,14 +10,14 @@ import os
 import sys
 
 # How often a thread looks for work before it sleeps. With OpenMP's default of 300,000, waiting threads take time from working
-# threads if something else runs on the same cores: a step of the embedded policy beside a busy process took 20 s, not 0.4 s.
+# threads if something else runs on the same cores: beside a busy process, a step of the embedded policy took 20 s, not 0.4 s.
 # Small numbers are slow on idle cores: SmolLM2-135M generated for 6.5 s with 1,000, for 5.7 s with 4,000, for 5.5 s with 20,000
-# and for 5.3 s with the default. With the first three the embedded policy beside a busy process generated for 0.25, 0.37 and 1.0
-# s.
+# and for 5.3 s with the default. Beside a busy process, the embedded policy generated for 0.25, 0.37 and 1.0 s with the first
+# three.
 _SPINS = "20000"
 
-# Number of compiled matrix products that oneDNN keeps, one per matrix size, with half a MiB each; above it, oneDNN frees half of
-# them. Its default of 1,024 is more than are used again if completions have different lengths: with 128, such steps of
+# Number of compiled matrix products that oneDNN keeps, one per matrix size, half a MiB each; above it, oneDNN frees half of them.
+# Its default of 1,024 is too many if completions have different lengths, since most are not used again. With 128, such steps of
 # SmolLM2-135M peaked at 1.62 GiB instead of 1.73 and took no longer, since compiling a product takes a quarter of a millisecond.
 # With 64 the peak was 1.59 GiB, but a step of the embedded policy took 4% longer.
 KEPT_PRODUCTS = 128
@@ -30,15 +30,15 @@ _NEVER_TRIM, _NEVER_MAP = 2**31 - 1, (2**30, 2**25)
 def prepare_process() -> None:
     """Let waiting threads sleep after a short time, keep freed memory, and keep fewer compiled products.
 
-    Call it before torch is loaded, which reads the first and the last setting. Environment variables take precedence:
-    `GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_` or `ONEDNN_PRIMITIVE_CACHE_CAPACITY`.
+    Call it before torch is loaded, since torch reads the first and the last setting. These environment variables take precedence:
+    `GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_` and `ONEDNN_PRIMITIVE_CACHE_CAPACITY`.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     keep_freed_memory()
 
-    import warnings  # not before: earlier allocations lie between the kept blocks
+    import warnings  # only now: earlier allocations would fragment the kept memory
 
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's advice in each notebook that imports it
 
@@ -61,16 +61,18 @@ def keep_freed_memory() -> bool:
 
 
 def prepare_gpu(own_allocator: bool) -> None:
-    """Let torch allocate GPU memory in growing segments, keep cuDNN from attention, and add up 16-bit products in float32.
+    """Allocate GPU memory in growing segments, do not use cuDNN for attention, and add up 16-bit products in float32.
 
-    Passes have different sizes at every step. Segments of fixed sizes then fragment, so that free memory cannot be used. cuDNN
-    makes a plan for each new size of attention, which takes 23 to 37 ms. By default torch lets cuBLAS round partial sums of
-    16-bit products to 16 bits, in splits that depend on the number of rows, so that sampling and training would round in
-    different places. Products of float32 are not computed in TF32, which is torch's default.
+    - Passes have different sizes at every step. Segments of fixed size would fragment and leave free memory unusable.
+    - cuDNN makes a plan for each new size of attention, which takes 23 to 37 ms.
+    - By default, torch lets cuBLAS round partial sums of 16-bit products to 16 bits, in splits that depend on the number of rows.
+      Sampling and training would then round in different places.
+
+    Products in float32 do not use TF32, which is torch's default.
 
     Args:
-        own_allocator: Whether something else in this process allocates GPU memory in its own way. vLLM does, in order to sleep;
-            growing segments do not work with that.
+        own_allocator: Whether something else in this process has its own GPU allocator, as vLLM does in order to sleep. Growing
+            segments do not work with it.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Hides advice of libraries. It is hidden when a model is loaded or a Trainer is made, not by an import."""
+"""Hides advice that libraries print. Takes effect when a model is loaded or a Trainer is made, not at import."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ import warnings
 import huggingface_hub
 import transformers
 
-# Where Lightning logs, and which lines are hidden: advice, lists of devices, and repetitions of the command or the summary.
+# Lightning's loggers, and the lines to hide: advice, lists of devices, and repetitions of the command or the summary.
 _LIGHTNING_LOGS = (
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.rank_zero",
@@ -29,10 +29,10 @@ _SAYS_NOTHING = re.compile(
 _NOT_MEANT = (
     "overridden `transfer_batch_to_device`",  # LightningModule and data module share this hook by design
     "LeafSpec.*is deprecated",
-    "dirpath has changed from",  # every run has its own folder: a resumed run reads a checkpoint from another one
-    "callbacks used to create the checkpoint need to be provided",  # after their options were changed, which the resume reports
-    "does not have many workers",  # the loaders hold prompts or make rollouts: worker processes would not help
-    "Using `DistributedSampler` with the dataloaders",  # prompts that the sampler deals to two ranks are counted once
+    "dirpath has changed from",  # every run has its own folder: a resumed run reads a checkpoint from another folder
+    "callbacks used to create the checkpoint need to be provided",  # their options changed, which the resume reports itself
+    "does not have many workers",  # the loaders hold prompts or make rollouts, so worker processes would not help
+    "Using `DistributedSampler` with the dataloaders",  # prompts that the sampler gives to two ranks are counted once
     "keys did not match any targeted module and were ignored",  # PEFT's warning for ranks of parameters, which it does apply
     "module.s. in eval mode at the start of training",  # the policy is loaded in eval mode; the adapter decides what to train
 )
@@ -41,7 +41,7 @@ _NOT_MEANT = (
 def quiet_libraries() -> None:
     """Hide library advice that does not apply to a run: tips, deprecations between libraries, progress bars for loading weights.
 
-    The command line calls this, a language model when it is loaded, and our Trainer when it is made. Importing changes nothing.
+    The command line calls this, and so do loading a language model and making our Trainer. Importing changes nothing.
     """
     transformers.utils.logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:

@@ -18,9 +18,7 @@ def library(user: str) -> ModuleType:
     try:
         from reasoning_gym import factory
     except ImportError as error:
-        raise ConfigError(
-            f"{user} needs the library reasoning-gym; install the optional extra: pip install 'hybrid-lightning[reasoning-gym]'"
-        ) from error
+        raise ConfigError(f"{user} needs the library reasoning-gym; pip install 'hybrid-lightning[reasoning-gym]'") from error
     return factory  # type: ignore[no-any-return]
 
 
@@ -28,17 +26,17 @@ def made_again(user: str, prompt: Prompt) -> tuple[Any, dict[str, Any]]:
     """The data set of a prompt's task, which has the verifier, and the prompt's entry; `user` is the calling class.
 
     Raises:
-        ConfigError: If the prompt is not from `ReasoningGymSource`, or its task makes a different problem each time.
+        ConfigError: If the prompt is not from `ReasoningGymSource`, or if its task is not reproducible.
     """
     try:
         task, config, item = (prompt.columns[name] for name in ("task", "config", "item"))
     except KeyError as error:
-        raise ConfigError(f"{user}: {prompt.place} has no column {error}; take ReasoningGymSource as data.source") from error
+        raise ConfigError(f"{user}: {prompt.place} has no column {error}; set data.source=ReasoningGymSource") from error
     found = _entry(user, task, json.dumps(config, sort_keys=True), item)
     if prompt.columns.get("question") not in (None, found[1]["question"]):
         raise ConfigError(
-            f"{user}: reasoning-gym task {task!r} made another problem {item} than for {prompt.place}, so that it is not "
-            "reproducible; choose another task"
+            f"{user}: reasoning-gym task {task!r} is not reproducible: problem {item} differs from {prompt.place}; choose "
+            "another task"
         )
     return found
 

@@ -1,6 +1,6 @@
-"""Adds remedies to error messages of other libraries, and refuses configs with a mistake that nothing else would notice.
+"""Adds remedies to error messages of other libraries, and rejects configs with a mistake that nothing else would detect.
 
-`cli_parser.py` words mistakes in arguments; this file covers messages of Lightning and of the operating system.
+`cli_parser.py` reports mistakes in arguments; this file covers messages of Lightning and of the operating system.
 """
 
 import errno
@@ -36,7 +36,7 @@ _REMEDIES = (
         "give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER",
     ),
 )
-# Errors that no code change would fix: about a disk, which name no file, and about a file or folder.
+# Errors of the machine, not of the code: a full disk, for which no file is named, and a file or folder without access.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # Our modules for different kinds of training: a config is for only one of them.
@@ -53,14 +53,14 @@ def with_remedy(message: str) -> str:
 
 
 def is_machine_error(error: BaseException) -> bool:
-    """Whether an error is about a file or folder that cannot be written or read: the disk is full, or the folder is read-only."""
+    """Whether an error means that a file or folder cannot be written or read: a full disk, a read-only folder, no access."""
     if not isinstance(error, OSError):
         return False
     return error.errno in _FULL or (error.errno in _OF_THE_MACHINE and error.filename is not None)
 
 
 def check_whole_configs(arguments: Sequence[str]) -> None:
-    """Refuse configs for different kinds of training in one command: the last one would silently replace the others.
+    """Reject configs for different kinds of training in one command: the last one would silently replace the others.
 
     Raises:
         ConfigError: If there are two such configs.
@@ -71,8 +71,8 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
         first = first or (kind and (path, kind))
         if first and kind and kind != first[1]:
             raise ConfigError(
-                f"--config {first[0]} trains a {first[1]} and --config {path} a {kind}: neither lies on top of the other; give "
-                "one of the two, and what is to differ from it as options or in a config without model.class_path"
+                f"--config {first[0]} trains a {first[1]}, but --config {path} trains a {kind}; give one of the two, and put "
+                "changes to it into options or into a config without model.class_path"
             )
 
 
@@ -84,7 +84,7 @@ def config_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def _kind(path: str) -> str | None:
-    """The module of ours that a config is for; None for an overlay, for a user's own module, and for an unreadable file."""
+    """The name of our module that a config trains; None for an overlay, a user's own module, or an unreadable file."""
     try:
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # the parser will report the error

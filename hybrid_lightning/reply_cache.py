@@ -1,4 +1,4 @@
-"""`ReplyCache`: keeps replies of servers on disk, so that a resumed or repeated run gets the same ones."""
+"""`ReplyCache`: keeps replies of servers on disk, so that a resumed or repeated run gets the same replies."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ class ReplyCache:
     """Texts in a folder, one file each, keyed by a hash of their inputs. Threads and processes may share it.
 
     Args:
-        folder: The folder; None takes `name` in `~/.cache/hybrid_lightning`.
+        folder: The folder; None for `name` in `~/.cache/hybrid_lightning`.
         name: Kind of replies, such as `judge`.
     """
 
@@ -29,7 +29,7 @@ class ReplyCache:
         return str(json.loads(path.read_text(encoding="utf-8"))["reply"]) if path.exists() else None
 
     def keep(self, path: Path, reply: str) -> str:
-        """Keep a reply, and return the kept one: another process may have been first."""
+        """Keep a reply; returns the kept one, since another process may have been first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(f".{uuid4().hex}")
         whole.write_text(json.dumps({"reply": reply}), encoding="utf-8")

@@ -18,10 +18,10 @@ def config_names() -> list[str]:
 
 
 def read_config(name: str) -> str:
-    """The text of a config; ConfigError if there is no config of that name."""
+    """The text of a config; ConfigError if the name is unknown."""
     if name not in config_names():
         near = get_close_matches(name, config_names(), n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "the command 'configs' lists those that there are"
+        hint = f"did you mean {near[0]}?" if near else "the command 'configs' lists all of them"
         raise ConfigError(f"no config is called {name!r}; {hint}")
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -40,8 +40,8 @@ def config_list() -> str:
 def with_paths(arguments: Sequence[str]) -> list[str]:
     """Replace each config name in a command's arguments by a path, and print the chosen files.
 
-    `gspo` means the file `gspo` or `gspo.yaml` in the working directory, or else the config of that name. A missing path such as
-    `configs/gspo.yaml` also means that config.
+    `gspo` stands for the file `gspo` or `gspo.yaml` in the working directory, or else for the shipped config of that name. A
+    missing path such as `configs/gspo.yaml` also stands for the shipped config.
 
     Raises:
         ConfigError: If there is neither such a file nor such a config.

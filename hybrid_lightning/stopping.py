@@ -1,6 +1,6 @@
-"""How a signal ends a run: at once if nothing can be lost, else at the next point from which the run can resume.
+"""How a signal ends a run: immediately if nothing can be lost, else at the next point from which the run can resume.
 
-This file needs only Python, so that a process can handle signals before it imports torch, which takes seconds.
+This file needs only Python, so a process can handle signals before it imports torch, which takes seconds.
 """
 
 import os
@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-# Sources, in this order: Ctrl-C; schedulers, `kill` and torchrun; SLURM before its time limit (`--signal=USR1@120`); a closed
+# Sent by, in this order: Ctrl-C; schedulers, `kill` and torchrun; SLURM before its time limit (`--signal=USR1@120`); a closing
 # terminal. Windows does not have all of them.
 _SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")]
 
-NOTHING_MADE = "nothing that a run could go on from has been made; start the command again"
+NOTHING_MADE = "there is nothing to resume from yet; start the command again"
 
 
 class RunStopped(SystemExit):
@@ -33,14 +33,14 @@ class RunStopped(SystemExit):
 
 
 class StopSignals:
-    """Handles the signals that end a run. Nothing is handled before `take_over`.
+    """Handles the signals that end a run, from `take_over` on.
 
-    The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `interruptible`. A second signal
-    ends the process at once.
+    The first signal raises `RunStopped`: immediately or, within `deferred`, at the next `check` or `interruptible`. A second
+    signal ends the process immediately.
     """
 
     # Whether another rank of the same command started this process. That rank passes its signals on, and a terminal also sends
-    # them to all its processes: a second signal is then not a second request.
+    # them to all its processes, so a second signal is not a second request.
     started_by_rank = False
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ class StopSignals:
     def take_over(self) -> None:
         """Handle the signals of this process, even if another library has installed its handlers in the meantime.
 
-        Only the main thread may do so; in other threads nothing happens.
+        Only the main thread can; in other threads, nothing happens.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             current = signal.getsignal(number)
             # Under `nohup`, SIGHUP stays ignored. A shell without job control also makes background programs ignore SIGINT, but
-            # SIGINT is still handled: if it is sent to such a program, it is sent on purpose.
+            # SIGINT is still handled, since a SIGINT to such a program is sent on purpose.
             if number.name == "SIGHUP" and current == signal.SIG_IGN:
                 continue
             if current != self._handle:
@@ -84,12 +84,12 @@ class StopSignals:
             raise RunStopped(self.requested)
 
     def defer(self) -> None:
-        """From now on, make signals wait for the next `check` or `interruptible`."""
+        """Make all further signals wait for the next `check` or `interruptible`."""
         self._deferred += 1
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this context, where code must not be interrupted, a signal waits for the next `check` or `interruptible`."""
+        """Context for code that must not be interrupted: a signal waits for the next `check` or `interruptible`."""
         self.defer()
         try:
             yield
@@ -98,7 +98,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within this context a signal raises at once, even inside `deferred`, since the code here changes no state."""
+        """Context for code that changes no state: a signal raises immediately, even inside `deferred`."""
         self.check()
         outside, self._deferred = self._deferred, 0
         try:
@@ -111,13 +111,13 @@ class StopSignals:
         if self.requested and self.started_by_rank:
             return
         if self.requested:
-            self._pass_on(getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows the latter ends a process at once
-            _say(f"\n{name}: stopped at once; {self.last_words()}\n")
+            self._pass_on(getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows, SIGTERM ends a process immediately
+            _say(f"\n{name}: stopped immediately; {self.last_words()}\n")
             os._exit(128 + number)
         self.requested = number
         self._pass_on(number)
         if not self.started_by_rank:
-            _say(f"\n{name}: stopping, so that the run can go on later; once more stops at once\n")
+            _say(f"\n{name}: stopping at a point where the run can resume; send it again to stop immediately\n")
         if not self._deferred:
             raise RunStopped(number)
 

@@ -62,7 +62,7 @@ LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": "default", "defau
 def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> list[Callback]:
     """The callbacks without options that the command line adds to each run; callbacks that measure time come first.
 
-    `signals` are passed to `GracefulStop`; `logged` is whether the Trainer has a logger.
+    `signals` is passed to `GracefulStop`; `logged` tells whether the Trainer has a logger.
 
     Example:
         >>> [type(callback).__name__ for callback in run_callbacks(logged=False)]
@@ -73,18 +73,18 @@ def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> li
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which also scores modules, exports and plans. It takes Lightning's arguments, all by name.
+    """Lightning's Trainer with more commands: it also scores modules, exports and plans. It takes Lightning's arguments by name.
 
-    Defaults are the same as on the command line: TensorBoard's logger in `runs/default` (or below `default_root_dir`), a
+    Defaults are the same as on the command line: a TensorBoard logger in `runs/default` (or below `default_root_dir`), a
     checkpoint of the last step, `log_every_n_steps=1`, `num_sanity_val_steps=-1`, no table of modules, and a progress bar in a
-    terminal; elsewhere one line per step. Making a Trainer hides advice of libraries (see `quiet_libraries`).
+    terminal or one line per step elsewhere. Making a Trainer hides advice that libraries print (see `quiet_libraries`).
 
-    `setup` hooks can see the checkpoint that is about to be loaded. The Trainer reports the time of checkpoints to `StepTimer`,
-    which has no hook for it. Whatever the loggers, each run has its own folder, `log_dir`, in which loggers, checkpoints and
-    callbacks keep their files (see `RunFolder`).
+    Each run has its own folder, `log_dir`, for the files of loggers, checkpoints and callbacks (see `RunFolder`), whatever the
+    loggers. `setup` hooks can see the checkpoint that is about to be loaded. The Trainer reports the time of checkpoints to
+    `StepTimer`, since Lightning has no hook for it.
     """
 
-    command = "fit"  # the user's command for which Lightning runs `fit`: "fit", "score" or "doctor"
+    command = "fit"  # the user's command that Lightning runs as `fit`: "fit", "score" or "doctor"
 
     @wraps(LightningTrainer.__init__)  # type: ignore[misc]  # for the signature, which lists the options
     def __init__(self, **flags: Any) -> None:
@@ -97,7 +97,7 @@ class Trainer(LightningTrainer):
         if flags.get("enable_checkpointing") is not False and not _any(callbacks, Checkpoint):
             callbacks.append(ModelCheckpoint(**CHECKPOINT_DEFAULTS))
         if flags.get("enable_progress_bar") is None and not _any(callbacks, ProgressBar) and not console().is_terminal:
-            flags["enable_progress_bar"] = False  # in a file it would show its last state after everything else
+            flags["enable_progress_bar"] = False  # in a file, the bar would appear after everything else
             callbacks.append(StepLines())
         if flags.get("enable_progress_bar") is not False and not _any(callbacks, ProgressBar):
             callbacks.append(RolloutProgress())
@@ -106,44 +106,44 @@ class Trainer(LightningTrainer):
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
             require_checkpoint(ckpt_path)
-        # Lightning sets `trainer.ckpt_path` only after the setup hooks, but in them HybridAdapterSetup must know the checkpoint's
-        # plan, or it would score the modules again.
+        # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup needs the checkpoint's plan there,
+        # or it would score the modules again.
         name_checkpoint(self, ckpt_path)
         if find_callback(self, RunFolder) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
         return super()._run(model, ckpt_path, weights_only)
 
     def check_checkpoint(self, ckpt_path: str | None) -> None:
-        """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
+        """Check that a checkpoint exists, if one is given. The command line calls this before anything is loaded.
 
         Raises:
-            CheckpointError: If the checkpoint does not exist, or the path is Lightning's keyword for a checkpoint of an earlier
-                `fit` with the same Trainer, which a command does not have: it would begin from the start policy.
+            CheckpointError: If the checkpoint does not exist, or if the path is a keyword of Lightning for a checkpoint of an
+                earlier `fit` with the same Trainer. A command has no earlier `fit`, and would begin from the start policy.
         """
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
             raise CheckpointError(
-                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet; give its path, such "
-                "as runs/NAME/version_0/checkpoints/last.ckpt"
+                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has none yet; give a path such as "
+                "runs/NAME/version_0/checkpoints/last.ckpt"
             )
         if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
             require_checkpoint(ckpt_path)
 
     def _teardown(self) -> None:
         if self.interrupted and isinstance(self.lightning_module, LanguageModule):
-            # Lightning calls no teardown hook then, and the process may live on, as in a notebook.
+            # Lightning then calls no teardown hook, and the process may continue, as in a notebook.
             with suppress(Exception):  # the user must see the error that ended the run
                 self.lightning_module.task.generation.shut_down()
         super()._teardown()
         folder = find_callback(self, RunFolder)
         if self.interrupted and folder is not None and self.is_global_zero:
-            folder.give_back()  # not earlier, because loggers write into the folder when they are closed
+            folder.give_back()  # only now, since loggers write into the folder when they are closed
 
     @property
     def log_dir(self) -> str | None:
         """The folder of the run, whatever the loggers; None under `fast_dev_run`.
 
-        The first access must be made by all processes together, as Lightning does before loggers begin to write.
+        All processes must make the first access together, as Lightning does before loggers begin to write.
         """
         folder = run_folder(self)
         return None if folder is None else str(folder)
@@ -155,8 +155,8 @@ class Trainer(LightningTrainer):
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()
-        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, but
-        # its hooks make the validation.
+        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, and
+        # its hooks would run the validation.
         stop = find_callback(self, GracefulStop)
         if self.state.fn == "fit" and stop is not None and stop.validation_due:
             self.fit_loop.on_run_start()
@@ -166,8 +166,8 @@ class Trainer(LightningTrainer):
     def check(self, model: LanguageModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
         """Check settings, data, reward and monitors before a model is loaded.
 
-        A module loads its weights on first use, so this loads none. The data module keeps the data that it reads here. A data
-        module that overrides how data is prepared or set up is not read before its time.
+        No weights are loaded, since a module loads them on first use. The data module keeps the data that it reads here. If it
+        overrides how data is prepared or set up, its data is not read yet.
 
         Args:
             model: The module to run.
@@ -175,14 +175,14 @@ class Trainer(LightningTrainer):
             command: "fit", "score", "doctor", "validate", "test" or "predict".
 
         Raises:
-            ModelError: If there is no such model.
+            ModelError: If the model cannot be found.
             ConfigError: If settings cannot work, or if a callback monitors a metric that will not be measured.
-            DataError: If there is no data for the command, or if it is malformed.
-            RewardError: If the reward cannot score it.
+            DataError: If the command has no data, or if the data is malformed.
+            RewardError: If the reward cannot score the data.
         """
         if command == "doctor":
             _examined(model, datamodule)
-        # As the command will do.
+        # As the command will do it.
         attach(self, model, datamodule)
         fits = command in ("fit", "score", "doctor")
         self.state.fn = TrainerFn.FITTING if fits else TrainerFn(command)
@@ -214,7 +214,7 @@ class Trainer(LightningTrainer):
         model.task.generation.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
 
     def _check_memory(self, model: LanguageModule, adapter: HybridAdapterSetup, datamodule: LightningDataModule | None) -> None:
-        """Refuse a rollout engine that takes more GPU memory than training leaves, by the plan of the run's memory."""
+        """Reject a rollout engine that needs more GPU memory than training leaves, by the run's memory plan."""
         launcher = self.strategy.launcher
         forks = launcher is not None and launcher.is_interactive_compatible  # a process that has queried a GPU cannot fork
         if not isinstance(model, PolicyModule) or not isinstance(model.task.generation.sampler, VLLMSampler) or forks:
@@ -235,10 +235,10 @@ class Trainer(LightningTrainer):
             datamodule: Its calibration data.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup.
+            ConfigError: If the callback HybridAdapterSetup is missing.
         """
         _adapter_of(self, "score")
-        # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs just that setup, under every strategy.
+        # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs only this setup, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
         self.command = "score"
@@ -260,9 +260,9 @@ class Trainer(LightningTrainer):
         """Write the trained policy as a folder that plain PEFT or transformers loads.
 
         Args:
-            model: The module; with a checkpoint only its arguments are used, which name the base model.
+            model: The module. With a checkpoint, only its arguments are used, which name the base model.
             datamodule: Its data, for the model card.
-            ckpt_path: Checkpoint to export, a file or a sharded folder; None exports the module as it is after `fit`.
+            ckpt_path: Checkpoint to export, a file or a sharded folder; None to export the module in its state after `fit`.
             form: `MergedModel` (the default), `AdapterFolder` or `LoraFolder`.
             push_to: Repository on the Hugging Face hub to push the folder to, such as `me/my-model`; a new one is private.
                 The token comes from HF_TOKEN or `hf auth login`.
@@ -270,7 +270,7 @@ class Trainer(LightningTrainer):
 
         Raises:
             CheckpointError: If the checkpoint cannot be read, or settings of the adapter contradict it.
-            ConfigError: If the folder is not empty, the form cannot hold the policy, or nothing can be pushed to the repository.
+            ConfigError: If the folder is not empty, the form cannot hold the policy, or a push to the repository is not possible.
             PlanError: If the base model is not the one that was adapted.
         """
         if self.is_global_zero:
@@ -295,13 +295,13 @@ class Trainer(LightningTrainer):
                     say(f"Next: {command}")
 
     def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Report what will keep a run from learning, from one rollout and one optimizer step; nothing is trained or written.
+        """Find problems that would keep a run from learning, with one rollout and one optimizer step; keeps and writes nothing.
 
-        Modules are not scored: the fully trained ones are chosen at random. Module and Trainer cannot be used again.
+        Modules are not scored: the fully trained modules are chosen at random. The module and the Trainer cannot be used again.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, or if the module does not sample its training data.
-            DiagnosisError: If nothing can be learned.
+            ConfigError: If the callback HybridAdapterSetup is missing, or if the module does not sample its training data.
+            DiagnosisError: If the run cannot learn.
         """
         adapter = _adapter_of(self, "doctor")
         policy, data = _examined(model, datamodule)
@@ -358,25 +358,25 @@ class Trainer(LightningTrainer):
         prompt_tokens: int | None = None,
         device_gib: float | None = None,
     ) -> None:
-        """Print how much memory a run will take, and whether it fits, from the model's config alone: no weights are loaded.
+        """Print how much memory a run will need, and whether it fits; reads only the model's config and loads no weights.
 
         Args:
             model: The policy; its weights need not be loaded.
             datamodule: Its data, read only to find the length of prompts.
-            flags: Flags of the Trainer that the run will have.
-            fit: Find the fewest changes that make the run fit.
-            prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest training prompt.
-            device_gib: Memory of each device in GiB: a GPU, unless trainer.accelerator=cpu; None takes this machine's.
+            flags: Trainer flags of the planned run.
+            fit: Whether to find the fewest changes that make the run fit.
+            prompt_tokens: Tokens of each prompt; None for data.max_prompt_tokens, or else the longest training prompt.
+            device_gib: Memory of each device in GiB (a GPU, unless trainer.accelerator=cpu); None for this machine's.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, the model is not a PolicyModule, a value is impossible, or no
-                changes are sufficient.
-            ModelError: If there is no such model.
+            ConfigError: If the callback HybridAdapterSetup is missing, the model is not a PolicyModule, a value is invalid, or no
+                changes make the run fit.
+            ModelError: If the model cannot be found.
         """
         adapter, show = _adapter_of(self, "plan"), partial(console().print, soft_wrap=True)
         if not isinstance(model, PolicyModule):
             kind = type(model).__name__
-            raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {kind}; give a config of RL")
+            raise ConfigError(f"plan works only for PolicyModule, but model is a {kind}; give a config with a PolicyModule")
         settings = RunSettings.of(model, adapter, datamodule, flags, prompt_tokens)
         methods = plan_memory(settings)
         own = next(method for method in methods if method.method == own_method(settings))
@@ -400,7 +400,7 @@ class Trainer(LightningTrainer):
             show(verdict(fitted, settings))
         if taken(fitted, settings) > free:
             raise ConfigError(
-                "no changes are enough for this model on this device; take a smaller model or shorter completions, or split it "
+                "no changes make this model fit on this device; use a smaller model or shorter completions, or split the model "
                 "over devices (--config configs/strategy/fsdp.yaml)"
             )
         if changes:
@@ -414,7 +414,7 @@ def _any(callbacks: list[Callback], kind: type[Callback]) -> bool:
 def _adapter_of(trainer: LightningTrainer, command: str) -> HybridAdapterSetup:
     """The callback that a command needs; ConfigError if there is none."""
     if (adapter := find_callback(trainer, HybridAdapterSetup)) is None:
-        raise ConfigError(f"{command} needs an adapter; give the callback HybridAdapterSetup among trainer.callbacks")
+        raise ConfigError(f"{command} needs an adapter; add the callback HybridAdapterSetup to trainer.callbacks")
     return adapter
 
 
@@ -422,8 +422,8 @@ def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModu
     """The module and data for `doctor`; ConfigError if it cannot examine them."""
     if not isinstance(model, PolicyModule) or not isinstance(datamodule, PromptDataModule):
         raise ConfigError(
-            f"doctor examines rollouts of a PolicyModule on a PromptDataModule, and model is a {type(model).__name__}; what is "
-            "trained on examples shows in val/loss at the first validations of fit"
+            f"doctor examines rollouts of a PolicyModule on a PromptDataModule, but model is a {type(model).__name__}; for "
+            "training on examples, check val/loss at the first validations of fit"
         )
     return model, datamodule
 

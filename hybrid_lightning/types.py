@@ -2,12 +2,12 @@
 
     Prompt -> Rollouts (Completion, Sequences) -> Rewards -> PolicyBatch -> LossInputs -> LossOutput
 
-Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are neighbours), S
+Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are adjacent), S
 prompt tokens (left-padded), T completion tokens (right-padded).
 
 A completion holds everything after the prompt: the tokens that the policy sampled and, in an episode of several turns, the tokens
-that an environment added. `completion_mask` marks tokens as opposed to padding, for forward passes and their cost; `sampled_mask`
-marks sampled tokens, for losses, means, lengths and denominators.
+that an environment added. `completion_mask` marks real tokens, as opposed to padding, for forward passes and their cost;
+`sampled_mask` marks sampled tokens, for losses, means, lengths and denominators.
 """
 
 import math
@@ -25,7 +25,7 @@ Message = Mapping[str, Any]  # of a conversation: {"role": ..., "content": text}
 class Prompt:
     """One problem: exactly one of `text` and `messages` is set."""
 
-    text: str | None = None  # a plain prompt, given to the tokenizer as it is
+    text: str | None = None  # a plain prompt, tokenized unchanged
     messages: tuple[dict[str, str], ...] | None = None  # chat turns {"role", "content"}, rendered by the chat template
     answer: str | None = None  # the reference answer; None if the data has none
     index: int = 0  # number of the row in its source, before any split or filter: identifies the problem
@@ -40,7 +40,7 @@ class Prompt:
 
     @property
     def place(self) -> str:
-        """The place where the prompt comes from, for messages."""
+        """Where the prompt comes from, for messages."""
         return f"{self.source or 'the data'} row {self.index}"
 
 
@@ -48,12 +48,12 @@ class Prompt:
 class Episode:
     """A conversation between a policy and an environment, for rewards, logs and predictions."""
 
-    messages: tuple[Message, ...]  # all of it: the prompt's, the policy's (role "assistant") and added messages
+    messages: tuple[Message, ...]  # all messages: the prompt's, the policy's (role "assistant") and the added ones
     turns: int  # messages of the policy
     end: str  # why it ended: "answered", "over" (by the environment), "turns", "tokens", "time", "failed"
     rewards: tuple[float, ...]  # from the environment, one per turn
     counts: Mapping[str, float] = field(default_factory=dict)  # counts by the environment, such as {"calls": 2}
-    lengths: tuple[int, ...] = ()  # sampled tokens of each turn; none of an episode that has failed
+    lengths: tuple[int, ...] = ()  # sampled tokens of each turn; empty for a failed episode
 
     @property
     def answer(self) -> str:
@@ -64,8 +64,8 @@ class Episode:
 class Completion(str):
     """The text of a completion, with its number of tokens, whether it is finished, and whether it begins within reasoning.
 
-    It is a string, and can be used as one. For an episode, the text is everything that the policy wrote, with a line break
-    between its messages; `episode` has the conversation.
+    It is a string, and can be used as one. For an episode, the text consists of the policy's messages, joined by line breaks;
+    `episode` has the conversation.
 
     Example:
         >>> completion = Completion("12", num_tokens=3, finished=True)
@@ -74,7 +74,7 @@ class Completion(str):
     """
 
     num_tokens: int  # sampled tokens, as in `Sequences.sampled_mask`: up to and including the stop token
-    finished: bool  # True if a stop token or stop string ended it, or an episode by its answer or its environment
+    finished: bool  # True if a stop token or stop string ended it; for an episode, if its answer or its environment did
     thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
     episode: Episode | None  # None without an environment
 
@@ -86,7 +86,7 @@ class Completion(str):
 
     @property
     def is_cut(self) -> bool:
-        """Whether a limit of tokens ended it: an episode may also be unfinished because of its turns, its time or a failure."""
+        """Whether a token limit ended it. An episode may also be unfinished because of its turns, its time or a failure."""
         return not self.finished if self.episode is None else self.episode.end == "tokens"
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # copies and pickles are made from these
@@ -119,7 +119,7 @@ class Sequences(_TensorContainer):
     # [B, T] int64, optimizer steps of the weights that sampled each token; None if nothing was sampled.
     weights_step: Tensor | None = None
     # [B, T] bool, True on the tokens of `completion_mask` that the policy sampled (in a demonstration: tokens to learn), with
-    # holes where an environment added tokens. If it is not given, all were sampled.
+    # holes where an environment added tokens. By default, all tokens were sampled.
     sampled_mask: Tensor = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class Sequences(_TensorContainer):
         )
 
     def without(self, rows: Tensor) -> "Sequences":
-        """The same with no tokens in `rows`, [B] bool, so that nothing is learned from them."""
+        """A copy without tokens in `rows`, [B] bool, so that nothing is learned from them."""
         keep = ~rows[:, None]
         return replace(self, completion_mask=self.completion_mask & keep, sampled_mask=self.sampled_mask & keep)
 
@@ -158,12 +158,12 @@ class Rollouts(_TensorContainer):
     sequences: Sequences  # B = P * G rows
     completions: tuple[Completion, ...]  # B decoded texts without special tokens
     sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`), 0 elsewhere
-    finished: Tensor  # [B] bool: True if ended by a stop token, or an episode by its answer or environment
+    finished: Tensor  # [B] bool (see `Completion.finished`)
     samples_per_prompt: int  # G
 
     @property
     def cut(self) -> Tensor:
-        """[B] bool: True where a limit of tokens ended the completion (see `Completion.is_cut`)."""
+        """[B] bool: True if a token limit ended the completion (see `Completion.is_cut`)."""
         return torch.tensor([completion.is_cut for completion in self.completions], device=self.finished.device)
 
 
@@ -175,8 +175,8 @@ class Rewards(_TensorContainer):
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
     correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
     weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
-    # [B] bool: False for a completion that is left out, since its environment or its judge failed: it does not count in any mean,
-    # deviation or count, and its rewards mean nothing. None: all count. It is None on all ranks or on none.
+    # [B] bool: False for a completion that is left out because its environment or judge failed. It enters no mean, deviation or
+    # count, and its rewards are meaningless. None if all completions count; either all ranks have None or no rank has.
     counted: Tensor | None = None
 
     def select(self, index: Tensor) -> "Rewards":
@@ -195,22 +195,22 @@ class Rewards(_TensorContainer):
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout with its rewards, a tuple of three: `batch.rollout` of the trained micro-batch, for callbacks.
+    """A rollout with its rewards and advantages, for callbacks: `batch.rollout` of a training micro-batch.
 
-    It belongs to this process: with several, each has its share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
-    `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. Everything is as it was
-    when the rollout was made, before the policy was updated with it.
+    With several processes, each has its own share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
+    `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. All values are from the
+    time when the rollout was made, before it updated the policy.
 
-    - `rollouts`: of P prompts, with G = `rollouts.samples_per_prompt` completions each. `prompts` are P objects with `text` or
-      `messages`, `answer` and `columns`; `completions` are B = P * G texts, with `num_tokens` (sampled tokens), `finished`
-      (False if cut at `max_new_tokens`) and `episode`. `sequences` are their tokens: `prompt_ids` [B, S] and `completion_ids`
+    - `rollouts`: P prompts with G = `rollouts.samples_per_prompt` completions each. `prompts` holds P objects with `text` or
+      `messages`, `answer` and `columns`. `completions` holds B = P * G texts, with `num_tokens` (sampled tokens), `finished`
+      (False if cut at `max_new_tokens`) and `episode`. `sequences` holds their tokens: `prompt_ids` [B, S] and `completion_ids`
       [B, T], int64, with `prompt_mask`, `completion_mask` (True on tokens, False on padding) and `sampled_mask` (True on tokens
-      that the policy sampled), bool of the same shapes. `sampling_logprobs` [B, T] float32 are in nats, 0 where nothing was
+      that the policy sampled), bool of the same shapes. `sampling_logprobs` [B, T] float32 is in nats, 0 for tokens that were not
       sampled. `finished` is [B] bool.
-    - `rewards`: `total` [B] float32, which training raises, in whatever unit the reward pays; `parts`, name -> [B] float32 before
+    - `rewards`: `total` [B] float32, the training signal, in the reward's own unit; `parts`, name -> [B] float32 before
       weighting; `correct` [B] bool; `counted` [B] bool, False for completions that are left out, or None if all count.
-    - `advantages`: [B] float32, in the unit of the advantage estimator (`GroupAdvantage`: standard deviations of the group);
-      where each token has its own, the mean over the sampled tokens of a completion.
+    - `advantages`: [B] float32, in the unit of the advantage estimator (`GroupAdvantage`: standard deviations of the group). If
+      each token has its own advantage, the mean over the sampled tokens of a completion.
 
     Example:
         `rollouts, rewards, advantages = batch.rollout`, or `batch.rollout.rewards.total.mean()`.
@@ -230,7 +230,7 @@ def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | N
         counted: See `Rewards`, [B] bool or None.
 
     Returns:
-        For each number n of completions that count, from 1 on: the rows of these in the p groups that have exactly n, [p, n].
+        For each n from 1 on: the rows of the completions that count in the p groups that have exactly n of them, [p, n].
 
     Example:
         >>> [rows.tolist() for rows in counted_groups(torch.zeros(4), 2, torch.tensor([True, True, False, True]))]
@@ -246,7 +246,7 @@ def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | N
 
 
 def equal_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
-    """In which groups all completions that count earn the same reward, [p] bool; also if only one counts, or none.
+    """Whether all completions that count in a group earn the same reward, [p] bool; True if only one counts, or none.
 
     Args:
         rewards: [p * G], or other values of completions.
@@ -265,19 +265,19 @@ class LossInputs(_TensorContainer):
 
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
     advantages: Tensor  # [B] float32; or [B, T], one for each token (see `PolicyLoss.takes_token_advantages`)
-    sampled_mask: Tensor  # [B, T] bool, True on tokens to learn from; others may hold anything
+    sampled_mask: Tensor  # [B, T] bool, True on tokens to learn from; values at other tokens are undefined
     old_logprobs: Tensor | None = None  # [B, T] under the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
     sampling_logprobs: Tensor | None = None  # [B, T] as the sampler computed them; None: `old_logprobs`
-    num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: the ones here
+    num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: only these
     num_tokens: float | None = None  # number of sampled tokens in the optimizer step, likewise
-    updated_sequences: float | None = None  # sequences of `num_sequences` in the update: metrics are means over these
-    updated_tokens: float | None = None  # tokens of `num_tokens`, likewise
+    updated_sequences: float | None = None  # how many of `num_sequences` are in the update; metrics are means over these
+    updated_tokens: float | None = None  # how many of `num_tokens`, likewise
     importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `PolicyLoss`); None: all 1
     entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed if `entropy_coef` is not 0
     divergence: Tensor | None = None  # [B, T] from a teacher, with gradient and weighted: added to the loss of each token
-    max_completion_tokens: float | None = None  # the most tokens that can be sampled in a row; `DrGRPOLoss` needs it
-    micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch to which these rows belong; None: the ones here
+    max_completion_tokens: float | None = None  # most tokens that can be sampled in a row; `DrGRPOLoss` needs it
+    micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch that these rows belong to; None: only these
     num_micro_batches: float | None = None  # number of micro-batches in the optimizer step, over ranks; None: 1
 
 
@@ -294,17 +294,17 @@ class PolicyBatch(_TensorContainer):
     """One micro-batch of training data, made when the rollout is made."""
 
     sequences: Sequences  # B rows
-    advantages: Tensor  # [B] float32; or [B, T] with credit by turn or from a teacher, 0 where nothing was sampled
+    advantages: Tensor  # [B] float32; or [B, T] with credit by turn or from a teacher, 0 for tokens that were not sampled
     sampling_logprobs: Tensor  # [B, T] float32, as the sampler computed them (see `Rollouts`)
     old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
     num_sequences: float  # number of sequences in the optimizer step of this micro-batch, over all its micro-batches and ranks
     num_tokens: float  # number of sampled tokens in that optimizer step, likewise
-    updated_sequences: float  # sequences of `num_sequences` in a micro-batch: rows without advantage may be left out
-    updated_tokens: float  # tokens of `num_tokens`, likewise
+    updated_sequences: float  # how many of `num_sequences` are in a micro-batch: rows without advantage may be left out
+    updated_tokens: float  # how many of `num_tokens`, likewise
     metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to log
-    rollout: ScoredRollout | None = None  # the rollout that it belongs to, of this process; None for demonstrations and pairs
-    rollout_number: int = 0  # its number in the run
+    rollout: ScoredRollout | None = None  # this process's part of its rollout; None for demonstrations and pairs
+    rollout_number: int = 0  # number of the rollout in the run
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
     seen_by_teacher: Sequences | None = None  # the same completions after other prompts; None: after these
 

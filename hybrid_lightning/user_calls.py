@@ -1,7 +1,7 @@
-"""Calls of the user's code: `async` functions on one event loop, ordinary ones in threads of one pool, with time limits.
+"""Calls the user's code, with time limits: `async` functions on one event loop, ordinary functions in a pool of threads.
 
     run_async(work)                  from any thread: run a coroutine on the event loop of this process
-    await call(function, timeout_s)  any function, awaited if it is `async`, else run in a thread
+    await call(function, timeout_s)  call any function: awaited if it is `async`, else in a thread
 
 A thread cannot be stopped: an ordinary function that takes too long continues in the background, and its result is ignored.
 `user_code.py` finds the functions.
@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-_SLICE_S = 0.1  # interval in which a caller checks that the event loop still runs
-_SIDE_BY_SIDE = 64  # ordinary functions that run at the same time
+_SLICE_S = 0.1  # interval at which a caller checks that the event loop still runs
+_SIDE_BY_SIDE = 64  # most ordinary functions that run at the same time
 
 Outcome = tuple[Any, BaseException | None]  # result of a call, or the exception that it raised
 
 
 class TookTooLongError(TimeoutError):
-    """A call was given up because it took too long; a TimeoutError may also come from the called function itself."""
+    """A call was abandoned because it took too long; a plain TimeoutError may come from the called function itself."""
 
 
 class LoopLostError(RuntimeError):
@@ -38,7 +38,7 @@ def outcome_of(function: Callable[[], Any]) -> Outcome:
     """Call a function and return its outcome, whatever it raises."""
     try:
         return function(), None
-    except BaseException as error:  # including SystemExit and StopIteration, which have a meaning for event loops
+    except BaseException as error:  # including SystemExit and StopIteration, which event loops treat specially
         return None, error
 
 
@@ -46,11 +46,11 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
     """Run a coroutine to its end on the event loop that all calls in this process share.
 
     The loop is shared because HTTP clients and similar objects belong to the loop that first used them. It runs in its own
-    thread, so that this also works if the calling thread already has a loop, as in a notebook.
+    thread, so this also works if the calling thread already has a loop, as in a notebook.
 
     Args:
         work: The coroutine.
-        blocked_s: Seconds for which code may keep the loop from running anything else.
+        blocked_s: Longest time in seconds for which code may block the loop.
         on_wait: Called from time to time while the calling thread waits; an exception from it cancels the coroutine.
 
     Raises:
@@ -78,7 +78,7 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
 
 
 def is_shared(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether all calls in this process share this event loop: not one that was blocked and replaced, or of a parent process."""
+    """Whether this is the shared event loop of this process, not one that was blocked and replaced, or a parent process's."""
     return _shared().loop is loop
 
 
@@ -92,13 +92,13 @@ async def call(
     """Call a function once, await what it returns if it is awaitable, and apply `then` to the value.
 
     Args:
-        function: An `async` function is called on the event loop of this process, any other one in a thread.
-        timeout_s: Seconds for all of it, from when the function is called; None for no limit. An awaitable that takes longer is
-            cancelled, and abandoned if it ignores that.
-        then: Applied where the function ran, so that reading a strange value can neither raise here nor take too long.
-        threads: Where an ordinary function runs; by default in the threads of the `async` function that calls it, or else in
-            the shared threads.
-        alone: Whether an ordinary function must not run beside others that are also called with `alone`.
+        function: An `async` function is called on the event loop of this process, any other function in a thread.
+        timeout_s: Time limit in seconds for everything, from the call of the function on; None for no limit. An awaitable that
+            takes longer is cancelled, and abandoned if it ignores the cancellation.
+        then: Applied where the function ran, so that an odd value can neither raise nor block here.
+        threads: Threads for an ordinary function; by default the threads of the `async` function that calls it, or else the
+            shared threads.
+        alone: Whether an ordinary function must not run at the same time as others that are also called with `alone`.
 
     Returns:
         The outcome; its error is `TookTooLongError` if the time ran out.
@@ -169,7 +169,7 @@ async def _awaited(
 
     task = asyncio.create_task(whole())
     try:
-        # Not `asyncio.wait_for`: it waits as long as the code ignores its cancellation.
+        # Not `asyncio.wait_for`, which waits for as long as the code ignores its cancellation.
         await asyncio.wait({task}, timeout=timeout_s)
         return task.result() if task.done() else (None, TookTooLongError())
     finally:
@@ -181,13 +181,13 @@ class _Call:
     function: Callable[[], Any]
     outcome: "asyncio.Future[Outcome]"
     has_ended: bool = False
-    given_up: bool = False  # the event loop no longer waits for it
+    given_up: bool = False  # whether the event loop has stopped waiting for it
 
 
 class CallThreads:
-    """Threads that run ordinary functions, one per call in progress. They do not hold up the end of the process.
+    """Threads that run ordinary functions, one per call in progress. They do not delay the end of the process.
 
-    Successive calls run in one thread, until one of them takes too long: so objects that belong to a thread work.
+    Successive calls run in the same thread, until one of them takes too long, so objects that belong to a thread work.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class CallThreads:
         self._under_way = self._threads = 0  # without abandoned calls and their threads
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
-        """Await a call that runs in one of the threads."""
+        """Run a function in one of the threads and await its outcome."""
         loop = asyncio.get_running_loop()
         call = _Call(function, loop.create_future())
         late = None if timeout_s is None else loop.call_later(timeout_s, _settle, call.outcome, (None, TookTooLongError()))
@@ -242,7 +242,7 @@ def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
 
 
 class _Shared:
-    """The event loop of a process, the threads of ordinary calls, and the limit on how many run at the same time."""
+    """The event loop of a process, the threads of ordinary calls, and the limits on calls at the same time."""
 
     def __init__(self) -> None:
         self.loop, self.threads = asyncio.new_event_loop(), CallThreads()

@@ -17,7 +17,7 @@ from typing import Any
 from hybrid_lightning.errors import ConfigError, HybridLightningError, one_line
 from hybrid_lightning.stopping import RunStopped
 
-# Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside these.
+# Folders with code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
 _NOT_THEIRS = tuple({str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib"))})
 
 
@@ -27,15 +27,15 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
 
     Args:
         path: `package.module.function`, `package.module:function` or `path/to/file.py:function`.
-        option: Where the config names it, for messages.
+        option: Name of the option, for messages.
 
     Raises:
-        ConfigError: If there is no such file, module or function, or it cannot be imported.
+        ConfigError: If the file, module or function does not exist, or cannot be imported.
     """
     if path.endswith(".py"):
-        raise ConfigError(f"{option}={path!r} is a file without a function; name one of it, as in {path}:function")
+        raise ConfigError(f"{option}={path!r} names a file but no function in it; write {path}:function")
     if "<" in path:  # Python's notation for nested functions and lambdas
-        raise ConfigError(f"{option}={path!r} has no name by which it could be found")
+        raise ConfigError(f"{option}={path!r} is a nested function or lambda; define it at the top level of a module")
     place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not place or not name.isidentifier():
         raise ConfigError(f"{option}={path!r}; give package.module.function or path/to/file.py:function")
@@ -46,8 +46,8 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
             raise ConfigError(
-                f"{option}={path!r}: there is no module {error.name!r}; correct the name, start from the folder that it lies in, "
-                "or give its file, as in my_code.py:function"
+                f"{option}={path!r}: there is no module {error.name!r}; correct the name, start in the folder of the module, or "
+                "give its file, as in my_code.py:function"
             ) from error
         raise ConfigError(f"{option}={path!r}: {place} needs the module {error.name!r}, which is not installed") from error
     except (Exception, SystemExit) as error:  # SystemExit: a script that parses arguments, without `if __name__ == "__main__"`
@@ -85,7 +85,7 @@ def compile_pattern(
     Args:
         pattern: The regular expression.
         groups: Required number of groups; None for any number.
-        option: Where the config has it, for messages.
+        option: Name of the option, for messages.
         flags: As in `re.compile`.
 
     Raises:
@@ -94,11 +94,11 @@ def compile_pattern(
     try:
         compiled = re.compile(pattern, flags)
     except re.error as error:
-        raise ConfigError(f"{option}={pattern!r} is no regular expression: {error}; correct it") from error
+        raise ConfigError(f"{option}={pattern!r} is not a regular expression: {error}; correct it") from error
     if groups is not None and compiled.groups != groups:
         raise ConfigError(
-            f"{option}={pattern!r} has {compiled.groups} groups instead of {groups}; put the answer, and only that, in ( ), and "
-            "write other groups as (?: )"
+            f"{option}={pattern!r} has {compiled.groups} groups instead of {groups}; put only the answer in ( ), and write other "
+            "groups as (?: )"
         )
     return compiled
 
@@ -108,8 +108,8 @@ def in_user_code(owner: Any, method: str) -> Iterator[None]:
     """Context for running a method of `owner`, an object or a class, that may be the user's own.
 
     Raises:
-        ConfigError: If the method raises anything else, on one line.
         HybridLightningError, RunStopped: If the method raises one of these.
+        ConfigError: If the method raises anything else; the message is one line.
     """
     try:
         yield

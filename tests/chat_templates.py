@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.model.loading import load_tokenizer, resolve_model
 
-# Special tokens of templates for calls, beside those that the tokenizer of bytes has.
+# Special tokens of templates for calls, in addition to the byte tokenizer's own.
 _TOKENS = ["<|call|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|observation|>", "<|eot|>", "<|eom|>"]
 _TOKENS += ["<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
 _TOKENS += ["<|tool_call_start|>", "<|tool_call_end|>"]

@@ -111,7 +111,7 @@ class Result:
 
 
 def assert_refused(result: Result, message: str) -> None:
-    """A command has failed, and its last line says why."""
+    """A command has failed, and its last line has the reason."""
     assert result.code != 0 and result.last.startswith("error: ") and "Traceback" not in result.err, result.err
     assert re.search(message, result.last), result.last
 

@@ -70,7 +70,7 @@ def _begin(paths: str | None, target: Callable[..., None], arguments: tuple[Any,
         os.environ.pop("PYTHONPATH", None)
     else:
         os.environ["PYTHONPATH"] = paths
-    gc.freeze()  # what the server has imported is not looked through, nor copied for it
+    gc.freeze()  # the collector skips the server's imports, so their pages are not copied
     hybrid_adapter_setup.draw_heatmap = empty_picture  # as in the tests' own process: half of the time of a tiny run
     target(*arguments)
 
@@ -82,7 +82,7 @@ class _Stream:
         self.number = number
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return _same, (DupFd(self.number),)  # which has to be made while it starts
+        return _same, (DupFd(self.number),)  # has to be made while it starts
 
 
 def _same(value: Any) -> Any:
@@ -148,7 +148,7 @@ def _run(
     ends = {}
     for number, stream in streams.items():
         end = stream.detach()
-        ends[number] = fcntl.fcntl(end, fcntl.F_DUPFD, 256)  # out of the way of those below
+        ends[number] = fcntl.fcntl(end, fcntl.F_DUPFD, 256)  # out of the way of the ones below
         os.close(end)
     for number, end in ends.items():
         os.dup2(end, number)

@@ -1,4 +1,4 @@
-"""What the small hub has: tiny models of two families and the data sets of our presets, laid out as the real ones."""
+"""Contents of the small hub: tiny models of two families and the data sets of our presets, in the layout of the real ones."""
 
 import json
 from pathlib import Path
@@ -146,7 +146,7 @@ DATA_SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
 
 
 def _write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Files of a repository; returns what its card says."""
+    """Files of a repository; returns its card's metadata."""
     configs: dict[str, list[dict[str, str]]] = {}
     for name, rows in files.items():
         path = folder / name

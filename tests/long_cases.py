@@ -7,6 +7,6 @@ import pytest
 
 
 def long_but(cases: Iterable[Any], *short: int) -> list[Any]:
-    """The cases of a `parametrize`, marked as long but for those at some places."""
+    """The cases of a `parametrize`, marked as long except at some places."""
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*value, marks=() if place in short else pytest.mark.long) for place, value in enumerate(values)]

@@ -1,6 +1,6 @@
 """Lets torch's operator of attention by segments run on a CPU, in plain products of all queries with all keys.
 
-Nobody wants that for its speed: it shows that what accelerators are asked for is right.
+This is not for speed: it shows that the requests to accelerators are right.
 """
 
 import torch

@@ -151,7 +151,7 @@ def credit_by_turn(estimator, episodes, samples):
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_credit_by_turn_equals_a_scalar_loop(estimator, data):
-    """Each turn of those that have it is a group, and the batch is all turns."""
+    """Each turn's number is a group of the episodes that have it; the batch is all turns."""
     samples, prompts = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 3))
     some = st.lists(st.integers(-8, 8).map(lambda eighths: eighths / 8), min_size=1, max_size=3)
     episodes = data.draw(st.lists(some, min_size=samples * prompts, max_size=samples * prompts))

@@ -1,4 +1,4 @@
-"""The command line, in this process: what every command does and prints, with rewards and with given completions."""
+"""The command line, in this process: actions and output of every command, with rewards and with given completions."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ LOGGED = re.compile(r"engine: |Loaded model weights from the checkpoint at \S+$"
 
 
 def quiet(folder, pattern, *arguments):
-    """What a command prints, of which each line says something; of libraries and of which passes are fast one line each."""
+    """Runs a command: it prints only lines that match, and at most two log lines (the fast passes, the loaded weights)."""
     text = io.StringIO()
     handler, loggers = logging.StreamHandler(text), [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     with contextlib.ExitStack() as stack:
@@ -39,7 +39,7 @@ def quiet(folder, pattern, *arguments):
 
 @pytest.fixture(scope="module")
 def fitted(folder):
-    """A run, and what it has printed."""
+    """A run, and its output."""
     options = ["--trainer.logger.init_args.name=whole", "--trainer.enable_progress_bar=null"]
     return folder / "runs" / "whole" / "version_0", quiet(folder, FIT, "fit", "--config", "t.yaml", *options)
 
@@ -126,4 +126,4 @@ def test_a_run_without_a_reward_measures_the_loss_alone(folder, shown):
     result = done(folder, "test", "--config", "sft.yaml", "--ckpt_path", shown[0] / "checkpoints" / "last.ckpt")
     assert "loss" in result.out and "avg@2" not in result.out
     result = run(folder, "plan", "--config", "sft.yaml")
-    assert result.code == 1 and "plan knows the memory of PolicyModule, but model is a SupervisedModule" in result.last
+    assert result.code == 1 and "plan works only for PolicyModule, but model is a SupervisedModule" in result.last

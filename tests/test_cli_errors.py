@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in the last line, the exit code is not 0, and nothing is left.
+"""A user's mistake: the last line explains it, the exit code is not 0, and nothing is left.
 
 Data, reward, monitors and settings are checked before a model is loaded: where its weights cannot be, they say so if asked.
 """
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
         yield folder
 
 
-# A command, and what the last line has to say.
+# A command, and its last line.
 COMMANDS = [
     ("", r"no command was given; give one, such as .* fit --config gspo \(--help lists all\)"),
     ("fit", r"model\.loss is missing; give a config, such as --config gspo"),
@@ -93,7 +93,7 @@ LONG_EPISODES = "model.environment=my_parts.Talk model.turn_template={content} m
 UNLOADED = [
     ("test t", "cannot load the model"),
     # data
-    ("validate t data.source.init_args.validation_fraction=0", "no validation rows, which validate needs"),
+    ("validate t data.source.init_args.validation_fraction=0", "no validation rows, but validate needs some"),
     ("fit t model.sampler.max_new_tokens=200", r"model\.sampler\.max_new_tokens=200 leaves 0 .* lower .* to 124 or less$"),
     (
         "doctor t data.source.init_args.train=long.jsonl",
@@ -129,7 +129,7 @@ MISTAKES = [
 
 
 def content(folder):
-    """All that is in a folder, but for what Python makes of modules."""
+    """All files of a folder, except Python's compiled modules."""
     return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 

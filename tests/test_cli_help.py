@@ -24,7 +24,7 @@ def titles(text):
 
 
 def value_of(text, option):
-    """What is said in brackets after an option."""
+    """The text in brackets after an option."""
     found = re.search(rf"^  --{re.escape(option)}\n(?:        .*\n)+", text, re.MULTILINE)
     assert found, f"{option} is missing"
     return re.search(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)\s*$", " ".join(found[0].split()))[1]
@@ -73,7 +73,7 @@ def test_help_on_the_class_of_the_config_or_the_default(folder):
     assert "Disabled by default" in said(folder, "fit", "--trainer.help")
     assert "(see\n`callbacks/resume.py`)" in said(folder, "score", "--adapter.help")
     text = said(folder, "fit", "--model.correction.help")
-    assert "names no class here" in text and "TokenTruncation: The ratio of each token" in text
+    assert "no class is chosen for --model.correction" in text and "TokenTruncation: The ratio of each token" in text
 
 
 def test_help_on_a_function_of_ones_own_is_complete(folder):

@@ -1,4 +1,4 @@
-"""A mistake on the command line or in a config: what was meant is said, and soon."""
+"""A mistake on the command line or in a config: the message suggests what was meant, and comes soon."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from hybrid_lightning.cli_parser import TRL_NAMES
 ROOT = Path(__file__).parents[1]
 
 
-# Command, what a config of it says, and the last line.
+# Command, the text of its config, and the last line.
 MISTAKES = [
     # of the command, of a class of the config, of one inside of that, of one on the command line
     ("fit --config t.yaml --trainer.max_step=3", {}, r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
@@ -54,7 +54,7 @@ def test_what_was_meant_is_said(folder, command, config, message):
     assert result.code == 2 and "usage" not in result.err
 
 
-# What takes long to import, of which neither a help nor a mistake needs anything.
+# Packages that take long to import; neither a help nor an error needs them.
 HEAVY = {"peft", "bitsandbytes", "datasets", "math_verify", "reasoning_gym", "trl", "hybrid_lightning.adapters.apply"}
 PROGRAM = f"""
 import sys

@@ -168,4 +168,4 @@ def test_no_imports_go_in_a_circle():
         name: {imported for imported in imports_of(name) & FILES.keys() if FILES[imported].name != "__init__.py"}
         for name in FILES
     }
-    TopologicalSorter(arrows).prepare()  # whose error names the circle
+    TopologicalSorter(arrows).prepare()  # the error names the circle

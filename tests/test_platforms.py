@@ -1,4 +1,4 @@
-"""Other systems, by simulation: a process that lacks what macOS and Windows lack. No run on them is replaced by that."""
+"""Other systems, simulated: a process without what macOS and Windows do not have. This does not replace a run on them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a process is told of memory and threads, and how the program begins and ends."""
+"""Settings of memory and threads for a process, and how the program begins and ends."""
 
 import ctypes
 import os
@@ -40,7 +40,7 @@ print(again, products(100), products(400))
 
 
 def run(code, **environment):
-    """What code prints, where nothing else is said of memory and threads."""
+    """The output of code without any settings of memory and threads."""
     said = ("MALLOC_", "GOMP_", "OMP_", "ONEDNN_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(said)}
     command = [sys.executable, "-c", code]
@@ -53,7 +53,7 @@ def test_freed_memory_is_used_again_without_faults_and_few_compiled_products_are
     said = {"MALLOC_MMAP_THRESHOLD_": "100000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
     (faults, *few), (given_back, *many) = ([int(number) for number in run(PROGRAM, **given).split()] for given in ({}, said))
     assert given_back > 8 * 2**22 // os.sysconf("SC_PAGE_SIZE") / 2, "given back and taken again, as the environment says"
-    # Eight blocks of 4 MiB, of which at most one may be new: where others have taken the process's memory meanwhile.
+    # Eight blocks of 4 MiB; at most one may be new, in case others have taken the process's memory meanwhile.
     assert faults < 8 * 2**22 // os.sysconf("SC_PAGE_SIZE") / 6
     if many[0] < 2**20:
         pytest.skip("products of this processor are not compiled for each size")
@@ -94,7 +94,7 @@ sys.modules["hybrid_lightning.cli"] = types.SimpleNamespace(main=lambda signals:
 program.run()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 3 and ended.stderr.startswith("ended although threads or exit handlers still ran 0.2 s")
+    assert ended.returncode == 3 and ended.stderr.startswith("forced to end: threads or exit handlers still ran 0.2 s")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -108,7 +108,7 @@ def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, nu
         program.send_signal(number)
         _, said = program.communicate(timeout=30)
     assert program.returncode == 128 + number
-    last = f"stopped by {number.name}: nothing that a run could go on from has been made; start the command again"
+    last = f"stopped by {number.name}: there is nothing to resume from yet; start the command again"
     assert said.splitlines()[-1] == last
 
 

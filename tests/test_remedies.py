@@ -1,4 +1,4 @@
-"""What libraries say of devices and disks ends with a remedy, and configs of different kinds are no overlays."""
+"""Libraries' errors about devices and disks end with a remedy, and configs of different kinds are not overlays."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def test_a_config_of_another_kind_is_no_overlay(folder):
     for first, second in (("gspo", "sft"), ("sft", "dpo"), ("dpo", "qwen3")):
         given = ["fit", "--config", f"{CONFIGS}/{first}.yaml", f"--config={CONFIGS}/{second}.yaml"]
         kinds = [KIND.get(name, "PolicyModule") for name in (first, second)]
-        said = rf"{first}\.yaml trains a {kinds[0]} and .*{second}\.yaml a {kinds[1]}: .* give one of"
+        said = rf"{first}\.yaml trains a {kinds[0]}, but .*{second}\.yaml trains a {kinds[1]}; give one of"
         with pytest.raises(ConfigError, match=said):
             check_whole_configs(given)
     assert_refused(run(folder, *given), f"error: --config {CONFIGS}/{said}")
@@ -63,5 +63,5 @@ def test_a_module_of_ones_own_and_files_that_say_nothing_are_left_alone_but_a_cl
     overlays = [f"--config={path}" for path in CONFIGS.glob("*/*.yaml")]
     check_whole_configs(["fit", f"--config={CONFIGS}/gspo.yaml", *overlays, *others, "--config"])
     (tmp_path / "switch.yaml").write_text("model: SupervisedModule")
-    with pytest.raises(ConfigError, match=r"gspo\.yaml trains a PolicyModule and .*switch\.yaml a SupervisedModule"):
+    with pytest.raises(ConfigError, match=r"gspo\.yaml trains a PolicyModule, but .*switch\.yaml trains a SupervisedModule"):
         check_whole_configs(["fit", f"--config={CONFIGS}/gspo.yaml", "-c", f"{tmp_path}/switch.yaml"])

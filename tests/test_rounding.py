@@ -1,4 +1,4 @@
-"""The bound for sums in another order holds for all orders, and is far below what a mistake does."""
+"""The bound for sums in another order holds for all orders, and is far below the effect of a mistake."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run whose judge grades and whose teacher teaches from a server, stopped in a call of each of the two."""
+"""A run with a judge and a teacher on servers, stopped during a call to each of the two."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def test_it_goes_on_to_the_same_bits(servers, folder, monkeypatch):
         setattr(server, what, stopping)
 
     def go_on(stopped):
-        """The command that it says it is continued by."""
+        """The command that the run prints to continue it."""
         return shlex.split(re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1])
 
     runs = []

@@ -1,4 +1,4 @@
-"""Engines of adapted models of all families whose layers are known, and rollouts by them."""
+"""Engines of adapted models of all families with known layers, and rollouts by them."""
 
 import copy
 
@@ -65,7 +65,7 @@ def build(family, targets=ALL, **settings):
 
 
 def fused(model, backend=None):
-    """The engine of a model whose layers it fuses."""
+    """The engine of a model, with fused layers."""
     engine = Engine(model, backend)
     use_fused_modules(model, engine.backend)
     return engine

@@ -18,7 +18,7 @@ _TURNS = ["sliding_attention", "full_attention"] * 2
 _LAYERS = ["mamba", "attention", "mamba", "attention"]
 _NO_ATTENTION = {"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None}
 
-# By `model_type` of transformers, what its config says beside the sizes.
+# By `model_type` of transformers: the values of its config besides the sizes.
 FAMILIES = {
     "llama": {},
     "llama4_text": {**_LLAMA4, "attention_chunk_size": 64},

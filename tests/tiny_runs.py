@@ -54,7 +54,7 @@ class OftenDone(Sampler):
 
 
 class Talk(Environment):
-    """Says the seed's number and how long the message was, and ends the episode after some turns."""
+    """Answers with the seed's number and the message's length, and ends the episode after some turns."""
 
     def __init__(self, turns: int = 3, broken: str = "", length: int = 2) -> None:
         self.turns, self.broken, self.length = turns, broken, length

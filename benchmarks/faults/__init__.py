@@ -1,1 +1,1 @@
-"""What is left of a job of which a process is killed."""
+"""Kills processes of jobs, and checks that the jobs end and can resume."""

@@ -1,4 +1,4 @@
-"""One training job of several processes: start it, kill one of its ranks, wait until nothing of it is left."""
+"""One training job of several processes: start it, kill one of its ranks, wait until all its processes have ended."""
 
 import os
 import random
@@ -32,7 +32,7 @@ CASES = {  # how checkpoints are written: overlay of configs/strategy, options
 
 
 def command(case: str, launcher: str, *more: str) -> list[str]:
-    """The job, which runs in a folder of its own."""
+    """The job's command; it runs in its own folder."""
     overlay, options = CASES[case]
     configs = [f"--config={ROOT / 'configs' / name}" for name in ("gspo.yaml", f"strategy/{overlay}.yaml")]
     return [*LAUNCHERS[launcher], "hybrid_lightning", "fit", *configs, "--trainer.devices=2", *SIZES, *options, *more]
@@ -40,7 +40,7 @@ def command(case: str, launcher: str, *more: str) -> list[str]:
 
 @dataclass
 class Job:
-    """A job that runs in its folder, with all it says in `log`."""
+    """A job that runs in its folder, with its output in `log`."""
 
     command: list[str]
     folder: Path
@@ -57,16 +57,16 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.begin
 
     @property
     def checkpoints(self) -> Path:
-        """Of the first run in the job's folder."""
+        """Checkpoints of the first run in the job's folder."""
         return self.folder / "runs" / "gspo" / "version_0" / "checkpoints"
 
     def rank(self, number: int) -> int | None:
-        """The id of a rank's process, as soon as there is one."""
+        """The id of a rank's process, once it exists."""
         for process, (command, variables) in self.family.members().items():
             trains = "fit" in command and "torch.distributed.run" not in command  # and is neither torchrun nor a worker
             if trains and int(variables.get("LOCAL_RANK", 0)) == number:
@@ -81,7 +81,7 @@ class Job:
             return False
 
     def wait(self, condition: Callable[[], bool], limit_s: float, every_s: float = 0.05) -> bool:
-        """Until a condition holds; False if the job ends first, or after so long."""
+        """Wait until a condition holds; False if the job ends first, or if it takes too long."""
         deadline = time.monotonic() + limit_s
         while not condition():
             if self.main.poll() is not None or time.monotonic() > deadline:
@@ -90,9 +90,9 @@ class Job:
         return True
 
     def end(self, limit_s: float) -> float | None:
-        """Wait until nothing of the job lives; the seconds, or None if something lives still, which is killed then.
+        """Wait until all processes of the job have ended; returns the seconds, or None if some had to be killed.
 
-        While the whole machine is stopped, or all of its processes, no time counts.
+        Time in which the whole machine, or all processes of the job, are stopped does not count.
         """
         waited = 0.0
         while waited < limit_s:
@@ -110,7 +110,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a rank dies."""
+    """The moment when a rank is killed."""
 
     phase: str  # start, training or write
     seconds: float  # since the start of the job; in a write, since that write has begun
@@ -118,14 +118,14 @@ class Moment:
 
     @classmethod
     def draw(cls, generator: random.Random, first_write_s: float, end_s: float) -> "Moment":
-        """Draw one: a fifth before the first checkpoint, two in training after it, two in the middle of a write."""
+        """Draw a moment: one in five before the first checkpoint, two in training after it, two in the middle of a write."""
         phase = generator.choice(["start", "training", "training", "write", "write"])
         if phase == "write":
             return cls(phase, generator.uniform(0, 0.03), generator.randrange(1, 25))
         return cls(phase, generator.uniform(*((0.0, first_write_s) if phase == "start" else (first_write_s, end_s))))
 
     def wait(self, job: Job, limit_s: float) -> bool:
-        """Until it has come; False if the job has ended before."""
+        """Wait for the moment; False if the job ends before it."""
         if self.phase != "write":
             return job.wait(lambda: job.seconds >= self.seconds, limit_s)
         for _ in range(self.write):

@@ -1,8 +1,8 @@
-"""Kills ranks of training jobs at random moments, and goes on from what is left: `python -m benchmarks.faults.kill_ranks`.
+"""Kills ranks of training jobs at random moments, and resumes from the checkpoints: `python -m benchmarks.faults.kill_ranks`.
 
-Each time a job of two processes trains the embedded policy with a checkpoint after every step, and one process gets SIGKILL.
-The job must end soon, with a message and a code other than 0; every checkpoint on the disk must load; and the newest must go on
-to the weights of a job that nobody disturbed. Prints a line for each kill and a table, and writes both as JSON.
+Each job trains the embedded policy in two processes, with a checkpoint after every step, and one process gets SIGKILL. The job
+must end soon, with a message and a nonzero exit code; every checkpoint on the disk must load; and resuming from the newest must
+give the weights of an undisturbed job. Prints a line for each kill and a table, and writes both as JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from hybrid_lightning.sharding.checkpoints import WholeFiles
 LIMIT_S = 60.0  # for all processes to end once one has been killed
 JOB_LIMIT_S = 600.0  # for a job that nobody disturbs
 TOLERANCE = 1e-5  # between weights, float32
-# What says that a process is gone, and who says so. The first tells how to go on.
+# Messages that a process is gone, and their sources. The first one gives the remedy.
 _MESSAGES = {
     "ours": r"rank \d (?:lost contact.*(?:--ckpt_path \S+|no checkpoint has been saved yet)|ends: rank 0)",
     "Lightning": r"Child process with PID \d+ terminated with code",
@@ -50,7 +50,7 @@ class Undisturbed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job."""
+    """The result of a job."""
 
     case: str
     launcher: str
@@ -61,9 +61,9 @@ class Outcome:
     seconds: float | None  # until nothing of it lived; None if that took too long
     code: int
     messages: tuple[str, ...]
-    loaded: int = 0  # checkpoints that were there, all of which loaded unless there is an error
+    loaded: int = 0  # checkpoints found; all loaded unless there is an error
     step: int | None = None  # of the newest
-    difference: float | None = None  # of the final weights, from those of an undisturbed job
+    difference: float | None = None  # of the final weights from an undisturbed job's
     error: str = ""
 
     @property
@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def undisturbed(case: str, out: Path) -> Undisturbed:
-    """Run a job to its end, which must not fail."""
+    """Run a job to its end; raises if it fails."""
     job = Job(command_of(case, "the command"), out / "undisturbed" / case, out / f"undisturbed {case}.log")
     job.wait(job.checkpoints.exists, JOB_LIMIT_S)
     first_write_s = job.seconds
@@ -102,12 +102,12 @@ def undisturbed(case: str, out: Path) -> Undisturbed:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """All of a checkpoint."""
+    """Load a whole checkpoint."""
     return WholeFiles().load_checkpoint(path, weights_only=True)
 
 
 def kill_once(number: int, arguments: argparse.Namespace, whole: dict[str, Undisturbed]) -> Outcome:
-    """Start a job, kill a rank, look at what is left and go on from it."""
+    """Start a job, kill a rank, check the checkpoints and resume."""
     generator = random.Random(f"{arguments.seed} {number}")
     case = list(CASES)[number % len(CASES)]
     launcher = list(LAUNCHERS)[number // len(CASES) % len(LAUNCHERS)]
@@ -121,7 +121,7 @@ def kill_once(number: int, arguments: argparse.Namespace, whole: dict[str, Undis
 
 
 def kill(job: Job, case: str, launcher: str, rank: int, moment: Moment) -> Outcome | None:
-    """Kill a rank of a job that runs, and wait for its end; None if it had done all its work by then."""
+    """Kill a rank of a running job, and wait for the job's end; None if the job had already done all its work."""
     if not moment.wait(job, JOB_LIMIT_S) or not job.wait(lambda: job.rank(rank) is not None, JOB_LIMIT_S):
         job.end(LIMIT_S)
         return None
@@ -138,12 +138,12 @@ def kill(job: Job, case: str, launcher: str, rank: int, moment: Moment) -> Outco
 
 
 def said(log: str) -> tuple[str, ...]:
-    """Who says in a log that a process is gone."""
+    """Who reports in a log that a process has died."""
     return tuple(name for name, pattern in _MESSAGES.items() if re.search(pattern, log))
 
 
 def resume(outcome: Outcome, job: Job, whole: Undisturbed, log: Path) -> Outcome:
-    """Load all that is left, and go on from the newest."""
+    """Load all checkpoints, and resume from the newest."""
     steps: dict[Path, int] = {}
     for path in sorted(job.checkpoints.glob("*.ckpt")):
         try:
@@ -167,7 +167,7 @@ def resume(outcome: Outcome, job: Job, whole: Undisturbed, log: Path) -> Outcome
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """A line for each way to write checkpoints and to start a job."""
+    """A table with a line for each way to write checkpoints and to start a job."""
     rows = []
     for case, launcher in dict.fromkeys((one.case, one.launcher) for one in outcomes):
         same = [one for one in outcomes if (one.case, one.launcher) == (case, launcher)]
@@ -180,7 +180,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Kill so many times; an error at the end if anything was not as it must be."""
+    """Kill this many times; raises an error at the end if any result was wrong."""
     check_at_least(options, 1, "times")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

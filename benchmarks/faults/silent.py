@@ -1,4 +1,4 @@
-"""A stand-in for NCCL on a CPU: where a peer has died, nothing breaks, and a rank waits without end.
+"""A stand-in for NCCL on a CPU: if a peer has died, no connection breaks, and a rank waits forever.
 
 Between the GPUs of one machine NCCL communicates through memory, in which a process that dies leaves no trace.
 """

@@ -1,1 +1,1 @@
-"""How much memory a run takes, beside what was planned."""
+"""Measures the memory of runs, and compares it with the plan."""

@@ -1,4 +1,4 @@
-"""The runs of which memory is planned and measured: models and sizes. Only the standard library is imported here."""
+"""The runs to plan and to measure: models and sizes. Only the standard library is imported here."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ MODELS = {"embedded": "embedded", "SmolLM2-135M": SMOLLM2}
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One run: two optimizer steps or more, every completion of full length and every row with an advantage."""
+    """One run of two optimizer steps or more, in which every completion has the full length and every row has an advantage."""
 
     model: str
     method: str = "LoRA"
@@ -37,14 +37,14 @@ class MemoryCase:
 
     @property
     def prepared(self) -> Workload:
-        """Its model and prompts, as other comparisons have them."""
+        """Model and prompts, as in the other comparisons."""
         name = f"{self.model}-{self.dtype}-{self.prompt_tokens}"
         sizes = (self.prompts, self.samples, self.prompt_tokens, self.new_tokens, self.new_tokens)
         return Workload(name, *sizes, model=MODELS.get(self.model, ""), dtype=self.dtype)
 
     @property
     def name(self) -> str:
-        """What the case is, in a few words."""
+        """Name of the case, in a few words."""
         usual = MemoryCase(self.model)
         said = {
             "minibatches": f"{self.minibatches} minibatches",

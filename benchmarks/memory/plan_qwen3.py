@@ -1,6 +1,6 @@
 """Plans the memory of GSPO with Qwen3-0.6B, 8B and 32B on 1 and 8 GPUs: `python -m benchmarks.memory.plan_qwen3`.
 
-By the models' configs alone, in seconds. Prints a table.
+Needs only the models' configs, and takes seconds. Prints a table.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ def plan(name: str, sharding: Sharding) -> list[MethodMemory]:
 
 
 def main() -> None:
-    """Print a line for each model and method: what is there together, when that is most, and whether it fits."""
+    """Print a line for each model and method: the peak memory, its phase, and whether the run fits."""
     command("memory.plan_qwen3", __doc__).parse_args()
     rows = []
     for name in SIZES:

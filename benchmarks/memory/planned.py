@@ -1,7 +1,7 @@
 """Compares planned with measured memory: `python -m benchmarks.memory.planned`.
 
-Trains two models in several sizes by each method in processes of their own, and writes all numbers as JSON and a table as
-Markdown. benchmarks/README.md says what the numbers mean.
+Trains two models in several sizes with each method, each in its own process, and writes all numbers as JSON and a table as
+Markdown. benchmarks/README.md explains the numbers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plan and measure; what is finished is on disk, whatever happens later: all of it takes an hour or more."""
+    """Plan and measure. Each finished result is written immediately, since everything takes an hour or more."""
     check_at_least(arguments, 1, "threads")
     check_can_run([MODELS[name] for name in arguments.models], "leave it out: --models embedded")
     logs = arguments.out / "logs"
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare(case: MemoryCase, log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plan a case, count its tensors, and look at its process: of each, what every rank has found."""
+    """Plan a case, count its tensors, and measure its process; returns the results of every rank."""
     found, plan = {}, Plan(ROLLOUTS, "cpu", arguments.threads, arguments.seed, (), log.parent)
     with prepared([case.prepared], plan) as (folder,):
         for what in ("plan", "tensors", "process"):
@@ -60,9 +60,9 @@ def compare(case: MemoryCase, log: Path, arguments: argparse.Namespace) -> dict[
 
 
 def summarize(found: dict[str, Any]) -> dict[str, Any]:
-    """Planned and measured bytes of a case, each the largest of all moments, and of all ranks where several measured.
+    """Planned and measured bytes of a case, each the maximum over all moments and ranks.
 
-    Of scoring, which has the base model alone, no parts are compared.
+    For scoring, which holds only the base model, no parts are compared.
     """
     (plan,) = found["plan"]
     counted = [rank["moments"] for rank in found["tensors"]]
@@ -79,12 +79,12 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(pair: Sequence[float]) -> float:
-    """Planned beside measured, as a share of what was measured."""
+    """Planned minus measured, as a share of the measured value."""
     return pair[0] / pair[1] - 1
 
 
 def tables(cases: Sequence[dict[str, Any]]) -> str:
-    """A line for each case, and how far plans are off."""
+    """Tables with a line for each case, and the errors of the plans."""
     rows = []
     for case in cases:
         numbers = []

@@ -1,4 +1,4 @@
-"""Measures what a run holds at its largest moments, part by part; both are those of `hybrid_lightning.memory`."""
+"""Measures what a run holds at its peaks, part by part; peaks and parts are defined in `hybrid_lightning.memory`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from hybrid_lightning.engine import SharedPromptDecoding
 
 
 class MemoryProbe(Callback):
-    """Notes the largest memory of each moment. It must be the first callback, and `measuring` be open while `fit` runs.
+    """Records the largest memory at each moment. It must be the first callback, and `fit` must run inside `measuring`.
 
     Attributes:
         moments: name -> bytes of `tensors` at their peak, of the `process` and of the `gpu` at theirs, and of each part.
@@ -43,7 +43,7 @@ class MemoryProbe(Callback):
             return result
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            """FSDP gives memory back, and takes it again, behind tensors that stay."""
+            """FSDP frees and reallocates the memory of tensors that stay alive."""
             result = resize_storage(storage, size)
             self.live.count_storage(storage)
             return result
@@ -56,7 +56,7 @@ class MemoryProbe(Callback):
             yield
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Listen to the policy, before its modules are scored."""
+        """Hook into the policy, before its modules are scored."""
         self.policy, self.trainer = pl_module, trainer
         self.live.count([*pl_module.parameters(), *pl_module.buffers()])
         task = pl_module.task
@@ -69,7 +69,7 @@ class MemoryProbe(Callback):
         self._begin("updating")
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """All gradients are there."""
+        """Measure when all gradients exist."""
         self._end()
         self._begin("optimizer step")
 

@@ -1,6 +1,6 @@
 """Measures the memory of a run with the base and the optimizer state in fewer bits: `python -m benchmarks.memory.quantization`.
 
-Each case is the `fit` command in a process of its own, with one callback more; the table is printed, and written as JSON.
+Each case runs the `fit` command in its own process, with one more callback. The table is printed, and written as JSON.
 """
 
 import argparse
@@ -33,14 +33,14 @@ _SIZES = ["--model.prompts_per_rollout=4", "--adapter.calibration_prompts=4", "-
 
 
 class MemoryReport(Callback):
-    """Writes the bytes of what training holds, and the peak of the process, as JSON."""
+    """Writes the bytes that training holds, and the peak of the process, as JSON."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.bytes: dict[str, int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loading, scoring and quantizing are over: the peak of what follows is another."""
+        """Restart the peak, now that loading, scoring and quantizing are done."""
         self.bytes["peak of loading and scoring"] = resident_bytes()[1]
         forget_peak()
         self.bytes["process at start"] = resident_bytes()[0]
@@ -57,7 +57,7 @@ class MemoryReport(Callback):
 
 
 def frozen_tensors(module: nn.Module) -> list[Tensor]:
-    """Frozen parameters, buffers, and the scales that bitsandbytes keeps beside 4-bit weights."""
+    """Frozen parameters, buffers, and the scales that bitsandbytes keeps for 4-bit weights."""
     tensors = [value for value in module.parameters() if not value.requires_grad] + list(module.buffers())
     for part in module.modules():
         state: Any = getattr(part, "quant_state", None)

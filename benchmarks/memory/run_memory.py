@@ -1,7 +1,7 @@
-"""Worker: trains a case and measures what that holds, or plans the same as `plan` would; writes what it finds as JSON.
+"""Worker: trains a case and measures its memory, or plans the case as `plan` would; writes the results as JSON.
 
-Of several ranks each writes its own. Tensors are counted in one run and the process is looked at in another, since counting takes
-memory, too.
+Each rank writes its own results. Tensors are counted in one run and the process is measured in another, since counting also needs
+memory.
 """
 
 from hybrid_lightning.process import prepare_process
@@ -45,7 +45,7 @@ def adapter_of(case: MemoryCase) -> HybridAdapterSetup:
 
 
 def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
-    """Train a few steps, with everything that a run does before them."""
+    """Train a few steps, after everything that a run does before its steps."""
     workload = replace(case.prepared, minibatches=case.minibatches)
     settings = Settings(workload, folder, case.device, torch.get_num_threads(), ROLLOUTS, seed=0)
     prompts = settings.prompts
@@ -74,7 +74,7 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
 
 
 def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
-    """The same run, planned."""
+    """Plan the same run."""
     flags = TrainerFlags(
         _SHARDINGS[case.strategy](2) if case.strategy else SingleDevice(),
         on_cpu=case.device == "cpu",
@@ -102,7 +102,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         "moments": moments,
         "process": found.process_bytes,
         "trainable": found.trainable,
-        # What oneDNN packs is in no tensor; 16-bit copies of fully trained weights are.
+        # oneDNN's packed copies are in no tensor; 16-bit copies of fully trained weights are.
         "unseen": {phase: max(0.0, peak.packed - seen) if packs(torch.float32) else 0.0 for phase, peak in found.peaks.items()},
     }
 

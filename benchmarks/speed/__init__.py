@@ -1,1 +1,1 @@
-"""How long a step takes, beside TRL, between methods, sizes and commits."""
+"""Measures the time of a step: compared with TRL, and between methods, sizes and commits."""

@@ -1,4 +1,4 @@
-"""How far log-probabilities of sampling and of training are apart: `python -m benchmarks.speed.agreement`.
+"""Measures how much log-probabilities of sampling and of training differ: `python -m benchmarks.speed.agreement`.
 
 Trains a workload for some rollouts, so that LoRA is not zero, and compares the same tokens under the same weights.
 """
@@ -22,7 +22,7 @@ from benchmarks.training import Differences, build_adapter, build_policy, train
 from benchmarks.workloads import WORKLOADS, Settings, Workload
 
 SHARES = (0.5, 0.9, 0.99, 0.999)
-LEARNING_RATE = 1e-4  # ten times that of the comparison with TRL: weights move
+LEARNING_RATE = 1e-4  # ten times the rate of the comparison with TRL: weights move
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,11 +1,11 @@
-"""Compares the time of a training step with that of another checkout: `python -m benchmarks.speed.commits FOLDER`.
+"""Compares the time of a training step with another checkout: `python -m benchmarks.speed.commits FOLDER`.
 
     git worktree add ../before COMMIT
     python -m benchmarks.speed.commits ../before --workload main tiny --pairs 10
 
-Steps of both are made in turn (A B A B), so that what else the machine does falls on both alike. Prints a table; the ratio is the
-median of those of neighbouring steps. Beside the workloads of the other comparisons there are shipped configs, as people run
-them: a pass that one of them has lost shows in none of the others.
+Steps of both are made in turn (A B A B), so that other work on the machine affects both alike. Prints a table; the ratio is the
+median of the ratios of neighbouring steps. Besides the workloads of the other comparisons, it runs shipped configs as users run
+them: a fast pass that only one of them has lost shows nowhere else.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 1, "pairs", "threads")
     before = arguments.before
     if not (before / "benchmarks/speed/run_ours.py").is_file():
-        raise UsageError(f"{before} is no checkout of this project: make one by git worktree add {before} COMMIT")
+        raise UsageError(f"{before} is not a checkout of this project; make one: git worktree add {before} COMMIT")
     checkouts = {"before": before.resolve(), "now": ROOT}
     names = dict.fromkeys(arguments.workload)
     lines = []

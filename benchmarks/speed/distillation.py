@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def workload_of(model: str) -> Workload:
-    """32 prompts with a completion each: TRL's trainer draws one of each row of the data."""
+    """32 prompts with one completion each: TRL's trainer draws one completion for each row of the data."""
     name = "tiny" if model == "embedded" else "main"
     return replace(WORKLOADS[name], name="distillation", model=model, prompts=32, samples=1, minibatches=1)
 

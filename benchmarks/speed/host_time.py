@@ -1,8 +1,8 @@
-"""What the host does for a token as on a GPU, measured on a CPU, and what is compiled: `python -m benchmarks.speed.host_time`.
+"""Measures the host's work for a token, as on a GPU but on a CPU, and the compilations: `python -m benchmarks.speed.host_time`.
 
-A narrow model with as many layers as Qwen3-0.6B runs by the passes of accelerators. Kernels of attention are left out; bodies of
-layers are compiled for the CPU, whose code calls kernels about as code for a GPU does, and computes them, too. How much of the
-time it computes products is measured beside: a GPU's host would only launch them.
+A narrow model with as many layers as Qwen3-0.6B runs through the passes for accelerators. Attention kernels are left out. Layer
+bodies are compiled for the CPU: the code calls kernels about as code for a GPU does, but also computes them. The time of matrix
+products is measured separately, since a GPU's host would only launch them.
 """
 
 from hybrid_lightning.process import prepare_process
@@ -46,17 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def no_attention(*, query: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
-    """What FlashAttention's forward kernel gives, without its numbers."""
+    """Stands for FlashAttention's forward kernel: the right shapes without the numbers."""
     return torch.zeros_like(query), torch.zeros(query.shape[1], len(query)), *[torch.empty(0)] * 3
 
 
 def no_gradients(*, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> list[torch.Tensor]:
-    """What its backward kernel gives, likewise."""
+    """Stands for its backward kernel, likewise."""
     return [torch.zeros_like(tensor) for tensor in (query, key, value)]
 
 
 def build(share: float) -> Engine:
-    """The engine of a model with LoRA, of which a share of the modules is trained fully."""
+    """The engine of a model with LoRA, in which a share of the modules is trained fully."""
     torch.manual_seed(0)
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = Qwen3Config(**SIZES, **heads, num_hidden_layers=LAYERS, tie_word_embeddings=True)
@@ -86,7 +86,7 @@ def measure(share: float, steps: int) -> list[str]:
 
 
 def sample(engine: Engine, prompts: int, steps: int) -> list[float]:
-    """Processor seconds of each decoding step of all rows, after some that are left out."""
+    """Processor seconds of each decoding step of all rows, after some discarded steps."""
     times, tokens = [], torch.full((prompts * SAMPLES,), 7)
     with torch.no_grad(), engine.sampling(torch.float32):
         decoding = decoding_of(engine, *rows_of(prompts, LENGTH), steps)
@@ -99,7 +99,7 @@ def sample(engine: Engine, prompts: int, steps: int) -> list[float]:
 
 
 def product_time(engine: Engine, steps: int) -> float:
-    """Processor seconds that the products of a step's layers take, less those of as many of 2 x 2 numbers: the calls alone."""
+    """Processor seconds of the matrix products in a step's layers, without the time of the calls (products of 2 x 2)."""
     with torch.no_grad(), engine.sampling(torch.float32):
         layers, _ = engine._known_layers()
         bodies = [body for layer in compiled_layers(layers, layers) or [] for body in (layer.before, layer.after)]

@@ -1,6 +1,6 @@
-"""Compares a training step of LoRA, hybrid and full fine-tuning, all of this project: `python -m benchmarks.speed.methods`.
+"""Compares a training step of LoRA, hybrid and full fine-tuning, all in this project: `python -m benchmarks.speed.methods`.
 
-Prints tables, and writes all measurements as JSON. benchmarks/README.md says what the numbers mean.
+Prints tables, and writes all measurements as JSON. benchmarks/README.md explains the numbers.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def chosen_workload(arguments: argparse.Namespace) -> Workload:
-    """The main workload, with the sizes and the model that were asked for; all completions have the full length."""
+    """The main workload, with the requested sizes and model; all completions have the full length."""
     names = ("model", "prompts", "samples", "prompt_tokens", "max_new_tokens")
     sizes = {name: getattr(arguments, name) for name in names}
     return replace(MAIN, name="methods", mean_tokens=arguments.max_new_tokens, **sizes)
@@ -84,10 +84,10 @@ def summarize(workload: Workload, measured: dict[str, Any], device: str) -> dict
 
 
 def summarize_method(steps: list[dict[str, Any]], facts: dict[str, Any], device: str) -> dict[str, Any]:
-    """Numbers of one method; the trainable state is that after the last step."""
+    """Numbers of one method; the trainable state is measured after the last step."""
     side, state = summarize_side(steps, device), steps[-1]["state_bytes"]
-    # On the CPU the weights are the file itself, mapped, and stay resident as a whole: full fine-tuning, whose float32 weights
-    # take the place of those of the file, is not charged with what it no longer uses.
+    # On the CPU the weights are the file itself, mapped, and stay resident as a whole. The float32 weights of full fine-tuning
+    # replace the file's, so it is not charged with the file, which it no longer uses.
     replaced = facts["trained_weight_bytes"] - state["extra_weights"] if device == "cpu" else 0
     return {
         **side,
@@ -99,7 +99,7 @@ def summarize_method(steps: list[dict[str, Any]], facts: dict[str, Any], device:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What the methods take, which goals are reached, and what scoring took."""
+    """Tables with the cost of the methods, the goals that are reached, and the cost of scoring."""
     goals = result["goals"].values()
     reached = [[goal["what"], f"{goal['measured']:.2f}", f"{goal['at_most']:g}", yes(goal["reached"])] for goal in goals]
     facts = result["facts"]["hybrid"]

@@ -1,6 +1,6 @@
-"""Worker: a config of a checkout as `python -m hybrid_lightning fit` runs it, one rollout and its update at a time.
+"""Worker: runs a config of a checkout like `python -m hybrid_lightning fit`, one rollout and its update at a time.
 
-It serves both sides of a comparison of commits, and imports `hybrid_lightning` from the checkout that it is given.
+It serves both sides of a comparison of commits, and imports `hybrid_lightning` from the given checkout.
 """
 
 import json
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.workloads import Settings
 
-# What configs name that is not there: rows of the same columns.
+# In place of data that configs name and that is missing: rows of the same columns.
 _WORDS = "Ann has {a} pens and gets {b} more. How many pens does she have?"
 _GIVEN = {"smollm2_mawps": [{"input": _WORDS.format(a=a, b=b), "target": a + b} for a in range(2, 22) for b in range(2, 22)]}
 # Nothing but rollouts and updates.
@@ -25,7 +25,7 @@ _QUIET = {
 
 
 def main(checkout: str, given: Sequence[str] = ()) -> None:
-    """Train as a config of a checkout says, with the options given, until the parent wants no more steps."""
+    """Train by a config of a checkout and the given options, until the parent wants no more steps."""
     sys.path.insert(0, checkout)
     from hybrid_lightning.process import prepare_process
 

@@ -14,7 +14,7 @@ from benchmarks.workloads import Settings, fastest_settings
 
 
 def ours(settings: Settings) -> None:
-    """The teacher is the start policy's model, read once more."""
+    """Train with this project; the teacher is the start policy's model, loaded again."""
     from benchmarks.training import Gated, build_adapter, build_policy, train
     from hybrid_lightning.advantages import NoAdvantage
     from hybrid_lightning.losses import DAPOLoss, ReverseKL
@@ -26,7 +26,7 @@ def ours(settings: Settings) -> None:
 
 
 def trl(settings: Settings) -> None:
-    """The same by TRL."""
+    """Train with TRL."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

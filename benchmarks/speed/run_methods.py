@@ -1,4 +1,4 @@
-"""Worker: one of this project's three methods, LoRA, hybrid or full fine-tuning (FFT), with what it costs in time and memory."""
+"""Worker: one of this project's three methods, LoRA, hybrid or full fine-tuning (FFT), with its cost in time and memory."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from hybrid_lightning.training.policy_module import PolicyModule
 
 
 class Accounted(Gated):
-    """Reports as well what scoring took, and the bytes of the tensors that training needs beside the base model."""
+    """Also reports the cost of scoring, and the bytes of the tensors that training needs besides the base model."""
 
     def __init__(self, gate: Gate, base_bytes: int, timer: StepTimer) -> None:
         super().__init__(gate)
@@ -39,7 +39,7 @@ class Accounted(Gated):
         }
 
     def on_before_optimizer_step(self, trainer: LightningTrainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Here the gradients are complete; after the step they are gone."""
+        """Measure now: the gradients are complete, and are freed after the step."""
         self.gradient_bytes = gradient_bytes(pl_module)
 
     def details(self, trainer: LightningTrainer) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Accounted(Gated):
 
 
 def model_bytes(model: nn.Module) -> int:
-    """What all parameters and buffers of a model hold."""
+    """Bytes of all parameters and buffers of a model."""
     return tensor_bytes([*model.parameters(), *model.buffers()])
 
 

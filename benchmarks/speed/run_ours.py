@@ -1,4 +1,4 @@
-"""Worker: hybrid_lightning with LoRA on all linear layers, as TRL and PEFT have it."""
+"""Worker: hybrid_lightning with LoRA on all linear layers, like TRL and PEFT."""
 
 from hybrid_lightning.process import prepare_process
 

@@ -16,7 +16,7 @@ from benchmarks.workloads import ANSWER, Settings, fastest_settings, hashed_rewa
 
 
 class HashedReward:
-    """The shared reward as TRL calls it; remembers the completions' lengths."""
+    """The shared reward with TRL's signature; records the completions' lengths."""
 
     __name__ = "hashed_reward"
 
@@ -31,12 +31,12 @@ class HashedReward:
 
 
 def answer() -> str:
-    """Answer at once."""
+    """Answer immediately."""
     return ANSWER
 
 
 def called(tokenizer: PreTrainedTokenizerBase, ids: list[int], **_: Any) -> dict[str, Any]:
-    """Stands for the parser of TRL: whatever the policy says calls the tool, until TRL makes no more calls."""
+    """Replaces TRL's parser: every message of the policy calls the tool, until TRL makes no more calls."""
     call = {"type": "function", "function": {"name": "answer", "arguments": {}}}
     return {"role": "assistant", "content": tokenizer.decode(ids), "tool_calls": [call], "tokens": len(ids)}
 
@@ -51,14 +51,14 @@ class Gated(TrainerCallback):
         control.should_training_stop = not self.gate.wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the last optimizer step of a rollout: report, and wait for the next. The wait is all that is not timed."""
+        """After the last optimizer step of a rollout, report and wait for the next rollout. Only this wait is not timed."""
         if state.global_step % self.optimizer_steps == 0:
             self.gate.done(self.reward.lengths, state.global_step)
             control.should_training_stop = not self.gate.wait()
 
 
 def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfig:
-    """The workload as TRL's configuration, with what was chosen for the sake of speed."""
+    """The workload as TRL's configuration, with the fastest settings."""
     workload = settings.workload
     rows_per_step = workload.rows // workload.minibatches
     # No more rows at once than an optimizer step has; the rest of the step is accumulated.
@@ -99,7 +99,7 @@ def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfi
 def build_trainer(
     settings: Settings, chosen: dict[str, Any], folder: str, reward: Callable[..., Any], callback: TrainerCallback
 ) -> GRPOTrainer:
-    """TRL's trainer of the workload, with LoRA on all linear layers."""
+    """TRL's trainer for the workload, with LoRA on all linear layers."""
     workload = settings.workload
     model = AutoModelForCausalLM.from_pretrained(
         settings.folder,

@@ -1,4 +1,4 @@
-"""How many programs a minute the sandbox runs, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
+"""Measures how many programs the sandbox runs per minute, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
 
 import os
 import time
@@ -21,7 +21,7 @@ def main() -> None:
     reward, half = CodeTests(cpu_seconds=1), arguments.programs // 2
     programs = [RIGHT, WRONG] * half
     reward(programs[:4], [prompt] * 4)
-    started, used = time.perf_counter(), sum(os.times()[:4])  # of processors, with those of processes that have ended
+    started, used = time.perf_counter(), sum(os.times()[:4])  # of processors, including ended processes
     values = reward(programs, [prompt] * len(programs))
     seconds, used = time.perf_counter() - started, sum(os.times()[:4]) - used
     assert sum(values) == half, values

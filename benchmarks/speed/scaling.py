@@ -1,6 +1,6 @@
 """Measures how the time of a training step grows with its sizes: `python -m benchmarks.speed.scaling`.
 
-Prints tables, and writes all measurements as JSON. benchmarks/README.md says what the numbers mean.
+Prints tables, and writes all measurements as JSON. benchmarks/README.md explains the numbers.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LARGEST_EXPONENT = 1.1
 
 @dataclass(frozen=True)
 class Series:
-    """Workloads that differ in one size alone."""
+    """Workloads that differ in only one size."""
 
     name: str
     label: str  # of the size
@@ -59,7 +59,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def all_series(arguments: argparse.Namespace) -> list[Series]:
-    """What is measured; the prompt is varied with short completions, so that it is much of the work."""
+    """All series. The prompt's length is varied with short completions, so that it is much of the work."""
     prompt, samples, completion = arguments.fixed
     sizes = {"prompts": arguments.prompts, "prompt_tokens": prompt, "samples": samples}
     base = replace(WORKLOADS["main"], model=arguments.model, **sizes)
@@ -76,12 +76,12 @@ def all_series(arguments: argparse.Namespace) -> list[Series]:
 
 
 def full_length(base: Workload, tokens: int, **sizes: Any) -> Workload:
-    """That workload with completions of so many tokens, none of them shorter."""
+    """The workload with completions of exactly this many tokens."""
     return replace(base, max_new_tokens=tokens, mean_tokens=tokens, **sizes)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure all series; those that are finished are on disk, whatever happens later."""
+    """Measure all series. Each finished series is written immediately."""
     check(arguments)
     plan, series, path = Plan.of(arguments, ("ours",), same=SAME), all_series(arguments), arguments.out / "scaling.json"
     results: dict[str, dict[str, Any]] = {}
@@ -114,7 +114,7 @@ def exponent(x: list[float], y: list[float]) -> float:
 
 
 def summarize(series: Series, steps: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The points of a series, what fits them, and whether it is what is wanted; the warm-ups do not count."""
+    """The points of a series, the fit, and whether it reaches the goal; warm-ups do not count."""
     x = [float(size) for size, _ in series.points]
     spreads = [spread([step["seconds"] for step in done[1:]]) for done in steps]
     seconds = [found["median"] for found in spreads]
@@ -142,7 +142,7 @@ def summarize(series: Series, steps: list[list[dict[str, Any]]]) -> dict[str, An
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """Seconds at every point, and the fits."""
+    """Tables with the seconds at every point, and the fits."""
     points, fits = [], []
     for name, result in results.items():
         for x, seconds, *counts in zip(*(result[key] for key in ("x", "seconds", "naive_tokens", "shared_tokens")), strict=True):

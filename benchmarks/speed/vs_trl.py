@@ -1,6 +1,6 @@
 """Compares a training step of hybrid_lightning with one of TRL's GRPOTrainer and PEFT: `python -m benchmarks.speed.vs_trl`.
 
-Prints a table, and writes all measurements as JSON and a figure as PNG. benchmarks/README.md says what the numbers mean.
+Prints a table, and writes all measurements as JSON and a figure as PNG. benchmarks/README.md explains the numbers.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
-    """`["bf16=false"]` as `{"bf16": False}`; a value that is no JSON is text."""
+    """`["bf16=false"]` as `{"bf16": False}`; a value that is not JSON is text."""
     values: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -63,13 +63,13 @@ def overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
-    """The workloads, with the model that was asked for; tiny keeps its own."""
+    """The workloads, with the requested model; tiny keeps its own."""
     workloads = [WORKLOADS[name] for name in dict.fromkeys(arguments.workload)]
     return [replace(load, model=arguments.model) if load.model == SMOLLM2 else load for load in workloads]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure all workloads; what is finished is on disk, whatever happens later."""
+    """Measure all workloads. Each finished workload is written immediately."""
     check(arguments)
     sides = ("ours",) if arguments.ours_only else ("trl",) if arguments.trl_only else ("trl", "ours")
     out, plan = arguments.out, Plan.of(arguments, sides, overrides=overrides(arguments.trl))
@@ -103,7 +103,7 @@ def summarize(workload: Workload, measured: dict[str, Any], device: str) -> dict
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:
-    """One line of the table; a dash stands for what was not measured."""
+    """One line of the table; a dash stands for a missing measurement."""
     sides, settings, both = result["summary"], result["settings"], "ratio" in result
     seconds = [f"{sides[side]['seconds']['median']:.2f}" if side in sides else "-" for side in NAMES]
     peaks = [f"{sides[side]['peak_bytes'] / GIB:.2f}" if side in sides else "-" for side in NAMES]
@@ -116,7 +116,7 @@ def row(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def draw(results: dict[str, dict[str, Any]], title: str, out: Path) -> None:
-    """Seconds and peak memory of both sides; above the bars, how many times less ours takes."""
+    """Draw seconds and peak memory of both sides; above the bars, the factor that this project saves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the process is small while workers are measured
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Whether the method holds, and at what cost: see results/README.md."""
+"""The study: whether the method works, and at what cost (see results/README.md)."""
 
 import logging
 

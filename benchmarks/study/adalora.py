@@ -1,7 +1,7 @@
-"""AdaLoRA (arXiv 2303.10512) by PEFT's own implementation, as a baseline under the same training loop.
+"""AdaLoRA (arXiv 2303.10512) in PEFT's implementation, as a baseline in the same training loop.
 
-Each candidate module gets an update P diag(e) Q whose rank starts at 1.5 times the rank of the task; in the first half of the run
-the least important entries of e are masked until the ranks of all modules have that rank on average.
+Each candidate module gets an update P diag(e) Q with an initial rank of 1.5 times the task's rank. In the first half of the run,
+the least important entries of e are masked until the modules have the task's rank on average.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ ORTHOGONALITY = 0.1  # weight of |P'P - 1| + |QQ' - 1|, the paper's choice on mo
 
 
 class _AdaLoRA(LanguageModule):
-    """Puts AdaLoRA where the plan has LoRA; the plan has nothing else."""
+    """Replaces the plan's LoRA by AdaLoRA; the plan must have only LoRA."""
 
     _allocated_step = 0
 
@@ -45,7 +45,7 @@ class _AdaLoRA(LanguageModule):
         return loss + ORTHOGONALITY * distance_from_orthogonal(self.policy.model)
 
     def on_train_batch_end(self, *arguments: Any) -> None:
-        """Mask what is least important, after each optimizer step and while its gradient is still there."""
+        """Mask the least important entries after each optimizer step, while its gradient still exists."""
         super().on_train_batch_end(*arguments)
         layers: AdaLoraModel = self.policy.model.base_model
         if self.trainer.global_step > self._allocated_step:

@@ -1,8 +1,7 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
-Reads the records alone, packed ones and files, so that whoever doubts a number can make it again from them. Prints every table,
-puts those that pages have marks for between these marks, and draws `accuracy.png` and a `frontier_TASK.png` for each task of the
-frontier.
+Reads only the records, packed or in files, so anyone can reproduce a number from them. Prints every table, inserts the tables for
+which pages have marks between these marks, and draws `accuracy.png` and a `frontier_TASK.png` for each task of the frontier.
 """
 
 import re
@@ -62,21 +61,21 @@ def main() -> None:
 
 
 def found(store: Store) -> tuple[list[Comparison], dict[str, Points]]:
-    """What there is of each task: its runs, and its points of the frontier by name."""
+    """The results of each task: its runs, and its points on the frontier by name."""
     comparisons = [comparison for task in store.folders("run") if (comparison := compare(store, task)).rows]
     tasks = dict.fromkeys((*(task for group in GROUPS.values() for task in group), *store.folders("frontier")))
     return comparisons, {task: points for task in tasks if (points := points_of(store, task))}
 
 
 def tables_of(store: Store, comparisons: list[Comparison], frontier: dict[str, Points]) -> dict[str, str]:
-    """All tables, by the names of their marks; empty ones are of what was not run."""
+    """All tables, by the names of their marks; a table is empty if its runs do not exist."""
     tables = {**(_of_runs(store, comparisons) if comparisons else {}), **_of_frontier(store, frontier)}
     tables |= {comparison.task: of_task(comparison) for comparison in comparisons}
     return tables | {f"the frontier of {task}": claims.points_table(points) for task, points in frontier.items()}
 
 
 def _of_runs(store: Store, comparisons: list[Comparison]) -> dict[str, str]:
-    """Tables of the runs that begin at the start policy of the task, whatever their seed."""
+    """Tables of the runs that begin from the task's start policy, whatever their seed."""
     of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]  # others have other ratios alone
     tables = {table.__name__: table(of_hybrid) for table in (headline, targets, choices)}
     with_gap = [comparison for comparison in of_hybrid if comparison.has_gap]

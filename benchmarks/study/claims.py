@@ -1,4 +1,4 @@
-"""What the frontier says: points by task and method, claims as distances between them, and all tasks at one size."""
+"""The results of the frontier: points by task and method, claims as distances between points, and all tasks at one size."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ BESIDE_LORA = (
 # own. It stands beside the one of 0.3 and 1 that is best in a task's sweeps.
 DEFAULT_RATIO = {"default ratio": "hybrid", "default ratio beside rank 8": "hybrid_10_r8"}
 BY_DEFAULT = {"products_direct": "three_quarters_rate", "new_order_wide": "half_rate"}
-# Tasks whose claims stand together: those on which the formulas were chosen, and others.
+# Tasks with claims in one group: the tasks on which the formulas were chosen, and others.
 GROUPS = {
     "old_tasks": ("facts", "facts_deep", "products_direct"),
     "new_tasks": ("new_automaton", "new_order", "new_order_wide", "smollm2_codes"),
@@ -54,7 +54,7 @@ LOOKED_AT = {"old_tasks": 304, "new_tasks": 238}
 
 
 def points_of(store: Store, task: str) -> Points:
-    """What there is of a task; runs at a rate that was given, and not tuned, as METHOD@RATE."""
+    """The points of a task; runs at a given rate instead of a tuned one are named METHOD@RATE."""
     memory = store.within(f"memory/{task}")
     points, policies = {}, dict[int, str]()
     purposes: tuple[Purpose, ...] = ("frontier", "trial")
@@ -69,7 +69,7 @@ def points_of(store: Store, task: str) -> Points:
 
 
 def same_policy(task: str, seed: int, first: str, other: str) -> None:
-    """Raise SystemExit unless these digests are of one start policy: what differs in it would be taken for the methods'."""
+    """Raise SystemExit unless these digests belong to one start policy, since other policies would look like other methods."""
     if first != other:
         raise SystemExit(
             f"error: seed {seed} of {task} has runs from start policy {first}, and from or for {other}: one was made on another "
@@ -78,7 +78,7 @@ def same_policy(task: str, seed: int, first: str, other: str) -> None:
 
 
 def tuned_ratios(store: Store, task: str) -> dict[str, str]:
-    """For each hybrid whichever of the ratios 0.3 and 1 was best in the sweeps of a task, where both were tuned."""
+    """For each hybrid, the better of the ratios 0.3 and 1 in the sweeps of a task, if both were tuned."""
     found = {}
     for hybrid in DEFAULT_RATIO.values():
         tuned = {name: means(of_method(store, "sweep", task, name)) for name in (hybrid, f"{hybrid}_one_rate")}
@@ -88,9 +88,9 @@ def tuned_ratios(store: Store, task: str) -> dict[str, str]:
 
 
 def line_at(points: Points, family: Sequence[str], trained: float) -> dict[int, float]:
-    """Accuracy by seed of a family at a number of trained parameters, on straight lines between its members by its logarithm.
+    """Accuracy by seed of a family at a number of trained parameters, interpolated linearly in its logarithm.
 
-    Empty outside of them.
+    Empty outside of the family's range.
     """
     there = sorted((points[name] for name in family if name in points), key=lambda point: point.trained)
     for low, high in pairwise(there):
@@ -126,7 +126,7 @@ def _claims(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]
 
 
 def _between(points: Points, ours: str, theirs: str) -> Difference:
-    """Of two methods; empty where one was not run, or not at the rate of the other."""
+    """Differences of two methods; empty if one was not run, or not at the other's rate."""
     if ours not in points:
         return {}
     rate = points[ours].rate
@@ -145,7 +145,7 @@ def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
 def claims_table(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]], looked_at: int = 0) -> str:
     """Every claim on every task that has its methods, and on the mean of these tasks.
 
-    In bold what Holm's correction over all cells leaves, at 5%.
+    Cells that remain significant after Holm's correction over all cells, at 5%, are bold.
     """
     rows: list[tuple[str, list[Difference]]] = []  # an empty cell was not run, or is larger or smaller than the line is long
     for name, found in _claims(tasks, ratios):
@@ -167,7 +167,7 @@ def claims_table(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, 
 
 
 def at_one_size(tasks: Mapping[str, Points]) -> str:
-    """All tasks at the size of a hybrid of 10% beside rank 8: means over the seeds that all of a row have; empty without one."""
+    """All tasks at the size of a 10% hybrid with rank 8: means over the seeds that all methods of a row have, if any."""
     rows = []
     for task, points in tasks.items():
         hybrid = next((name for name in ("hybrid_10_r8_one_rate", "hybrid_10_r8_by_width") if name in points), None)
@@ -184,7 +184,7 @@ def at_one_size(tasks: Mapping[str, Points]) -> str:
 
 
 def accuracies_table(tasks: Mapping[str, Points]) -> str:
-    """Accuracy of the methods that most is said of, on all tasks: over the seeds of full fine-tuning, by those that have them."""
+    """Accuracy of the main methods on all tasks, over the seeds of full fine-tuning, for methods that have these seeds."""
     rows = []
     for name in SHOWN:
         cells = []
@@ -197,7 +197,7 @@ def accuracies_table(tasks: Mapping[str, Points]) -> str:
 
 
 def points_table(points: Points) -> str:
-    """The methods of a task by size; gaps are those from LoRA of rank 4 to full fine-tuning."""
+    """The methods of a task by size; gaps are from LoRA of rank 4 to full fine-tuning."""
     header = ("method", "seeds", "rate", "trained", "peak, MiB", "accuracy %", "less LoRA of its size", "gap closed %")
     rows = []
     for point in sorted(points.values(), key=lambda point: (point.trained, point.method)):

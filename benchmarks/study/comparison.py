@@ -1,4 +1,4 @@
-"""The numbers of one task, from its records: what each method reached, and what the project set out to reach."""
+"""The numbers of one task, from its records: the result of each method, and the project's goals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ WANTED_GAIN = 0.0436  # over the best baseline, relative: what the paper reports
 
 
 def group_of(method: str) -> str:
-    """The group of a method, or of that whose ratio of rates is tuned; those that were given up are controls."""
+    """The group of a method, or of the hybrid with a tuned ratio of rates; abandoned methods are controls."""
     name = RATIO_TUNED.get(method, (method,))[0]
     return METHODS[name].group if name in METHODS else "control"
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one method reached on one task."""
+    """The result of one method on one task."""
 
     method: str
     records: list[Record]
@@ -60,15 +60,15 @@ class Comparison:
     rows: Points
 
     def by_seed(self, method: str) -> dict[int, float]:
-        """Accuracies of a method; empty where it was not run."""
+        """Accuracies of a method; empty if it was not run."""
         return self.rows[method].by_seed if method in self.rows else {}
 
     def over(self, method: str, other: str) -> Estimate | None:
-        """By how much a method is better, paired by seed; None beside itself, and where one of the two was not run."""
+        """Difference of two methods, paired by seed; None for a method and itself, or if one was not run."""
         return None if method == other else difference(self.by_seed(method), self.by_seed(other))
 
     def over_random(self, method: str) -> Estimate | None:
-        """Beside a random choice, of which there is another where the hybrids have the ratio of the task."""
+        """Difference to a random choice; hybrids with the task's ratio of rates have their own random choice."""
         return self.over(method, "random" if "random" in self.rows else "random_own_ratio")
 
     def gap_closed(self, method: str) -> Estimate | None:
@@ -83,12 +83,12 @@ class Comparison:
 
     @property
     def best_baseline(self) -> Point | None:
-        """The best of the methods that only adapt; of the task's rank, as the hybrid is."""
+        """The best adapter method with the task's rank, which the hybrid also has."""
         there = [self.rows[name] for name in BASELINES if name in self.rows]
         return max(there, key=lambda row: row.accuracy.value) if len(there) == len(BASELINES) else None
 
     def relative_gain(self) -> float | None:
-        """Of the hybrid over the best baseline, on the seeds that both have."""
+        """Relative gain of the hybrid over the best baseline, on the seeds that both have."""
         ours, others = self.by_seed("hybrid"), self.best_baseline.by_seed if self.best_baseline else {}
         common = ours.keys() & others.keys()
         return fmean(ours[s] for s in common) / fmean(others[s] for s in common) - 1 if common else None
@@ -106,7 +106,7 @@ def compare(store: Store, task: str, first_seed: int = 0) -> Comparison:
 
 
 def over_tasks(comparisons: Sequence[Comparison], method: str, other: str) -> Estimate | None:
-    """Mean over tasks of the difference of two methods, with the interval over seeds; None where a task lacks one of them."""
+    """Mean over tasks of the difference of two methods, with the interval over seeds; None if a task has only one of them."""
     return difference(*(_mean_by_seed(comparisons, name) for name in (method, other))) if comparisons else None
 
 

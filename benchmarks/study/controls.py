@@ -1,4 +1,4 @@
-"""What to compare with: the modules that the default score likes least, and rules that need no gradient."""
+"""Controls: the modules with the lowest default score, and rules that need no gradient."""
 
 import re
 
@@ -6,14 +6,14 @@ from hybrid_lightning.adapters.scorers import ModuleStatistics, PreconditionedTa
 
 
 class Bottom(PreconditionedTail):
-    """The negative of `PreconditionedTail`: chooses the modules that it would choose last."""
+    """The negative of `PreconditionedTail`: chooses the modules that `PreconditionedTail` would choose last."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return -super().score(statistics, rank)
 
 
 class RandomMLP(Random):
-    """A random choice among the modules of the MLPs, which are the largest: a better one than `Random` need not be large."""
+    """A random choice among the MLP modules, which are the largest: separates the effect of size from the choice."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return super().score(statistics, rank) + float(".mlp." in statistics.name)
@@ -38,14 +38,14 @@ class Early(Late):
 
 
 class EarlyOutputs(Early):
-    """`o_proj` and `down_proj` of the first layers: what won most often in the first runs."""
+    """`o_proj` and `down_proj` of the first layers, which won most often in the first runs."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return float(statistics.name.endswith(("o_proj", "down_proj"))) + super().score(statistics, rank) / 1e3
 
 
 class Largest(Scorer):
-    """The modules with the most weights, for which low rank is the lowest in relation."""
+    """The modules with the most weights, for which low rank is relatively lowest."""
 
     needs_gradient = False
 

@@ -32,7 +32,7 @@ class Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Mean with Student's interval; without one where there is a single value."""
+    """Mean with Student's interval; no interval for a single value."""
     value = fmean(values)
     if len(values) < 2:
         return Estimate(value, math.nan, math.nan, len(values))
@@ -41,13 +41,13 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Mean difference over the seeds that both have; None where there is none."""
+    """Mean difference over the seeds that both have; None without common seeds."""
     common = sorted(ours.keys() & theirs.keys())
     return mean([ours[seed] - theirs[seed] for seed in common]) if common else None
 
 
 def p_value(values: Sequence[float]) -> float:
-    """That the mean of these differences is 0, by Student's test, two-sided; 1 where there are too few to tell."""
+    """p-value of Student's two-sided test that the mean of these differences is 0; 1 if there are too few."""
     if len(values) < 2 or len(set(values)) == 1:
         return 0.0 if len(values) > 1 and values[0] else 1.0
     return float(ttest_1samp(values, 0.0).pvalue)
@@ -74,8 +74,7 @@ def gap_closed(ours: Mapping[int, float], low: Mapping[int, float], high: Mappin
 def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
     """Ratio of two means over the same seeds, with Fieller's interval: all q for which the mean of `part - q whole` may be 0.
 
-    A bootstrap's percentiles would be too narrow for as few as eight seeds. The interval has no ends where the mean of the
-    wholes may be 0 itself.
+    Percentiles of a bootstrap would be too narrow for only eight seeds. The interval is unbounded if the wholes' mean may be 0.
     """
     count, part, whole = len(parts), fmean(parts), fmean(wholes)
     value = part / whole if whole else math.nan

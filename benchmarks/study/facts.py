@@ -1,12 +1,12 @@
-"""Facts that a policy half knows: the tasks on which full fine-tuning and LoRA can be told apart.
+"""Facts that a policy half knows: tasks on which full fine-tuning and LoRA differ.
 
 A question names a relation and some keys, `3c?=`, and the answer has a digit for each key, `40`; there is a table for each
 relation. Pretraining was on answers that draw each digit from a few candidates of its fact, the right one among them: the policy
-knows the format and what is plausible, and has to learn by reinforcement which candidate is right, one by one. That is much, and
-of high rank, unlike making an answer likelier that is the likeliest already.
+knows the format and the plausible answers, and must learn by reinforcement which candidate is right, one by one. That is a large
+change of high rank, unlike raising the probability of an answer that is already the most likely.
 
-Which questions are held out is fixed by a hash of their keys, so that no question of validation or test was ever an example; the
-facts in them were seen in other questions.
+A hash of the keys decides which questions are held out, so no question of validation or test was ever an example; their facts
+were seen in other questions.
 """
 
 import random
@@ -55,13 +55,13 @@ class Facts(PromptSource):
 
 
 class PlausibleFacts(PromptSource):
-    """What the policy is pretrained on: training questions, each digit of an answer drawn from the candidates of its key."""
+    """The policy's pretraining data: training questions, with each digit of an answer drawn from the candidates of its key."""
 
     def __init__(self, lines: int, seed: int = 0, table: int = 0) -> None:
         self.lines, self.table, self.seed = lines, table, seed
 
     def read(self) -> Splits:
-        """All of them to train on, the drawn answers in the column `completion`."""
+        """All rows for training, with the drawn answers in the column `completion`."""
         rng = random.Random(self.seed)
         digits = possible_digits(self.table)
         rows: list[Row] = []
@@ -74,9 +74,9 @@ class PlausibleFacts(PromptSource):
 
 
 class Codes(PromptSource):
-    """Codes of made-up names, which a policy has to memorise: `The code of Bofaki is` -> `4821`.
+    """Codes of made-up names, which a policy must memorise: `The code of Bofaki is` -> `4821`.
 
-    Every name is asked for in all splits, in other words in those that are held out.
+    Every name occurs in all splits, with other wording in the held-out splits.
     """
 
     def __init__(self, names: int = 60, digits: int = 4, table: int = 0) -> None:

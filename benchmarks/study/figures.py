@@ -74,9 +74,9 @@ def _accuracies(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_frontier(task: str, points: Points, out: Path) -> None:
-    """Accuracy by trained parameters, and by peak memory; what shares a seed is compared, as `beside_others` says.
+    """Accuracy by trained parameters, and by peak memory; methods are compared within seeds (see `beside_others`).
 
-    Trials at rates that were given are left out.
+    Trials at given rates are left out.
     """
     figure = Figure(figsize=(11.0, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -114,11 +114,11 @@ def _frontier(axes: Axes, points: Points, estimates: Mapping[str, Estimate], lab
 
 
 def beside_others(points: Points) -> dict[str, Estimate]:
-    """Accuracy of each method with an interval from which what all methods share is taken out: how good a seed's start policy is.
+    """Accuracy of each method, with an interval without the part that all methods share: the quality of a seed's start policy.
 
-    Accuracies are moved by the difference of the seed's mean over methods to that of all seeds (Cousineau, 2005). These methods
-    are those that have all seeds, so that one with fewer seeds stands where it would if they were as easy as all; where there
-    are none, it is done over the seeds that all methods have.
+    Accuracies are shifted by the difference between the seed's mean over methods and the mean of all seeds (Cousineau, 2005).
+    Only methods with all seeds enter these means, so a method with fewer seeds appears as if its seeds were of average
+    difficulty. Without such methods, the seeds that all methods have are used.
     """
     seeds = {seed for point in points.values() for seed in point.by_seed}
     complete = [point for point in points.values() if point.by_seed.keys() == seeds]

@@ -1,9 +1,9 @@
 """Accuracy against trained parameters and memory, from rank 1 to full fine-tuning: `python -m benchmarks.study.frontier`.
 
-Each seed of a small task has a start policy of its own, which all methods share, so that intervals hold for other policies too;
-policies that take long to make are shared by several seeds, and SmolLM2 is one. Rates are those of `benchmarks.study.sweep`. What
-scores nothing trains for `SCORING_STEPS` more steps, the time that scoring by `UpdateTail` took, which commit 7fce0125 still
-runs. Tables and figures are made by `benchmarks.study.analyse`. Needs the start policies of the seeds:
+Each seed of a small task has its own start policy, which all methods share, so intervals also hold for other policies. Several
+seeds share policies that take long to make, such as SmolLM2. Rates come from `benchmarks.study.sweep`. Methods without scoring
+train for `SCORING_STEPS` more steps, the time that scoring by `UpdateTail` took (in commit 7fce0125). `benchmarks.study.analyse`
+makes tables and figures. Needs the start policies of the seeds:
 
     python -m benchmarks.study.pretrain --policy wide deep products tracker sorter --seeds 0 1 2 3
 """
@@ -43,9 +43,9 @@ def extra_steps(method: Method) -> int:
 
 
 def jobs_of(store: Store, task: str, names: list[str], seeds: Sequence[int], given_rate: float | None = None) -> list[Job]:
-    """The runs of a task, seed by seed, so that whatever has been made when it is stopped can be compared.
+    """The runs of a task, seed by seed, so that the finished runs can be compared if the command is stopped.
 
-    A rate that is given makes trials.
+    With a given rate, runs are trials.
     """
     jobs, points = [], points_of(store, Path(task).stem).values()
     started = {record.seed: record.model_digest for point in points for record in point.records}

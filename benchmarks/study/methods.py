@@ -1,8 +1,8 @@
-"""The methods that the study compares: what each changes in the config of a task, and how its learning rates are tuned.
+"""The methods of the study: their changes to a task's config, and how their learning rates are tuned.
 
-A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid has two, whose ratio is the same for all but those
-that take one rate for both, or the ratio that the task has. Records name others that were given up (ranks by spectra, modules
-dealt out over blocks, the fully trained modules alone, scorers): the commit in a record has their code.
+A method has one learning rate, for LoRA or for full fine-tuning. A hybrid has two, with the same ratio for all hybrids, except
+those with one rate for both or with the task's ratio. Records also name abandoned methods (ranks by spectra, modules spread over
+blocks, only fully trained modules, scorers): the commit in a record has their code.
 """
 
 import math
@@ -36,11 +36,11 @@ class Method:
 
     @property
     def chooses(self) -> bool:
-        """Whether it differs from the hybrid in nothing but which modules it trains fully."""
+        """Whether it differs from the hybrid only in which modules it trains fully."""
         return "adapter.scorer" in self.changes and self.full_to_lora == FULL_TO_LORA
 
     def options(self, task: dict[str, Any], rank: int | None, learning_rate: float, seed: int) -> dict[str, Any]:
-        """Options of the command line for one run; a rank of None is the method's or the task's."""
+        """Command-line options for one run; a rank of None stands for the method's or the task's rank."""
         if self.group == "start":
             return {}
         rank = rank or self.rank or task["adapter"]["rank"]
@@ -66,7 +66,7 @@ def _model(task: dict[str, Any]) -> str:
 
 
 def own_rate(task: dict[str, Any], name: str) -> float:
-    """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then."""
+    """`lr_full` or `lr_lora` of a task's config, or else the policy's default."""
     model = task["model"]
     rate = model.get("init_args", model).get(name, constructor_defaults(PolicyModule)[name])
     if rate is None:

@@ -1,7 +1,7 @@
-"""Packs records into the one table that git keeps: `python -m benchmarks.study.pack`.
+"""Packs records into the single table that git keeps: `python -m benchmarks.study.pack`.
 
-Adds the files that the stages have written since to those that are packed already. What is packed stays, unless it is dropped by
-its name; a file that is no record, or another one than that packed under its name, is refused and nothing is written.
+Adds the files that the stages have written since to the packed records. Packed records stay, unless they are dropped by name. A
+file that is not a record, or differs from the packed record of its name, is rejected, and nothing is written.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def together(store: Store, drop: Iterable[str] = ()) -> dict[str, Content]:
-    """The packed records but those that are dropped, and the files."""
+    """The packed records without the dropped ones, and the files."""
     records, problems = dict(store.packed), []
     for name in drop:
         if records.pop(name, None) is None:
@@ -44,9 +44,9 @@ def together(store: Store, drop: Iterable[str] = ()) -> dict[str, Content]:
 
 
 def fault(name: str, content: Content) -> str:
-    """Why the analysis could not read what a file of this name has; empty if it can."""
+    """Why the analysis could not read the content of a file of this name; empty if it can."""
     if name.startswith("memory/"):
-        return "" if content.get("bytes") else "it lacks 'bytes'"
+        return "" if content.get("bytes") else "it has no 'bytes'"
     try:
         record = Record(**content)
         own, _ = Job(**record.job).file, (record.validation, record.accuracy)

@@ -1,4 +1,4 @@
-"""The start policies of the study: their shapes, and what each was pretrained on."""
+"""The start policies of the study: their shapes, and their pretraining data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ FOLDER = Path("runs/study/policies")  # below the folder in which the commands r
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """A Llama of some layers, and the corpus that it was trained on."""
+    """A Llama with some layers, and its pretraining corpus."""
 
     lines: Callable[[int, int], PromptSource]  # number of lines and seed -> rows
     characters: str
@@ -73,14 +73,14 @@ POLICY_OF = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a start policy's candidate modules measure."""
+    """The sizes of a start policy's candidate modules."""
 
     width: int
     attention: int  # parameters of rank 1 on the attention of a block: the rows and columns of its modules
     mlp: int  # likewise of an MLP
 
     def rank_of_mlps(self, rank: int, attention: int) -> int:
-        """What MLPs get of the parameters of LoRA of this rank, if attention has another; the lower of two as near."""
+        """Rank of MLPs at which LoRA has the parameters of this rank, if attention has another; the lower of two equally near."""
         return round((rank * (self.attention + self.mlp) - attention * self.attention) / self.mlp - 1e-9)
 
 
@@ -88,7 +88,7 @@ SMOLLM2 = Shape(576, 2 * (576 + 576) + 2 * (576 + 192), 3 * (576 + 1536))
 
 
 def shape_of(model: str) -> Shape:
-    """Of the start policy that a task names, which must be one of the study's."""
+    """The shape of a task's start policy, which must be one of the study's."""
     recipes = {"embedded": "products", **{str(FOLDER / name): name for name in RECIPES}}
     if model in recipes:
         recipe = RECIPES[recipes[model]]
@@ -99,7 +99,7 @@ def shape_of(model: str) -> Shape:
 
 
 def folder_of(name: str, seed: int | None = None) -> Path:
-    """Where a start policy is; a seed of None is the one that the tasks name."""
+    """The folder of a start policy; a seed of None stands for the policy that the tasks name."""
     shared = RECIPES[name].shared
     if seed is not None and shared is not None:
         seed %= shared

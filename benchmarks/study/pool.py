@@ -1,4 +1,4 @@
-"""Makes runs side by side, one thread each; what has a record already is left alone."""
+"""Makes runs concurrently, one thread each; runs that have a record are skipped."""
 
 import argparse
 import logging
@@ -34,18 +34,18 @@ def options(name: str, doc: str | None, tasks: Sequence[str] = (), methods: Sequ
 
 
 def fresh_seeds(given: Sequence[int]) -> Sequence[int]:
-    """Seeds of a comparison, which are none that rates are tuned by."""
+    """Seeds of a comparison, different from the seeds for tuning rates."""
     if set(given) & set(TUNING_SEEDS):
         raise SystemExit(f"error: --seeds has one of {TUNING_SEEDS}, by which learning rates are tuned; give others")
     return given
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[str]:
-    """Paths of the configs, which must be there with their start policies."""
+    """Paths of the configs, which must exist, and so must their start policies."""
     paths = [name if name.endswith(".yaml") else str(HERE / "tasks" / f"{name}.yaml") for name in arguments.task]
     for path in paths:
         if not Path(path).exists():
-            raise SystemExit(f"error: there is no task {path}; give the path of a config, or a name in {HERE / 'tasks'}")
+            raise SystemExit(f"error: no task {path}; give the path of a config, or a name in {HERE / 'tasks'}")
         model = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]
         policy = Path(str(model.get("init_args", model).get("model")))
         if policy.parent == FOLDER and not policy.exists():
@@ -58,12 +58,12 @@ def methods_of(arguments: argparse.Namespace) -> list[str]:
     names = list(METHODS) if "all" in arguments.method else arguments.method
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise SystemExit(f"error: there is no method {unknown[0]}; there are {', '.join(METHODS)}")
+        raise SystemExit(f"error: unknown method {unknown[0]}; choose among {', '.join(METHODS)}")
     return names
 
 
 def make_runs(jobs: Sequence[Job], store: Store, workers: int) -> None:
-    """Make the runs that have no record; one that fails does not stop the others, and is an error at the end."""
+    """Make the runs that have no record. A failed run does not stop the others, and is an error at the end."""
     to_make = [job for job in jobs if job.file not in store]
     print(f"{len(jobs)} wanted, {len(jobs) - len(to_make)} of them made already", flush=True)
     failures, start = 0, time.perf_counter()
@@ -90,7 +90,7 @@ def _prepare() -> None:
 
 
 def _end_with_starter() -> None:
-    """A worker whose starter was killed would go on with what it has been given."""
+    """End a worker whose starter was killed; without this it would continue."""
     starter = parent_process()
     assert starter is not None
     wait([starter.sentinel])

@@ -1,9 +1,8 @@
 """Makes the start policies that the tasks of the study name: `python -m benchmarks.study.pretrain`.
 
-One thread and a seed make them repeatable on one machine and one version of PyTorch. The embedded policy, which the tasks with
-products name, is shipped in the package. With `--seeds` it makes others, one for each seed of the frontier. A policy that has not
-learned what it was trained on, where its recipe says how that is seen, is drawn anew: whatever is fine-tuned, it would learn
-nothing.
+With one thread and a seed, they are repeatable on one machine and one version of PyTorch. The embedded policy, which the tasks
+with products name, is shipped in the package. `--seeds` makes other policies, one for each seed of the frontier. A policy that
+has not learned its pretraining data, by its recipe's test, is drawn again: no method could teach it anything.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +44,7 @@ def make(name: str, seed: int, own_folder: bool) -> None:
 
 @torch.no_grad()
 def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: PolicyRecipe) -> float:
-    """Nats a token of the answers to questions that no seed is pretrained on, such as the pretraining asks."""
+    """Nats per token of the answers to questions like the pretraining's, on which no seed was pretrained."""
     total, tokens = 0.0, 0
     for row in recipe.lines(QUESTIONS, 1_000_000).read().train:
         question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.question, str(row.answer)))
@@ -57,7 +56,7 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
 
 def main() -> None:
     parser = command("study.pretrain", __doc__)
-    parser.add_argument("--policy", nargs="+", choices=RECIPES, default=["wide", "deep"], help="default: those of the tasks")
+    parser.add_argument("--policy", nargs="+", choices=RECIPES, default=["wide", "deep"], help="default: the tasks' own")
     parser.add_argument("--seeds", type=int, nargs="+", help="one policy for each of these seeds, in a folder of its own")
     parser.add_argument("--workers", type=int, default=CORES, help="with --seeds; default: the cores")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Tasks of other kinds than facts: following the states of an automaton, and sorting.
+"""More kinds of tasks: following the states of an automaton, and sorting.
 
-Each rests on a hidden table that the policy has to learn: the transitions of the automaton, the order of the symbols. Pretraining
-was on the same questions, all or part of it with other tables, so that the policy knows the format and how to follow and sort.
-Which questions are held out is fixed by their hash.
+Each depends on a hidden table that the policy must learn: the transitions of the automaton, the order of the symbols. Pretraining
+used the same questions, all or part of them with other tables, so the policy knows the format and how to follow and sort. A hash
+of a question decides whether it is held out.
 
     tracking   `3kwp=` -> `705`     from state 3, the state after each letter
     sorting    `2kfzbq=` -> `qzkbf` in the hidden order 2
@@ -21,10 +21,10 @@ CHARACTERS = "0123456789=,." + KEYS  # comma and full stop are in no puzzle, but
 
 
 class Puzzle(PromptSource):
-    """Questions whose answers follow from a hidden table, whose seed is `table`; the questions have the other seed.
+    """Questions with answers from a hidden table; `table` is the table's seed, and `seed` the questions'.
 
-    Where `doubt` is above 0, answers are drawn as pretraining needs them: at each use of the table, with this probability, from
-    another table than the hidden one.
+    If `doubt` is above 0, answers are drawn as for pretraining: with this probability, a use of the table takes another table
+    than the hidden one.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Puzzle(PromptSource):
         seed: int = 0,
     ) -> None:
         if not 0 <= doubt <= 1:
-            raise ConfigError(f"data.source: doubt={doubt} is no probability; give one from 0 to 1")
+            raise ConfigError(f"data.source: doubt={doubt} is not a probability; use one from 0 to 1")
         self.table, self.doubt, self.seed = table, doubt, seed
         self.sizes = {"train": train_size, "validation": validation_size, "test": test_size}
 
@@ -60,7 +60,7 @@ class Puzzle(PromptSource):
         return rows
 
     def _other(self, doubts: random.Random) -> int:
-        """Number of the table that is used next: 0 is the hidden one."""
+        """Number of the next table to use: 0 is the hidden one."""
         return int(doubts.random() < self.doubt)
 
     @abstractmethod

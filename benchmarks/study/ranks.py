@@ -1,8 +1,8 @@
 """LoRA's rank, the size of a rollout and the learning rate in RL: `python -m benchmarks.study.ranks`.
 
-The task is *products* (`tasks/products.yaml`), which every rank can learn: what is looked for is what breaks. All runs take
-the same number of optimizer steps, two a rollout, so that with 1,024 completions a rollout they learn from 16 times as much as
-with 64. They are made one after the other in one process. Each is a line of `--out`, and is not made again. Prints the tables of
+The task is *products* (`tasks/products.yaml`), which every rank can learn: the question is which settings break. All runs
+take the same number of optimizer steps, two per rollout, so with 1,024 completions per rollout they learn from 16 times as much
+as with 64. They run one after the other in one process. Each is a line of `--out`, and is not repeated. Prints the tables of
 results/ranks.md from the lines in `--out`.
 """
 
@@ -40,7 +40,7 @@ Runs = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cell:
-    """What a run is of."""
+    """The settings of a run."""
 
     method: str
     rank: int
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def words(self) -> list[str]:
-        """Its command line, without the command."""
+        """The command-line options of a run."""
         alpha = {"2": 2.0 * self.rank, "rslora": 2 * math.sqrt(RANK), "16/rank": 2.0 * RANK}[self.scaling]
         low, high = CLIPS[self.loss]
         full = self.rate if self.method == "full" else float(f"{self.rate / 10:.3g}")
@@ -68,7 +68,7 @@ class Cell:
 
 
 class Rewards(Callback):
-    """The mean reward of each rollout, and the entropy with which it was sampled."""
+    """The mean reward and the sampling entropy of each rollout."""
 
     def __init__(self) -> None:
         self.rewards: list[float] = []
@@ -84,7 +84,7 @@ class Rewards(Callback):
 
 
 def run(cell: Cell, doctor: bool) -> dict[str, Any]:
-    """Train and test, and let the doctor make its trial step."""
+    """Train and test, and let the doctor take its trial step."""
     start, seen, tested, said = time.process_time(), Rewards(), {"avg": 0.0, "greedy": 0.0}, StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
@@ -116,7 +116,7 @@ def outcome(run: dict[str, Any]) -> str:
 
 
 def tables(runs: Runs) -> dict[str, str]:
-    """By title: for each loss, method and scaling accuracy by rank, rate and completions, and for each scaling the trial step."""
+    """Tables by title: accuracy by rank, rate and completions for each loss, method and scaling; the trial step by scaling."""
     found = {}
     for loss, method, scaling in dict.fromkeys((run["loss"], run["method"], run["scaling"]) for run in runs):
         these = [run for run in runs if (run["loss"], run["method"], run["scaling"]) == (loss, method, scaling)]
@@ -136,7 +136,7 @@ def by_rank(runs: Runs, columns: tuple[str, str], text: Callable[[Runs], str]) -
 
 
 def accuracy(runs: Runs) -> str:
-    """Mean and standard deviation in percent, and what broke; the latter alone where all runs collapsed."""
+    """Mean and standard deviation in percent, and the runs that broke; only the latter if all runs collapsed."""
     values, broke = [100 * run["avg"] for run in runs], marks(runs)
     spread = f"±{stdev(values):.1f}" if len(values) > 1 else ""
     return broke if broke == "c" * len(runs) else f"{fmean(values):.1f}{spread}{broke}"

@@ -1,4 +1,4 @@
-"""What is kept of each run: one small JSON file, whose name says which run it is."""
+"""The record of each run: a small JSON file, named after the run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any, Literal
 from benchmarks.study.store import Store, malformed
 
 Purpose = Literal["sweep", "run", "trial", "frontier", "memory"]  # the last measures a run's first steps
-TUNING_SEEDS = (1000, 1001)  # never those of the comparison
+TUNING_SEEDS = (1000, 1001)  # never used in the comparison
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run that is to be made."""
+    """One run to make."""
 
     task: str  # path of its config
     method: str
@@ -20,8 +20,8 @@ class Job:
     seed: int
     purpose: Purpose
     rank: int | None = None  # of LoRA, where the method leaves it open
-    policy: str | None = None  # folder of the start policy; None is that of the task
-    extra_steps: int = 0  # beside those of the task
+    policy: str | None = None  # folder of the start policy; None: the task's
+    extra_steps: int = 0  # in addition to the task's
 
     @property
     def task_name(self) -> str:
@@ -29,7 +29,7 @@ class Job:
 
     @property
     def file(self) -> str:
-        """Name of its record."""
+        """Name of the run's record."""
         if self.purpose == "memory":
             return f"memory/{self.task_name}/{self.method}.json"
         return f"{self.purpose}/{self.task_name}/{self.method}/lr={self.learning_rate:g}-seed={self.seed}.json"
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What came out of a run."""
+    """The result of a run."""
 
     job: dict[str, Any]
     options: dict[str, Any]  # beside the task's config
@@ -63,12 +63,12 @@ class Record:
 
     @property
     def validation(self) -> float:
-        """avg@k on the validation problems at the end, which learning rates are tuned by."""
+        """avg@k on the validation problems at the end, for tuning learning rates."""
         return self.curve[-1]["avg"]
 
     @property
     def accuracy(self) -> float:
-        """avg@k on the test problems at the end, which methods are compared by."""
+        """avg@k on the test problems at the end, for comparing methods."""
         return self.test["avg"]
 
 

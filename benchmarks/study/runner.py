@@ -1,4 +1,4 @@
-"""Makes one run of the study in this process, by the project's own command line."""
+"""Makes one run of the study in this process, with the project's command line."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ LOGS = Path("runs/study/logs")
 
 
 class Curve(Callback):
-    """Keeps the validations of a run."""
+    """Records the validations of a run."""
 
     trainer: Trainer
     module: Any
@@ -58,7 +58,7 @@ def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
 
 
 def make_run(job: Job, folder: Path) -> str:
-    """Train and test, or measure the memory, and write the record; returns what came of it, in a line, or raises RuntimeError."""
+    """Train and test, or measure the memory, and write the record; returns the result in one line, or raises RuntimeError."""
     log = (LOGS / job.file).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -71,9 +71,9 @@ def make_run(job: Job, folder: Path) -> str:
 
 
 def _measure_memory(job: Job, path: Path) -> str:
-    """Train for two steps, and note the largest sum of the tensors that there were.
+    """Train for two steps, and record the largest sum of live tensors.
 
-    Scratch memory within operators is not in it, nor what the process has besides.
+    It does not include scratch memory within operators, or other memory of the process.
     """
     peak = Peak()
     torch.set_num_threads(1)
@@ -97,16 +97,16 @@ class Peak(Callback):
 
 
 def _command_line(job: Job) -> tuple[dict[str, Any], list[str]]:
-    """What a run changes in its task, and the words of its command line."""
+    """A run's changes to its task, and its command line."""
     method, task = METHODS[job.method], read_task(job.task)
     options = {
         **method.options(task, job.rank, job.learning_rate, job.seed),
         "seed_everything": job.seed,
-        "model.seed": job.seed,  # of prompts and sampling; the problems stay those of the task
+        "model.seed": job.seed,  # of prompts and sampling; the problems do not change
     }
     if job.policy is not None:
         options["model.model"] = job.policy
-    if job.purpose == "frontier":  # of which only the end is of interest
+    if job.purpose == "frontier":  # only its end is of interest
         options["trainer.max_steps"] = options["trainer.val_check_interval"] = task["trainer"]["max_steps"] + job.extra_steps
     given = {**options, **QUIET}
     if method.module is not None:
@@ -160,6 +160,6 @@ def read_task(path: str) -> dict[str, Any]:
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
-    """Options as the command line takes them; classes come before what is said about them."""
+    """Options in command-line form; classes come before their own options."""
     ordered = sorted(options.items(), key=lambda option: option[0].count("."))
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in ordered]

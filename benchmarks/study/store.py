@@ -1,7 +1,7 @@
-"""Where records lie: each in a file of its own at first, outside git, then all in one compressed table.
+"""Storage of records: at first each in its own file, outside git, then all in one compressed table.
 
 A record is one JSON object. Its name is the path of its file within the folder of the records, such as
-`run/facts/lora/lr=0.005-seed=2.json`; in the table it has the same one.
+`run/facts/lora/lr=0.005-seed=2.json`; in the table it has the same name.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Content = dict[str, Any]
 
 
 class Store:
-    """The records in a table, which need not be there, and those that are still files in a folder, where new ones are written."""
+    """The records in a table, which may be missing, and the records in a folder of files, where new records are written."""
 
     def __init__(self, folder: Path, pack: Path | None = None) -> None:
         self.folder, self.pack = folder, pack
@@ -32,7 +32,7 @@ class Store:
 
     @cached_property
     def packed(self) -> dict[str, Content]:
-        """What the table has, by name."""
+        """The records in the table, by name."""
         return read_pack(self.pack) if self.pack and self.pack.exists() else {}
 
     @cached_property
@@ -46,7 +46,7 @@ class Store:
         """The records of a folder, by the names of their files, in order.
 
         Raises:
-            SystemExit: If a file cannot be read, or is another than the packed record of its name.
+            SystemExit: If a file cannot be read, or differs from the packed record of its name.
         """
         found = dict(self._packed_by_folder.get(folder, {}))
         for path in (self.folder / folder).glob("*.json"):
@@ -63,7 +63,7 @@ class Store:
 
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """With the options of every stage: where its records are."""
+    """Add the options for the place of the records, which every stage has."""
     parser.add_argument("--records", type=Path, default=FOLDER, help="folder of those not packed yet (default: %(default)s)")
     told = f"folder of tables, figures and the packed {PACK} (default: %(default)s)"
     parser.add_argument("--results", type=Path, default=RESULTS, help=told)
@@ -71,12 +71,12 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def store_of(arguments: argparse.Namespace) -> Store:
-    """What these options say."""
+    """The store that these options name."""
     return Store(arguments.records, arguments.results / PACK)
 
 
 def write(content: Any, path: Path) -> None:
-    """Write a record so that it is there whole or not at all."""
+    """Write a record atomically."""
     _replace(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -92,7 +92,7 @@ def read(path: Path) -> Content:
 
 
 def write_pack(records: Mapping[str, Content], path: Path) -> None:
-    """Write a table, in the order of names: the same records are the same bytes."""
+    """Write a table, sorted by name: the same records give the same bytes."""
     lines = "".join(json.dumps({"name": name, "record": records[name]}) + "\n" for name in sorted(records)).encode()
     if path.exists() and lzma.decompress(path.read_bytes()) == lines:
         return  # another version of liblzma could make other bytes of them
@@ -100,7 +100,7 @@ def write_pack(records: Mapping[str, Content], path: Path) -> None:
 
 
 def read_pack(path: Path) -> dict[str, Content]:
-    """All records of a table, which must be whole, by name."""
+    """All records of a table, by name; the table must be complete."""
     records: dict[str, Content] = {}
     try:
         for line in lzma.decompress(path.read_bytes()).splitlines():
@@ -111,7 +111,7 @@ def read_pack(path: Path) -> dict[str, Content]:
             records[name] = content
     except (ValueError, TypeError, KeyError, lzma.LZMAError) as error:
         cause = f"line {len(records) + 1}, {type(error).__name__}: {error}"
-        raise SystemExit(f"error: {path} is no table of records ({cause}); restore it: git checkout {path}") from None
+        raise SystemExit(f"error: {path} is not a table of records ({cause}); restore it: git checkout {path}") from None
     return records
 
 
@@ -121,7 +121,7 @@ def same(first: Content, second: Content) -> bool:
 
 
 def differing(path: Path, name: str) -> str:
-    """What to say of a file and a packed record that should be one."""
+    """Message about a file and a packed record that should be equal."""
     return (
         f"{path} differs from the packed record of its name; delete the file to keep what is packed, or let it take its place: "
         f"python -m benchmarks.study.pack --drop {name}"
@@ -129,8 +129,8 @@ def differing(path: Path, name: str) -> str:
 
 
 def malformed(path: Path, cause: str) -> str:
-    """What to say of a file that is no record."""
-    return f"{path} is no record: {cause}; delete it, and its stage makes it again"
+    """Message about a file that is not a record."""
+    return f"{path} is not a record: {cause}; delete it, and its stage makes it again"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,7 +1,7 @@
 """Tunes the learning rate of each method on each task: `python -m benchmarks.study.sweep`.
 
-Every method gets the same two seeds (or one, where runs take long: `--seeds 1000`) and three rates, those of the task and their
-neighbours a factor of 2 apart. While the best rate is at an edge of those tried, the next one beyond it is tried as well.
+Every method gets the same two seeds (or one for long runs: `--seeds 1000`) and three rates: the task's rate and its neighbours, a
+factor of 2 apart. While the best rate is at the edge of the tried rates, the next rate beyond it is tried as well.
 """
 
 from pathlib import Path

@@ -18,7 +18,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def of_task(comparison: Comparison) -> str:
-    """What each method reached, best first."""
+    """The result of each method, best first."""
     measured = ("accuracy %", "over LoRA, points", "over random, points", "gap closed %")
     rows = sorted(comparison.rows.values(), key=lambda row: -row.accuracy.value)
     cells = []
@@ -43,9 +43,9 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 
 def choices(comparisons: Sequence[Comparison]) -> str:
-    """What each way to choose 10% of the modules gains over LoRA, in points, best first by the mean over tasks with a gap.
+    """The gain over LoRA of each way to choose 10% of the modules, in points, best first by the mean over tasks with a gap.
 
-    And whether that goes with how much is trained, since modules differ in size.
+    Also the correlation with the number of trained parameters, since modules differ in size.
     """
     with_gap = [comparison for comparison in comparisons if comparison.has_gap]
     rows, sizes_and_gains = [], []
@@ -72,7 +72,7 @@ def choices(comparisons: Sequence[Comparison]) -> str:
 
 
 def differences(comparisons: Sequence[Comparison]) -> str:
-    """The hybrid beside what it is compared with most, paired by seed, on each task and on average of them."""
+    """The hybrid compared with the main alternatives, paired by seed, on each task and on average."""
     others = ("lora", "lora_r8", "lora_matched", "only_full", *CHANCE, "largest", "fft")
     pairs = [("hybrid", other) for other in others]
     pairs += [("hybrid_tuned_ratio", other) for other in ("hybrid", "lora_matched", "random_tuned_ratio", "fft")]
@@ -86,7 +86,7 @@ def differences(comparisons: Sequence[Comparison]) -> str:
 
 
 def targets(comparisons: Sequence[Comparison]) -> str:
-    """What the project set out to reach, and what it did."""
+    """The project's goals, and the results."""
     with_gap = [comparison for comparison in comparisons if comparison.has_gap and "hybrid" in comparison.rows]
     rows = []
     for comparison in with_gap:

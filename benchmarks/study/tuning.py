@@ -1,4 +1,4 @@
-"""Which learning rate a method gets: the best one on the validation problems of seeds that are used for nothing else."""
+"""The learning rate of a method: the best one on the validation problems, with seeds that are used for nothing else."""
 
 import math
 from collections import defaultdict
@@ -17,7 +17,7 @@ EXTENSIONS = 4  # at most so many rates beyond the first ones
 
 
 def means(records: Sequence[Record], seeds: Iterable[int] | None = None) -> dict[float, float]:
-    """Mean validation accuracy by learning rate, of those that all these seeds have; None: all seeds that there are."""
+    """Mean validation accuracy by learning rate, for the rates that all these seeds have; None for all existing seeds."""
     wanted = {record.seed for record in records} if seeds is None else set(seeds)
     by_rate: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
@@ -27,13 +27,13 @@ def means(records: Sequence[Record], seeds: Iterable[int] | None = None) -> dict
 
 
 def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
-    """Rates that tuning starts with: the task's own, of full fine-tuning or of LoRA, and its neighbours."""
+    """The first rates of tuning: the task's rate, for full fine-tuning or for LoRA, and its neighbours."""
     own = own_rate(task, "lr_full" if method.group == "full" else "lr_lora")
     return [rounded(own / STEP), rounded(own), rounded(own * STEP)]
 
 
 def next_rates(first: Sequence[float], tuned: dict[float, float]) -> list[float]:
-    """Rates to be tried next: the first ones, then the one beyond an edge that no other rate beats."""
+    """The next rates to try: the first ones, then the rate beyond an edge that is the best so far."""
     if len(tuned) < FIRST:
         return [rate for rate in first if rate not in tuned]
     if len(tuned) >= FIRST + EXTENSIONS:
@@ -54,12 +54,12 @@ def outcome(tuned: dict[float, float]) -> str:
 
 
 def rounded(rate: float) -> float:
-    """Three digits, so that the rate of a file's name is the rate."""
+    """Round to three digits, so that the rate in a file's name is exact."""
     return float(f"{rate:.3g}")
 
 
 def best_rate(store: Store, task: str, method: Method) -> float:
-    """The learning rate of a method that is tuned to the end on a task, a name or a config's path; 0 of the start policy."""
+    """The tuned learning rate of a method on a task (a name or a config's path); 0 for the start policy."""
     if method.group == "start":
         return 0.0
     tuned = means(of_method(store, "sweep", Path(task).stem, method.name))
@@ -72,7 +72,7 @@ def best_rate(store: Store, task: str, method: Method) -> float:
 
 
 def rank_of(method: Method, store: Store, task: str) -> int | None:
-    """The rank that a method leaves open, at which LoRA alone trains as many parameters as the hybrid; None for all others."""
+    """The rank at which plain LoRA trains the same number of parameters as the hybrid, for methods that need it; else None."""
     if not method.match_state:
         return None
     hybrid, lora = (of_method(store, "sweep", task, name) for name in ("hybrid", "lora"))
@@ -83,11 +83,11 @@ def rank_of(method: Method, store: Store, task: str) -> int | None:
 
 
 def runs_at_best_rate(store: Store, task: str, method: str) -> list[Record]:
-    """The runs on fresh seeds by which a method is judged: those at its tuned learning rate, or all where no sweep is there."""
+    """The runs on fresh seeds that count for a method: the runs at its tuned learning rate, or all runs if there is no sweep."""
     runs, tuned = of_method(store, "run", task, method), means(of_method(store, "sweep", task, method))
     return [run for run in runs if run.learning_rate == _best(tuned)] if tuned else runs
 
 
 def _best(tuned: dict[float, float]) -> float:
-    """Of equals the lowest."""
+    """The best rate; the lowest of equal ones."""
     return max(tuned, key=lambda rate: (tuned[rate], -rate))

@@ -1,1 +1,1 @@
-"""What makes completions: our sampler, vLLM, transformers."""
+"""Compares engines that make completions: our sampler, vLLM, transformers."""

@@ -1,7 +1,7 @@
 """Compares rollout engines, ours, vLLM in process and a vLLM server: `python -m benchmarks.vllm.rollout_engines`.
 
-Needs vLLM in the same environment. Measurements are added to those of earlier calls, in `rollout_engines.json`, and all of them
-are printed and written as tables in Markdown. benchmarks/README.md says what the numbers mean.
+Needs vLLM in the same environment. Measurements are added to earlier ones in `rollout_engines.json`; all of them are printed and
+written as tables in Markdown. benchmarks/README.md explains the numbers.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def check(arguments: argparse.Namespace) -> None:
 def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
     """A workload for each model and dtype.
 
-    With two optimizer steps a rollout training computes old log-probabilities. Completions end as the model likes: vLLM refuses
-    the end-of-sequence token beyond the vocabulary by which other comparisons get the full length.
+    With two optimizer steps per rollout, training computes old log-probabilities. Completions end where the model ends them: vLLM
+    rejects the end-of-sequence token beyond the vocabulary that gives other comparisons the full length.
     """
     chosen = []
     for model in dict.fromkeys(arguments.model):
@@ -68,7 +68,7 @@ def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure all workloads; those that are finished are on disk, whatever happens later."""
+    """Measure all workloads. Each finished workload is written immediately."""
     check(arguments)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     plan = Plan.of(arguments, arguments.engines, "benchmarks.vllm.run_engines")
@@ -86,8 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
-    """All engines with a hybrid adapter, in turn."""
-    # Longest prompt with completion; None for that of the model, where prompts differ in length.
+    """Measure all engines with a hybrid adapter, one after the other."""
+    # Longest prompt with completion; None for the model's own limit, where prompts differ in length.
     context = None if workload.prompt_tokens is None else workload.prompt_tokens + workload.max_new_tokens
     with ExitStack() as stack:
         url, family = "", Family()
@@ -103,7 +103,7 @@ def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
 
 
 def summarize(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of an engine; the first rollout, the warm-up, counts for the start and the peak alone."""
+    """The numbers of an engine; the first rollout, the warm-up, counts only for the start and the peak."""
     rounds = steps[1:]
     tokens = sum(step["difference"]["tokens"] for step in rounds)
     numbers = {

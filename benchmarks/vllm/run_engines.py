@@ -1,6 +1,6 @@
-"""Worker: a policy whose completions come from one of the rollout engines, with what each takes in time and memory.
+"""Worker: a policy with one of the rollout engines, and the engine's cost in time and memory.
 
-sampler       ours, in the training process, with the weights that are trained
+sampler       ours, in the training process, with the trained weights
 vllm          vLLM in the training process
 server        a vLLM server, which the parent has started
 """
@@ -31,7 +31,7 @@ _OTHER_VERSION = 2**20  # added to the step of weights that are sent once more, 
 
 
 class Watch:
-    """Times the updates of an engine, which go through this object from now on, and repeats them with all weights."""
+    """Times the updates of an engine, which then go through this object, and repeats them with all weights."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._update = engine.update
@@ -46,12 +46,12 @@ class Watch:
         self._last = weights, model
 
     def seconds(self) -> float:
-        """Of all updates since the last call."""
+        """Seconds of all updates since the last call."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 
     def repeat(self, everything: bool) -> float:
-        """Send the policy's weights of now once more, all or those that training changes; seconds that it takes."""
+        """Send the policy's current weights again, all of them or only the trained ones; returns the seconds."""
         assert self._last is not None
         weights, model = self._last
         weights.version = WeightsVersion(weights.version.step + _OTHER_VERSION, weights.version.digest)
@@ -61,7 +61,7 @@ class Watch:
 
 
 class TimedDifferences(Differences):
-    """Knows besides how many seconds the comparison took, which is no part of a step."""
+    """Also records the seconds of the comparison, which does not belong to a step."""
 
     seconds = 0.0
 
@@ -72,7 +72,7 @@ class TimedDifferences(Differences):
 
 
 class Measured(Gated):
-    """Reports of each rollout what the engine took, and after it measures updates with all weights."""
+    """Reports the engine's cost for each rollout, and then measures updates with all weights."""
 
     def __init__(self, gate: Gate, timer: StepTimer, engine: RolloutEngine, differences: TimedDifferences) -> None:
         super().__init__(gate)
@@ -81,7 +81,7 @@ class Measured(Gated):
         self.generate_s = 0.0
 
     def details(self, trainer: LightningTrainer) -> dict[str, Any]:
-        """Of the step that has just ended, and what is measured only now."""
+        """Details of the step that has just ended, with measurements that are made only now."""
         if self.gate.cuda:
             torch.cuda.synchronize()
         step_s = time.perf_counter() - self.gate.begin - self.differences.seconds
@@ -92,7 +92,7 @@ class Measured(Gated):
             "generate_s": generate_s - self.generate_s - update_s,
             "update_s": update_s,  # the first starts the engine, the others send what training has changed
             "difference": {"mean": float(differences.mean()), "max": float(differences.max()), "tokens": len(differences)},
-            # Before what is measured beside; with CUDA that of torch's tensors.
+            # Taken before the measurements besides; with CUDA, of torch's tensors.
             "peak": torch.cuda.max_memory_allocated() if self.gate.cuda else resident_bytes()[1],
         }
         if not isinstance(self.engine, Sampler):

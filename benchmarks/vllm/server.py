@@ -1,4 +1,4 @@
-"""A vLLM server of a benchmark's own: started on a free port, and ended with all of its processes."""
+"""A benchmark's own vLLM server, started on a free port, and ended with all its processes."""
 
 import socket
 import subprocess
@@ -26,9 +26,9 @@ _ENVIRONMENT = {
 
 @contextmanager
 def serving(folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> Iterator[tuple[str, Family]]:
-    """The URL of a server, ready as long as this context, and its processes; what it says is in `log`.
+    """Context with a running server: its URL and its processes; its output is in `log`.
 
-    Prompts with completions have at most `context` tokens; None is what the model has room for.
+    Prompts with completions have at most `context` tokens; None for the model's limit.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
@@ -51,7 +51,7 @@ def serving(folder: Path, dtype: str, device: str, threads: int, context: int | 
 
 
 def wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    """Until the server is ready."""
+    """Wait until the server is ready."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if process.poll() is not None:
@@ -59,13 +59,13 @@ def wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
-        except OSError:  # of which URLError is one
+        except OSError:  # URLError is one
             time.sleep(0.5)
     raise BenchmarkError(f"the vLLM server was not ready after {START_S:.0f} s (its output is in {log})")
 
 
 def command(folder: Path, dtype: str, device: str, port: int, context: int | None) -> list[str]:
-    """What starts it; docs/how-to/vllm.md explains the options."""
+    """The command that starts it; docs/how-to/vllm.md explains the options."""
     backend = "nccl" if device == "cuda" else "hybrid_lightning"
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", dtype]
     arguments += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--generation-config", "vllm"]

@@ -28,7 +28,7 @@ class OperandSource(PromptSource):
     Args:
         low: Smallest number.
         high: Largest number.
-        train_size: Number of training problems; None takes all there are.
+        train_size: Number of training problems; None for all.
         validation_size: Number of validation problems.
         test_size: Number of test problems.
         seed: Seed for drawing problems and their order.
@@ -46,7 +46,7 @@ class OperandSource(PromptSource):
         seed: int = 0,
     ) -> None:
         if not 0 <= low <= high:
-            raise ConfigError(f"data.source: low={low} and high={high} are no range; give 0 <= low <= high")
+            raise ConfigError(f"data.source: low={low} and high={high} are not a range; give 0 <= low <= high")
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         for split, size in sizes.items():
             smallest = 1 if split == "train" else 0
@@ -94,8 +94,8 @@ class OperandSource(PromptSource):
 class ArithmeticSource(OperandSource):
     """Sums such as `37+85=`.
 
-    A hash of the operands, regardless of their order, fixes the split of a sum, whatever the seed: 85+37 is never held out while
-    37+85 is trained on.
+    A hash of the operands, regardless of their order, fixes the split of a sum, whatever the seed: if 37+85 is a training
+    problem, 85+37 is never in validation or test.
 
     Each row has the columns `a`, `b`, `question` (`"37+85="`) and `answer` (`"122"`).
 
@@ -119,7 +119,7 @@ class ArithmeticSource(OperandSource):
         super().__init__(low, high, **drawn)
         if high - low >= _MAX_NUMBERS:
             raise ConfigError(
-                f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; take fewer than "
+                f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; give fewer than "
                 f"{_MAX_NUMBERS} numbers"
             )
 
@@ -174,14 +174,14 @@ class ProductSource(OperandSource):
         super().__init__(low, high, **drawn)
         if not 0 <= low_factor <= high_factor:
             raise ConfigError(
-                f"data.source: low_factor={low_factor} and high_factor={high_factor} are no range; give 0 <= low_factor <= "
+                f"data.source: low_factor={low_factor} and high_factor={high_factor} are not a range; give 0 <= low_factor <= "
                 "high_factor"
             )
         self.factors = range(low_factor, high_factor + 1)
         if (products := (high - low + 1) * len(self.factors)) > _MAX_PRODUCTS:
             raise ConfigError(
-                f"data.source: low={low} to high={high} and its factors make {products} products, which are all enumerated; take "
-                f"narrower ranges, of at most {_MAX_PRODUCTS}"
+                f"data.source: low={low} to high={high} and its factors make {products} products, which are all enumerated; give "
+                f"narrower ranges, with at most {_MAX_PRODUCTS} products"
             )
 
     def operands(self) -> Iterable[tuple[int, int]]:

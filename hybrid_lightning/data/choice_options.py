@@ -89,8 +89,8 @@ def letter_of(answer: Any, texts: Sequence[str], labels: Sequence[str] | None) -
         found |= {number for number, option in enumerate(texts) if option == text}
     if not found:
         raise ValueError(
-            f"is {shorten(answer)}, which is no option; give a letter up to {option_letter(len(texts) - 1)}, a number from 0 to "
-            f"{len(texts) - 1}, or the text of an option"
+            f"is {shorten(answer)}, which is not an option; give a letter up to {option_letter(len(texts) - 1)}, a number from 0 "
+            f"to {len(texts) - 1}, or the text of an option"
         )
     if len(found) > 1:
         meant = " or ".join(option_letter(number) for number in sorted(found))

@@ -40,10 +40,10 @@ class TableSource(PromptSource):
             `MultipleChoice` needs.
         answer_pattern: Regular expression to search for in the answer column; its one group is the answer.
         max_rows: Read only this many rows of each file or hub split, the first ones; None for all.
-        skip_bad_rows: Whether to drop rows without a usable question or answer, and show their number. If false, such rows are an
+        skip_bad_rows: Whether to drop rows without a usable question or answer, and log their number. If false, such a row is an
             error.
-        validation_fraction: Share of the training rows that becomes the validation split, where none is given.
-        test_fraction: Share of the training rows that becomes the test split, where none is given.
+        validation_fraction: Share of the training rows that becomes the validation split, if no validation split is given.
+        test_fraction: Share of the training rows that becomes the test split, if no test split is given.
         split_seed: Seed of the shuffle that decides which problems these fractions hold out.
         set_column: Column with the name of the row's set. Sets are evaluated separately, and `RewardBySet`, `FormatBySet` and
             `EnvironmentBySet` select by set. `Mixture` names its sources instead.
@@ -132,8 +132,8 @@ class TableSource(PromptSource):
         image = next((name for name, cell in columns.items() if has_image(cell)), None)
         if image is not None:
             raise DataError(
-                f"{where}: column {image!r} has an image, and policies read text alone; remove the column if the question needs "
-                "no image, or leave such rows out by skip_bad_rows=true"
+                f"{where}: column {image!r} has an image, but a policy reads only text; remove the column if the question needs "
+                "no image, or set skip_bad_rows=true"
             )
         if self.template is None:
             with row_error(f"{where}: question_column {self.question_column!r}"):

@@ -40,7 +40,7 @@ class ConversationFormat(PromptFormat):
         """Make the prompt of a row from its turns, unchanged.
 
         Raises:
-            DataError: If the column is missing or does not hold a list of turns, or if there is no question.
+            DataError: If the column is missing or does not hold a list of turns, or if the conversation has no question.
         """
         where = row.place
         if self.column not in row.columns:
@@ -53,7 +53,7 @@ class ConversationFormat(PromptFormat):
             )
         messages = asked_turns(turns)
         if not messages:
-            raise DataError(f"{where}: column {self.column!r} answers nothing: no turn is before it; correct or remove the row")
+            raise DataError(f"{where}: column {self.column!r} has no turn before the answer; correct or remove the row")
         if self.system_prompt:
             # Chat templates allow at most one system turn.
             messages = ({"role": "system", "content": self.system_prompt}, *without_system(messages))
@@ -84,18 +84,18 @@ def asked_text(turns: Any) -> str:
 
 
 def answered_text(turns: Any, where: str) -> str:
-    """Text of the answer, the last turn of a conversation, or the only one; error messages name its place by `where`.
+    """Text of the answer: the last turn of a conversation, or its only turn. `where` names the row in error messages.
 
     Raises:
         DataError: If the last turn is not the assistant's, or an answer alone has several turns.
     """
     if turns[-1]["role"] != "assistant":
-        raise DataError(f"{where} ends with a turn of {turns[-1]['role']!r}, not of 'assistant'; correct or remove the row")
+        raise DataError(f"{where} ends with a turn of {turns[-1]['role']!r}, not 'assistant'; correct or remove the row")
     if len(turns) > 1 and turns[0]["role"] == "assistant":
         raise DataError(f"{where} is an answer of {len(turns)} turns; give one assistant turn, or a whole conversation")
     return str(turns[-1]["content"])
 
 
 def without_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Turns without the system turn that they may begin with."""
+    """Turns without a leading system turn."""
     return turns[1:] if turns and turns[0]["role"] == "system" else turns

@@ -38,7 +38,7 @@ class PromptDataModule(Configurable, LightningDataModule):
     Args:
         source: Source of the problems.
         format: Turns a problem into a prompt.
-        max_prompt_tokens: Longer prompts are dropped, never truncated, and their number is shown. None for no limit.
+        max_prompt_tokens: Longer prompts are dropped, never truncated, and their number is logged. None for no limit.
         validation_prompts: Number of prompts to validate on, drawn at random with `seed`; None for all.
         test_prompts: Number of prompts to test on, drawn in the same way; None for all.
         eval_batch_size: Prompts per batch of validation, test and prediction.
@@ -79,7 +79,7 @@ class PromptDataModule(Configurable, LightningDataModule):
 
         Args:
             stage: "fit", "validate", "test" or "predict"; None for all splits.
-            encode: Returns the token ids of a prompt, which are counted for `max_prompt_tokens`. None takes `encode` of the
+            encode: Returns the token ids of a prompt, which are counted for `max_prompt_tokens`. None uses the `encode` of the
                 policy that the trainer runs.
 
         Raises:
@@ -91,7 +91,7 @@ class PromptDataModule(Configurable, LightningDataModule):
             self._formatted(split)
         if stage is not None and not self._formatted(splits[0]):
             raise DataError(
-                f"{type(self.source).__name__} has no {splits[0]} rows, which {str.__str__(stage)} needs; give data.source a "
+                f"{type(self.source).__name__} has no {splits[0]} rows, but {str.__str__(stage)} needs some; give data.source a "
                 f"{splits[0]} split"
             )
 
@@ -122,9 +122,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         """
         rollout_loader = getattr(self.trainer and self.trainer.lightning_module, "rollout_loader", None)
         if rollout_loader is None:
-            raise ConfigError(
-                "the module that is trained has no rollout_loader(prompts); take PolicyModule, or a module with that method"
-            )
+            raise ConfigError("the trained module has no rollout_loader(prompts); use PolicyModule, or a module with that method")
         return rollout_loader(self.train_prompts)
 
     def val_dataloader(self) -> "DataLoader[Prompt] | list[Prompt]":
@@ -164,15 +162,15 @@ class PromptDataModule(Configurable, LightningDataModule):
         encode = self._encode or getattr(self.trainer and self.trainer.lightning_module, "encode", None)
         if encode is None:
             raise ConfigError(
-                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or let a "
-                "trainer run a policy that has encode(prompt)"
+                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or train a "
+                "policy with a method encode(prompt)"
             )
         lengths = [len(encode(prompt)) for prompt in prompts]
         kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= self.max_prompt_tokens]
         if not kept:
             raise DataError(
-                f"all {len(prompts)} {split} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}; raise it, the "
-                f"shortest has {min(lengths)} tokens and the longest {max(lengths)}"
+                f"all {len(prompts)} {split} prompts are longer than max_prompt_tokens={self.max_prompt_tokens} (from "
+                f"{min(lengths)} to {max(lengths)} tokens); raise it"
             )
         if len(kept) < len(prompts):
             dropped = f"{len(prompts) - len(kept)} of {len(prompts)} {split} prompts"

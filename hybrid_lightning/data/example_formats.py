@@ -1,8 +1,8 @@
-r"""Formats of training examples: a prompt together with the completions that the data has for it.
+r"""Formats of training examples: a prompt together with its completions from the data.
 
 They wrap the format of the prompt, plain or chat. A completion is a template over the row's columns, such as `"{completion}"` or
-`" {answer}"`; a column with a conversation stands for the text of the assistant's last turn. The policy adds the end of the
-completion (the chat template's, or the end-of-sequence token), which is learned too.
+`" {answer}"`; a column with a conversation stands for the text of the assistant's last turn. The policy appends the end marker
+(the chat template's, or the end-of-sequence token) and learns it too.
 
 | rows | prompt | completions |
 |---|---|---|
@@ -64,8 +64,8 @@ class ExampleFormat(PromptFormat):
             context = without_system(asked_turns(turns))  # the prompt's format may have replaced the system turn
             if context and context != (prompt.messages or ())[-len(context) :]:
                 raise DataError(
-                    f"{where}: column {column!r} answers other turns than the prompt has; correct or remove the row, or give "
-                    "data.format.prompt the column with the turns before the answer"
+                    f"{where}: column {column!r} answers other turns than the prompt's; correct or remove the row, or set "
+                    "data.format.prompt to the column with the turns before the answer"
                 )
         text = fill_template(name, template, values, where)
         if not text.strip():
@@ -113,13 +113,12 @@ class PreferenceFormat(ExampleFormat):
 
         Raises:
             ConfigError: As in `ExampleFormat`.
-            DataError: As in `ExampleFormat`, or if both completions are the same, so that neither is preferred.
+            DataError: As in `ExampleFormat`, or if both completions are the same.
         """
         prompt = super().format(row)
         chosen, rejected = prompt.completions
         if chosen == rejected:
             raise DataError(
-                f"{row.place}: the chosen completion is also the rejected one ({chosen[:60]!r}), which says nothing of what is "
-                "preferred; correct or remove the row"
+                f"{row.place}: the chosen and the rejected completion are the same ({chosen[:60]!r}); correct or remove the row"
             )
         return prompt

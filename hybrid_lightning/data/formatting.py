@@ -17,7 +17,7 @@ from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
-# Not Any: the command line reads text of that type as YAML, and takes "Add: 1" for a mapping.
+# Not Any: the command line would parse such text as YAML, and read "Add: 1" as a mapping.
 _Value = str | bool | int | float | None
 FewShot = list[dict[str, _Value | list[_Value | dict[str, _Value]] | dict[str, _Value]]] | str | None  # rows, or a file with rows
 
@@ -26,8 +26,8 @@ class PromptFormat(Configurable, ABC):
     """Turns rows into prompts.
 
     Args:
-        template: The question to the policy, with columns in braces.
-        system_prompt: Instruction before everything else, used unchanged; None for none.
+        template: Text of the question, with columns in braces.
+        system_prompt: Instruction before everything else, used unchanged; None for no instruction.
         few_shot: Solved examples before the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or the
             path of a file with such rows (JSONL, JSON, CSV or Parquet). They need the columns that `template` and
             `answer_template` use.
@@ -104,7 +104,7 @@ class PlainFormat(PromptFormat):
 
 
 class ChatFormat(PromptFormat):
-    """Prompts of chat messages, which the policy renders with its chat template; examples become earlier turns.
+    """Prompts as chat messages, which the policy renders with its chat template; examples become earlier turns.
 
     Example:
         >>> ChatFormat(system_prompt="Add.").format(Row("3+4", "7")).messages
@@ -128,7 +128,7 @@ class FormatBySet(PromptFormat):
         formats: Name of the set, as in the source `Mixture` -> its format.
 
     Raises:
-        ConfigError: If there is no set.
+        ConfigError: If no set is given.
     """
 
     def __init__(self, formats: dict[str, PromptFormat]) -> None:
@@ -145,8 +145,8 @@ class FormatBySet(PromptFormat):
         """
         if row.set_name not in self.formats:
             raise DataError(
-                f"FormatBySet: {row.place} is of set {row.set_name!r}, which has no format; there is one for "
-                f"{', '.join(self.formats)}; name the sets as the data source does"
+                f"FormatBySet: {row.place} belongs to set {row.set_name!r}, which has no format; the sets with a format are "
+                f"{', '.join(self.formats)}; use the set names of the data source"
             )
         return self.formats[row.set_name].format(row)
 

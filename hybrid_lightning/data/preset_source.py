@@ -26,8 +26,8 @@ class PresetSource(TableSource):
         train_split: Name of the data set's split to train on; None for no training rows. Here and below, "auto" is the split that
             the data set has for this use, as listed in `data/presets.py`. Any other split of the data set also works, such as
             "test", and from the hub a slice of a split, such as "test[:90%]".
-        validation_split: Name of the split to validate on; None for none.
-        test_split: Name of the split to test on; None for none.
+        validation_split: Name of the split to validate on; None for no validation rows.
+        test_split: Name of the split to test on; None for no test rows.
         local_path: Copy to read instead of the hub: a folder, such as a clone of the data set's repository, with files named
             after the splits (`train.jsonl`, `data/test-00000-of-00001.parquet`), or one file. None reads from the hub or its
             cache.
@@ -99,17 +99,17 @@ class PresetSource(TableSource):
 
 
 def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
-    """Read a split from a local copy of a data set, a file or a folder: where its rows come from, and the rows.
+    """Read a split from a local copy of a data set, a file or a folder; returns where its rows come from, and the rows.
 
-    The rows are in all files with the split's name in theirs, in the folder of the `subset` if there is one. If this is the only
-    split to read (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
+    Reads all files with the split in their name, from the folder of the `subset` if there is one. If this is the only split to
+    read (`alone`), a single file may have any name. `parameter` names the split in error messages.
 
     Raises:
         ConfigError: If the split is a slice.
-        DataError: If there is no file for the split, or it cannot be read.
+        DataError: If the split's file is missing, or cannot be read.
     """
     if "[" in split:
-        raise ConfigError(f"{parameter}={split!r}: slices are for the hub; of a local copy take max_rows or a fraction")
+        raise ConfigError(f"{parameter}={split!r}: slices work only on the hub; for a local copy set max_rows or a fraction")
     place = Path(path).expanduser()
     if subset is not None and (place / subset).is_dir():
         place = place / subset
@@ -158,7 +158,7 @@ def boxed_answer(columns: dict[str, Any], *names: str) -> str:
     r"""Content of the last `\boxed{}` of a solution, in the first of the named columns that the row has.
 
     Raises:
-        ValueError: If the row has none of the columns, or there is no `\boxed{}` in the cell.
+        ValueError: If the row has none of the columns, or the cell has no `\boxed{}`.
     """
     solution = cell_text(columns, *names)
     answer = last_boxed(solution)

@@ -13,10 +13,10 @@
 | `LeetCode` | newfacade/LeetCodeDataset | train, 2,641 | | test, 228 |
 
 The table gives each class's default: the data set's split for each purpose, and its number of rows. You can name other splits,
-and use a local copy instead of the hub (see `PresetSource`). All but the last two are of mathematics, for `MathMatch`.
+and use a local copy instead of the hub (see `PresetSource`). All but the last two are mathematics, for `MathMatch`.
 
 - GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems; each answer is a whole number.
-- MATH (Hendrycks et al. 2021, arXiv 2103.03874): problems of competitions with answers in LaTeX. The original,
+- MATH (Hendrycks et al. 2021, arXiv 2103.03874): competition problems with answers in LaTeX. The original,
   hendrycks/competition_math, was taken down; this is the copy that verl trains on.
 - MATH-500: the problems of MATH's test split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate. If you test on it, you
   may also train on the other 4,500: a `Mixture` of MATH and MATH-500 drops their common problems from training.
@@ -24,7 +24,7 @@ and use a local copy instead of the hub (see `PresetSource`). All but the last t
 - AMC 2023: 40 problems of AMC 12, reworded so that each answer is a number instead of a choice.
 - DAPO-Math-17k (arXiv 2503.14476): competition problems, reworded so that each answer is a whole number.
 - LeetCodeDataset (Xia et al. 2025, arXiv 2504.14655): Python problems with a class to complete, and tests.
-- MMLU-Pro (Wang et al. 2024, arXiv 2406.01574): questions of 14 subjects with up to ten options.
+- MMLU-Pro (Wang et al. 2024, arXiv 2406.01574): questions in 14 subjects with up to ten options.
 """
 
 import json
@@ -94,7 +94,7 @@ class AIMESource(PresetSource):
         answer = cell_text(columns, "answer", "Answer") if spelled else boxed_answer(columns, "solution", "Solution")
         number = _AIME_AROUND.sub("", answer)
         if not re.fullmatch(r"\d{1,3}", number):
-            raise ValueError(f"the answer {answer!r} is no whole number from 0 to 999")
+            raise ValueError(f"the answer {answer!r} is not a whole number from 0 to 999")
         return cell_text(columns, "problem", "Problem", "question"), number
 
 
@@ -133,10 +133,9 @@ class AMC23(PresetSource):
 class DAPOMath17k(PresetSource):
     """DAPO-Math-17k, with columns `prompt` (the problem), `solution` (the answer) and `reward_model`.
 
-    The hub copy that is read is free of the original's repetitions. A local copy of the original,
-    BytedTsinghua-SIA/DAPO-Math-17k, can be read too: its problems are extracted from their conversations and instructions, and
-    each is kept once. The original has every problem about a hundred times, and all of its 1.79 million rows are read into
-    memory.
+    The copy on the hub has each problem once. A local copy of the original, BytedTsinghua-SIA/DAPO-Math-17k, can be read too:
+    its problems are extracted from their conversations and instructions, and each is kept once. The original repeats every
+    problem about a hundred times, and all of its 1.79 million rows are read into memory.
 
     Args:
         subset: "all", "en" (English) or "cn" (Chinese).
@@ -170,8 +169,8 @@ class LeetCode(PresetSource):
     """LeetCodeDataset, for the reward `CodeTests`, which uses its columns by default.
 
     Columns: `query` (the problem with the code to complete), `prompt` (imports), `entry_point`, `test` (a function `check`) and
-    `completion` (a solution). The solution is the reference answer: no reward compares with it, but modules can be scored with
-    it, and it can be trained on.
+    `completion` (a solution). The solution is the reference answer: no reward compares with it, but an adapter plan can be
+    scored on it, and supervised training can learn it.
     """
 
     hub_path: ClassVar[str] = "newfacade/LeetCodeDataset"
@@ -188,7 +187,7 @@ class MMLUPro(PresetSource):
     """MMLU-Pro, for the reward `MultipleChoice`.
 
     Columns: `question`, `options` (a list), `answer` (a letter), `answer_index` and `category`. The options become part of the
-    question, one per line as "A. ...". There is no training split: to train on the test split and hold out a part of it, set
+    question, one per line as "A. ...". There is no training split. To train on the test split and hold out a part of it, set
     `train_split: test`, `test_split: null` and `test_fraction`.
     """
 
@@ -204,7 +203,7 @@ class MMLUPro(PresetSource):
         letters = [option_letter(number) for number in range(len(options))]
         answer = cell_text(columns, "answer")
         if answer not in letters:
-            raise ValueError(f"column 'answer' is {answer!r}, which is no letter of the {len(options)} options")
+            raise ValueError(f"column 'answer' is {answer!r}, which is not the letter of one of the {len(options)} options")
         return f"{cell_text(columns, 'question')}\n\n{lettered_options(options)}", answer
 
 
@@ -231,7 +230,7 @@ def _dapo_answer(columns: dict[str, Any]) -> str:
         try:
             reward_model = json.loads(reward_model)
         except json.JSONDecodeError as error:
-            raise ValueError(f"column 'reward_model' is no JSON: {error}") from error
+            raise ValueError(f"column 'reward_model' is not JSON: {error}") from error
     if not isinstance(reward_model, Mapping):
         raise ValueError("column 'reward_model' must be an object with ground_truth")
     return cell_text(dict(reward_model), "ground_truth")
@@ -242,7 +241,5 @@ def _distinct_problems(rows: list[Row]) -> list[Row]:
     for row in rows:
         first.setdefault(problem_key(row.question), row)
     if len(first) < len(rows):
-        rank_zero_info(
-            f"DAPOMath17k: {rows[0].source} has {len(first)} different problems in {len(rows)} rows; each is kept once"
-        )
+        rank_zero_info(f"DAPOMath17k: {rows[0].source} has {len(first)} distinct problems in {len(rows)} rows; each is kept once")
     return list(first.values())

@@ -37,7 +37,7 @@ class ReasoningGymSource(PromptSource):
             if value < 0:
                 raise ConfigError(f"{name}={value}; give 0 or more problems")
         if not sum(sizes.values()):
-            raise ConfigError("size, validation_size and test_size are all 0; ask for at least one problem")
+            raise ConfigError("size, validation_size and test_size are all 0; set at least one of them")
         for name in {"size", "seed"} & set(config or {}):
             raise ConfigError(f"config has {name!r}; set the argument {name} of ReasoningGymSource instead")
         self.task = task
@@ -47,8 +47,8 @@ class ReasoningGymSource(PromptSource):
 
     def read(self) -> Splits:
         """Generate the problems."""
-        # The columns hold what the reward needs to generate the same entry again, in any process. The entry itself may hold
-        # tuples and other objects that JSON would change.
+        # The columns hold what the reward needs to regenerate the same entry in any process. The entry itself may hold tuples
+        # and other objects that JSON would change.
         config = {**self.config, "seed": self.seed, "size": sum(self.sizes)}
         factory = library(type(self).__name__)
         if self.task not in factory.DATASETS:
@@ -57,7 +57,7 @@ class ReasoningGymSource(PromptSource):
             dataset = factory.create_dataset(self.task, **config)
         except Exception as error:
             raise ConfigError(
-                f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}; correct it"
+                f"reasoning-gym task {self.task!r} rejects config={self.config}: {one_line(error)}; correct it"
             ) from error
         rows = []
         for item in range(sum(self.sizes)):

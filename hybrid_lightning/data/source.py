@@ -1,6 +1,6 @@
-"""`PromptSource`: where problems come from, the class that a config swaps to train on other data.
+"""`PromptSource`: where problems come from. A config swaps this class to train on other data.
 
-`Mixture` joins several sources, each as a named set. `EpisodeSource` has rows for environments that draw their own tasks.
+`Mixture` joins several sources, each as a named set. `EpisodeSource` makes rows for environments that draw their own tasks.
 """
 
 import math
@@ -16,6 +16,10 @@ from hybrid_lightning.data.splitting import Row, Splits, without_overlap
 from hybrid_lightning.errors import ConfigError, DataError
 
 _SPLITS = ("train", "validation", "test")
+_OVERLAPS = {
+    "train": "training rows that also occur in validation or test",
+    "validation": "validation rows that also occur in test",
+}
 _SEEDS = 2**31 // len(_SPLITS)  # of each split; an environment's seeds are below 2^31
 
 
@@ -43,22 +47,22 @@ class PromptSource(Configurable, ABC):
     def load(self) -> Splits:
         """Read the splits and remove problems that are in two of them.
 
-        Drops training rows with a question of validation or test, and validation rows with a question of the test, and shows
-        their number. Questions are compared regardless of case and spacing (see `problem_key`).
+        Training rows that also occur in validation or test are dropped, and so are validation rows that also occur in test; the
+        number of dropped rows is logged. Questions are compared regardless of case and spacing (see `problem_key`).
 
         Returns:
             Splits that have no question in common.
 
         Raises:
-            DataError: If a split has two rows with the same index or loses all its rows, or if `read` does not return splits of
-                rows of text.
+            DataError: If two rows of a split have the same index, if a split loses all its rows, or if `read` returns anything
+                but splits of rows of text.
         """
         splits = self.read()
         _check(type(self).__name__, splits)
         splits, dropped = without_overlap(splits)
         for name, count in dropped.items():
             if count:
-                rank_zero_info(f"{type(self).__name__}: dropped {count} {name} rows whose question is also held out from {name}")
+                rank_zero_info(f"{type(self).__name__}: dropped {count} {_OVERLAPS[name]}")
         return splits
 
 
@@ -67,15 +71,16 @@ class Mixture(PromptSource):
 
     Training draws from the sets in proportion to their weights, however many rows they have, so that small sets are repeated more
     often. Metrics of rollouts and evaluation are also reported for each set, and `RewardBySet` gives each set its own reward.
-    Sets without training rows are only evaluated. A training row is dropped if another set holds out its question.
+    Sets without training rows are only evaluated. A training row is dropped if it also occurs in another set's validation or
+    test rows.
 
     Args:
         sources: Name of the set -> source of its problems.
         weights: Name of the set -> its weight in training. Only the ratios count, and every set with training rows needs a
-            weight. None: all training rows are one pool, which each epoch goes through once.
+            weight. None: all training rows form one pool, and each epoch uses every row once.
 
     Raises:
-        ConfigError: If there is no set, a set is a mixture, or a weight is not positive or belongs to no set.
+        ConfigError: If no set is given, a set is itself a mixture, or a weight is not positive or names an unknown set.
 
     Example:
         >>> from hybrid_lightning.data import ArithmeticSource, ProductSource
@@ -92,7 +97,7 @@ class Mixture(PromptSource):
                 raise ConfigError(f"Mixture: set {name!r} is a mixture itself; list its sets here")
         for name, weight in (weights or {}).items():
             if name not in sources:
-                raise ConfigError(f"Mixture: weights has {name!r}, which is no set; the sets are {', '.join(sources)}")
+                raise ConfigError(f"Mixture: weights has {name!r}, which is not a set; the sets are {', '.join(sources)}")
             if not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(f"Mixture: the weight of {name!r} is {weight}; give a positive number, or leave the set out")
         self.sources = sources
@@ -123,7 +128,7 @@ class Mixture(PromptSource):
 
 
 class EpisodeSource(PromptSource):
-    """Tasks that an environment draws from a seed: the rows differ only in the column `seed`, from which episodes begin.
+    """Tasks that an environment draws from a seed. The rows differ only in the column `seed`, which starts the episode.
 
     No two splits share a seed, whatever `seed` and the numbers of rows are. Two seeds may still give the same task if the
     environment has few tasks.
@@ -136,7 +141,7 @@ class EpisodeSource(PromptSource):
         prompt: Text for the policy before the environment's first message.
 
     Raises:
-        ConfigError: If a number is negative, or there is no task.
+        ConfigError: If a number is negative, or all are 0.
 
     Example:
         >>> splits = EpisodeSource(count=2, validation_count=1, prompt="Guess the number.").load()
@@ -157,7 +162,7 @@ class EpisodeSource(PromptSource):
             if not 0 <= value <= _SEEDS:
                 raise ConfigError(f"EpisodeSource: {name}={value}; give 0 to {_SEEDS} tasks")
         if not sum(counts.values()):
-            raise ConfigError("EpisodeSource: count, validation_count and test_count are all 0; ask for at least one task")
+            raise ConfigError("EpisodeSource: count, validation_count and test_count are all 0; set at least one of them")
         self.seed, self.prompt = seed, prompt
         self._counts = dict(zip(_SPLITS, counts.values(), strict=True))
 
@@ -173,7 +178,7 @@ class EpisodeSource(PromptSource):
 
 
 def _check(name: str, splits: Any) -> None:
-    """Refuse mistakes that are easy to make in your own source, and that would show up far away from it."""
+    """Reject easy mistakes in a user's source here, since later they would show up far away from it."""
     if not isinstance(splits, Splits):
         raise DataError(f"{name}.read returned a {type(splits).__name__}; return Splits(train=[Row(...), ...], ...)")
     for split, rows in vars(splits).items():
@@ -186,5 +191,5 @@ def _check(name: str, splits: Any) -> None:
                 if not isinstance(value, allowed):
                     raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}; give text, as in str(...)")
             if (row.set_name, row.index) in seen:
-                raise DataError(f"two {split} rows from {row.source!r} have the index {row.index}; number them apart")
+                raise DataError(f"two {split} rows from {row.source!r} have index {row.index}; give each row its own index")
             seen.add((row.set_name, row.index))

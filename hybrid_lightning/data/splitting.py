@@ -1,7 +1,7 @@
 """Rows and splits, and the rule that no problem is in two splits.
 
-A problem is identified by its question, not by its place in a file: data sets repeat questions, and a problem on both sides of a
-split would be trained on and then tested. Where a question does not identify the problem, as in a game, `Row.task` does.
+A problem is identified by its question, not by its place in a file. Data sets repeat questions, and a repeated question could end
+up both in training and in the test. If the question does not identify the problem, as in a game, `Row.task` does.
 """
 
 import random
@@ -19,14 +19,14 @@ from hybrid_lightning.errors import ConfigError, DataError
 class Row:
     """One problem as a source gives it, before it is formatted into a prompt."""
 
-    question: str  # identifies the problem: must contain everything that tells it from other problems, unless `task` does
-    answer: str | None = None  # the reference answer alone, None where the data has none
+    question: str  # identifies the problem: must differ from every other problem's question, unless `task` differs
+    answer: str | None = None  # the reference answer alone, None if the data has none
     index: int = 0  # number of the row in its source, from 0; unique within a split and set
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row, in plain JSON values, since prompts are pickled
     set_name: str = ""  # set that the row belongs to, where a source joins several (see `Prompt.set_name`)
     set_weight: float | None = None  # weight of that set in training (see `Prompt.set_weight`)
-    task: str = ""  # tells problems with one question apart, such as the seed of a game; the policy does not see it
+    task: str = ""  # distinguishes problems with the same question, such as a game's seed; the policy does not see it
 
     @property
     def key(self) -> tuple[str, str]:
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a source; a split that it does not have is empty."""
+    """The rows of a source; a missing split is empty."""
 
     train: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
@@ -86,12 +86,12 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
         while groups and len(taken[name]) < round(fraction * len(rows)):
             taken[name] += groups.pop()
         if fraction and not taken[name]:
-            raise ConfigError(f"{name}_fraction={fraction} of {len(rows)} rows is no row at all; raise {name}_fraction")
+            raise ConfigError(f"{name}_fraction={fraction} of {len(rows)} rows is less than one row; raise {name}_fraction")
     taken["train"] = [position for group in groups for position in group]
     if rows and not taken["train"]:
         raise ConfigError(
-            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave no row to train on, of "
-            f"{len(rows)} with {len(copies)} different questions; lower them"
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave no row to train on "
+            f"({len(rows)} rows, {len(copies)} distinct questions); lower them"
         )
     return Splits(**{name: [rows[position] for position in sorted(positions)] for name, positions in taken.items()})
 
@@ -109,7 +109,7 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
 
 
 def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
-    """Drop training rows with a question of validation or test, and validation rows with a question of the test.
+    """Drop training rows that also occur in validation or test, and validation rows that also occur in test.
 
     Returns:
         Splits without shared problems, and the number of rows dropped from `train` and from `validation`.
@@ -124,8 +124,8 @@ def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
     for name, before, after in (("train", splits.train, train), ("validation", splits.validation, validation)):
         if before and not after:
             raise DataError(
-                f"every question of the {name} split ({len(before)} rows, the first from {before[0].source!r}) is also "
-                f"in a split held out from it; give a {name} split with other questions"
+                f"every question of the {name} split ({len(before)} rows, the first from {before[0].source!r}) also occurs in "
+                f"a held-out split; give a {name} split with other questions"
             )
     dropped = {"train": len(splits.train) - len(train), "validation": len(splits.validation) - len(validation)}
     return Splits(train=train, validation=validation, test=splits.test), dropped

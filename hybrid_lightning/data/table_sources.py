@@ -18,13 +18,13 @@ from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreac
 class FileSource(TableSource):
     r"""Problems from local JSONL, JSON, CSV or Parquet files (text also in `.gz`), one file per split.
 
-    Training rows with a question that is also in `validation` or `test` are dropped, and their number is shown. Without a file
-    for a split, split it off from `train` with `validation_fraction` and `test_fraction`.
+    Training rows that also occur in `validation` or `test` are dropped, and their number is logged. If you have no file for a
+    split, `validation_fraction` and `test_fraction` split it off from `train`.
 
     Args:
         train: Path of the training file; None for no training rows.
-        validation: Path of the validation file; None for none.
-        test: Path of the test file; None for none.
+        validation: Path of the validation file, if there is one.
+        test: Path of the test file, if there is one.
         **columns: Arguments of `TableSource`.
 
     Example:
@@ -48,16 +48,16 @@ class FileSource(TableSource):
 class RowsSource(TableSource):
     r"""Problems from rows in memory: lists of dicts, or a `datasets.Dataset` for each split.
 
-    As in `FileSource`, training rows with a held-out question are dropped, and fractions are split off.
+    As in `FileSource`, training rows that also occur in a held-out split are dropped, and fractions are split off.
 
     Args:
-        train: Training rows, each a dict from column to cell; None for none.
-        validation: Validation rows; None for none.
-        test: Test rows; None for none.
+        train: Training rows, each a dict from column to cell; None for no training.
+        validation: Validation rows, if there are any.
+        test: Test rows, if there are any.
         **columns: Arguments of `TableSource`.
 
     Raises:
-        ConfigError: If there is no split.
+        ConfigError: If no split is given.
         DataError: If a split has no rows, or a row is not a dict.
 
     Example:
@@ -80,7 +80,7 @@ class RowsSource(TableSource):
         }
         for split, table in self.tables.items():
             if not table:
-                raise DataError(f"RowsSource: {split} has no rows; give at least one, or leave it out")
+                raise DataError(f"RowsSource: {split} has no rows; give at least one row, or leave {split} out")
             for index, row in enumerate(table):
                 if not isinstance(row, Mapping):
                     raise DataError(f'RowsSource: {split} row {index} is {shorten(row)}; give dicts such as {{"question": ...}}')
@@ -99,8 +99,8 @@ class HubSource(TableSource):
         name: Configuration of the data set, such as "main"; None if it has only one.
         revision: Branch, tag or commit; None for the newest.
         train_split: Name of the split to train on, or a slice such as "train[:90%]"; None for no training rows.
-        validation_split: Name of the validation split; None for none.
-        test_split: Name of the test split; None for none.
+        validation_split: Name of the validation split, if there is one.
+        test_split: Name of the test split, if there is one.
         **columns: Arguments of `TableSource`.
 
     Example:
@@ -168,7 +168,7 @@ def read_hub_split(
 
 
 def _check_revision(hub: HubRepository, data: Any) -> None:
-    """Refuse a cached data set of another revision: offline, `datasets` uses the one used last, whichever was requested."""
+    """Reject a cached data set of another revision: offline, `datasets` loads the last used revision, whatever was requested."""
     assert hub.revision is not None
     kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub.id, repo_type="dataset"), "refs", hub.revision)
     commit = kept.read_text() if kept.is_file() else hub.revision
@@ -188,21 +188,21 @@ _DATASETS_MESSAGES = (
     ),
     (
         r"Couldn't find cache for .*? for config .*?Available configs in the cache: \[(.*?)\]",
-        "the cache has no configuration name={name!r} of data set {path!r}, and the hub is not reached; correct it to one of "
+        "the cache has no configuration name={name!r} of data set {path!r}, and the hub cannot be reached; correct it to one of "
         "{choices}, or download it",
     ),
     (
         r'Unknown split ".*?"\. Should be one of \[(.*?)\]',
-        "{parameter}={split!r}: data set {path!r} has no such split, but {choices}; correct {parameter}, or set it to null",
+        "{parameter}={split!r}: data set {path!r} has no such split; it has {choices}; correct {parameter}, or set it to null",
     ),
     (
         r"Dataset scripts are no longer supported",
-        "data set {path!r} is a program, which `datasets` does not run any more; give revision=refs/convert/parquet, where the "
-        "hub has most of them as files, or another data set",
+        "data set {path!r} is a loading script, which `datasets` no longer runs; set revision=refs/convert/parquet, where the "
+        "hub keeps most of these data sets as files, or use another data set",
     ),
     (
         r"doesn't contain any data files|No \(supported\) data files found|Couldn't infer the same data file format",
-        "data set {path!r} has no data files that can be read, such as Parquet or JSON Lines; give another one",
+        "data set {path!r} has no readable data files, such as Parquet or JSON Lines; use another data set",
     ),
 )
 

@@ -1,9 +1,8 @@
-"""Read the rows of a local file, and write their cells as text in one way for answers, templates and error messages.
+"""Read the rows of a local file, and write cells as text in the same way for answers, templates and error messages.
 
-JSON and CSV are read by the standard library and Parquet by `datasets`. The JSON and CSV readers of `datasets` infer types: they
-turn the text "2020-01-01" into a timestamp and an integer beyond 64 bits into a rounded float. They also shift the columns of a
-CSV file if all its rows have one field too many, and do not name the line that they cannot read. Reading must not change an
-answer.
+The standard library reads JSON and CSV, and `datasets` reads Parquet. Reading must not change an answer, but the JSON and CSV
+readers of `datasets` infer types: they turn the text "2020-01-01" into a timestamp and an integer beyond 64 bits into a rounded
+float. They also shift the columns of a CSV file if all its rows have one field too many, and their errors do not name the line.
 """
 
 import csv
@@ -42,7 +41,7 @@ def read_table(name: str, path: str) -> Table:
     try:
         rows = reader(file, packed)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{name}={path!r} cannot be read: {one_line(error)}; see whether it is complete, and UTF-8") from error
+        raise DataError(f"{name}={path!r} cannot be read: {one_line(error)}; check that it is complete and in UTF-8") from error
     if not rows:
         raise DataError(f"{name}={path!r} has no rows; give a file with at least one")
     return rows
@@ -75,7 +74,7 @@ def _read_jsonl(file: Path, packed: bool) -> Table:
                 row = json.loads(line.rstrip("\r\n"))  # without the line break, an error at the end is reported in this line
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{file}, line {number} is no valid JSON: {error.msg} at column {error.colno}; correct it"
+                    f"{file}, line {number} is not valid JSON: {error.msg} at column {error.colno}; correct it"
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f'{file}, line {number} is {shorten(row)}; it must be a JSON object such as {{"question": ...}}')
@@ -92,9 +91,9 @@ def _read_json(file: Path, packed: bool) -> Table:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{file}, {place}: no valid JSON: {error.msg}; name it .jsonl if it has one object a line") from error
+        raise DataError(f"{file}, {place}: not valid JSON: {error.msg}; name it .jsonl if it has one object per line") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file} must hold a JSON list of objects, not {shorten(rows)}; one object a line is a .jsonl file")
+        raise DataError(f"{file} must hold a JSON list of objects, not {shorten(rows)}; name it .jsonl if it has one per line")
     return rows
 
 
@@ -115,7 +114,7 @@ def _read_csv(file: Path, packed: bool) -> Table:
                     )
                 rows.append(dict(zip(header, cells, strict=True)))
         except csv.Error as error:
-            raise DataError(f"{file}, line {lines.line_num} is no valid CSV: {error}; correct it") from error
+            raise DataError(f"{file}, line {lines.line_num} is not valid CSV: {error}; correct it") from error
     return rows
 
 
@@ -125,7 +124,7 @@ def _read_parquet(file: Path, packed: bool) -> Table:
     try:
         return list(load_dataset("parquet", data_files=str(file), split="train", streaming=True))
     except Exception as error:  # pyarrow and datasets raise a dozen types
-        raise DataError(f"{file} is no readable Parquet file: {one_line(error)}; write it anew") from error
+        raise DataError(f"{file} is not a readable Parquet file: {one_line(error)}; write it again") from error
 
 
 _READERS: dict[str, Callable[[Path, bool], Table]] = {
@@ -140,7 +139,7 @@ _READERS: dict[str, Callable[[Path, bool], Table]] = {
 
 
 def to_text(value: Any) -> str:
-    """Write a cell, text, number or bool, as text: numbers in one form, without exponent or a fractional part of zero.
+    """Write a cell (text, number or bool) as text: numbers in one form, without an exponent or a fractional part of zero.
 
     Raises:
         ValueError: If the value is missing, not finite, too large for a float to be exact, or of another type.
@@ -155,9 +154,9 @@ def to_text(value: Any) -> str:
         return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"is {value}, which is no number")
+            raise ValueError(f"is {value}, which is not a number")
         if abs(value) >= EXACT_FLOAT:
-            raise ValueError(f"is {value!r}, which a float does not hold exactly; write it as text")
+            raise ValueError(f"is {value!r}, which a float cannot represent exactly; write it as text")
         return _without_exponent(Decimal(repr(value)))
     if isinstance(value, Decimal) and value.is_finite():
         return _without_exponent(value)
@@ -167,7 +166,7 @@ def to_text(value: Any) -> str:
 
 
 def has_image(value: Any) -> bool:
-    """Whether a cell is an image or has one in it, as Hugging Face's data sets and chat messages do."""
+    """Whether a cell is or contains an image, in the form of Hugging Face data sets or of chat messages."""
     if isinstance(value, (list, tuple)):
         return any(map(has_image, value))
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 r"""Templates such as `"{question}\nAnswer:"`, filled with the columns of a row.
 
-Brackets take an entry of a column that holds a list or a dict, as in Python's `str.format`: `{choices[0]}`,
+Brackets select an entry of a column that holds a list or a dict, as in Python's `str.format`: `{choices[0]}`,
 `{choices[text][0]}`. A whole list of options is written one per line, as `A. ...`.
 """
 
@@ -25,7 +25,7 @@ def template_fields(name: str, template: str) -> list[str]:
     try:
         pieces = [(field, spec, conversion) for _, field, spec, conversion in Formatter().parse(template)]
     except ValueError as error:
-        raise ConfigError(f"{name}={template!r}: {error}; write {{{{ and }}}} for braces that are no placeholder") from error
+        raise ConfigError(f"{name}={template!r}: {error}; write {{{{ and }}}} for literal braces") from error
     fields = []
     for field, spec, conversion in pieces:
         if field is None:
@@ -34,7 +34,7 @@ def template_fields(name: str, template: str) -> list[str]:
         if match is None or spec or conversion:
             raise ConfigError(
                 f"{name}={template!r}: a placeholder is the name of a column in braces and nothing else, such as {{question}}, "
-                "or an entry of it, such as {choices[0]}; write {{ and }} for braces that are no placeholder"
+                "or an entry of it, such as {choices[0]}; write {{ and }} for literal braces"
             )
         fields.append(match["column"])
     return fields
@@ -58,7 +58,7 @@ def fill_template(name: str, template: str, values: Mapping[str, Any], where: st
         if column not in values:
             raise ConfigError(
                 f"{name}={template!r} uses {{{column}}}, which {where} does not have; it has {', '.join(sorted(values))} "
-                "(write {{ and }} for braces that are no placeholder)"
+                "(write {{ and }} for literal braces)"
             )
         try:
             value = _entry(values[column], match["keys"])
@@ -76,14 +76,14 @@ def _entry(value: Any, keys: str) -> Any:
         value = parse_cell(value)
         if isinstance(value, dict):
             if key not in value:
-                raise ValueError(f"has no entry [{key}], but {', '.join(f'[{known}]' for known in value) or 'none'}")
+                raise ValueError(f"has no entry [{key}]; it has {', '.join(f'[{known}]' for known in value) or 'none'}")
             value = value[key]
         elif isinstance(value, (list, tuple)):
             if not key.isdecimal() or int(key) >= len(value):
                 raise ValueError(
-                    f"has no entry [{key}], but [0] to [{len(value) - 1}]" if value else f"is empty, without a [{key}]"
+                    f"has no entry [{key}]; it has [0] to [{len(value) - 1}]" if value else f"is empty, without an entry [{key}]"
                 )
             value = value[int(key)]
         else:
-            raise ValueError(f"is no list of which [{key}] could be taken: {shorten(value)}")
+            raise ValueError(f"is not a list, so it has no entry [{key}]: {shorten(value)}")
     return value

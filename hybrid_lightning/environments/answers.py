@@ -1,6 +1,6 @@
-"""Checks the answers of an environment, often the user's own code: roles and texts, a finite reward, whether the episode is over.
+"""Checks what an environment returns, often the user's own code: roles and texts, a finite reward, whether the episode is over.
 
-Valid answers are copied as plain data: the environment may change its objects afterwards.
+Valid answers are copied as plain data, since the environment may change its objects afterwards.
 """
 
 import json
@@ -16,13 +16,13 @@ from hybrid_lightning.environments.environment import CUT_MARK, Step
 from hybrid_lightning.errors import one_line, shorten
 from hybrid_lightning.types import Message
 
-MAX_CHARS = 1_000_000  # in all messages of an answer: the rest is cut before tokenization
+MAX_CHARS = 1_000_000  # in all messages of an answer; the rest is cut before tokenization
 _MESSAGE_CHARS = 1_000  # charged per message besides its text
 _LARGEST = torch.finfo(torch.float32).max  # rewards are summed up in float32
 
 
 class OddAnswerError(Exception):
-    """An answer of the wrong form; the text states what it is, and what it has to be."""
+    """An answer of the wrong form; the text states what was returned and what is required."""
 
 
 def checked_messages(value: Any) -> tuple[Message, ...]:
@@ -83,20 +83,20 @@ def _copied(entry: Any, most: int) -> Message:
     """A message as plain data; its text is cut to `most` characters and a mark."""
     message = {"role": "user", "content": entry} if isinstance(entry, str) else entry
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise OddAnswerError(f"returned the message {shorten(entry)}; a message has a role and a content, as {_EXAMPLE}")
+        raise OddAnswerError(f"returned the message {shorten(entry)}; a message has a role and a content, such as {_EXAMPLE}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not role or role == "assistant":
-        raise OddAnswerError(f"returned a message of role {shorten(role)}; give a role such as user or tool, not the policy's")
+        raise OddAnswerError(f"returned a message with role {shorten(role)}; give a role such as user or tool, not the policy's")
     if not isinstance(content, str):
         raise OddAnswerError(f"returned a message with the content {shorten(content)}; it must be text")
     if len(content) > most:
         content = content[:most] + CUT_MARK
     try:
         text = json.dumps({**message, "content": content}, ensure_ascii=False)
-        text.encode()  # invalid characters, such as half of one, cannot be tokenized
+        text.encode()  # invalid characters, such as half a surrogate pair, cannot be tokenized
     except (TypeError, ValueError, RecursionError) as error:
         raise OddAnswerError(
-            f"returned a message that cannot be written as JSON ({one_line(error)}); make it of texts, numbers, lists and dicts, "
+            f"returned a message that cannot be written as JSON ({one_line(error)}); use only texts, numbers, lists and dicts, "
             'and decode bytes with errors="replace"'
         ) from None
     if len(text) > 10 * MAX_CHARS:

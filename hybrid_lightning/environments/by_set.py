@@ -1,4 +1,4 @@
-"""`EnvironmentBySet`: rows of one run act in environments of their own."""
+"""`EnvironmentBySet`: each set of the data has its own environment."""
 
 from collections.abc import Awaitable
 from typing import Any, Self
@@ -9,16 +9,16 @@ from hybrid_lightning.types import Message, Prompt
 
 
 class EnvironmentBySet(Environment):
-    """Each episode acts in the environment of its prompt's set: one with tools, one that is a game, and so on.
+    """Each episode acts in the environment of its prompt's set, such as tools for one set and a game for another.
 
-    `Mixture` names sets, and rows of one table name theirs by `set_column`. Prompts show the tools of their own environment.
+    Sets get their names from `Mixture`, or from the `set_column` of a table. A prompt shows the tools of its own environment.
 
     Args:
         environments: Name of the set -> its environment.
 
     Raises:
-        ConfigError: If there is no set.
-        DataError: If a prompt is of another set.
+        ConfigError: If no set is given.
+        DataError: If a prompt belongs to another set.
     """
 
     def __init__(self, environments: dict[str, Environment]) -> None:
@@ -29,11 +29,11 @@ class EnvironmentBySet(Environment):
 
     @property
     def thread_safe(self) -> bool:  # type: ignore[override]
-        """Whether the methods of all of them may run in any thread."""
+        """Whether the methods of all environments may run in any thread."""
         return all(environment.thread_safe for environment in self.environments.values())
 
     def prepare(self, chat_template: str | None) -> None:
-        """Prepare all of them."""
+        """Prepare all environments."""
         super().prepare(chat_template)
         for environment in self.environments.values():
             environment.prepare(chat_template)
@@ -54,7 +54,7 @@ class EnvironmentBySet(Environment):
         return self._of(prompt).tools_of(prompt)
 
     def added_roles(self) -> tuple[str, ...]:
-        """The roles of all of them."""
+        """The roles of all environments."""
         return tuple(dict.fromkeys(role for environment in self.environments.values() for role in environment.added_roles()))
 
     def start(self, prompt: Prompt, seed: int) -> Messages | Awaitable[Messages]:
@@ -64,11 +64,11 @@ class EnvironmentBySet(Environment):
         return self._own.start(prompt, seed)
 
     def step(self, message: Message) -> Answer | Awaitable[Answer]:
-        """What that environment answers."""
+        """Answer with that environment."""
         return self._own.step(message)
 
     def final_reward(self) -> float | Awaitable[float]:
-        """What that environment pays at the end."""
+        """The final reward of that environment."""
         return self._own.final_reward()
 
     def close(self) -> Awaitable[None] | None:
@@ -78,7 +78,7 @@ class EnvironmentBySet(Environment):
     def _of(self, prompt: Prompt) -> Environment:
         if prompt.set_name not in self.environments:
             raise DataError(
-                f"EnvironmentBySet: {prompt.place} is of set {prompt.set_name!r}, which has no environment; there is one for "
-                f"{', '.join(self.environments)}; name the sets as the data does, by Mixture or set_column"
+                f"EnvironmentBySet: {prompt.place} belongs to set {prompt.set_name!r}, which has no environment; the sets with "
+                f"an environment are {', '.join(self.environments)}; use the set names of the data (Mixture or set_column)"
             )
         return self.environments[prompt.set_name]

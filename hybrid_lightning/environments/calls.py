@@ -1,6 +1,6 @@
-"""`CallFormat`: how a policy writes calls of tools, read from its messages in time linear in their length.
+"""`CallFormat`: how a policy writes tool calls. Calls are read from a message in time linear in its length.
 
-The formats are in `json_calls.py` and `tagged_calls.py`, which also finds the one that a chat template teaches.
+The formats are in `json_calls.py` and `tagged_calls.py`, which also finds the format that a chat template teaches.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrid_lightning.configurable import Configurable
 
-MAX_CALLS = 100  # per message; a JSON error takes time that grows with the length of the text before it
+MAX_CALLS = 100  # per message: each JSON error takes time that grows with the text before it
 Schema = Mapping[str, Any]  # schema of a tool: {"type": "function", "function": {"name", "description", "parameters"}}
 
 
@@ -27,13 +27,13 @@ class Call:
 
 @dataclass(frozen=True)
 class MalformedCall:
-    """Something that was meant as a call but cannot be read."""
+    """An attempted call that cannot be read."""
 
     reason: str  # one line, for the policy
 
 
 class CallFormat(Configurable, ABC):
-    """Base class of formats of calls. A subclass needs `parse` and `describe`."""
+    """Base class of call formats. A subclass needs `parse` and `describe`."""
 
     @abstractmethod
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
@@ -49,7 +49,7 @@ class CallFormat(Configurable, ABC):
 
     @abstractmethod
     def describe(self, tools: Sequence[Schema]) -> str:
-        """Text that tells a policy which tools exist and how to call them, for chat templates that do not."""
+        """Text that describes the tools and how to call them, for chat templates that do not."""
 
     def check(self, tools: Sequence[Schema]) -> None:
         """Check that these tools can be called.
@@ -75,9 +75,9 @@ def parsed_json(text: str) -> Any:
 
 
 def typed_value(text: str, schema: Schema) -> Any:
-    """The value that a text stands for: the text itself if the schema accepts one, else its value as JSON or a Python constant.
+    """The value that a text represents: the text itself if the schema accepts text, else its value as JSON or a Python constant.
 
-    A text that is neither stays a text, which the schema then refuses.
+    Any other text is returned unchanged, and the schema then rejects it.
 
     Example:
         >>> typed_value("3", {"type": "string"}), typed_value("3", {"type": "integer"}), typed_value("True", {"type": "boolean"})

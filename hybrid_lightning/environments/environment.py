@@ -1,15 +1,15 @@
-"""`Environment`: the contract of everything that a policy acts in over several turns.
+"""`Environment`: base class of anything that a policy acts in over several turns.
 
 An *episode* is one prompt and a sequence of turns. In each turn the policy samples a message, and the environment answers with
-messages of its own, a reward, and whether the episode is over:
+messages, a reward, and whether the episode is over:
 
     environment.start(prompt, seed)      messages after the prompt, before the first turn
     environment.step(message)            once per turn
-    environment.final_reward()           the reward at the end, besides the rewards of the turns
+    environment.final_reward()           the reward at the end, added to the rewards of the turns
     environment.close()
 
-Each episode has its own object, made with the arguments of the object in the config. All episodes of a group get the same seed,
-and so the same task.
+Each episode has its own object, made with the arguments of the object in the config. All episodes of a group get the same seed
+and therefore the same task.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, Self
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.types import Message, Prompt
 
-CUT_MARK = "... [cut]"  # after a text with its end cut off
+CUT_MARK = "... [cut]"  # after a truncated text
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Step:
     messages: Sequence[Message] = ()  # added to the conversation, in order
     reward: float = 0.0  # for this turn
     over: bool = False  # whether the episode ends here; `messages` are then shown, but the policy does not read them
-    end: Literal["over", "answered"] = "over"  # why it is over: ended by the environment, or the policy gave its answer
+    end: Literal["over", "answered"] = "over"  # why it is over: the environment ended it, or the policy gave its answer
     counts: Mapping[str, float] = field(default_factory=dict)  # such as {"calls": 2}; logged as means over episodes
 
 
@@ -61,7 +61,7 @@ class Environment(Configurable, ABC):
         False
     """
 
-    # Whether ordinary methods may run in any thread. Episodes run side by side: `async` methods are awaited together, ordinary
+    # Whether ordinary methods may run in any thread. Episodes run concurrently: `async` methods are awaited together, ordinary
     # methods run in threads. If False, each episode has its own thread, for objects that belong to a thread (SQLite), and `start`
     # runs for one episode at a time, so that seeding and drawing there is repeatable. All episodes of a process share its global
     # state: code that draws from the global generators later, or changes other global state, needs processes (episodes.workers).
@@ -77,10 +77,10 @@ class Environment(Configurable, ABC):
 
         Args:
             prompt: The problem, with its reference answer and columns.
-            seed: The same for all episodes of a group, in [0, 2^31): all randomness in the task has to follow from it.
+            seed: The same for all episodes of a group, in [0, 2^31). All randomness of the task must follow from it.
 
         Returns:
-            Messages after the prompt's messages, such as the rules of a game; by default none. A text is a user message.
+            Messages to add after the prompt, such as the rules of a game; by default none. A plain text is a user message.
         """
         return ()
 
@@ -94,14 +94,14 @@ class Environment(Configurable, ABC):
                 `<think>` if the prompt does.
 
         Returns:
-            A `Step`, or a tuple of its messages, reward and over. A text among the messages is a user message. The same messages
-            have to get the same answers for the same seed: an episode is begun again after its environment fails.
+            A `Step`, or a tuple of its messages, reward and over. A plain text among the messages is a user message. With the
+            same seed, the same messages must get the same answers: after a fault, the episode is replayed.
         """
 
     def final_reward(self) -> float | Awaitable[float]:
-        """Return the reward at the end of the episode, in addition to the rewards of its turns; by default nothing.
+        """Return the reward at the end of the episode, in addition to the rewards of its turns; by default 0.
 
-        Called once, whether the environment, the policy or a bound ended the episode, but not after a step that failed or took
+        Called once, whether the environment, the policy or a limit ended the episode, but not after a step that failed or took
         too long. If the call fails, the episode is left out. It may be `async`.
         """
         return 0.0
@@ -114,18 +114,18 @@ class Environment(Configurable, ABC):
         return []
 
     def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """JSON schemas of the tools for this prompt, if they differ from row to row: some of `tools`, by default all."""
+        """JSON schemas of the tools for this prompt, a subset of `tools`; by default all."""
         return self.tools()
 
     def added_roles(self) -> tuple[str, ...]:
-        """Roles of the messages that `step` adds; they are tried with the chat template before a run.
+        """Roles of the messages that `step` adds, which are tested with the chat template before a run.
 
         By default user, and tool if there are tools.
         """
         return ("tool", "user") if self.tools() else ("user",)
 
     def prepare(self, chat_template: str | None) -> None:
-        """Adapt to the model, once, before any episode begins. An override must call this method.
+        """Adapt to the model. Called once, before any episode begins. An override must call this method.
 
         Args:
             chat_template: Jinja template that renders the conversation; None for a model without one.
@@ -142,12 +142,12 @@ class Environment(Configurable, ABC):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments: another process makes it anew."""
+        """Pickled as its arguments, from which another process makes its own object."""
         return partial(type(self), **self._init_args), ()
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy nested lists and dicts of a config, since an object may change them. Methods get a copy of their object."""
+    """Copy nested lists and dicts of a config, since an object may change them. A method is bound to a copy of its object."""
     if isinstance(value, dict):
         return {key: _copied(item, copies) for key, item in value.items()}
     if isinstance(value, MethodType) and not isinstance(value.__self__, type):

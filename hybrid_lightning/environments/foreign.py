@@ -1,11 +1,11 @@
-"""Environments of other packages, used unchanged: an object is made for each episode, and used through its methods.
+"""Environments of other packages, used unchanged: each episode makes an object and calls its methods.
 
     GymEnvironment      reset(seed), step(text) -> observation, reward, terminated, truncated, info    Gymnasium, GEM
     OpenEnvEnvironment  a client: reset(seed), step(action) -> observation, reward, done               OpenEnv
 
 This file imports none of these packages. `make` names a function or class that makes the object, with `arguments`; it also gets
-the episode's seed if it has a parameter `seed`. Objects are made within an episode. Other forms are short classes of your own:
-see `examples/agent_frameworks` for TextArena, SkyRL Gym and TextWorld.
+the episode's seed if it has a parameter `seed`. For another API, write a short class: see `examples/agent_frameworks` for
+TextArena, SkyRL Gym and TextWorld.
 """
 
 import inspect
@@ -32,7 +32,7 @@ class ForeignEnvironment(Environment):
         arguments: Its arguments, by name.
 
     Raises:
-        ConfigError: If there is no such function, or it does not take these arguments.
+        ConfigError: If the function does not exist, or it does not take these arguments.
     """
 
     def __init__(self, make: str, arguments: dict[str, Any] | None = None) -> None:
@@ -57,10 +57,10 @@ class ForeignEnvironment(Environment):
 
 
 class GymEnvironment(ForeignEnvironment):
-    """An environment of Gymnasium's form with texts as observations and actions, such as GEM's.
+    """An environment with Gymnasium's API and texts as observations and actions, such as GEM's.
 
     The action is the text of the policy's message. `reset` gets the seed if it takes one, and returns an observation, or an
-    observation and a dict. `step` returns observation, reward, terminated, truncated and a dict, or as in the older Gym
+    observation and a dict. `step` returns observation, reward, terminated, truncated and a dict, or as in older Gym versions
     observation, reward, done and a dict. Observations that are not texts are written as JSON.
 
     Args:
@@ -74,22 +74,22 @@ class GymEnvironment(ForeignEnvironment):
         answer = game.reset(seed=seed) if takes(game.reset, "seed") else game.reset()
         if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
             answer = answer[0]
-        return said(answer)
+        return as_messages(answer)
 
     def step(self, message: Message) -> Step:
         """Act with the text of the message."""
         answer = self.game.step(message["content"])
         if not isinstance(answer, tuple) or len(answer) not in (4, 5) or not isinstance(answer[-1], Mapping):
-            raise ConfigError(f"{self._make}: step returned {shorten(answer)}, which is not of Gymnasium's form; wrap it")
+            raise ConfigError(f"{self._make}: step returned {shorten(answer)}, which does not follow Gymnasium's API; wrap it")
         observation, reward, *over, _ = answer
-        return Step(said(observation), reward, any(map(bool, over)))
+        return Step(as_messages(observation), reward, any(map(bool, over)))
 
 
 class OpenEnvEnvironment(ForeignEnvironment):
-    """An environment on a server that speaks OpenEnv, such as a space of the Hugging Face hub.
+    """An environment on an OpenEnv server, such as a space on the Hugging Face hub.
 
-    An invalid action that is refused is the policy's fault: the policy gets a message, and it is counted (`refused_actions`). If
-    all actions are refused, `action` is not the field that takes a text, or the action needs other fields.
+    If the server rejects an action as invalid, the policy gets a message, and the action counts in `refused_actions`. If all
+    actions are rejected, `action` names the wrong field, or the action needs other fields.
 
     The server must make the same task for the same seed. Steps of several episodes run at the same time, each in its own session:
     raise the server's `max_concurrent_envs` to at least the number of episodes in a rollout.
@@ -97,9 +97,9 @@ class OpenEnvEnvironment(ForeignEnvironment):
     Args:
         url: Address of the server, such as `http://localhost:8000`.
         client: Class of the client; the default supports every environment, with actions and observations as dicts.
-        action: Field of the action that gets the text of the policy's message.
-        action_class: Class of the actions that `client` wants; None for a dict.
-        observation: Field of the observation to show; None for all of it, as JSON if it is not text.
+        action: Field of the action that receives the text of the policy's message.
+        action_class: Class of the actions that `client` expects; None for a dict.
+        observation: Field of the observation to show; None for the whole observation, as JSON if it is not text.
         arguments: Further arguments of the client, such as `{message_timeout_s: 30}`.
     """
 
@@ -124,7 +124,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
         client = self._begin(seed)
         self.game = client.sync() if hasattr(client, "sync") else client
         seeded = {"seed": seed} if takes(self.game.reset, "seed") else {}
-        return said(self._read(self.game.reset(**seeded)).messages)
+        return as_messages(self._read(self.game.reset(**seeded)).messages)
 
     def step(self, message: Message) -> Step:
         """Act with the text of the message."""
@@ -135,7 +135,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
         except Exception as error:
             if type(error).__name__ != "ValidationError" and "VALIDATION_ERROR" not in str(error):
                 raise
-            return Step(said(f"error: the action is not valid: {one_line(error)}"), counts={"refused_actions": 1})
+            return Step(as_messages(f"error: the action is not valid: {one_line(error)}"), counts={"refused_actions": 1})
         return self._read(result)
 
     def _read(self, result: Any) -> Step:
@@ -149,14 +149,14 @@ class OpenEnvEnvironment(ForeignEnvironment):
                     f"{', '.join(fields) or 'none'}"
                 )
             observation = fields[self._observation]
-        return Step(said(observation), 0.0 if reward is None else reward, self._over)
+        return Step(as_messages(observation), 0.0 if reward is None else reward, self._over)
 
 
-def said(observation: Any) -> list[Message]:
-    """An observation as messages: none if it is empty, the messages themselves if it is a conversation.
+def as_messages(observation: Any) -> list[Message]:
+    """Turn an observation into messages: none if it is empty, the messages themselves if it is a conversation.
 
     Example:
-        >>> said("higher"), said([{"type": "text", "text": "a board"}]), said(None)
+        >>> as_messages("higher"), as_messages([{"type": "text", "text": "a board"}]), as_messages(None)
         ([{'role': 'user', 'content': 'higher'}], [{'role': 'user', 'content': 'a board'}], [])
     """
     entries = observation if isinstance(observation, (list, tuple)) else []
@@ -166,16 +166,16 @@ def said(observation: Any) -> list[Message]:
     return [{"role": "user", "content": text}] if text else []
 
 
-def content_text(value: Any, otherwise: Callable[[Any], str] | None = None) -> str:
-    """The text of an observation or of a tool's result, which may be blocks of text, as in multimodal messages and MCP.
+def content_text(value: Any, fallback: Callable[[Any], str] | None = None) -> str:
+    """The text of an observation or of a tool's result, which may consist of blocks, as in multimodal messages and MCP.
 
     Args:
-        value: A text stays as it is; None and empty lists become an empty text; data classes, pydantic models, arrays and tensors
-            become JSON.
-        otherwise: Converts values that cannot be written as JSON.
+        value: A text is returned unchanged; None and empty lists give an empty text; data classes, pydantic models, arrays and
+            tensors give JSON.
+        fallback: Converts values that cannot be written as JSON.
 
     Raises:
-        ConfigError: If a block is not text, or if a value cannot be written as JSON and `otherwise` is not given.
+        ConfigError: If a block is not text, or if a value cannot be written as JSON and `fallback` is not given.
 
     Example:
         >>> content_text({"board": (1, 2)}), content_text({"content": [{"type": "text", "text": "done"}]})
@@ -186,14 +186,14 @@ def content_text(value: Any, otherwise: Callable[[Any], str] | None = None) -> s
         blocks = blocks["content"]
     blocks = [*map(_plain, blocks)] if isinstance(blocks, (list, tuple)) else []
     if not blocks or not all(isinstance(block, Mapping) and block.get("type") in _BLOCKS for block in blocks):
-        return _as_text(value, otherwise)
+        return _as_text(value, fallback)
     for block in blocks:
         if block["type"] != "text":
             raise ConfigError(f"there is a block of type {block['type']!r}; only texts can be shown to the policy")
-    return "".join(_as_text(block["text"], otherwise) for block in blocks)
+    return "".join(_as_text(block["text"], fallback) for block in blocks)
 
 
-def _as_text(value: Any, otherwise: Callable[[Any], str] | None) -> str:
+def _as_text(value: Any, fallback: Callable[[Any], str] | None) -> str:
     if isinstance(value, str):
         return str.__str__(value)
     if value is None or (isinstance(value, (list, tuple, dict)) and not value):
@@ -201,11 +201,11 @@ def _as_text(value: Any, otherwise: Callable[[Any], str] | None) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, default=_plain_or_error)
     except (TypeError, ValueError, RecursionError) as error:
-        if otherwise is not None:
-            return otherwise(value)
+        if fallback is not None:
+            return fallback(value)
         raise ConfigError(
-            f"an observation is {shorten(value)}, which cannot be written as text ({error}); wrap the environment so that its "
-            "observations are texts"
+            f"observation {shorten(value)} cannot be written as text ({error}); wrap the environment so that its observations "
+            "are texts"
         ) from error
 
 
@@ -226,7 +226,7 @@ def _plain_or_error(value: Any) -> Any:
 
 
 def takes(function: Callable[..., Any], name: str, by_name: bool = False) -> bool:
-    """Whether a function has a parameter `name`, or takes any by `**kwargs` (which counts unless `by_name`)."""
+    """Whether a function has a parameter `name`, or accepts any through `**kwargs` (which counts unless `by_name`)."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # written in C

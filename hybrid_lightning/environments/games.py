@@ -16,10 +16,10 @@ _NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
 
 
 class GuessNumber(Environment):
-    """A number-guessing game; each guess is answered with higher or lower. The reward is 1 in the turn that finds the number.
+    """A number-guessing game: the answer to a guess is higher or lower, and the reward is 1 in the turn that finds the number.
 
-    A guess is the last whole number in the message. A message without one, or with one out of range, gets the answer `invalid`
-    and counts as `invalid_guesses`. Halving the range finds one of n numbers in at most floor(log2 n) + 1 guesses.
+    A guess is the last whole number in the message. A message without a number, or with a number out of range, gets the answer
+    `invalid` and counts in `invalid_guesses`. Halving the range finds one of n numbers in at most floor(log2 n) + 1 guesses.
 
     Args:
         low: Smallest number.
@@ -27,11 +27,11 @@ class GuessNumber(Environment):
         rules: Message before the first turn; `{low}` and `{high}` are filled in. Empty if the prompt has the rules.
         higher: Answer to a guess that is too low.
         lower: Answer to a guess that is too high.
-        right: Answer to the number itself, which ends the episode; the policy does not read it.
+        right: Answer to the right number. It ends the episode, and the policy does not read it.
         invalid: Answer to a message that is not a guess; `{low}` and `{high}` are filled in.
 
     Raises:
-        ConfigError: If there is no number to guess, or the answers to low and high guesses are the same.
+        ConfigError: If the range has only one number, or the answers to low and high guesses are the same.
 
     Example:
         >>> game = GuessNumber(1, 100)
@@ -56,7 +56,7 @@ class GuessNumber(Environment):
         if low >= high:
             raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess; give a high above low")
         if higher == lower:
-            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer; tell them apart")
+            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer; make them differ")
         self.low, self.high = low, high
         self.higher, self.lower, self.right = higher, lower, right
         self.rules, self.invalid = (text.replace("{low}", str(low)).replace("{high}", str(high)) for text in (rules, invalid))
@@ -84,19 +84,19 @@ class GuessNumber(Environment):
 
 
 class ReasoningGymEnvironment(Environment):
-    """A reasoning-gym problem with several attempts: the policy gets a message after a wrong answer, and may try again.
+    """A reasoning-gym problem with several attempts: after a wrong answer the policy gets a message, and may try again.
 
     The episode ends with a score of 1, or when the attempts are used up. The reward is the verifier's score of the last attempt,
-    from 0.0 to 1.0. Use it with prompts of `ReasoningGymSource`. Attempts are counted as `attempts`.
+    from 0.0 to 1.0. Use it with prompts of `ReasoningGymSource`. The count `attempts` is the number of attempts.
 
     Args:
-        attempts: How often the policy may answer.
+        attempts: Number of times that the policy may answer.
         pattern: Regular expression with one group for the answer, such as `<answer>(.*?)</answer>`; the last match counts.
             None takes the whole message.
         wrong: Message after a wrong answer; `{left}` is the number of attempts left.
 
     Raises:
-        ConfigError: If there is no attempt, the pattern does not have exactly one group, or reasoning-gym is missing.
+        ConfigError: If `attempts` is below 1, the pattern does not have exactly one group, or reasoning-gym is missing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Formats of calls that are JSON or plain text.
+"""Call formats in JSON or plain text.
 
 HermesCalls    <tool_call>{"name": "search", "arguments": {"query": "..."}}</tool_call>     Qwen 2.5 and 3, Hermes
 LlamaCalls     {"name": "search", "parameters": {"query": "..."}}                           Llama 3
@@ -20,7 +20,7 @@ _SPACE = re.compile(r"\s*")
 
 
 class HermesCalls(CallFormat):
-    """The form in chat templates of Qwen and Hermes: JSON with a name and arguments between tags.
+    """The format in chat templates of Qwen and Hermes: JSON with a name and arguments between tags.
 
     Example:
         >>> HermesCalls().parse('Let me see. <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>')
@@ -40,9 +40,9 @@ class HermesCalls(CallFormat):
         end = 0
         while (begin := text.find(self.OPEN, end)) >= 0:
             end = begin + len(self.OPEN)
-            call, behind = _read_json(text, end)
+            call, after = _read_json(text, end)
             if isinstance(call, Call):
-                end = behind
+                end = after
                 closed = text.startswith(self.CLOSE, _skip_space(text, end))
                 call = call if closed else MalformedCall(f"{self.CLOSE} is missing behind the JSON")
             yield call
@@ -53,7 +53,7 @@ class HermesCalls(CallFormat):
 
 
 class LlamaCalls(CallFormat):
-    """The form in chat templates of Llama 3: a message is JSON with a name and parameters, or several separated by `;`.
+    """The format in chat templates of Llama 3: a message is JSON with a name and parameters, or several separated by `;`.
 
     Example:
         >>> LlamaCalls().parse('{"name": "add", "parameters": {"x": 1}}; {"name": "add", "parameters": {"x": 2}}')
@@ -63,9 +63,9 @@ class LlamaCalls(CallFormat):
     TAG = "<|python_tag|>"
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A message is a call if it begins as one, or after the tag."""
-        _, tag, behind = text.partition(self.TAG)
-        text = (behind if tag else text).strip()
+        """See `CallFormat.parse`. A message is a call if it begins like one, or if it has the tag."""
+        _, tag, after = text.partition(self.TAG)
+        text = (after if tag else text).strip()
         if not tag and not re.match(r'\{\s*"(name|parameters|arguments|type)"\s*:', text):
             return []
         return first_calls(self._calls(text))
@@ -86,13 +86,13 @@ class LlamaCalls(CallFormat):
 
 
 class PlainCalls(CallFormat):
-    r"""A form for base models, such as `[calculator: 12*3]`.
+    r"""A format for base models, such as `[calculator: 12*3]`.
 
-    After the name follows the only argument of the tool, or JSON such as {"x": 1, "y": 2}. Brackets within it come in pairs.
+    The name is followed by the only argument of the tool, or by JSON such as {"x": 1, "y": 2}. Brackets inside it must be paired.
 
     Args:
-        pattern: Regular expression for another form. Its groups `name` and `argument` hold these; without such groups,
-            group 1 is the argument of the only tool. It has to match in time linear in the text: write `[^>]*` rather than `.*`.
+        pattern: Regular expression for another format, with the groups `name` and `argument`; without these groups, group 1 is
+            the argument of the only tool. It must match in time linear in the text: write `[^>]*` rather than `.*`.
 
     Raises:
         ConfigError: If the pattern is not a regular expression, or has no group for the argument.
@@ -126,13 +126,13 @@ class PlainCalls(CallFormat):
         end = 0
         while begin := _HEAD.search(text, end):
             end = _closing(text, begin.end())
-            if end < 0:  # nor is any later one
+            if end < 0:  # later brackets are not closed either
                 yield MalformedCall(f"the ] of [{begin[1][:40]}: is missing")
                 return
             yield _plain_call(begin[1], text[begin.end() : end])
 
     def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`; with another pattern your prompts have to describe the form."""
+        """See `CallFormat.describe`; if you set `pattern`, your prompts must describe the format."""
         lines = [f"{tool['function']['name']}: {tool['function']['description']}" for tool in tools]
         how = ["To call a tool, write its name and argument in brackets:"] if self._pattern is None else []
         example = [f"[{tools[0]['function']['name']}: ...]"] if how and tools else []
@@ -176,7 +176,7 @@ def _plain_call(name: str | None, text: str) -> Call:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Position of the bracket that closes one before `begin`; -1 if there is none."""
+    """Position of the bracket that closes the one before `begin`; -1 if there is none."""
     depth = 1
     for match in _BRACKET.finditer(text, begin):
         depth += 1 if match[0] == "[" else -1

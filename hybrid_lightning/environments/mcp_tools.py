@@ -1,11 +1,11 @@
-"""`McpTools`: the tools of a server of the Model Context Protocol (https://modelcontextprotocol.io), by its official client.
+"""`McpTools`: the tools of a Model Context Protocol server (https://modelcontextprotocol.io), through its official client.
 
-    the server answers an error               the policy gets it, as from any tool that raises
-    it does not answer in time                the policy gets an error, and the call is cancelled
-    it ends, cannot be reached, or refuses    the episode begins again with a new connection, and is left out after three attempts
-      by an HTTP status (401, 404, 503)
+    the server returns an error                       the policy gets it, as from any tool that raises
+    the server does not answer in time                the policy gets an error, and the call is cancelled
+    the server ends, cannot be reached, or rejects    the episode starts again with a new connection, and is left out after three
+      the request by an HTTP status (401, 404, 503)     attempts
 
-The client has to be opened and closed in one task: a connection is a task of the event loop on which all calls of tools run.
+The client must be opened and closed in the same task, so each connection is a task on the event loop that runs all tool calls.
 """
 
 import asyncio
@@ -25,34 +25,35 @@ from hybrid_lightning.environments.tool import Tool, ToolSchema
 from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.user_calls import is_shared, run_async
 
-_CONNECT_S = 60.0  # within which a server has to start, such as one that is downloaded first
+_CONNECT_S = 60.0  # time for a server to start, which may include its download
 
 
 class ServerLostError(Exception):
-    """An MCP server that has ended, cannot be reached, or does not begin."""
+    """An MCP server that has ended, cannot be reached, or does not start."""
 
 
 class McpToolError(Exception):
-    """An MCP server's error for a call, as text."""
+    """The error that an MCP server returned for a call, as text."""
 
 
 class McpTools(Configurable):
     """All tools of an MCP server, as an entry of `ToolEnvironment.tools`.
 
-    One connection serves all episodes of a process, so that they share whatever state the server keeps. Set `per_episode` if
-    answers depend on earlier calls, as of a server that writes files.
+    One connection serves all episodes of a process, so episodes share any state that the server keeps. Set `per_episode` if
+    answers depend on earlier calls, for example if the server writes files.
 
     Args:
-        command: Starts a server that talks over standard input and output, such as `uvx mcp-server-fetch`; not run by a shell.
-        url: Address of a server that runs, over streamable HTTP, such as `http://localhost:8000/mcp`.
-        env: Names of environment variables that `command` gets from this process, besides PATH, HOME and the like: so keys stay
-            out of configs and checkpoints.
+        command: Starts a server that communicates over standard input and output, such as `uvx mcp-server-fetch`; runs without a
+            shell.
+        url: Address of a running server, over streamable HTTP, such as `http://localhost:8000/mcp`.
+        env: Names of environment variables to pass on to `command`, besides PATH, HOME and the like. Keys in variables stay out
+            of configs and checkpoints.
         headers: HTTP headers for `url`, each with the name of the environment variable that holds its value, such as
-            `{Authorization: MCP_AUTHORIZATION}` for a variable with `Bearer KEY`: so keys stay out of configs, too.
-        per_episode: Whether each episode has a connection and, with `command`, a server of its own.
+            `{Authorization: MCP_AUTHORIZATION}` for a variable with `Bearer KEY`.
+        per_episode: Whether each episode has its own connection and, with `command`, its own server.
 
     Raises:
-        ConfigError: If not exactly one of `command` and `url` is given, or a header has no name of a variable.
+        ConfigError: If not exactly one of `command` and `url` is given, or a header does not name a variable.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class McpTools(Configurable):
         self._connection: _Connection | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments: another process has a connection of its own."""
+        """Pickled as its arguments: another process opens its own connection."""
         return partial(type(self), **self._init_args), ()
 
     def tools(self) -> "list[_McpTool]":
@@ -91,19 +92,19 @@ class McpTools(Configurable):
                 raise ConfigError("McpTools needs the package mcp; pip install 'hybrid-lightning[mcp]'")
             missing = [name for name in (*self.env, *self.headers.values()) if name not in os.environ]
             if missing:
-                raise ConfigError(f"McpTools: the environment variable {missing[0]} is not set; set it, or take it out")
+                raise ConfigError(f"McpTools: the environment variable {missing[0]} is not set; set it, or leave it out")
             try:
                 self._listed = run_async(self._list())
             except (ServerLostError, McpToolError) as error:
-                raise ConfigError(f"McpTools: {error}; correct command, url or headers, and try it by itself") from error
+                raise ConfigError(f"McpTools: {error}; correct command, url or headers, and test the server by itself") from error
             if not self._listed:
-                raise ConfigError(f"McpTools: {self.command or self.url} has no tools; take another server")
+                raise ConfigError(f"McpTools: {self.command or self.url} has no tools; use another server")
         server = type(self)(**self._init_args) if self.per_episode else self
         return [_McpTool(server, schema) for schema in self._listed]
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection, and as far as is known the server is there."""
+        """Whether there is a connection that is not known to be lost."""
         return self._connection is not None and not self._connection.is_lost
 
     def disconnect(self) -> None:
@@ -112,8 +113,8 @@ class McpTools(Configurable):
             run_async(self._connection.close())
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Call a tool; McpToolError if the server answers an error, ServerLostError if it is gone."""
-        if self.per_episode and self._connection is not None and self._connection.is_lost:  # a new one would not have its state
+        """Call a tool; McpToolError if the server returns an error, ServerLostError if the server is gone."""
+        if self.per_episode and self._connection is not None and self._connection.is_lost:  # a new server would lose its state
             raise self._connection.lost("has ended")
         result = await (await self._connected()).request(lambda client: client.call_tool(name, arguments))
         text = "\n".join(map(_text_of, result.content))
@@ -164,17 +165,17 @@ class _McpTool(Tool):
 
 
 class _Connection:
-    """A session with a server, made and used on one event loop; methods raise ServerLostError if it is gone."""
+    """A session with a server, made and used on one event loop; methods raise ServerLostError if the server is gone."""
 
     def __init__(self, command: str | None, url: str | None, env: list[str], headers: dict[str, str]) -> None:
         self._command, self._url = command, url
-        self._refusal = self._last_line = ""  # an HTTP status by which the server refused, and the end of its error output
+        self._refusal = self._last_line = ""  # the HTTP status of a rejected request, and the end of the server's error output
         self._env = {name: os.environ[name] for name in env}
         self._headers = {header: os.environ[name].strip() for header, name in headers.items()}
         self._client: Any = None
         self._loop, self._ready, self._end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._task = asyncio.create_task(self._hold())
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints what is not retrieved
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio prints the exception
 
     @property
     def is_lost(self) -> bool:
@@ -230,7 +231,7 @@ class _Connection:
                 server = self._over_http()
             try:
                 async with Client(server) as self._client:
-                    self._refusal = ""  # to a question about the version of the protocol
+                    self._refusal = ""  # from a request about the protocol's version
                     self._ready.set()
                     await self._end.wait()
             finally:
@@ -243,7 +244,7 @@ class _Connection:
 
         async def note(response: Any) -> None:  # the client passes on neither status nor reason
             if response.status_code > 400 and response.request.method == "POST":
-                remedy = ", which a key in headers may change" if response.status_code in (401, 403) else ""
+                remedy = ", which a key in headers may fix" if response.status_code in (401, 403) else ""
                 self._refusal = f"status {response.status_code}{remedy}"
 
         assert self._url is not None, "or there is a command"
@@ -265,6 +266,6 @@ class _Connection:
 
 
 def _text_of(block: Any) -> str:
-    """The text of a block of an answer; for a block of another kind a note of it."""
+    """The text of a block in an answer; for another kind of block, a note about it."""
     text = getattr(block, "text", None) or getattr(getattr(block, "resource", None), "text", None)
     return text if isinstance(text, str) else "" if block.type == "text" else f"[{block.type}, which cannot be shown]"

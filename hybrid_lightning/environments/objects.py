@@ -1,4 +1,4 @@
-"""`Objects`: the environments of one process, an object for each episode, and calls to their methods."""
+"""`Objects`: the environments of one process, one object per episode, and the calls of their methods."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {"start": checked_messages, "step": c
 
 
 class FaultError(Exception):
-    """An environment's own fault, on one line, such as "Game.step raised ValueError: no board"."""
+    """A fault of an environment, on one line, such as "Game.step raised ValueError: no board"."""
 
 
 class LateError(FaultError):
@@ -27,11 +27,11 @@ class LateError(FaultError):
 
 
 class LostError(FaultError):
-    """The object was lost with its process, which is not its episode's fault."""
+    """The object was lost with its process; the episode is not at fault."""
 
 
 class Objects:
-    """Environments of this process. Its calls are awaited on the event loop of `user_calls`.
+    """The environments of this process. Calls are awaited on the event loop of `user_calls`.
 
     Args:
         environment: The object of the config.
@@ -59,11 +59,11 @@ class Objects:
         """Call a method of an episode's object; "start" makes the object.
 
         Returns:
-            Its answer, checked.
+            The checked answer.
 
         Raises:
-            FaultError, LateError: Why it does not answer.
-            HybridLightningError: If it raises one; that is not the environment's fault.
+            FaultError, LateError: If the environment does not answer; the text gives the reason.
+            HybridLightningError: If the environment raises one, such as a mistake in the config; this does not count as a fault.
         """
         made: list[Environment] = []
 
@@ -95,7 +95,7 @@ class Objects:
         environment = self._environment.new()
         if environment is self._environment:
             raise ConfigError(
-                f"{self.name} makes one object for all episodes, which would share its state; make a new one each time"
+                f"{self.name}.new returns the same object for all episodes, which would share its state; return a new object"
             )
         environment.step_timeout_s, environment.turn_rewards = self._step_timeout_s, self._turn_rewards
         return environment

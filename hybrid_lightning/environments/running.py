@@ -1,4 +1,4 @@
-"""`RunningEpisodes`: the environments of a rollout, side by side, with their bounds and faults."""
+"""`RunningEpisodes`: runs the environments of a rollout concurrently, with their limits and faults."""
 
 import asyncio
 import logging
@@ -20,29 +20,29 @@ from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import LoopLostError, run_async
 
 logger = logging.getLogger(__name__)
-_BLOCKED_S = 2.0  # time without processor for the event loop on a busy machine
-_HOPELESS = 8  # answers in a rollout: if the first ones are all late, the others will be late, too
+_BLOCKED_S = 2.0  # how long a busy machine may keep the event loop from running
+_HOPELESS = 8  # if the first answers of a rollout are all late, the others will be late, too
 _Answer = Started | Step | TimedOut | float
 
 
 class EpisodeLimits(Configurable):
-    """Bounds of episodes.
+    """Limits of episodes.
 
     Args:
-        max_turns: Messages of the policy in an episode; it then ends with the reason "turns".
-        max_tokens: Tokens of an episode after its prompt, sampled and added; it then ends with the reason "tokens".
-        step_timeout_s: Seconds for each call of an environment. A step that takes longer ends its episode with the reason "time".
-            If this happens to the first eight steps of a rollout, the run stops.
-        too_long: How to treat an answer of the environment that would not fit into `max_tokens`: "cut" ends it in a mark,
+        max_turns: Most messages of the policy in an episode; the episode then ends with the reason "turns".
+        max_tokens: Most tokens of an episode after its prompt, sampled or added; the episode then ends with the reason "tokens".
+        step_timeout_s: Longest time of each call of an environment in seconds. A step that takes longer ends its episode with the
+            reason "time". If this happens to the first eight steps of a rollout, the run stops.
+        too_long: What happens if an answer of the environment does not fit into `max_tokens`: "cut" truncates it, with a mark;
             "end" leaves it out and ends the episode with the reason "tokens".
-        max_failed_share: Share of a rollout's episodes that may be left out because their environment failed; above it the run
-            stops.
-        workers: Number of processes for environments, each running one at a time: for environments that draw from global random
-            generators, change other global state, take much processor time or hang. 0: in this process. Each rollout in
-            progress (`rollouts_ahead`) has this number of its own.
+        max_failed_share: Share of a rollout's episodes that may be left out because their environment failed. The run stops if
+            more fail.
+        workers: Number of processes for environments, each of which runs one environment at a time. Use them for environments
+            that draw from global random generators, change other global state, need much processor time or may hang. 0 runs
+            environments in this process. Each rollout in progress (`rollouts_ahead`) has its own processes.
 
     Raises:
-        ConfigError: If a value is impossible.
+        ConfigError: If a value is invalid.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class EpisodeLimits(Configurable):
 class RunningEpisodes:
     """The environments of the episodes of a rollout.
 
-    Each episode has its own object. Episodes are independent: the actions and the order of some do not affect the others. An
-    environment that fails by its own fault (it raises, or returns a malformed answer) is begun again with the same seed, at most
-    twice, and gets the policy's messages again.
+    Each episode has its own object. Episodes are independent: one episode's actions and timing do not affect another. An
+    environment that fails (it raises, or returns a malformed answer) is started again with the same seed, at most twice, and the
+    policy's messages are replayed.
 
-    In this process `async` methods are awaited together, and ordinary ones run in threads, one per episode (see
+    In this process `async` methods are awaited together, and ordinary methods run in threads, one per episode (see
     `Environment.thread_safe`). The states of the global random generators and the working folder are restored afterwards, but the
     episodes share them: draws from global generators are repeatable only with `limits.workers`.
 
     Args:
         environment: The object of the config, prepared for the model.
-        limits: Bounds of the episodes.
-        on_wait: Called from time to time while waiting for environments; an exception from it ends them.
+        limits: Limits of the episodes.
+        on_wait: Called from time to time while waiting for environments; an exception from it ends the wait.
         turn_rewards: Whether the reward of each turn counts by itself (see `Environment.turn_rewards`).
 
     Example:
@@ -118,12 +118,12 @@ class RunningEpisodes:
         self._warned: set[str] = set()
 
     def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
-        """Begin the episodes of a rollout, which are numbered from 0; the previous rollout's episodes are over.
+        """Begin the episodes of a rollout, numbered from 0. Closes the environments of the previous rollout.
 
         The seeds are in [0, 2^31), and the same for all episodes of a group.
 
         Returns:
-            For each episode the messages after its prompt's messages, or why it is left out.
+            For each episode the messages to add after its prompt, or the reason why it is left out.
 
         Raises:
             EpisodeError: If more than `max_failed_share` of the episodes have failed, or the first ones all took too long.
@@ -153,7 +153,7 @@ class RunningEpisodes:
         """End episodes that have not ended, and close their environments.
 
         Returns:
-            By number, the reward of each at its end, besides the rewards of its turns, or why it is left out after all.
+            Episode number -> its final reward (besides the rewards of its turns), or the reason why it is left out after all.
 
         Raises:
             EpisodeError, HybridLightningError: See `start`.
@@ -170,7 +170,7 @@ class RunningEpisodes:
         ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
         episodes = [self._episodes.pop(number) for number in ended]
         if episodes and type(self.environment).close is not Environment.close:
-            for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others have less time
+            for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others get less time
                 with suppress(LoopLostError):
                     self._run(_together([episode.close() for episode in together]))
         for episode in episodes:
@@ -191,7 +191,7 @@ class RunningEpisodes:
         answers: dict[int, Any] = {}
 
         def note(number: int, answer: Any) -> None:
-            if number not in answers:  # an abandoned loop may continue
+            if number not in answers:  # an abandoned event loop may continue
                 answers[number] = answer
                 self._note(kind, number, answer)
 
@@ -203,7 +203,7 @@ class RunningEpisodes:
         except LoopLostError as lost:
             late = (
                 f"{type(self.environment).__name__}: {lost} (episodes.step_timeout_s={self.limits.step_timeout_s:g} s), and with "
-                "it all its episodes; `await` what takes long, or make the method or tool an ordinary function"
+                "it all its episodes; `await` slow calls, or make the method or tool an ordinary function"
             )
             for number in works.keys() - answers.keys():
                 self._episodes[number].forget()
@@ -227,23 +227,23 @@ class RunningEpisodes:
             self._late[kind] += 1
             if self._late[kind] == self._answered[kind] == _HOPELESS:
                 raise EpisodeError(
-                    f"the first {_HOPELESS} environments of a rollout that were asked for a {kind} all took too long, the last "
-                    f"one: {answer.reason}; mend the environment, or raise episodes.step_timeout_s"
+                    f"the first {_HOPELESS} calls for a {kind} in a rollout all took too long, the last one: {answer.reason}; "
+                    "fix the environment, or raise episodes.step_timeout_s"
                 )
         if isinstance(answer, Failure):
             self._failures.append(answer)
             if len(self._failures) > self.limits.max_failed_share * self._count:
                 raise EpisodeError(
                     f"the environment failed in {len(self._failures)} of {self._count} episodes, more than "
-                    f"episodes.max_failed_share={self.limits.max_failed_share:g}: {self._failures[0].reason}; mend the "
+                    f"episodes.max_failed_share={self.limits.max_failed_share:g}: {self._failures[0].reason}; fix the "
                     "environment, or raise the share"
                 )
 
     @contextmanager
     def _process_kept(self) -> Iterator[None]:
-        """Restore what training depends on and environments share: the states of the global generators, and the working folder.
+        """Restore the states of the global generators and the working folder, which training and environments share.
 
-        A rollout ahead of training, in its own thread, cannot do this, since the main thread continues in the meantime.
+        A rollout ahead of training runs in its own thread and cannot do this, since the main thread continues in the meantime.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -258,13 +258,13 @@ class RunningEpisodes:
                 self._warn(
                     "global generators",
                     f"{type(self.environment).__name__} draws from the global random generators of Python, NumPy or torch, which "
-                    "all episodes share, so that it does not repeat itself by its seed; run it in processes (episodes.workers), "
-                    "where each episode has states of its own",
+                    "all episodes share, so its seed does not make it repeatable; set episodes.workers: in processes, each "
+                    "episode has its own generator states",
                 )
 
     def _warn_close(self, episodes: Iterable[RunningEpisode]) -> None:
         for fault in filter(None, (episode.close_fault for episode in episodes)):
-            self._warn("close", f"{fault}; what it has used may not be free, and further such faults are not shown")
+            self._warn("close", f"{fault}; its resources may not be freed, and further such faults are not logged")
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:

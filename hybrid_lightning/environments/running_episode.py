@@ -1,4 +1,4 @@
-"""`RunningEpisode`: one episode with its environment, which is begun again after its own fault."""
+"""`RunningEpisode`: one episode with its environment, which starts again after a fault."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BEGUN_AGAIN = 2  # at most, after faults of the environment
 
 @dataclass(frozen=True)
 class Failure:
-    """An episode is left out: its environment failed by its own fault, again after being begun anew."""
+    """An episode is left out, because its environment failed again after restarts."""
 
     reason: str  # one line
     late: bool = False  # whether a call took too long
@@ -32,14 +32,14 @@ Started = tuple[Message, ...] | Failure
 
 
 class RunningEpisode:
-    """An episode. Its methods are awaited in turn; an exception from them is not the environment's fault, and ends the run.
+    """An episode. Its methods are awaited in turn; an exception from them is not a fault of the environment, and ends the run.
 
     Args:
         number: Number of the episode in its rollout.
         prompt: The problem.
         seed: Seed of its group.
-        place: Where its environment is: in this process, or in another.
-        step_timeout_s: Seconds for each call.
+        place: Where its environment lives: in this process, or in another.
+        step_timeout_s: Longest time of each call in seconds.
     """
 
     def __init__(self, number: int, prompt: Prompt, seed: int, place: Objects | Worker, step_timeout_s: float) -> None:
@@ -51,7 +51,7 @@ class RunningEpisode:
         self._faults = 0
 
     async def answer(self, message: Message | None) -> "Started | Step | TimedOut":
-        """Start (`message` None) and return the messages after the prompt's; or pass the policy's message to the environment."""
+        """Start and return the messages after the prompt (`message` None), or pass the policy's message to the environment."""
         while True:
             try:
                 if not self._place.has(self._number):
@@ -62,7 +62,7 @@ class RunningEpisode:
                 step = await self._step(len(self._turns) + 1, message)
                 self._turns.append((message, step))
                 return step
-            except LateError as late:  # not begun again, since that would take just as long
+            except LateError as late:  # not started again, since that would take just as long
                 is_new = self._turn > len(self._turns)
                 await self.close()
                 return TimedOut(str(late)) if is_new else Failure(str(late), late=True)
@@ -79,7 +79,7 @@ class RunningEpisode:
         self._place.drop(self._number)
 
     async def final_reward(self) -> float | Failure:
-        """The reward at its end (see `Environment.final_reward`)."""
+        """The final reward (see `Environment.final_reward`)."""
         try:
             if not self._place.has(self._number):
                 await self._begin()
@@ -115,8 +115,8 @@ class RunningEpisode:
 
     def _differs(self) -> FaultError:
         return FaultError(
-            f"{self._place.name} answered differently {self._where()} when it was begun again after a fault; all that is random "
-            "in it has to follow from the seed"
+            f"{self._place.name} answered differently {self._where()} when it was started again after a fault; derive all its "
+            "randomness from the seed"
         )
 
     async def _step(self, turn: int, message: Message) -> Step:

@@ -1,4 +1,4 @@
-"""Formats of calls between tags and special tokens, and `choose_format`, which finds the format that a chat template teaches.
+"""Call formats with tags or special tokens, and `choose_format`, which finds the format that a chat template teaches.
 
 XmlCalls         <tool_call><function=search><parameter=query>...</parameter></function></tool_call>    Qwen 3.5 on, Nemotron 3
 GlmCalls         <tool_call>search<arg_key>query</arg_key><arg_value>...</arg_value></tool_call>        GLM-4.5 on
@@ -7,7 +7,7 @@ HarmonyCalls     <|channel|>commentary to=functions.search<|message|>{"query": "
 PythonicCalls    <|tool_call_start|>[search(query="...")]<|tool_call_end|>                              LFM2
 GemmaCalls       <|tool_call>call:search{query:<|"|>...<|"|>}<tool_call|>                               Gemma 4
 
-Each is written here from the chat templates of these models.
+Each parser follows the chat templates of these models.
 """
 
 import ast
@@ -36,7 +36,7 @@ class _TextArguments(CallFormat):
     """Base of formats that write each argument as a text between tags, without its type."""
 
     OPEN: ClassVar[str]  # begins a call
-    CLOSE: ClassVar[str]  # ends it
+    CLOSE: ClassVar[str]  # ends a call
     _name: ClassVar[re.Pattern[str]]  # beginning of a call; group 1 is its name
     _argument: ClassVar[re.Pattern[str]]  # beginning of an argument; group 1 is its name
     _argument_end: ClassVar[str]
@@ -97,7 +97,7 @@ class GlmCalls(_TextArguments):
 
 
 class AtemCalls(_TextArguments):
-    r"""The format of templates with `atem:` tags. Values get the types of the tool's schema; thoughts (`to=self`) have no calls.
+    r"""The format of templates with `atem:` tags. Values get the types of the tool's schema; calls in thoughts do not count.
 
     Example:
         >>> AtemCalls().parse('<atem:invoke name="add">\n<atem:parameter name="x">1</atem:parameter>\n</atem:invoke>')
@@ -115,7 +115,7 @@ class AtemCalls(_TextArguments):
 
 
 class HarmonyCalls(CallFormat):
-    """The format of gpt-oss: a message in the channel `commentary` to a function. Other messages are thoughts and answers.
+    """The format of gpt-oss: a message to a function in the channel `commentary`. Other messages are thoughts and answers.
 
     Example:
         >>> HarmonyCalls().parse('<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"x": 1}')
@@ -181,7 +181,7 @@ class PythonicCalls(CallFormat):
 
 
 class GemmaCalls(CallFormat):
-    """The format of Gemma 4, with texts between `<|"|>` and names without quotes. Thoughts have no calls.
+    """The format of Gemma 4, with texts between `<|"|>` and names without quotes. Calls in thoughts do not count.
 
     Example:
         >>> GemmaCalls().parse('<|tool_call>call:search{limit:3,query:<|"|>a, "b"<|"|>}<tool_call|>')
@@ -246,8 +246,8 @@ def choose_format(chat_template: str | None) -> CallFormat:
     if shows_tools(template):
         known = ", ".join(kind.__name__ for _, kind in _TAUGHT)
         raise ConfigError(
-            "the chat template shows tools to the policy in a format that is not known here; give a call_format that reads what "
-            f"the model writes: one of {known}, PlainCalls with a pattern, or a class of your own"
+            "the chat template shows tools in an unknown format; set call_format to the format that the model writes: one of "
+            f"{known}, PlainCalls with a pattern, or your own class"
         )
     return PlainCalls()
 
@@ -265,7 +265,7 @@ def _between(text: str, begin: str, end: str) -> Iterator[str | None]:
 
 
 def _parsed_python(text: str) -> ast.expr:
-    """Python's syntax tree of an expression; its texts may contain line breaks, which some templates write."""
+    """Python's syntax tree of an expression; string literals may contain line breaks, as some templates write them."""
     try:
         return ast.parse(text, mode="eval").body
     except SyntaxError:
@@ -285,7 +285,7 @@ def _python_call(node: ast.expr) -> Call | MalformedCall:
 
 
 class _Constants(ast.NodeTransformer):
-    """Replaces JSON's names of constants."""
+    """Replaces JSON's constants by Python's."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         names = {"true": True, "false": False, "null": None}

@@ -1,4 +1,4 @@
-"""`Tool`: a callable for a policy, its description, and the checks of its arguments.
+"""`Tool`: something that a policy can call, with a description and checked arguments.
 
 A tool is a Python function, or an object of class `Tool` if it keeps state between the calls of an episode. Its signature and
 docstring become a JSON schema, which chat templates show to the policy.
@@ -42,7 +42,7 @@ class Tool(Configurable, ABC):
 
     @property
     def name(self) -> str:
-        """Name by which the policy calls it; a subclass may set another."""
+        """Name by which the policy calls the tool; a subclass may override it."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Tool(Configurable, ABC):
         """Answer a call of the policy, with text or a value that can be written as JSON. It may be `async`."""
 
     def start(self, seed: int) -> None:
-        """Begin an episode; the seed is the one of `Environment.start`."""
+        """Begin an episode; the seed is that passed to `Environment.start`."""
 
     def close(self) -> None:
         """Free the episode's resources."""
@@ -77,7 +77,7 @@ class ToolSchema:
         return Draft202012Validator({**_without_nullable(self.schema["function"]["parameters"]), "additionalProperties": False})
 
     def arguments(self, call: Call) -> tuple[dict[str, Any], str]:
-        """The arguments of a call by name, and the mistake in them, if any."""
+        """The arguments of a call by name, and a description of the mistake in them, if any."""
         from jsonschema.exceptions import best_match
 
         known = self._validator.schema.get("properties", {})
@@ -95,7 +95,7 @@ class ToolSchema:
         return {}, f"{wrong}; its arguments are {', '.join(known) or 'none'}"
 
     def _of_text(self, call: Call, text: str) -> tuple[dict[str, Any], str]:
-        """Arguments of a call with plain text. With several arguments, text that begins like JSON must be JSON."""
+        """Arguments of a call with plain text. If the tool has several arguments, text that begins like JSON must be JSON."""
         known, required = self._validator.schema.get("properties", {}), self._validator.schema.get("required", [])
         if call.arguments and (len(known) != 1 or call.arguments.keys() <= known.keys()):
             return dict(call.arguments), ""
@@ -125,7 +125,7 @@ def describe_tool(tool: Callable[..., Any]) -> tuple[str, ToolSchema]:
     """The name and the schema of a tool, from its signature and docstring.
 
     Raises:
-        ConfigError: If a docstring, a type hint or an argument's description is missing, or if it takes any number of arguments.
+        ConfigError: If the docstring, a type hint or an argument's description is missing, or if an argument has no name.
     """
     if isinstance(tool, Tool):
         return tool.name, _schema(type(tool).__call__, tool.name, True)
@@ -159,8 +159,8 @@ def _schema(function: Callable[..., Any], name: str, bound: bool) -> ToolSchema:
         return ToolSchema(dict(get_json_schema(described)))
     except (DocstringParsingException, TypeHintParsingException, NameError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"the tool {name} cannot be described to a policy: {one_line(error)}; write a docstring that says what it does, with "
-            "every argument under `Args:`, and give every argument a type hint"
+            f"the tool {name} cannot be described to a policy: {one_line(error)}; write a docstring that explains what it does, "
+            "describe every argument under `Args:`, and give every argument a type hint"
         ) from error
 
 

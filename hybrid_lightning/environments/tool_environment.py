@@ -25,26 +25,26 @@ COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # keys of `St
 
 
 class ToolEnvironment(Environment):
-    """Lets a policy call tools. A message without a call ends the episode: it is the answer, which the reward scores.
+    """Lets a policy call tools. A message without a call ends the episode; it is the answer that the reward scores.
 
-    A failed call gets a message with the reason, and is counted: a call that cannot be read, an unknown tool, wrong arguments, a
-    tool that raises, takes too long or returns too much.
+    A call fails if it cannot be read, names an unknown tool or has wrong arguments, or if the tool raises, takes too long or
+    returns too much. The policy then gets a message with the reason, and the failure is counted.
 
     The calls in a message are answered in order; successive calls of `async` tools are awaited together, across all episodes.
-    Other tools run in threads, side by side for several episodes. `step` is `async`: a subclass awaits it.
+    Other tools run in threads, concurrently for several episodes. `step` is `async`: a subclass must await it.
 
     Args:
-        tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, objects of class
-            `Tool`, and servers by `McpTools`; in Python also functions themselves. Arguments need type hints, and a description
+        tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`; objects of class
+            `Tool`; `McpTools` for servers; in Python also functions themselves. Arguments need type hints, and a description
             under `Args:` in the docstring.
-        call_format: How the policy writes calls; None for the form of its chat template, and without one `PlainCalls`.
-        tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy
-            gets a message about the late call, and the episode continues.
+        call_format: How the policy writes calls; None for the format of its chat template, or `PlainCalls` if it has none.
+        tool_timeout_s: Longest time of each call in seconds; all calls of a message together have four fifths of
+            `episodes.step_timeout_s`. After a late call the policy gets a message, and the episode continues.
         max_result_chars: Most characters of a tool's result; the rest is cut, with a mark.
-        tools_column: Column of the data with a list of names of the tools that the row may call; None: each may call all.
+        tools_column: Column with a list of the names of the tools that the row may call; None if every row may call all tools.
 
     Raises:
-        ConfigError: If there is no such function, or it cannot be described to a policy.
+        ConfigError: If a function does not exist, or cannot be described to a policy.
         DataError: If a row names a tool that does not exist.
     """
 
@@ -79,11 +79,11 @@ class ToolEnvironment(Environment):
 
     def _add(self, function: Callable[..., Any], name: str, schema: ToolSchema) -> None:
         if name in self._functions:
-            raise ConfigError(f"ToolEnvironment: two tools are called {name!r}; rename one")
+            raise ConfigError(f"ToolEnvironment: two tools are named {name!r}; rename one")
         self._functions[name], self._schemas[name] = function, schema
 
     def prepare(self, chat_template: str | None) -> None:
-        """Choose the form of calls and the role of results by the chat template, and connect to tool servers."""
+        """Choose the call format and the role of results by the chat template, and connect to tool servers."""
         super().prepare(chat_template)
         while self._servers:
             for tool in self._servers.pop(0).tools():
@@ -94,7 +94,7 @@ class ToolEnvironment(Environment):
         self._role = "tool" if self._shown else "user"
 
     def tools(self) -> list[dict[str, Any]]:
-        """JSON schemas for the chat template; none if it does not show them, since `start` then describes the tools."""
+        """JSON schemas for the chat template; none if the template ignores tools, since `start` then describes them."""
         return self._described() if self._shown else []
 
     def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ class ToolEnvironment(Environment):
             return list(self._functions)
         names, column = prompt.columns.get(self.tools_column), f"{prompt.place}: column {self.tools_column!r}"
         if not isinstance(names, (list, tuple)):
-            raise DataError(f"{column} is {shorten(names)}; give a list of names of tools, or set tools_column to null")
+            raise DataError(f"{column} is {shorten(names)}; give a list of tool names, or set tools_column to null")
         for name in names:
             if name not in self._functions:
                 raise DataError(f"{column} names {shorten(name)}, which is not a tool; give some of {', '.join(self._functions)}")
@@ -166,7 +166,7 @@ class ToolEnvironment(Environment):
         if failed:
             counts[f"failed_calls/{failed}"] += 1
         name = {} if isinstance(call, MalformedCall) else {"name": self._name(call)[:80]}
-        # Invalid characters, such as half of one in JSON, cannot be tokenized.
+        # Invalid characters, such as half a surrogate pair in JSON, cannot be tokenized.
         return {
             key: value.encode(errors="replace").decode() for key, value in {"role": self._role, **name, "content": text}.items()
         }
@@ -200,13 +200,13 @@ class ToolEnvironment(Environment):
 
 
 def _after_thought(text: str) -> str:
-    """A message without the thought that it begins with; empty if the thought is not closed, since nothing in it is a call."""
+    """A message without its leading thought; empty if the thought is not closed, since calls in a thought do not count."""
     begin, opened, rest = text.partition("<think>")
     return rest.partition("</think>")[2] if opened and not begin.strip() else text
 
 
 def as_text(value: Any) -> str:
-    """A tool's result as text for the policy: written like observations; a value that cannot be is converted by `str`.
+    """A tool's result as text for the policy, written like an observation, or with `str` if that is not possible.
 
     Raises:
         ConfigError: If it contains an image or similar data.
@@ -215,4 +215,4 @@ def as_text(value: Any) -> str:
         return "(the tool returned nothing)"
     if isinstance(value, (bytes, bytearray)):
         return value.decode(errors="replace")
-    return content_text(value, otherwise=str)
+    return content_text(value, fallback=str)

@@ -1,6 +1,6 @@
-"""Tools for policies: a calculator, Python with a session, and search over local documents.
+"""Tools for policies: a calculator, a Python session, and search over local documents.
 
-Each answers in plain text, even to wrong arguments, so that a policy can read the mistake and continue.
+Each answers in plain text, even to wrong arguments, so that a policy can read the error and continue.
 """
 
 import ast
@@ -100,19 +100,19 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 class PythonSession(Tool):
-    """Python in the sandbox, with names that last from call to call of an episode.
+    """Sandboxed Python. Names stay defined across the calls of an episode.
 
-    A session has no process: each call runs the code of the earlier calls again, in a new box, and shows what the last one
-    prints. So nothing outlives a call. Code that hangs or crashes is left out and costs only its own call, but slow code also
-    slows later calls. `random` is seeded by the episode; anything else that differs from run to run, such as the time, is new in
-    each call. Code is isolated like the programs of `CodeTests`.
+    No process runs between calls: each call runs the code of the earlier calls again, in a new sandbox, and returns what the last
+    one prints. If code hangs or crashes, later calls leave it out; slow code slows all later calls. `random` is seeded by the
+    episode. Other values that differ from run to run, such as the time, change with each call. Code is isolated like the programs
+    of `CodeTests`.
 
     Args:
-        cpu_seconds: CPU time of a call in whole seconds, beyond the time of the earlier calls.
-        wall_seconds: Wall time of a call, beyond the time of the earlier calls.
+        cpu_seconds: Limit on the CPU time of a call in whole seconds, without the time of the earlier calls.
+        wall_seconds: Limit on the wall time of a call, without the time of the earlier calls.
         memory_mb: Memory of a session in MiB.
         packages: Installed packages that may be imported, with their dependencies; None for only the standard library.
-        allow_without_isolation: Whether code may run on a machine that cannot isolate it. It can then do whatever you can.
+        allow_without_isolation: Whether code may run on a machine that cannot isolate it. It then has all your permissions.
 
     Raises:
         ConfigError: If an argument is out of range, or a package cannot be imported.
@@ -159,24 +159,24 @@ class PythonSession(Tool):
             ending = (ran.endings.get("cells") or "it ended Python") if ran.in_time else f"not done after {own.wall_seconds:g} s"
             return f"error: {ending}; names are as before this call"
         self.cells.append(code)
-        # Code could report a wrong time, but none above the limit.
+        # Code could report a wrong time, so it is bounded by the limit.
         self.cpu_s = min(int(whole[1]) / 1000, limits.cpu_seconds)
         self.wall_s = min(time.monotonic() - started, limits.wall_seconds)
         return ran.stdout.decode(errors="replace").strip() or "(no output)"
 
 
-_settings = cache(make_settings)  # made once, though each episode has its own tool
+_settings = cache(make_settings)  # made once, although each episode has its own tool
 
 
 class DocumentSearch(Tool):
-    """Search over documents on this machine by BM25 (Robertson and Zaragoza, 2009), with the package bm25s.
+    """Search over local documents by BM25 (Robertson and Zaragoza, 2009), with the package bm25s.
 
-    Documents are a file, or all `.txt`, `.md` and `.jsonl` files in a folder and its subfolders. Text files are cut into passages
-    at empty lines; a line of a `.jsonl` file is a passage, with its text in `text` and optionally a name in `title`.
+    Documents are one file, or all `.txt`, `.md` and `.jsonl` files in a folder and its subfolders. Text files are split into
+    passages at empty lines; each line of a `.jsonl` file is a passage, with its text in `text` and optionally a name in `title`.
 
     Args:
         path: The file or folder.
-        passages: Most passages to return.
+        passages: Largest number of passages to return.
         passage_words: Approximate number of words in a passage of a text file: paragraphs are joined up to this length, not cut.
 
     Raises:
@@ -212,7 +212,7 @@ class DocumentSearch(Tool):
 
 
 _KINDS = ".txt, .md or .jsonl"
-_INDEXING = threading.Lock()  # episodes begin side by side, and an index is made once
+_INDEXING = threading.Lock()  # episodes begin concurrently, and an index is built once
 
 
 class _Index:
@@ -240,7 +240,7 @@ class _Index:
         return _Index(path, passage_words)
 
     def best(self, query: str, count: int) -> list[tuple[str, str]]:
-        """The best passages; among equal ones, the first."""
+        """The best passages; ties go to the first."""
         words = _words(query)
         if not words:
             return []
@@ -265,7 +265,7 @@ def _passages(file: Path, words: int) -> Iterator[tuple[str | None, str]]:
                 title = entry.get("title")
                 yield None if title is None else str(title), str(entry["text"])
             except (ValueError, AttributeError, KeyError) as error:
-                raise ConfigError(f'{file}, line {number} is no object with "text"; correct or remove the line') from error
+                raise ConfigError(f'{file}, line {number} is not an object with "text"; correct or remove the line') from error
         return
     joined: list[str] = []
     for paragraph in filter(None, map(str.strip, re.split(r"\n\s*\n", text))):

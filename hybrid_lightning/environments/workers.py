@@ -1,7 +1,7 @@
-"""`Worker`: another process that holds environments; it answers one call at a time.
+"""`Worker`: another process that holds environments and answers one call at a time.
 
-In such a process each episode has its own states of the global random generators. A process that hangs is killed; its other
-episodes are begun anew when they are called next. Worker processes see no GPU, and end with the process that started them.
+In a worker process each episode has its own states of the global random generators. A process that hangs is killed; its other
+episodes start again at their next call. Worker processes see no GPU, and end with the process that started them.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from hybrid_lightning.errors import ConfigError, EpisodeError, HybridLightningEr
 from hybrid_lightning.user_calls import run_async
 from hybrid_lightning.user_code import describe_error
 
-_READY_S = 300.0  # time for a process to import what it needs
+_READY_S = 300.0  # time for a process to start and import its modules
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hybrid_lightning.environments.workers import main; main()"
 )
@@ -58,8 +58,8 @@ def workers_for(environment: Environment, count: int, step_timeout_s: float, tur
     """
     if not hasattr(os, "killpg"):
         raise ConfigError(
-            f"episodes.workers={count} needs Linux or macOS: {sys.platform} has no groups of processes that can be ended "
-            "together; leave it out, or train under WSL"
+            f"episodes.workers={count} needs Linux or macOS: {sys.platform} has no process groups; leave it out, or train under "
+            "WSL"
         )
     kind = type(environment)
     try:
@@ -68,14 +68,14 @@ def workers_for(environment: Environment, count: int, step_timeout_s: float, tur
         made_of = pickle.dumps((kind, environment._init_args, environment.chat_template, step_timeout_s, turn_rewards))
     except Exception as error:
         raise ConfigError(
-            f"episodes.workers={count}: {kind.__name__} cannot be made in another process: {one_line(error)}; define it, and the "
-            "functions that it is given, at the top level of a module, or leave out workers"
+            f"episodes.workers={count}: {kind.__name__} cannot be made in another process: {one_line(error)}; define it, and any "
+            "functions among its arguments, at the top level of a module, or leave out workers"
         ) from error
     return [Worker(kind.__name__, made_of) for _ in range(count)]
 
 
 class Worker:
-    """A process that holds environments, seen from the process that started it.
+    """Handle of a process that holds environments.
 
     Args:
         name: Name of the environment's class.
@@ -91,7 +91,7 @@ class Worker:
         self._connection: Connection
 
     def has(self, number: int) -> bool:
-        """Whether there is an object for an episode. It is lost with the process."""
+        """Whether there is an object for an episode. The object is lost with the process."""
         return number in self._numbers
 
     def drop(self, number: int) -> None:
@@ -108,10 +108,10 @@ class Worker:
                     self._popen = self._started()
                     await self._is_ready()
                 (self._numbers.discard if method == "close" else self._numbers.add)(number)
-                with suppress(OSError):  # if it has ended, nothing can be received
+                with suppress(OSError):  # if the process has ended, `_received` finds out
                     self._connection.send((number, method, arguments))
                 return await self._received(method, timeout_s)
-            except asyncio.CancelledError:  # after Ctrl-C: nobody needs its answer
+            except asyncio.CancelledError:  # after Ctrl-C: the answer is no longer needed
                 self.kill()
                 raise
 
@@ -119,7 +119,7 @@ class Worker:
         try:
             await self._received("import", _READY_S)
         except FaultError as fault:
-            raise EpisodeError(f"{fault}; see its error output above, and what its module does on import") from None
+            raise EpisodeError(f"{fault}; see its error output above, and check what its module does on import") from None
 
     async def _received(self, method: str, timeout_s: float) -> Any:
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
@@ -156,7 +156,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[bytes]:
         self._connection, theirs = Pipe()
-        # The order of sets is the same in all of them; the terminal's signals do not reach them.
+        # The same order of sets in all workers. In their own session, the terminal's signals do not reach them.
         environment = {"PYTHONHASHSEED": "0", **os.environ, **_NO_GPU, "OMP_NUM_THREADS": "1"}
         popen = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
@@ -185,7 +185,7 @@ def main() -> None:
         environment.prepare(chat_template)
     except Exception as error:
         text = (
-            f"the environment cannot be made in another process: {describe_error(error)}; leave out episodes.workers, or mend it"
+            f"the environment cannot be made in another process: {describe_error(error)}; leave out episodes.workers, or fix it"
         )
         connection.send((None, error if isinstance(error, HybridLightningError) else ConfigError(text)))
         return
@@ -205,15 +205,15 @@ def main() -> None:
             reply: tuple[Any, Exception | None] = run_async(objects.call(number, method, arguments, None)), None
         except (FaultError, HybridLightningError) as error:
             reply = None, error
-        except BaseException as error:  # an environment has stopped the event loop, or cancelled its tasks
+        except BaseException as error:  # an environment stopped the event loop, or cancelled its tasks
             os.write(2, f"a process of {objects.name} ends: {describe_error(error)}\n".encode())
-            os._exit(1)  # at once: Python takes seconds to exit, and the call would be late instead
+            os._exit(1)  # at once: a normal exit takes seconds, and the call would count as late instead
         states[number] = random_states()
         connection.send(reply)
 
 
 def _read(connection: Connection, requests: "queue.SimpleQueue[Any]") -> None:
-    """Read requests while others are answered, so that the end of the other process is noticed immediately."""
+    """Read requests while calls are answered, so that the end of the other process is noticed immediately."""
     try:
         while True:
             requests.put(connection.recv())

@@ -26,8 +26,8 @@ _END_S = 3.0  # time for a thread to end after a request, unless it hangs
 class EpisodesAhead:
     """Plays episodes in threads.
 
-    A thread has its own tokenizer and its own processes for environments. It touches neither the policy's model, which changes in
-    the meantime, nor any other object that exists once in the process.
+    Each thread has its own tokenizer and its own processes for environments. It uses neither the policy's model, which changes in
+    the meantime, nor any other object that the process shares.
     """
 
     def __init__(self, episodes: Episodes) -> None:
@@ -41,9 +41,9 @@ class EpisodesAhead:
         seeds: Sequence[int],
         on_wait: Callable[[], object] = lambda: None,
     ) -> RolloutFuture[Rollouts]:
-        """Begin to play episodes (see `Episodes.play`); place and config of the policy's engine are read now.
+        """Begin to play episodes (see `Episodes.play`). Reads the device and the config of the policy's engine now.
 
-        The waiting thread calls `on_wait` from time to time.
+        The thread that waits for the result calls `on_wait` from time to time.
         """
         player = next((player for player in self._players if player.is_free), None)
         if player is None:
@@ -58,13 +58,13 @@ class EpisodesAhead:
             player.ended.set()
         futures.wait([player.work for player in self._players if player.work is not None], timeout=_END_S)
         for player in self._players:
-            if player.is_free:  # if not, its processes end with this one
+            if player.is_free:  # the processes of a busy player end with this process
                 player.episodes.shut_down()
         self._players = []
 
 
 class _Player:
-    """One thread at a time. It ends on request, which it checks after every token and while it waits."""
+    """Plays in one thread at a time. The thread checks after every token, and while it waits, whether it should end."""
 
     def __init__(self, episodes: Episodes) -> None:
         self.work: Future[Rollouts] | None = None

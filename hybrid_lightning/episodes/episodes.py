@@ -1,9 +1,9 @@
-"""`Episodes`: plays episodes, turn by turn: in each turn the policy samples a message, then all environments answer.
+"""`Episodes`: plays episodes turn by turn. In each turn the policy samples a message, then all environments answer.
 
     prompt, messages of `start`  ->  sampled  ->  messages of `step`  ->  sampled  ->  ...
 
 An episode is one row of a rollout. Its completion holds sampled and added tokens as token ids; a mask marks the sampled ones. All
-episodes that still run are in the same turn, so that they are sampled in one batch.
+running episodes are in the same turn, so they are sampled in one batch.
 
 Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
 """
@@ -46,17 +46,17 @@ class _Row:
     ids: list[int] = field(default_factory=list)  # tokens of the completion
     sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
     logprobs: list[float] = field(default_factory=list)  # 0 for added tokens
-    steps: list[int] = field(default_factory=list)  # weights that sampled each token, or sampled last; empty if all had the same
+    steps: list[int] = field(default_factory=list)  # step of the weights that sampled each token; empty if all are the same
     last: Sequence[int] = ()  # tokens of the policy's last message
     texts: list[str] = field(default_factory=list)  # texts of the policy's messages
-    lengths: list[int] = field(default_factory=list)  # and their lengths in tokens
+    lengths: list[int] = field(default_factory=list)  # lengths of the policy's messages in tokens
     rewards: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    thinking: bool = False  # whether its prompt opens a thought
+    thinking: bool = False  # whether the prompt opens a thought
     opened: bool = False  # `thinking` before the last message
     end: str = ""  # empty while it runs
 
-    def say(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
+    def add_turn(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
         """Add a message of the policy."""
         if not self.texts:
             self.thinking = completion.thinking
@@ -70,7 +70,7 @@ class _Row:
         self.texts.append(str(completion))
         self.messages.append({"role": "assistant", "content": str(completion)})
 
-    def hear(self, ids: Sequence[int]) -> None:
+    def add_reply(self, ids: Sequence[int]) -> None:
         """Add tokens that the policy reads."""
         self.ids += ids
         self.logprobs += [0.0] * len(ids)
@@ -78,13 +78,13 @@ class _Row:
         self.sampled += [False] * len(ids)
 
     def earn(self, reward: float) -> None:
-        """Add the reward at its end, as a reward of its last turn."""
+        """Add the final reward, as a reward of the last turn."""
         if reward:
             self.rewards += [0.0] * (len(self.texts) - len(self.rewards))
             self.rewards[-1] += reward
 
     def fail(self) -> None:
-        """Leave the episode out: none of it is trained on."""
+        """Leave the whole episode out of training."""
         self.end, self.ids, self.sampled, self.logprobs, self.steps, self.lengths = "failed", [], [], [], [], []
 
     def completion(self) -> Completion:
@@ -98,7 +98,7 @@ class _Row:
 class Episodes:
     """Plays the episodes of a policy.
 
-    The environment is as configured; each episode gets its own object. For `on_wait` and `turn_rewards` see `RunningEpisodes`.
+    `environment` is the object in the config; each episode gets its own. For `on_wait` and `turn_rewards` see `RunningEpisodes`.
     """
 
     def __init__(
@@ -125,17 +125,17 @@ class Episodes:
         turn_template: str | None,
         turn_rewards: bool = False,
     ) -> Self | None:
-        """The episodes for a policy's options; None without an environment. Episode options without one raise a ConfigError."""
+        """The episodes for a policy's options, or None without an environment; ConfigError for other options without one."""
         if environment is not None:
             return cls(environment, limits or EpisodeLimits(), sampler, pretrained, turn_template, turn_rewards)
         for name, value in (("episodes", limits), ("turn_template", turn_template)):
             if value is not None:
-                raise ConfigError(f"model.{name} is for episodes, and model.environment is not set; set it, or remove {name}")
+                raise ConfigError(f"model.{name} needs model.environment, which is not set; set it, or remove model.{name}")
         return None
 
     @cached_property
     def turns(self) -> TurnEncoder:
-        """Writes added messages as tokens."""
+        """Encoder of the messages that environments add."""
         pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
         with in_user_code(self.environment, "prepare"):
             self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
@@ -152,20 +152,20 @@ class Episodes:
 
     @cached_property
     def _special(self) -> set[int]:
-        """Tokens that are left out when a message is decoded."""
+        """Tokens that are skipped when a message is decoded."""
         tokenizer = self.pretrained.tokenizer
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         return added.union(tokenizer.all_special_ids)
 
     def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
-        """These episodes for another thread: with its own tokenizer, and its own processes for environments."""
+        """A copy for another thread, with its own tokenizer and its own processes for environments."""
         options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, on_wait
         other = Episodes(self.environment, self.limits, self.sampler, *options)
         _ = other.turns  # reads the tokenizer here, not in that thread
         return other
 
     def shut_down(self) -> None:
-        """End the processes of environments; they begin again when needed."""
+        """End the processes of environments; they start again when needed."""
         self._running.close()
 
     def play(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> Rollouts:
@@ -173,7 +173,7 @@ class Episodes:
 
         Args:
             engine: See `RolloutEngine.sample`.
-            request: Prompts without token ids; the ids depend on how the environment begins.
+            request: Prompts without token ids, since the ids depend on the environment's first messages.
             seeds: A seed for the task of each prompt.
 
         Raises:
@@ -185,12 +185,12 @@ class Episodes:
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
             rows, ids = self._begin(prompts, started, samples)
             conversation = self._conversation(engine, replace(request, prompt_ids=ids, on_completion=None), rows)
-            said, numbers = conversation.first(), list(range(len(rows)))
+            sampled, numbers = conversation.first(), list(range(len(rows)))
             while True:
-                self._say(rows, numbers, said)
+                self._add_turns(rows, numbers, sampled)
                 continuing = [number for number in numbers if not rows[number].end]
                 answers = running.step({number: self._message(rows[number]) for number in continuing})
-                added = {number: self._hear(rows[number], answers[number]) for number in continuing}
+                added = {number: self._add_reply(rows[number], answers[number]) for number in continuing}
                 ended = [number for number in numbers if rows[number].end not in ("", "failed")]
                 for number, earned in running.conclude(ended).items():
                     if isinstance(earned, Failure):
@@ -204,13 +204,13 @@ class Episodes:
                     for number in ended:
                         if rows[number].end != "failed":
                             request.on_completion(number, rows[number].completion())
-                said = conversation.next(numbers, [added[number] for number in numbers])
+                sampled = conversation.next(numbers, [added[number] for number in numbers])
         finally:
             running.finish()
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _conversation(self, engine: "Engine", request: SamplingRequest, rows: Sequence[_Row]) -> Conversation:
-        """The conversation of all episodes; an episode that failed before its first turn is sampled for one token."""
+        """The conversation of all episodes; for an episode that failed before its first turn, only one token is sampled."""
         request = replace(request, limits=[1 if row.end else self.sampler.max_new_tokens for row in rows])
         return self.sampler.conversation(engine, self.pretrained.tokenizer, request, self.limits.max_tokens)
 
@@ -231,35 +231,35 @@ class Episodes:
                 firsts += [] if rows[-1].end else [ids]
             if any(other != firsts[0] for other in firsts):
                 raise RolloutError(
-                    f"{type(self.environment).__name__} began the episodes of {prompt.place} differently, although they have one "
-                    "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed, or "
-                    "set episodes.workers if it draws from global random generators"
+                    f"{type(self.environment).__name__} started episodes of {prompt.place} differently with the same seed, so "
+                    "their rewards cannot be compared; derive all randomness of the task from the seed, or set episodes.workers "
+                    "if it draws from global random generators"
                 )
             begins.append(firsts[0] if firsts else ids)
         return rows, begins
 
-    def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Rollouts) -> None:
-        """Add messages of the policy to the episodes that still run."""
-        sequences = said.sequences
+    def _add_turns(self, rows: Sequence[_Row], numbers: Sequence[int], sampled: Rollouts) -> None:
+        """Add messages of the policy to the running episodes."""
+        sequences = sampled.sequences
         made_by = [[] for _ in numbers] if sequences.weights_step is None else sequences.weights_step.tolist()
-        columns = (sequences.completion_ids.tolist(), said.sampling_logprobs.tolist(), made_by)
+        columns = (sequences.completion_ids.tolist(), sampled.sampling_logprobs.tolist(), made_by)
         lengths = sequences.completion_mask.sum(dim=1).tolist()
-        for number, length, tokens, logprobs, steps, message in zip(numbers, lengths, *columns, said.completions, strict=True):
+        for number, length, tokens, logprobs, steps, message in zip(numbers, lengths, *columns, sampled.completions, strict=True):
             if not rows[number].end:
-                rows[number].say(tokens[:length], logprobs[:length], steps[:length], message)
+                rows[number].add_turn(tokens[:length], logprobs[:length], steps[:length], message)
 
     def _message(self, row: _Row) -> Message:
         """The last message of the policy, for the environment (see `Environment.step`)."""
         ids = row.last[:-1] if row.last and row.last[-1] in self.turns.stop_ids else row.last
         raw = row.texts[-1]
-        if not self._special.isdisjoint(ids):  # without special tokens it is the same, and decoding takes time
+        if not self._special.isdisjoint(ids):  # without special tokens the text is the same, and decoding takes time
             raw = str(self.pretrained.tokenizer.decode(list(ids)))
             for stop in self.sampler.stop:
                 raw = raw.partition(stop)[0]
         return {**row.messages[-1], "raw": f"<think>{raw}" if row.opened else raw}
 
-    def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
-        """Add an environment's answer to an episode; return the tokens that the policy reads, none if the episode is over."""
+    def _add_reply(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
+        """Add an environment's answer to an episode; returns the tokens that the policy reads, none if the episode is over."""
         if isinstance(answer, Failure):
             row.fail()
             return []
@@ -277,11 +277,11 @@ class Episodes:
         if len(row.ids) + len(ids) >= self.limits.max_tokens:
             row.end = "tokens"
             return []
-        row.hear(ids)
+        row.add_reply(ids)
         return ids
 
     def _fitted(self, row: _Row, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
-        """Messages and their tokens; if configured, the last one is cut to leave room for a message of the policy."""
+        """Messages and their tokens; if configured, the last message is cut to leave room for a message of the policy."""
         ids = self.turns.added(row.prompt, messages, row.last)
         room = self.limits.max_tokens - len(row.ids) - self.sampler.max_new_tokens
         if self.limits.too_long == "end" or len(ids) <= room or not messages:
@@ -290,7 +290,7 @@ class Episodes:
         text = str(last["content"])
         kept = len(text)
         while len(ids) > room and kept:
-            # By the number of excess tokens, at the average length of a token, and at least a few characters at a time.
+            # Cut by the excess tokens times the average length of a token, and by at least 8 characters.
             kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
             messages = [*before, {**last, "content": text[:kept] + CUT_MARK}]
             ids = self.turns.added(row.prompt, messages, row.last)
@@ -323,9 +323,9 @@ class Episodes:
 def task_seeds(prompts: Sequence[Prompt], generator: Draws, seed: int) -> list[int]:
     """A seed for the task of each prompt, in [0, 2^31).
 
-    A row's column `seed`, if it has one, is the seed, so that the row is always the same task. Without it, a rollout has its own
-    seeds, and an evaluation always the same ones, from the policy's seed. The same holds for greedy completions, without a
-    generator.
+    If a row has a column `seed`, it is the seed, so that the row is always the same task. For other rows, each rollout draws new
+    seeds, and every evaluation uses the same seeds, which follow from the policy's `seed`. Greedy completions have no generator,
+    and use the seeds of evaluations.
     """
     if isinstance(generator, torch.Generator):
         drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
@@ -339,11 +339,11 @@ def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
     """Give each sampled token of B episodes the advantage of its turn.
 
     Args:
-        advantages: [K * B], from the first turn on (see `rewards_to_go`).
+        advantages: [K * B], one row of B per turn, from the first turn on (see `rewards_to_go`).
         rollouts: B episodes.
 
     Returns:
-        [B, T], 0 where nothing was sampled; with K = 1 turns the advantages of the sequences, [B].
+        [B, T], 0 for tokens that were not sampled; if K = 1, the unchanged advantages of the sequences, [B].
     """
     sampled = rollouts.sequences.sampled_mask
     turns = len(advantages) // max(1, len(sampled))
@@ -360,7 +360,7 @@ def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
-    """The messages that the environment has added to a prompt before the first turn; empty without episodes."""
+    """The messages before the first turn, with those that the environment added; empty without episodes."""
     samples, prompt = rollouts.samples_per_prompt, rollouts.prompts[number]
     asked = list(prompt.messages or [{"role": "user", "content": prompt.text}])
     for completion in rollouts.completions[number * samples : (number + 1) * samples]:
@@ -373,21 +373,21 @@ def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
 
 
 def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
-    """Random numbers that are the same at every evaluation, and differ from training's."""
+    """Random numbers that are the same in every evaluation, and independent of training."""
     return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
 
 
 def has_failed(completion: Completion) -> bool:
-    """Whether a completion is an episode with a failed environment, so that it is left out."""
+    """Whether a completion is an episode that is left out because its environment failed."""
     return completion.episode is not None and completion.episode.end == "failed"
 
 
 def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Compute the metrics of one rollout's episodes over all ranks, from this rank's. All ranks must call this.
+    """Compute the metrics of one rollout's episodes over all ranks, from this rank's completions. All ranks must call this.
 
     Returns:
-        `episodes/end/{reason}`, shares of all episodes (see `Episode.end`); and, over episodes that did not fail, the means of
-        `episodes/turns`, `episodes/return` (sum of the environment's rewards) and of the environment's counts, such as
+        `episodes/end/{reason}`, shares of all episodes (see `Episode.end`). Also means over the episodes that did not fail:
+        `episodes/turns`, `episodes/return` (sum of the environment's rewards), and the environment's counts, such as
         `episodes/calls`.
     """
     episodes = [completion.episode for completion in completions if completion.episode is not None]
@@ -401,7 +401,7 @@ def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
 
 
 def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) -> list[dict[str, Any]]:
-    """One record per episode, ready for JSON; greedy ones, one per prompt, have None as `sample`."""
+    """One record per episode, ready for JSON; in greedy records, one per prompt, `sample` is None."""
     sequences, records = rollouts.sequences, []
     for row, completion in enumerate(rollouts.completions):
         episode, prompt = completion.episode, rollouts.prompts[row // rollouts.samples_per_prompt]

@@ -1,23 +1,23 @@
-r"""`TurnEncoder`: the tokens of episodes, which a policy and an environment write in turns.
+r"""`TurnEncoder`: the tokens of an episode, in which a policy and an environment take turns.
 
-    ids = first(prompt, start)       the prompt and the environment's first messages, up to where the policy continues
-    ids += sampled                   the policy's sample, unchanged: token ids are the truth, and are never remade from text
+    ids = first(prompt, start)           the prompt and the environment's first messages, up to the policy's opening
+    ids += sampled                       the policy's sample: its token ids are kept as sampled, never recomputed from text
     ids += added(prompt, new, sampled)   everything between this turn and the next one
 
-The added text is the difference of two renderings: a conversation up to an answer, and the same conversation with that answer,
-its end and new messages after it, up to where the policy continues. Of the end, only the part that the policy did not sample
-itself is added.
+The added text is the difference of two renderings: a conversation up to an answer, and the same conversation with the answer, the
+end of its turn and the new messages, up to the policy's next opening. If the policy sampled a part of the turn's end itself, only
+the rest is added.
 
-The rendered conversation is a short one, with a word in place of the answer. So a turn costs the same whatever the length of the
-episode, and nothing depends on the text of the policy: templates trim it, take thoughts out of it, or refuse it; it may end
-within a character, and look like a part of the template. If a template writes the result of a tool only after a call, the word
-is the argument of a call. Whether the difference is the same after any conversation is tried before the run: `check` refuses a
-template that changes earlier turns when messages follow, such as one that drops their thoughts.
+The rendered conversation is a short one, with a placeholder word instead of the answer. So each turn costs the same however long
+the episode is, and nothing depends on the policy's text, which a template may trim, strip of thoughts or reject, and which may
+end within a character or look like a part of the template. If a template renders a tool's result only after a call, the word is
+an argument of a call. Before the run, `check` tests that the difference is the same after any conversation: it rejects a template
+that changes earlier turns when messages follow, such as one that drops their thoughts.
 
-Environment messages are text: `<|im_end|>` in them does not end a turn, as it does in the template. Such a text is cut within
+In environment messages, special tokens such as `<|im_end|>` are plain text and do not end a turn. Such a text is split inside
 these tokens before it is rendered, and then tokenized in parts.
 
-Plain-text prompts have no template. `turn_template` writes what is added to them.
+Plain-text prompts have no chat template; `turn_template` formats the messages that follow them.
 """
 
 import re
@@ -39,7 +39,7 @@ _ANSWER = ANSWERED["content"]
 _NEW = "NEW-CONTENT"  # stands for the text of a new message
 # Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4.
 _CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>")
-# How to write a message with a role that the template does not know. The policy has to see that no person wrote it.
+# How to write a message with a role that the template does not know. The policy must see that no person wrote it.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
 T = TypeVar("T")
 _NAME = "NAME"  # name of a tool, or of its call
@@ -53,11 +53,11 @@ class TurnEncoder:
         encoder: Renders and tokenizes prompts.
         stop_ids: Tokens that end a completion.
         tools: JSON schemas of the tools that the policy may call.
-        tools_of: Schemas of the tools for a prompt; None: all tools.
+        tools_of: Returns the schemas of the tools for a prompt; None for all tools.
         turn_template: How to write a message after a plain-text prompt: text with `{content}` and, optionally, `{role}`.
 
     Raises:
-        ConfigError: If `turn_template` is not such a text.
+        ConfigError: If `turn_template` has other fields, or no `{content}`.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class TurnEncoder:
         used = template_fields("model.turn_template", turn_template)
         if "content" not in used or set(used) - {"content", "role"}:
             raise ConfigError(
-                f"model.turn_template={turn_template!r} has to say where the text of a message goes: write {{content}} there, "
-                "and {role} if wanted, and nothing else in braces"
+                f"model.turn_template={turn_template!r}: write {{content}} where the text of a message goes, {{role}} if wanted, "
+                "and nothing else in braces"
             )
         self.tools = list(tools)
         self._tools_of = tools_of or (lambda prompt: self.tools)
         self._encoder = encoder
         self._given_stops = [int(token) for token in stop_ids]
         self._turn_template = turn_template
-        self._faults: dict[str, str] = {}  # role -> why the template cannot write such messages; "" if it can
-        self._after_calls = False  # whether tool results are written only after a call, not after any answer
+        self._faults: dict[str, str] = {}  # role -> why the template cannot render such messages; "" if it can
+        self._after_calls = False  # whether the template renders tool results only after a call, not after any answer
         self._sampled_ends: dict[str, int] = {}  # role of the first new message -> see `_sampled_end`
 
     # ---- before the run
@@ -101,10 +101,10 @@ class TurnEncoder:
         return sorted(found)
 
     def check(self, prompts: Iterable[Prompt], roles: Sequence[str]) -> None:
-        """Try adding messages of these roles to the prompts of a run, before time is spent on it.
+        """Before the run, test that messages of these roles can be added to its prompts.
 
         Raises:
-            ConfigError: If the chat template writes earlier turns differently when messages follow.
+            ConfigError: If the chat template renders earlier turns differently when messages follow.
             DataError: If the tokenizer cannot encode `turn_template`, or a row names tools that do not exist.
         """
         chat = set[bool]()
@@ -113,19 +113,19 @@ class TurnEncoder:
             self._tools_of(prompt)
         if False in chat:
             self._tokenize(self._write({"role": "", "content": ""}))
-        if True in chat and self._encoder.has_template:  # without one the prompt itself is refused
+        if True in chat and self._encoder.has_template:  # without one the prompt itself is rejected
             for role in roles:
-                self._fit_behind([_new(role)])
+                self._fit_after([_new(role)])
 
     # ---- in the run
 
     def first(self, prompt: Prompt, added: Sequence[Message] = ()) -> tuple[list[int], list[Message]]:
         """Tokens before the first turn, and the conversation so far.
 
-        Among the environment's first messages, system messages go in front, where templates have them.
+        System messages among the environment's first messages go to the front, where templates expect them.
 
         Raises:
-            ConfigError: If the chat template refuses the messages.
+            ConfigError: If the chat template rejects the messages.
             DataError: If the tokenizer cannot encode them.
         """
         asked: Sequence[Message] = prompt.messages or [{"role": "user", "content": prompt.text}]
@@ -144,24 +144,24 @@ class TurnEncoder:
         return self._encoder.encode(prompt, self._tools_of(prompt), mark), whole
 
     def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
-        """Tokens after a turn of the policy: the rest of its end, new messages and, unless it is the last, the next opening.
+        """Tokens after a turn of the policy: the rest of the turn's end, the new messages and the next opening.
 
-        If a stop token ended the policy's sample, the end of the turn is already there.
+        If a stop token ended the policy's sample, the end of the turn is already there. With `last`, there is no next opening.
 
         Raises:
-            ConfigError: If the chat template writes earlier turns differently when messages of such a role follow.
-            DataError: If the template or the tokenizer refuses them.
+            ConfigError: If the chat template renders earlier turns differently when messages of such a role follow.
+            DataError: If the template or the tokenizer rejects the messages.
         """
-        new, mark = self._cut(new if prompt.messages is None else self._fit_behind(new))
+        new, mark = self._cut(new if prompt.messages is None else self._fit_after(new))
         if prompt.messages is None:
             return self._tokenize("".join(map(self._write, new)), mark)
         new = self._joined(new)
         try:
-            ids = self._tokenize(self._behind(new, add_generation_prompt=not last), mark)
+            ids = self._tokenize(self._after_answer(new, add_generation_prompt=not last), mark)
         except (TemplateError, TypeError) as error:
             raise DataError(
-                f"the chat template refuses what the environment added to {prompt.place}: {error}; correct the environment's "
-                "messages, or change model.chat_template"
+                f"the chat template rejects the environment's messages for {prompt.place}: {error}; correct the messages, or "
+                "change model.chat_template"
             ) from error
         stopped, end = len(sampled_ids) > 0 and sampled_ids[-1] in self.stop_ids, self._sampled_end(new)
         if new and new[0]["role"] == "tool" and self._after_calls and end:  # the rest of the call comes before its end
@@ -170,32 +170,32 @@ class TurnEncoder:
 
     # ---- parts
 
-    def _behind(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The template's text after an answer: its end, and new messages."""
+    def _after_answer(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The template's text after an answer: the end of the turn, and new messages."""
         conversation = [ASKED, self._answered(new), *new]
         return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
 
     def _answered(self, new: Sequence[Message]) -> dict[str, Any]:
-        """The answer before new messages: a call, if a tool's result needs one."""
+        """The placeholder answer before new messages: a call, if a tool's result needs one."""
         if not (self._after_calls and new and new[0]["role"] == "tool"):
             return ANSWERED
         function = {"name": new[0].get("name", _NAME), "arguments": {"value": _ANSWER}}
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": _NAME, "function": function}]}
 
     def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
-        """The template's text after an answer; None if it refuses the messages."""
+        """The template's text after an answer; None if the template rejects the messages."""
         try:
-            return self._behind(new, add_generation_prompt)
+            return self._after_answer(new, add_generation_prompt)
         except (TemplateError, TypeError):  # TypeError: a template adds a text to something else
             return None
 
     def _sampled_end(self, new: Sequence[Message]) -> int:
-        """Number of the first tokens after an answer that are already there if a stop token ended it."""
+        """Number of tokens after an answer that are already there if a stop token ended it."""
         role = new[0]["role"] if new else ""
         if role not in self._sampled_ends:
             # The template's own token for ending turns counts, even if the policy sampled a different one. Tokens are counted,
             # not characters, since some tokenizers drop a line break after a special token.
-            written = self._behind([_new(role)] if new else []).partition(_NEW)[0]
+            written = self._after_answer([_new(role)] if new else []).partition(_NEW)[0]
             ids = self._tokenize(written)
             self._sampled_ends[role] = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), 0)
         return self._sampled_ends[role]
@@ -211,8 +211,8 @@ class TurnEncoder:
             fitted.append(message)
         return fitted
 
-    def _fit_behind(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages after an answer with the roles that the template can add; ConfigError if it can add none."""
+    def _fit_after(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages after an answer, with the roles that the template can add; ConfigError if it cannot add any."""
         fitted = self._fit(messages)
         if any(message["role"] == "user" for message in fitted) and self._fault("user"):
             raise ConfigError(self._fault("user"))
@@ -226,17 +226,17 @@ class TurnEncoder:
 
     def _find_fault(self, role: str) -> str:
         new = _new(role)
-        behind = self._trial([new])
-        if role == "tool" and self.tools and _NEW not in (behind or ""):
+        rest = self._trial([new])
+        if role == "tool" and self.tools and _NEW not in (rest or ""):
             self._after_calls = True
-            behind = self._trial([new])
-            self._after_calls = _NEW in (behind or "")
-        if behind is None or _NEW not in behind:
-            return f"the chat template has no messages of role {role!r} behind an answer; change model.chat_template"
+            rest = self._trial([new])
+            self._after_calls = _NEW in (rest or "")
+        if rest is None or _NEW not in rest:
+            return f"the chat template cannot render a message of role {role!r} after an answer; change model.chat_template"
         if role not in ("user", "system") and not self.tools:
-            # A role that is written like any word means nothing to the model, unless its template shows tools.
+            # A role that is rendered like any word means nothing to the model, unless its template shows tools.
             other = self._trial([{**new, "role": "unknown"}])
-            if other is not None and other.replace("unknown", role) == behind:
+            if other is not None and other.replace("unknown", role) == rest:
                 return f"the chat template does not know the role {role!r}; change model.chat_template"
         answered = self._answered([new])
         for head in ([ASKED], [{"role": "system", "content": "SYSTEM"}, ASKED]):
@@ -245,34 +245,34 @@ class TurnEncoder:
                 if any(message["content"] not in opened for message in head):
                     continue
                 for text in [""] if "tool_calls" in answered else _answers(opened):
-                    said: dict[str, Any] = {"role": "assistant", "content": text}
+                    turn: dict[str, Any] = {"role": "assistant", "content": text}
                     if "tool_calls" in answered:
                         once = self._encoder.apply_template([*head, answered, new], self.tools)
-                        said, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
-                    whole = self._encoder.apply_template([*head, said, new, said, new], self.tools)
+                        turn, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
+                    whole = self._encoder.apply_template([*head, turn, new, turn, new], self.tools)
                     if "<think>" not in opened + text:  # an empty thought before an answer without one loses nothing
                         whole = _EMPTY_THOUGHT.sub("", whole)
-                    if whole != opened + 2 * (text + behind):
+                    if whole != opened + 2 * (text + rest):
                         what = "drops or changes the thoughts in" if "think>" in opened + text else "changes"
                         return (
-                            f"the chat template {what} earlier turns once a message of role {role!r} follows, but the policy is "
-                            f"trained on turns as they were sampled; set model.chat_template={KEEP_HISTORY}, which keeps them, "
-                            "also in the exported model"
+                            f"the chat template {what} earlier turns when a message of role {role!r} follows, but training needs "
+                            f"turns as they were sampled; set model.chat_template={KEEP_HISTORY}, which keeps them, also in the "
+                            "exported model"
                         )
             except (TemplateError, TypeError) as error:
                 if len(head) == 1:
-                    return f"the chat template refuses a conversation of two turns: {error}; change model.chat_template"
+                    return f"the chat template rejects a conversation of two turns: {error}; change model.chat_template"
                 # A system role is optional.
         return ""
 
     @cached_property
     def _alternates(self) -> bool:
-        """Whether the template refuses two user messages in a row."""
+        """Whether the template rejects two user messages in a row."""
         new = {"role": "user", "content": _NEW}
         return self._trial([new, new]) is None
 
     def _joined(self, messages: Sequence[Message], fixed: int = 0) -> list[Message]:
-        """Messages with successive user messages joined, if the template insists; the first `fixed` stay as they are."""
+        """Messages with successive user messages joined, if the template requires it; the first `fixed` stay unchanged."""
         joined = list(messages[:fixed])
         for message in messages[fixed:]:
             before = joined[-1] if len(joined) > fixed else None
@@ -283,7 +283,7 @@ class TurnEncoder:
         return joined
 
     def _with_system(self, messages: list[Message], text: str) -> list[Message]:
-        """Messages with a system text in front: after the system's own text, or as the user's if there is no such role."""
+        """Messages with a system text in front: after an existing system text, or before the user's without such a role."""
         if not text:
             return messages
         first = messages[0]
@@ -306,11 +306,11 @@ class TurnEncoder:
         tokenizer = self._encoder.tokenizer
         added = tokenizer.added_tokens_decoder.items()
         control = [str(entry.content) for token, entry in added if entry.special or token in self.stop_ids]
-        # The first character of each, even of tokens that begin within another one; a single character has no part.
+        # Matches the first character of each, even if one begins inside another; a single character cannot be split.
         return re.compile(f"(?=({'|'.join(re.escape(text) for text in control if len(text) > 1) or '(?!)'})).", re.DOTALL)
 
     def _cut(self, messages: T, around: Sequence[Message] = ()) -> tuple[T, str]:
-        """Messages with a mark within each control token of their texts, and the mark; it is empty if there are none."""
+        """Messages with a mark inside each control token of their texts, and the mark; "" if they have no control token."""
         if not any(map(self._control_tokens.search, _texts(messages))):
             return messages, ""
         used = set[str]().union(*_texts(messages), *_texts(around))
@@ -331,9 +331,9 @@ class TurnEncoder:
         except Exception as error:  # tokenizers without an "unknown" token raise no specific class
             begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode what an environment adds, which begins {begin!r}: {error}; the model's "
-                "vocabulary lacks a part of it, so let the environment and model.turn_template write what it has (for the "
-                "embedded policy digits and signs, and model.turn_template='{content}'), or take another model"
+                f"the tokenizer cannot encode an environment's message, which begins {begin!r}: {error}; a part of it is not in "
+                "the model's vocabulary, so change the environment and model.turn_template (the embedded policy needs digits and "
+                "signs, and model.turn_template='{content}'), or use another model"
             ) from error
 
 

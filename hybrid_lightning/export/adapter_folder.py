@@ -1,4 +1,4 @@
-"""Exports only the adapter, as PEFT saves it: `AdapterFolder`, and `LoraFolder` if all of it is LoRA."""
+"""Exports only the adapter, as PEFT saves it: `AdapterFolder`, or `LoraFolder` if no module is fully trained."""
 
 from pathlib import Path
 
@@ -28,14 +28,14 @@ class AdapterFolder(ExportForm):
         """Write the adapter and the tokenizer.
 
         Raises:
-            ConfigError: If the base model is itself an adapter, or has experts and DoRA on modules beside them.
+            ConfigError: If the base model is itself an adapter, or if the plan has DoRA and the model has experts.
             PlanError: If modules of the plan are missing in the base model.
         """
         source, skeleton = policy.base.source, policy.base.skeleton()
         if source.adapter is not None:
             raise ConfigError(
-                f"form=AdapterFolder: the run started from the adapter {policy.base.model!r}, and PEFT puts no adapter on "
-                "another; export form=MergedModel"
+                f"form=AdapterFolder: the run started from the adapter {policy.base.model!r}, and PEFT cannot stack adapters; "
+                "export form=MergedModel"
             )
         policy.plan.check_model(skeleton)
         config = policy.plan.to_peft_config(skeleton)
@@ -67,25 +67,25 @@ class AdapterFolder(ExportForm):
 
 
 class LoraFolder(AdapterFolder):
-    """The adapter if no module is fully trained: plain LoRA, which servers such as vLLM load onto a base model they hold."""
+    """The adapter as plain LoRA, if no module is fully trained; servers such as vLLM load it onto a base model."""
 
     name = "lora"
 
     def check(self, plan: AdapterPlan) -> None:
-        """Refuse plans with more than plain LoRA.
+        """Reject plans with more than plain LoRA.
 
         Raises:
-            ConfigError: If the plan trains modules fully, or uses DoRA, or has LoRA on experts.
+            ConfigError: If the plan trains modules fully, uses DoRA, or has LoRA on experts.
         """
         if plan.full_modules:
             raise ConfigError(
                 f"form=LoraFolder: the plan trains {len(plan.full_modules)} modules fully, such as {plan.full_modules[0]}, which "
-                "LoRA cannot hold and vLLM refuses; export form=MergedModel to serve it, or form=AdapterFolder for PEFT"
+                "a LoRA folder cannot hold; export form=MergedModel to serve the policy, or form=AdapterFolder for PEFT"
             )
         if plan.lora.use_dora:
-            raise ConfigError("form=LoraFolder: the plan has DoRA, which vLLM refuses; export form=MergedModel to serve it")
+            raise ConfigError("form=LoraFolder: the plan has DoRA, which vLLM rejects; export form=MergedModel to serve it")
         if plan.has_experts:
             raise ConfigError(
-                "form=LoraFolder: the plan has LoRA on experts, which PEFT stores in a form of its own; export form=MergedModel "
-                "to serve it, or form=AdapterFolder for PEFT"
+                "form=LoraFolder: the plan has LoRA on experts, which PEFT stores in its own format; export form=MergedModel to "
+                "serve it, or form=AdapterFolder for PEFT"
             )

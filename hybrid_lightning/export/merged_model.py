@@ -1,6 +1,6 @@
 """`MergedModel`: exports one ordinary model with the trained weights merged into the base, module by module, in float32.
 
-Fully trained weights are copied, low-rank ones are merged (see `adapters/merge.py`).
+Fully trained weights are copied; low-rank updates are merged (see `adapters/merge.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,11 +27,11 @@ class MergedModel(ExportForm):
     into the base before quantization.
 
     Args:
-        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None takes the dtype in the base's config (for a GGUF
+        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None for the dtype in the base's config (for a GGUF
             file, the dtype of training).
 
     Raises:
-        ConfigError: If the dtype is a different one.
+        ConfigError: If the dtype is not one of these.
     """
 
     name = "merged"
@@ -74,8 +74,8 @@ class MergedModel(ExportForm):
 def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> None:
     """Merge the trained weights of a policy into its base model.
 
-    The model, loaded in the dtype of training, is changed in place, and all its parameters have the wanted dtype afterwards. Each
-    merged weight is computed in float32 and rounded once. One module at a time is in float32.
+    Changes the model in place, which is loaded in the dtype of training, and converts all its parameters to `dtype`. Each merged
+    weight is computed in float32 and rounded once. Only one module at a time is in float32.
 
     Raises:
         PlanError: If the model does not have the weights that were adapted.
@@ -88,7 +88,7 @@ def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> N
         value = merged.to(dtype)
         if not bool(torch.isfinite(value).all()):
             why = f"does not fit {dtype}" if bool(torch.isfinite(merged).all()) else "is not finite"
-            raise ModelError(f"cannot export: the trained weight {name} {why}; take an earlier checkpoint or a wider dtype")
+            raise ModelError(f"cannot export: the trained weight {name} {why}; use an earlier checkpoint or a wider dtype")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
     for parameter in model.parameters():  # buffers keep their dtype
         parameter.data = parameter.data.to(dtype)
@@ -130,5 +130,5 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     try:
         settings.validate(strict=True)
     except ValueError:
-        # Many base models have a temperature without do_sample, which transformers reads but refuses to write.
+        # Many base models have a temperature without do_sample, which transformers reads but does not write.
         settings.do_sample = True

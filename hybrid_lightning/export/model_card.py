@@ -1,7 +1,7 @@
 """The model card (`README.md`) of an exported folder, and the licence of its base model.
 
-A model must keep the licence of its base model. For files and folders on this machine the card has only names, since a reader
-cannot use the paths.
+A model must keep the licence of its base model. Of local files and folders the card has only the names, since a reader cannot use
+the paths.
 """
 
 import importlib.metadata
@@ -59,19 +59,19 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
     """Write the model card of a policy exported in a form."""
     licence, dtype = base_licence(policy.base), form.weights_dtype(policy)
     revision = f" (revision {policy.base.revision})" if policy.base.revision is not None else ""
-    found = "which could not be looked up: see where you have it from" if licence is None else licence
+    found = "which could not be looked up; see its source" if licence is None else licence
     parts = (
         _header(policy, form, licence),
         f"# {policy.base.name.rpartition('/')[2].removesuffix('.gguf')}, post-trained",
         f"The model `{policy.base.name}`{revision} after {policy.training.steps} optimizer steps of "
-        "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
-        "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
+        "hybrid_lightning, which fully trains the modules where low rank falls short and trains the others with LoRA "
+        "(Hybrid-LoRA, [arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
         f"## How to load it\n\n```python\n{form.how_to_load(policy)}{_generation(policy.training)}```\n\n"
         f"{f'The weights here are {dtype}. ' if dtype else ''}{_serving_sentence(form, policy.plan)}",
         f"## What was trained\n\n{_plan_section(policy.plan)}",
-        f"## On what\n\n{_data_section(policy)}",
-        f"## What came of it\n\n{_metrics_section(policy.training)}",
-        f"## Licence\n\nThat of the base model `{policy.base.name}`{',' if licence is None else ':'} {found}.",
+        f"## Training data\n\n{_data_section(policy)}",
+        f"## Results\n\n{_metrics_section(policy.training)}",
+        f"## Licence\n\nThe licence of the base model `{policy.base.name}`{',' if licence is None else ':'} {found}.",
         f"## Citation\n\nThe method:\n\n```bibtex\n{_CITATION}\n```",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
@@ -82,7 +82,7 @@ def base_licence(base: BaseModel) -> str | None:
     """Look up the licence of a base model at its source.
 
     Returns:
-        Identifier such as `apache-2.0`; None if no licence is given there, or if the hub cannot be reached.
+        Identifier such as `apache-2.0`; None if the source names no licence, or if the hub cannot be reached.
     """
     if base.model in EMBEDDED:
         return "apache-2.0"  # part of this package
@@ -207,7 +207,7 @@ def _generation(training: Training) -> str:
     chat = f'tokenizer.apply_chat_template({messages}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
     encode = chat if training.chat else 'tokenizer(prompt, return_tensors="pt")'
     return (
-        f'\nprompt = "12*3="  # yours, written like the prompts of the training\ninputs = {encode}\n'
+        f'\nprompt = "12*3="  # your prompt, in the form of the training prompts\ninputs = {encode}\n'
         f"output = model.generate(inputs.input_ids, max_new_tokens={most})\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
     )
@@ -215,11 +215,11 @@ def _generation(training: Training) -> str:
 
 def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:
     if form.library == "transformers":
-        return "Servers such as vLLM load this folder as they do any model."
+        return "Servers such as vLLM load this folder like any other model."
     if any(module.experts for module in plan.candidates if module.mode == "lora"):
-        return "PEFT stores LoRA of experts in a form of its own: to serve this policy, export it as a merged model."
+        return "PEFT stores LoRA of experts in its own format: to serve this policy, export it as a merged model."
     if plan.full_modules:
-        return "vLLM refuses adapters with fully trained modules: to serve this policy, export it as a merged model."
+        return "vLLM rejects adapters with fully trained modules: to serve this policy, export it as a merged model."
     return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {max(plan.ranks)} --lora-modules policy=FOLDER`."
 
 

@@ -1,7 +1,7 @@
 """Push exported folders to the Hugging Face hub.
 
-The token comes from HF_TOKEN or `hf auth login`: no option, config or log has it. Whether a folder can be pushed is checked
-before it is made, which may take a training run.
+The token comes from HF_TOKEN or `hf auth login`, and is in no option, config or log. Whether a push is possible is checked first,
+since making the folder may take a training run.
 """
 
 from collections.abc import Iterator
@@ -14,27 +14,27 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from hybrid_lightning.errors import ConfigError, one_line
 
-_LOG_IN = "give one that may write by HF_TOKEN or 'hf auth login' (https://huggingface.co/settings/tokens)"
+_LOG_IN = "give a token with write access by HF_TOKEN or 'hf auth login' (https://huggingface.co/settings/tokens)"
 _OURS = "plan.json"  # each exported folder has it
 
 
 def open_repository(name: str) -> str:
-    """Make sure that a folder can be pushed to a repository, which is made, and private, if it is not there.
+    """Make sure that a folder can be pushed to a repository. A new repository is created, and private.
 
     Args:
         name: `OWNER/NAME`, or `NAME` for the owner of the token.
 
     Returns:
-        Its name with the owner.
+        The name with the owner.
 
     Raises:
-        ConfigError: If the token is missing or may not write there, the hub does not answer, or the repository has files that a
-            push would replace and that are not an export of this package.
+        ConfigError: If the token is missing or has no write access, if the hub does not answer, or if a push would replace files
+            that are not an export of this package.
     """
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"push_to={name!r}: HF_HUB_OFFLINE is set; unset it, or leave push_to out")
     if get_token() is None:
-        raise ConfigError(f"push_to={name!r} needs a token of the hub; {_LOG_IN}")
+        raise ConfigError(f"push_to={name!r} needs a hub token; {_LOG_IN}")
     with _explained(name):
         api = HfApi()
         repository = api.create_repo(name, private=True, exist_ok=True).repo_id
@@ -44,17 +44,17 @@ def open_repository(name: str) -> str:
         files = set(api.list_repo_files(repository)) - {".gitattributes"}
     if files and _OURS not in files:
         raise ConfigError(
-            f"push_to={name!r}: {repository} has {len(files)} files, such as {min(files)}, but not {_OURS}: it is not an export, "
-            "and a push would replace them; give another name"
+            f"push_to={name!r}: {repository} has {len(files)} files, such as {min(files)}, but no {_OURS}: it is not an export, "
+            "and a push would replace its files; give another name"
         )
     return repository
 
 
 def push_folder(folder: Path, repository: str, message: str) -> str:
-    """Push an exported folder in one commit, after which the repository holds nothing else, and return its address.
+    """Push an exported folder in one commit, which replaces all other files of the repository; returns its address.
 
     Raises:
-        ConfigError: If that fails; the message has the command that pushes the folder later.
+        ConfigError: If the push fails; the message has the command to push the folder later.
     """
     with _explained(repository, f"; the export is in {folder}, and 'hf upload {repository} {folder}' pushes it"):
         api = HfApi()
@@ -69,5 +69,5 @@ def _explained(name: str, remains: str = "") -> Iterator[None]:
     except Exception as error:  # versions of huggingface_hub use different libraries for HTTP
         cause = f"{type(error).__name__}: {one_line(error)}"
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            cause = f"the hub's token may not write there; {_LOG_IN}, or another name"
+            cause = f"the hub token has no write access there; {_LOG_IN}, or give another name"
         raise ConfigError(f"push_to={name!r}: {cause}{remains}") from error

@@ -1,6 +1,6 @@
-"""Sources of a `TrainedPolicy`: a checkpoint, or a module in memory such as a running job's.
+"""Sources of a `TrainedPolicy`: a checkpoint, or a module in memory, such as in a running job.
 
-A checkpoint may be a file or the folder of a sharded one, whatever strategy wrote it.
+A checkpoint may be a file, or the folder of a sharded checkpoint, whatever strategy wrote it.
 """
 
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
 
     Args:
         path: File or folder of the checkpoint.
-        arguments: Constructor arguments of the module that replace the checkpoint's, such as `model` if the base model has
-            been moved.
+        arguments: Constructor arguments of the module that replace the ones in the checkpoint, such as `model` if the base model
+            has moved.
         datamodule: Data module of the training, for the model card.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it has no adapter.
+        CheckpointError: If the checkpoint does not exist, or has no adapter.
         ConfigError: If neither the checkpoint nor `arguments` names the base model.
     """
     path = Path(path)
     content = read_checkpoint(path)
     saved = adapter_state(content)["plan"]
     if saved is None:
-        raise CheckpointError(f"{path} was saved without an adapter: nothing in it has been trained; give another checkpoint")
+        raise CheckpointError(f"{path} was saved without an adapter, so it has no trained weights; give another checkpoint")
     plan = AdapterPlan.from_dict(saved, source=str(path))
     state = (read_weights(path, is_adapter_weight) if path.is_dir() else content)["state_dict"]
     # Lightning stores the module's constructor arguments under this name.
@@ -63,7 +63,7 @@ def policy_of_module(
         steps: Optimizer steps taken, for the model card.
         summary: State of a `RunSummary`, for the model card.
         datamodule: Data module of the training, for the model card.
-        keep: Whether this process needs the policy; if not, it only takes part in gathering.
+        keep: Whether this process needs the policy; if not, it only helps to gather the weights.
 
     Returns:
         The policy, or None without `keep`.
@@ -75,7 +75,7 @@ def policy_of_module(
 
     plan = getattr(module, "plan", None)
     if plan is None:
-        raise ConfigError("cannot export: the module has no adapter, so nothing was trained; give ckpt_path, or fit first")
+        raise ConfigError("cannot export: the module has no adapter, so nothing was trained; give ckpt_path, or call fit first")
     arguments: dict[str, Any] = dict(module.hparams)
     base = base_model_of(arguments)
     state: dict[str, Tensor] = {}

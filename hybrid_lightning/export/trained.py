@@ -1,7 +1,7 @@
 """Input and output of an export.
 
 - `TrainedPolicy`: plan, trained weights and base model (`BaseModel`), with the model card's facts about training (`Training`).
-- `ExportForm`: the form of an export; one class per form, which `--form` names on the command line.
+- `ExportForm`: the form of an export. Each form is a class, which `--form` names on the command line.
 - `peft_weights`: the trained weights under PEFT's names in files. A checkpoint has
   `model.base_model.model.NAME.lora_A.default.weight` and `...NAME.modules_to_save.default.weight`; a PEFT file has
   `base_model.model.NAME.lora_A.weight` and `base_model.model.NAME.weight`. NAME is the module's name in the base model.
@@ -33,19 +33,19 @@ _LORA = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.", f".lora_magnitude_vector.
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that was adapted, given by the arguments that load it.
+    """The model that was adapted, described by the arguments that load it.
 
     An export reads its weights again, since the weights in memory may be quantized or sharded.
     """
 
-    model: str  # hub id or folder, as `resolve_model` takes it
+    model: str  # hub id or folder, as for `resolve_model`
     revision: str | None = None
     dtype: str = "float32"  # dtype of the weights in training, before any quantization
-    chat_template: str | None = None  # replaces the tokenizer's own; None keeps it
+    chat_template: str | None = None  # replaces the tokenizer's chat template; None keeps it
 
     @property
     def name(self) -> str:
-        """Its public name: the hub id, or the name of its folder or file."""
+        """Public name: the hub id, or the name of the folder or file."""
         return Path(self.model).expanduser().absolute().name if Path(self.model).expanduser().exists() else self.model
 
     @property
@@ -58,7 +58,7 @@ class BaseModel:
         return load_model(self.source, self.dtype, None)
 
     def stored_dtype(self) -> str:
-        """Dtype in the model's config, a key of `DTYPES`; for a GGUF file, which has none, the dtype of training."""
+        """Dtype in the model's config, a key of `DTYPES`; for a GGUF file, which has no config, the dtype of training."""
         stored = ""
         if "gguf_file" not in self.source.arguments:
             with suppress(ModelError):  # the hub cannot be reached
@@ -93,7 +93,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A plan, the weights trained by it, and their base model."""
+    """A plan, the trained weights, and their base model."""
 
     plan: AdapterPlan
     weights: Mapping[str, Tensor]  # named as in a PEFT file (see `peft_weights`); not sharded, on the CPU
@@ -112,14 +112,14 @@ class ExportForm(Configurable, ABC):
     relation: str  # `base_model_relation` in the model card
 
     def check(self, plan: AdapterPlan) -> None:
-        """Check that this form can hold what a plan trains; called before training, if the plan is known. Most forms can.
+        """Check that this form can hold what a plan trains. Called before training, if the plan is known.
 
         Raises:
-            ConfigError: If it cannot.
+            ConfigError: If it cannot. Most forms never raise.
         """
 
     def weights_dtype(self, policy: TrainedPolicy) -> str | None:
-        """Dtype of the weights that this form writes, for the screen and the model card; None omits it."""
+        """Dtype of the weights that this form writes, for the screen and the model card; None leaves it out."""
         return None
 
     @abstractmethod
@@ -139,8 +139,8 @@ def base_model_of(arguments: Mapping[str, Any]) -> BaseModel:
     """
     if not isinstance(arguments.get("model"), str):
         raise ConfigError(
-            "cannot export: the module does not say which base model it loaded; it needs a hyper-parameter 'model' (folder"
-            " or hub id), as PolicyModule has"
+            "cannot export: the module does not name its base model; give it a hyper-parameter 'model' (folder or hub id), as in "
+            "PolicyModule"
         )
     given: dict[str, Any] = {name: arguments.get(name) for name in ("revision", "dtype", "chat_template")}
     return BaseModel(arguments["model"], **{name: value for name, value in given.items() if value is not None})
@@ -149,7 +149,7 @@ def base_model_of(arguments: Mapping[str, Any]) -> BaseModel:
 def training_of(
     steps: int, arguments: Mapping[str, Any], summary: Mapping[str, Any] | None = None, datamodule: Any = None
 ) -> Training:
-    """Collect the model card's facts about a training; `summary` is the state of a `RunSummary`, with validation metrics."""
+    """Collect the model card's facts about the training; `summary` is the state of a `RunSummary`, with validation metrics."""
     summary = summary or {}
     source: Any = getattr(datamodule, "source", None)
     return Training(
@@ -171,7 +171,7 @@ def is_adapter_weight(name: str) -> bool:
 def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:
     """Select the adapter's weights from the state dict of the adapted model, or of a module that contains it.
 
-    They get PEFT's names in files. `source` names the origin of the state dict, for the error message.
+    Renames them as in PEFT's files. `source` names the origin of the state dict in error messages.
 
     Raises:
         CheckpointError: If the adapter's weights do not match the plan.
@@ -183,8 +183,8 @@ def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) ->
     biases = {name for name in weights if name.startswith(full) and name.endswith("bias")}
     different = sorted((expected ^ weights.keys()) - biases)
     if different:
-        verb = "lacks" if different[0] in expected else "has what is not in its plan:"
-        raise CheckpointError(f"{source} {verb} the trained weight {different[0]!r}; it is damaged, or not whole")
+        verb = "does not have" if different[0] in expected else "has, against its plan,"
+        raise CheckpointError(f"{source} {verb} the trained weight {different[0]!r}; it is damaged or incomplete")
     return weights
 
 

@@ -16,9 +16,9 @@ from hybrid_lightning.sharding.atomic import flush
 
 
 def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:
-    """Export a policy together with a model card, its plan and the licence files of the base model, and return the folder.
+    """Export a policy together with a model card, its plan and the licence files of the base model; returns the folder.
 
-    Random state is left unchanged, so that an export does not affect a run that continues.
+    The random state stays unchanged, so an export does not affect a run that continues.
 
     Args:
         policy: The policy to export.
@@ -47,10 +47,10 @@ def written_message(policy: TrainedPolicy, form: ExportForm, folder: str | Path)
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Within this context a folder beside the target is filled; it gets the target's name when it is complete and on the disk.
+    """Context to fill a temporary folder beside the target, which is renamed to the target when it is complete and on the disk.
 
-    If the process is killed in the meantime, it leaves `.NAME.XXXXXXXX.partial`, which nothing mistakes for the target. Missing
-    parent folders are made.
+    If the process is killed, it leaves `.NAME.XXXXXXXX.partial`, which cannot be mistaken for the target. Missing parent folders
+    are made.
 
     Raises:
         ConfigError: If the target is not empty, before writing or at the end.
@@ -79,9 +79,9 @@ def check_target(target: Path) -> None:
     """
     if target.is_dir():
         if next(target.iterdir(), None) is not None:
-            raise ConfigError(f"folder={str(target)!r} is there and not empty; give a new folder, or remove this one")
+            raise ConfigError(f"folder={str(target)!r} exists and is not empty; give a new folder, or remove this one")
     elif target.exists() or target.is_symlink():
         raise ConfigError(f"folder={str(target)!r} is a file; give a new folder")
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"folder={str(target)!r}: {above} is no folder that can be written to; give a folder elsewhere")
+        raise ConfigError(f"folder={str(target)!r}: {above} is not a writable folder; give a folder elsewhere")

@@ -32,7 +32,7 @@ class Pretrained:
 
     Raises:
         ConfigError: If the dtype is unknown.
-        ModelError: If there is no such model. The properties also raise it if they cannot read their part.
+        ModelError: If the model cannot be found. The properties also raise it if they cannot read their part.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Findings: what keeps a run from learning, as a sentence with its remedy and its section of `docs/troubleshooting.md`.
+"""Findings: problems that keep a run from learning, each with its remedy and its section of `docs/troubleshooting.md`.
 
-`doctor` looks for them before a run, and `Diagnosis` during it. Each function here turns measurements into findings, and holds
-the thresholds; the docs give the reasons for them. None of them communicates with other ranks.
+`doctor` looks for them before a run, and `Diagnosis` during a run. The functions here turn measurements into findings and hold
+the thresholds; the docs give the reasons for them. No function communicates with other ranks.
 """
 
 import math
@@ -33,12 +33,12 @@ SECTIONS = {  # finding -> its section of PAGE; the first finding explains the l
     "one": "one-answer-to-most-problems",
     "memory": "out-of-memory",
 }
-_CUT = 0.5  # share of completions that are cut and not right
+_CUT = 0.5  # share of completions that are cut and wrong
 _EQUAL = 0.9  # share of groups without a difference
-_NO_ANSWER = 0.9  # share of completions without an answer that the reward finds
-_MAX_KL = 0.4  # nats a token: above it the embedded policy learned less or collapsed (docs/troubleshooting.md)
+_NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
+_MAX_KL = 0.4  # nats per token: above it the embedded policy learned less or collapsed (docs/troubleshooting.md)
 _MIN_CHANGE = 0.1  # of a log-probability, in nats, over a whole run
-_AGREEMENT, _AGREEMENT_HALF = 1e-3, 0.1  # nats a token, with products of float32 and of 16 bits (docs/troubleshooting.md)
+_AGREEMENT, _AGREEMENT_HALF = 1e-3, 0.1  # nats per token, with products in float32 and in 16 bits (docs/troubleshooting.md)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Finding:
     kind: str  # a key of `SECTIONS`
     text: str  # the observation
     remedy: str  # the remedy
-    # "error" if nothing can be learned, "warning" if little may be, "note" for what only `doctor` reports.
+    # "error": the run cannot learn; "warning": it may learn little; "note": reported only by `doctor`.
     level: Literal["error", "warning", "note"] = "warning"
 
     @property
@@ -61,7 +61,7 @@ class Finding:
 
 
 def cause(found: Iterable[Finding]) -> Finding | None:
-    """The finding that explains the others, such as a reward that pays for anything; None if there are only notes."""
+    """The finding that explains the others, such as a reward that pays for any answer; None if there are only notes."""
     order = list(SECTIONS)
     grave = [finding for finding in found if finding.level != "note"]
     return min(grave, key=lambda finding: order.index(finding.kind), default=None)
@@ -70,10 +70,10 @@ def cause(found: Iterable[Finding]) -> Finding | None:
 def of_rollouts(
     rollouts: Rollouts, rewards: Rewards, where: str, limits: Mapping[str, int], credited: Rewards | None = None
 ) -> list[Finding]:
-    """Findings about completions of this rank and their rewards: whether there is something to learn, and whether they are whole.
+    """Findings about this rank's completions and rewards: whether there is something to learn, and whether completions are cut.
 
-    `where` names the completions, such as "the first rollout"; `limits` bounds their length (see `Generation.limits`).
-    Advantages are estimated from `credited` (see `PolicyModule.credited`), or else from the rewards.
+    `where` names the completions, such as "the first rollout"; `limits` are the limits on their length (see `Generation.limits`).
+    Advantages are estimated from `credited` (see `RLTask.credited`), or else from the rewards.
     """
     own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
     if not len(own.total):
@@ -86,23 +86,23 @@ def of_rollouts(
     found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
     if equal < _EQUAL:
         return found
-    text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so that nothing is learned from them"
+    text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so nothing is learned from them"
     if equal == 1 and own.total.max() == own.total.min():
         text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
     remedy = (
         "give harder problems, or a reward that does not pay for everything"
         if own.correct.all()
-        else "see whether the reward finds the answers that are there, give easier problems, or raise samples_per_prompt"
+        else "check that the reward finds the answers, give easier problems, or raise samples_per_prompt"
     )
     return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 
 
 def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
-    """Whether completions are cut before they are right, from the `share` that is cut, and the share that is cut and `wrong`."""
+    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`."""
     if wrong < _CUT:
         return []
     cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
-    remedy = f"raise {' or '.join(limits)}, or end them by sampler.stop"
+    remedy = f"raise {' or '.join(limits)}, or end completions with sampler.stop"
     return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
 
 
@@ -117,35 +117,35 @@ def of_answers(answers: Sequence[str | None]) -> list[Finding]:
     if missing < _NO_ANSWER:
         return []
     text = f"the reward finds no answer in {missing:.0%} of {len(answers)} completions"
-    return [Finding("answers", text, "let the prompt ask for the form that the reward looks for, or change its pattern")]
+    return [Finding("answers", text, "let the prompt require the form that the reward expects, or change the reward's pattern")]
 
 
 def of_agreement(difference: float, precision: str) -> list[Finding]:
-    """Whether sampling and training compute the same, from the mean of |l_train - l_sample| over tokens, in nats.
+    """Whether sampling and training agree, from the mean of |l_train - l_sample| over tokens, in nats.
 
-    `precision` is the Trainer's: float32 weights are rounded to 16 bits in products under `bf16-mixed`.
+    `precision` is the Trainer's: under `bf16-mixed`, products round float32 weights to 16 bits.
     """
     most = _AGREEMENT if precision == "32-true" else _AGREEMENT_HALF
     if not difference > most:
         return []
-    text = f"log-probabilities of sampling and training are {difference:.2g} nats apart, more than {most:g}"
-    return [Finding("agreement", text, "give model.correction=TokenTruncation, or sample and train in float32")]
+    text = f"log-probabilities of sampling and training differ by {difference:.2g} nats, more than {most:g}"
+    return [Finding("agreement", text, "set model.correction=TokenTruncation, or sample and train in float32")]
 
 
 @dataclass(frozen=True)
 class Change:
-    """How one optimizer step has changed the policy, on completions sampled by the policy before it."""
+    """How one optimizer step changed the policy, on completions that the policy sampled before the step."""
 
-    kl: float  # nats a token, from the policy before the step to the policy after it, k3
+    kl: float  # nats per token, from the policy before the step to the policy after it, k3
     moved: float  # mean of the absolute change of a token's log-probability, in nats
     ratio: float  # largest ratio in the loss: of tokens, or of sequences
     clipped: float | None  # share that the loss clips; None if it does not clip
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "Change":
-        """Compare log-probabilities before and after the step, [B, T], where `mask` [B, T] is True: on sampled tokens.
+        """Compare log-probabilities before and after the step, [B, T], on the sampled tokens (`mask`, [B, T]).
 
-        `metrics` are the loss's measurements of these two.
+        `metrics` are the loss's measurements for the same log-probabilities.
         """
         tokens = mask.sum().clamp(min=1)
         moved = F.log_ratio(after, before, mask).abs().sum() / tokens
@@ -155,48 +155,49 @@ class Change:
 
 
 def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
-    """Whether the learning rates fit, from the change in one step at the full rates; `steps` is infinite for a run without limit.
+    """Whether the learning rates fit, from the change in one step at the full rates.
 
-    `precision` is the Trainer's. The rounding of 16 bits alone is a KL of less than 1e-3, and may hide a step entirely.
+    `steps` is the length of the run, infinite without a limit. `precision` is the Trainer's. Rounding to 16 bits alone is a
+    KL of less than 1e-3, and may hide a step entirely.
     """
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
-        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), more than {_MAX_KL:g}"
-        remedy = "lower model.lr_lora and model.lr_full, to a third at first; a higher adapter.rank needs lower ones"
+        text = f"one step changes the policy by {change.kl:.2g} nats per token (KL), more than {_MAX_KL:g}"
+        remedy = "lower model.lr_lora and model.lr_full, at first to a third; a higher adapter.rank needs lower rates"
         return [Finding("large", text, remedy)]
     if not change.moved * steps < _MIN_CHANGE:
         return []
     text = (
-        f"one step moves log-probabilities by {change.moved:.1g} nats: {steps:.0f} of them in one direction would not change a "
+        f"one step moves log-probabilities by {change.moved:.1g} nats: {steps:.0f} steps in one direction would not change a "
         f"probability by {_MIN_CHANGE:.0%}"
     )
-    remedy = "raise model.lr_lora and model.lr_full, by ten at first"
+    remedy = "raise model.lr_lora and model.lr_full, at first tenfold"
     return [Finding("small", text, remedy, "error" if change.moved == 0 and precision == "32-true" else "warning")]
 
 
 def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
     """Whether there is a gradient, from the norms of the parameter groups before clipping.
 
-    If all rewards in each group of the step are `equal`, there is none; for a whole rollout that is a separate finding.
+    If the rewards in each group of the step are `equal`, the gradient is 0 as expected; a whole rollout of these has its finding.
     """
     if equal or not norms or any(norms.values()):
         return []
-    return [Finding("gradient", "the gradient is exactly 0 although rewards differ", "look at a loss of your own", "error")]
+    return [Finding("gradient", "the gradient is exactly 0 although rewards differ", "check the loss, if it is yours", "error")]
 
 
 def of_teacher(accuracy: float, of_policy: float) -> list[Finding]:
     """Whether a teacher is better than the policy, from their accuracies on the same prompts."""
     if accuracy > of_policy:
         return []
-    text = f"the teacher gets {accuracy:.0%} right where the policy gets {of_policy:.0%}, so it has little to teach"
-    return [Finding("teacher", text, "take a better one, or give SelfTeacher more context")]
+    text = f"the teacher gets {accuracy:.0%} right and the policy {of_policy:.0%}, so the teacher has little to teach"
+    return [Finding("teacher", text, "use a better teacher, or give SelfTeacher more context")]
 
 
 def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
-    """Whether a run that needs `needed` bytes at its peak in a phase fits its device."""
+    """Whether a run fits its device: bytes `needed` at its peak, bytes `there`, and the phase of the peak."""
     if needed <= there:
         return []
-    text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
-    return [Finding("memory", text, "see what plan says takes most")]
+    text = f"the run needs {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
+    return [Finding("memory", text, "run plan to see what takes most")]
 
 
 @dataclass
@@ -215,7 +216,7 @@ class TrainingMonitor:
 
     @property
     def constant(self) -> float | None:
-        """The reward of every completion in the kept rollouts; None if there are no rollouts, or if rewards differ."""
+        """The reward that every completion in the kept rollouts has; None if there are no rollouts, or if rewards differ."""
         paid = [value for row in self.rollouts for value in (row["worst"], row["reward"])]
         return paid[0] if paid and max(paid) - min(paid) <= 1e-6 * max(1.0, abs(paid[0])) else None
 
@@ -244,7 +245,7 @@ class TrainingMonitor:
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"
             )
-            return [Finding("gradient", text, "stop, and run doctor: it shows completions and what the reward found in them")]
+            return [Finding("gradient", text, "stop, and run doctor to see completions and the answers that the reward found")]
         if len(self.rollouts) < 2 * self.window:
             return []
         before, now = (sum(entry["reward"] for entry in some) / self.window for some in (start, last))
@@ -262,7 +263,7 @@ class TrainingMonitor:
         entropy, ratio = metrics.get("entropy"), metrics.get("ratio/mean", 1.0)
         self.entropy = entropy if self.entropy is None else self.entropy
         if not 0.5 < ratio < 2:
-            return [worse(f"the policy has left the one that sampled: the mean ratio is {ratio:.3g} and should be about 1")]
+            return [worse(f"the policy has drifted from the one that sampled: the mean ratio is {ratio:.3g}, not about 1")]
         if entropy is None or not self.entropy or not self.rollouts:  # a run may resume in the middle of its first rollout
             return []
         start, now = (sum(row["reward"] for row in some) / len(some) for some in (self.rollouts[:3], self.rollouts[-3:]))
@@ -273,4 +274,4 @@ class TrainingMonitor:
 
 def worse(text: str) -> Finding:
     """The finding that the policy gets worse, with the reason."""
-    return Finding("worse", text, "lower model.lr_lora and model.lr_full, and go on from an earlier checkpoint")
+    return Finding("worse", text, "lower model.lr_lora and model.lr_full, and resume from an earlier checkpoint")

@@ -1,7 +1,7 @@
-"""Pages about runs: HTML with inline style and curves (SVG), without scripts or anything from a network.
+"""Pages about runs: HTML with inline style and curves (SVG), without scripts or network access.
 
-`report_page` shows one run; `compare_runs.py` puts several on one page from the same parts. All text from a run is escaped, since
-a completion may hold any text.
+`report_page` shows one run; `compare_runs.py` puts several runs on one page from the same parts. All text from a run is escaped,
+since a completion may contain anything.
 """
 
 import base64
@@ -68,10 +68,10 @@ class Run:
             ConfigError: If it does not exist, does not belong to a run that has begun, or cannot be read.
         """
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder; give a run folder such as runs/gspo/version_0")
+            raise ConfigError(f"{folder} is not a folder; give a run folder such as runs/gspo/version_0")
         if not (folder / REPORT).is_file():
             raise ConfigError(
-                f"{folder} has no {REPORT}, which fit writes from its first validation on; give the folder of such a run, as "
+                f"{folder} has no {REPORT}, which fit writes from its first validation on; give a run folder such as "
                 "runs/gspo/version_0"
             )
         report = _read(folder / REPORT)
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def measures(self) -> dict[str, str]:
-        """Criteria for a run: name for people -> metric."""
+        """Criteria for a run: displayed name -> metric."""
         found = {name: f"accuracy ({name.removeprefix('val/')})" for name in self.curves if re.fullmatch(r"val/avg@\d+", name)}
         found |= {REWARD: "reward", GREEDY: "greedy accuracy", "val/loss": "held-out loss"}
         found["val/rewards/accuracies"] = "preferred as chosen"
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def trainable(self) -> int | None:
-        """Number of trained parameters; None if neither summary nor plan has it."""
+        """Number of trained parameters; None if neither the summary nor the plan has it."""
         if self.summary is not None:
             return int(self.summary["trainable_parameters"])
         return None if self.plan is None else self.plan.trainable_parameters()
@@ -120,7 +120,7 @@ class Run:
         return f"{value:.4f} at step {step}" if plain else f"{100 * value:.1f}%{interval} at step {step}"
 
     def change(self) -> dict[str, str]:
-        """The change from the first to the last validation by each of `measures`, in words."""
+        """The change of each of `measures` from the first to the last validation, in words."""
         if self.report["first"] is None or self.report["first"]["step"] == self.report["last"]["step"]:
             return {}
         sides = self.report["first"], self.report["last"]

@@ -1,10 +1,10 @@
-r"""The reward of the reference answers, and the answers of the rows.
+r"""Checks the reward of the reference answers, and the reference answers themselves.
 
-A reward that gives the reference answer nothing can pay for nothing.
+A reward that pays nothing for the reference answer cannot pay for anything.
 
-A reference completion is the row's answer in the form that its prompt requires: the form of the answers in its few-shot examples,
-or `\boxed{}`, `<answer>` or another form that its text names, else the answer by itself. The best of them counts. If none is
-paid, all other forms are tried.
+A reference completion is the row's answer in the form that its prompt requires: like the answers in its few-shot examples, or in
+`\boxed{}`, `<answer>` or another form that its text names, else the answer by itself. The best of them counts. If none is paid,
+all other forms are tried.
 """
 
 import re
@@ -44,7 +44,7 @@ _FORMS: dict[str, Callable[[str], str]] = {
 class References:
     """The rewards of the reference answers of some rows."""
 
-    note: str  # one line on what was tried, or why nothing could be tried
+    note: str  # one line: what was tried, or why nothing could be tried
     findings: tuple[Finding, ...] = ()  # problems
 
 
@@ -60,8 +60,8 @@ def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
     share, found = count / len(rows), list(_in_the_prompt(_spread(rows, _PROMPTS)))
     note = f"{share:.1%} of {len(rows)} reference answers are {shorten(most)}, the most frequent one"
     if share >= _CONSTANT and share > accuracy:
-        text = f"{note}, and {accuracy:.1%} of the completions are right: saying it always would earn more"
-        found.append(Finding("constant", text, "take fewer rows with this answer, and compare accuracy with that share"))
+        text = f"{note}, but only {accuracy:.1%} of the completions are right: always giving this answer would earn more"
+        found.append(Finding("constant", text, "use fewer rows with this answer, and compare accuracy with that share"))
     return References(note, tuple(found))
 
 
@@ -75,7 +75,7 @@ def _in_the_prompt(prompts: list[Prompt]) -> Iterator[Finding]:
     same = _shared(texts) + _shared([text[::-1] for text in texts])
     whole = all(2 * len(_answer(prompt)) >= len(text) - same for text, prompt in zip(texts, prompts, strict=True))
     text = f"the prompts of all {len(prompts)} rows tried contain their reference answer (first {prompts[0].place}, "
-    remedy = "see that data.source.answer_column is the right column and data.format does not write it, unless it is to be copied"
+    remedy = "check that data.source.answer_column is right and data.format does not write it, unless the task is to copy it"
     yield Finding("copy", f"{text}{shorten(_answer(prompts[0]))})", remedy, "warning" if whole else "note")
 
 
@@ -93,12 +93,12 @@ def reference_rewards(
 ) -> References:
     """Score the reference answers of `count` training prompts, evenly spread; random states stay unchanged.
 
-    `form` is the data's format; its few-shot examples show how answers are written. `pays` is whether a completion of the policy
-    was right, so that the reward does pay, possibly for a form that is not known here.
+    `form` is the data's format; its few-shot examples show how answers are written. `pays` is True if a completion of the policy
+    was right: the reward then does pay, possibly for a form that is not known here.
     """
     some = [prompt for prompt in _spread(prompts, count) if prompt.completions or (prompt.answer or "").strip()]
     if generation.episodes is not None:
-        return References("not applicable: what an episode earns follows from what happens in the environment")
+        return References("not applicable: the reward of an episode depends on its environment")
     if not some:
         return References("not applicable: the data has no reference answers (answer_column)")
     state = capture_random_state()
@@ -131,20 +131,20 @@ def _tried(generation: Generation, prompts: list[Prompt], form: PromptFormat | N
     elsewhere = [text for text, is_paid in others if is_paid]
     level: Literal["error", "warning", "note"]
     if earned:
-        text = f"your reward gives the reference answers of {len(missing)} of {len(prompts)} rows nothing, first of {tried}"
+        text = f"your reward pays nothing for the reference answers of {len(missing)} of {len(prompts)} rows, first {tried}"
         remedy, level = "correct these rows, or the reward's pattern", "warning" if len(missing) > earned else "note"
     elif elsewhere:
-        text = f"{zero} as the prompt asks for it, {shorten(asked[0][0])}, and pays for {shorten(elsewhere[0])}"
-        remedy, level = "let the prompt ask for that form, or change the reward's pattern", "warning"
+        text = f"{zero} in the form that the prompt requires, {shorten(asked[0][0])}, and pays for {shorten(elsewhere[0])}"
+        remedy, level = "let the prompt require that form, or change the reward's pattern", "warning"
     elif pays:
-        text = f"{zero} in all forms that are known here, though it pays for completions ({tried})"
-        remedy, level = "see that the prompt asks for the form that it pays", "note"
+        text = f"{zero} in all known forms, though it pays for completions ({tried})"
+        remedy, level = "check that the prompt requires the form that the reward pays for", "note"
     else:
-        text = f"{zero}: it can pay for nothing ({len(prompts)} rows tried, first {tried})"
+        text = f"{zero}: it cannot pay for anything ({len(prompts)} rows tried, first {tried})"
         remedy, level = "correct the reward, or the answer_column of data.source", "error"
         if _has_pattern(generation):
-            text = f"{zero} in all forms that are known here ({len(prompts)} rows tried, first {tried})"
-            remedy, level = "see that the reward's pattern finds the answer in the form that the prompt asks for", "warning"
+            text = f"{zero} in all known forms ({len(prompts)} rows tried, first {tried})"
+            remedy, level = "check that the reward's pattern finds the answer in the form that the prompt requires", "warning"
     return References(note, (Finding("reference", text, remedy, level),))
 
 
@@ -156,17 +156,17 @@ def _paid_by_accident(generation: Generation, prompts: list[Prompt], texts: Sequ
     if len(rows) > len(wrong) / 2:
         first = prompts[rows[0]]
         text = (
-            f"your reward pays the answer of another row as much as the row's own in {len(rows)} of {len(wrong)} rows (first "
-            f"{first.place}, {shorten(_other(prompts, rows[0]))} for {shorten(_answer(first))}): it does not look at the answer"
+            f"your reward pays as much for another row's answer as for the row's own in {len(rows)} of {len(wrong)} rows (first "
+            f"{first.place}, {shorten(_other(prompts, rows[0]))} for {shorten(_answer(first))}): it does not check the answer"
         )
-        yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right one")
+        yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right answer")
 
 
 def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
-    """For each prompt the first of its completions that is paid, and True; else its last one, and False.
+    """For each prompt, its first paid completion and True; if none is paid, its last completion and False.
 
-    A completion is paid if it earns more than 0 from every part that measures correctness or, for rewards that are never above 0,
-    more than another row's answer earns in the same place.
+    A completion is paid if it earns more than 0 from every part that measures correctness. For rewards that are never above 0, it
+    is paid if it earns more than another row's answer in the same place.
     """
     best = [(texts[-1], False) for texts in forms]
     for number in range(max(map(len, forms))):
@@ -181,7 +181,7 @@ def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequenc
 
 
 def _of_other_answers(generation: Generation, prompts: list[Prompt], texts: Mapping[int, str]) -> dict[int, float]:
-    """Rewards of texts (row -> text) with another row's answer in place of their own, if rows' answers differ."""
+    """Rewards of texts (row -> text) with another row's answer in place of the row's own, if answers differ."""
     wrong = {row: other for row in texts if (other := _other(prompts, row)) is not None}
     written = [texts[row].replace(_answer(prompts[row]), other) for row, other in wrong.items()]
     return dict(zip(wrong, _values(generation, [prompts[row] for row in wrong], written), strict=True))
@@ -201,7 +201,7 @@ def _values(generation: Generation, prompts: Sequence[Prompt], texts: Sequence[s
 
 
 def _other(prompts: list[Prompt], row: int) -> str | None:
-    """The answer of another row; None if all have the same."""
+    """The answer of another row; None if all rows have the same answer."""
     mine = _answer(prompts[row])
     return next((other for prompt in prompts[row + 1 :] + prompts[:row] if (other := _answer(prompt)) != mine), None)
 

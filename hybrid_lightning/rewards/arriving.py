@@ -1,10 +1,10 @@
 """`ArrivingRewards`: scores completions as they arrive, while others are still being generated.
 
     arriving = ArrivingRewards(reward, prompts)         before completions begin
-    arriving.add(row, completion)                       from any thread, as soon as one has ended
+    arriving.add(row, completion)                       from any thread, as soon as a completion has ended
     evaluate_reward(reward, completions, prompts, arriving=arriving)        waits for calls in progress, and scores the others
 
-The numbers equal the reward's numbers for all completions together: only terms for which that holds are scored this way (see
+The values are the same as if the reward scored all completions together: only terms with this property are scored early (see
 `RewardFunction.overlaps`).
 """
 
@@ -34,17 +34,17 @@ class ArrivingRewards:
         self._prompts = prompts
         meanwhile = [(term, max((_overlaps(term, prompt) for prompt in prompts), default=0)) for term, _ in reward.terms()]
         self._turns = [(term, threading.Semaphore(most)) for term, most in meanwhile if most]
-        # Further turns of each, available after all completions have arrived.
+        # Further turns for each term, available after all completions have arrived.
         self._later = [max(0, term.concurrency - most) for term, most in meanwhile if most]
         self._values: dict[tuple[str, int], Future[Tensor]] = {}  # by name of the term and row
 
     @property
     def on_completion(self) -> Callable[[int, str], None] | None:
-        """`add`, for engines; None if no term is scored this way."""
+        """`add`, for engines; None if no term is scored early."""
         return self.add if self._turns else None
 
     def add(self, row: int, completion: str) -> None:
-        """Begin to score a completion, by its number."""
+        """Start scoring the completion of a row."""
         for term, turns in self._turns:
             if (term.name, row) not in self._values and _overlaps(term, self._prompts[row]):
                 value = self._values[term.name, row] = Future()
@@ -52,10 +52,10 @@ class ArrivingRewards:
                 threading.Thread(target=_score, args=given, daemon=True, name="rewards").start()
 
     def values(self, term: RewardFunction, rows: Sequence[int], completions: Sequence[str]) -> dict[int, Tensor]:
-        """Row -> value [1] of a term, for rows that are scored one by one. It waits for them.
+        """Wait for the rows that are scored one by one; returns row -> value [1] of a term.
 
         Raises:
-            RewardError: If the term raises, or does not return a finite number, for the first such row.
+            RewardError: If the term raises or does not return a finite number; names the first such row.
         """
         try:
             later, self._later = self._later, []
@@ -70,7 +70,7 @@ class ArrivingRewards:
             raise
 
     def cancel(self) -> None:
-        """Stop scoring: nobody needs the values. A call in progress continues, and its result is ignored."""
+        """Stop scoring. A call in progress continues, and its result is ignored."""
         for value in self._values.values():
             value.cancel()
 

@@ -1,6 +1,6 @@
 """Read the tests of a coding problem from the columns of its row (see `CodeTests` for their forms).
 
-The code of the tests is only parsed, to find its calls of the program: no code of a data set runs in the training process.
+The code of the tests is only parsed, to find its calls of the program: no code from a data set runs in the training process.
 """
 
 import ast
@@ -44,8 +44,8 @@ def read_problem(
     if any(isinstance(node, ast.FunctionDef) and node.name == "check" for tree in trees for node in tree.body):
         if entry_point is None:
             raise ValueError(
-                f"column {test_column!r} defines check(...), so entry_point_column must name a column with what it is called "
-                f"with, such as Solution().twoSum; {entry_point_column!r} has nothing"
+                f"column {test_column!r} defines check(...), so entry_point_column must name a column with the argument of "
+                f"check, such as Solution().twoSum; column {entry_point_column!r} is empty"
             )
         whole = _parse_python("\n".join(codes), f"column {test_column!r}")
         names, imports = _used_names(whole, _defined_names(setup) - _expression_names(entry_point))
@@ -106,7 +106,7 @@ def _stream_pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None
             )
         inputs, outputs = tests.get("inputs") or (), tests.get("outputs") or ()
         if not inputs or len(inputs) != len(outputs):
-            raise ValueError(f'column {column!r} must have as many "inputs" as "outputs", at least one')
+            raise ValueError(f'column {column!r} must have the same number of "inputs" and "outputs", at least one')
     elif isinstance(tests, Sequence) and tests and all(isinstance(test, Mapping) for test in tests):
         if not all("input" in test and "output" in test for test in tests):
             raise ValueError(f'each test in column {column!r} must have an "input" and an "output"')
@@ -114,7 +114,7 @@ def _stream_pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None
     else:
         return None
     if not all(isinstance(text, str) for text in (*inputs, *outputs)):
-        raise ValueError(f"the inputs and outputs in column {column!r} must be text, as they stand in the standard streams")
+        raise ValueError(f"the inputs and outputs in column {column!r} must be text, exactly as in the standard streams")
     return tuple(zip(inputs, outputs, strict=True))
 
 
@@ -142,11 +142,11 @@ def _entry_point(columns: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _parse_python(code: str, what: str) -> ast.Module:
-    """Parse Python code; the ValueError for other text begins with `what`."""
+    """Parse Python code; a ValueError begins with `what`."""
     try:
         return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{what} is no Python code ({error})") from None
+        raise ValueError(f"{what} is not Python code ({error})") from None
 
 
 def _count_asserts(tests: ast.Module) -> str:
@@ -169,7 +169,7 @@ def _expression_names(expression: str) -> set[str]:
     try:
         tree = ast.parse(expression, mode="eval")
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"is no expression of Python ({error})") from None
+        raise ValueError(f"is not a Python expression ({error})") from None
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
@@ -190,8 +190,8 @@ def _defined_names(setup: str) -> frozenset[str]:
 def _used_names(tests: ast.Module, defined: frozenset[str]) -> tuple[set[str], list[str]]:
     """The names that tests use from the program, and their missing imports from the standard library, as lines of code.
 
-    A name of a standard library module, or of a `math` function, always comes from there and never from the program. If it could,
-    a program could define its own `isclose`.
+    A name of a standard library module or of a `math` function is never taken from the program: else a program could define its
+    own `isclose`.
     """
     loaded = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     free = loaded - _bound_names(tests) - defined - set(dir(builtins))
@@ -202,7 +202,7 @@ def _used_names(tests: ast.Module, defined: frozenset[str]) -> tuple[set[str], l
 
 
 def _tested_builtins(tests: list[ast.Module]) -> set[str]:
-    """Built-in functions that every test calls: the function to be tested may have the name of one."""
+    """Built-in functions that every test calls: the tested function may have the name of a built-in."""
     called = [
         {node.func.id for node in ast.walk(test) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         for test in tests

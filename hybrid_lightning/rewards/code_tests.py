@@ -28,40 +28,42 @@ class CodeTests(RewardFunction):
     The tests are in a column of the row, in one of these forms:
 
     - code that defines `check(candidate)`, with the entry point in another column (LeetCodeDataset, HumanEval);
-    - code with asserts, or a list of asserts, which call the program's functions by name (MBPP), also within functions
+    - code with asserts, or a list of asserts, which call the program's functions by name (MBPP), also inside functions
       `test_...()` as for pytest (KodCode);
     - pairs of standard input and output: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
-      also as JSON in a text (APPS, TACO). Space at the ends of lines is ignored, and the program must end without an error.
+      also as a JSON string (APPS, TACO). Space at the ends of lines is ignored, and the program must end without an error.
 
-    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`) with the standard library, and without sockets or other
-    processes. The tests run in another process, also in a sandbox, and only plain data passes between the two: a program cannot
-    see, change or outwit the tests. Results are therefore compared as built-in types and as classes of the set-up code, such as
-    ListNode. Other objects of the program, such as a stack class, can be created and called, and their attributes can be read,
-    but operators do not work on them, and the tests cannot pass functions to the program. A test that expects data does not rely
-    on methods of a function's return value: `result.equals(expected)` or `result.startswith("a")` fails if the result is such an
-    object. Methods of a class that the tests name, such as `Bank()`, are the code under test, and are trusted.
+    A program runs in a sandbox (see `hybrid_lightning.sandbox.isolation`) with the standard library, and without sockets or other
+    processes. The tests run in another sandboxed process. Only plain data passes between the two, so a program cannot see, change
+    or outwit the tests. This limits what tests can do:
+
+    - Results are compared as built-in types and as classes of the set-up code, such as ListNode.
+    - A class of the program, such as `Bank()`, can be created and called, and its attributes can be read. Its methods are the
+      code under test, and are trusted. Operators do not work on its objects, and tests cannot pass functions to the program.
+    - If a function returns an object where a test expects data, methods of that object are not trusted: `result.equals(expected)`
+      or `result.startswith("a")` fails.
 
     Args:
         test_column: Column with the tests.
-        entry_point_column: Column with the expression that is passed to `check`, such as `Solution().twoSum`; optional for a row
-            with tests that define no `check`.
-        setup_column: Column with code that runs before the program and the tests, such as imports; optional for a row. None for
-            no such column.
+        entry_point_column: Column with the expression that is passed to `check`, such as `Solution().twoSum`. Only tests that
+            define `check` need it.
+        setup_column: Column with code that runs before the program and the tests, such as imports. A row may leave it empty. None
+            for no such column.
         pattern: Regular expression with one group for the program. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the last fenced block of Python, else the last fenced block, else the whole text.
         partial_credit: Whether the reward is the share of tests that pass. A program that ends or runs out of time before its
             tests are done still earns 0.
-        cpu_seconds: CPU time of a program in whole seconds; per run, if it runs once for each input.
-        wall_seconds: Wall time of a program from start to end. `cpu_seconds` stops programs that compute, however busy the
-            machine is; this limit stops programs that wait.
+        cpu_seconds: Limit on a program's CPU time in whole seconds, per run if it runs once for each input. It stops programs
+            that compute too long, however busy the machine is.
+        wall_seconds: Limit on a program's wall time, from start to end. It stops programs that wait.
         memory_mb: Memory of a program in MiB, with all its threads; its tests may use the same amount again.
         packages: Installed packages that programs and tests may import, such as `[sortedcontainers]`, which LeetCode offers; None
             for no packages.
         workers: Number of programs that run at the same time; None for the number of processors that this process may use. Give
             fewer if several ranks share a machine.
-        allow_without_isolation: Whether programs may run on a machine that cannot isolate them. They can then do whatever you
-            can.
-        name: Name under which it is logged; None for `code_tests`.
+        allow_without_isolation: Whether programs may run on a machine that cannot isolate them. They then have all your
+            permissions.
+        name: Name in logs; None for `code_tests`.
 
     Raises:
         ConfigError: If an argument is out of range, or programs cannot import a package.
@@ -89,7 +91,7 @@ class CodeTests(RewardFunction):
         name: str | None = None,
     ) -> None:
         if workers is not None and workers < 1:
-            raise ConfigError(f"workers={workers}; give at least 1, or null for one a processor")
+            raise ConfigError(f"workers={workers}; give at least 1, or null for one per processor")
         if memory_mb < 128:
             raise ConfigError(f"memory_mb={memory_mb}; give at least 128")
         self.columns = (test_column, entry_point_column, setup_column)
@@ -125,11 +127,11 @@ class CodeTests(RewardFunction):
         return rewards
 
     def decided_by_time(self) -> str | None:
-        """A warning: a program that gets no processor because of other processes is stopped like a program that waits."""
+        """A warning: on a busy machine, a program that gets no processor is stopped like a program that waits."""
         limits = self.settings.limits
         return (
-            f"a program earns nothing if it is not done after wall_seconds={limits.wall_seconds:g}, also where others took its "
-            f"processor; where the machine is busy, raise it well above the {limits.cpu_seconds} s of cpu_seconds"
+            f"a program earns nothing if it is not done after wall_seconds={limits.wall_seconds:g}, even if other processes kept "
+            f"the processor busy; on a busy machine, raise it well above cpu_seconds={limits.cpu_seconds}"
         )
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
@@ -144,8 +146,8 @@ class CodeTests(RewardFunction):
             return read_problem(prompt.columns, *self.columns, self.partial_credit)
         except ValueError as error:
             raise DataError(
-                f"{prompt.place} (the first is 0): CodeTests: {error}; correct or remove the row, or name the right columns; it "
-                f"has {', '.join(prompt.columns) or 'none'}"
+                f"{prompt.place} (the first is 0): CodeTests: {error}; correct or remove the row, or name the right columns; the "
+                f"columns are {', '.join(prompt.columns) or 'none'}"
             ) from error
 
 

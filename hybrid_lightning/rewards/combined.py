@@ -29,13 +29,13 @@ class WeightedSum(RewardFunction):
     """Weighted sum of rewards. Each reward is also logged on its own, before weighting.
 
     Args:
-        rewards: At least one reward; a sum within the sum is replaced by its terms. The names must differ: name two rewards of
-            the same class. In Python also functions (see `FunctionReward`).
-        weights: One weight for each reward: negative for a penalty, 0 for a metric, which is logged and changes no update; None
-            for 1.0 each. A metric that measures correctness counts in accuracy like any other part that does.
+        rewards: At least one reward; a sum within the sum is replaced by its terms. The names must differ: give each of two
+            rewards of the same class a name. In Python also functions (see `FunctionReward`).
+        weights: One weight for each reward: negative for a penalty, 0 for a metric, which is logged but has no effect on
+            training; None for 1.0 each. A metric that measures correctness still counts for accuracy.
 
     Raises:
-        ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.
+        ConfigError: If no reward is given, a weight is missing or not finite, or two rewards have the same name.
     """
 
     def __init__(self, rewards: AnyRewards, weights: list[float] | None = None) -> None:
@@ -53,7 +53,7 @@ class WeightedSum(RewardFunction):
         names = [term.name for term, _ in self._terms]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ConfigError(f"rewards: more than one is called {', '.join(repeated)}; give each a name of its own")
+            raise ConfigError(f"rewards: more than one is named {', '.join(repeated)}; give each its own name")
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
         """The rewards and their weights; a sum within this sum is replaced by its terms."""
@@ -71,12 +71,12 @@ class RewardBySet(DelegatingReward):
     """Scores a completion by the reward for its prompt's set: mathematics by `MathMatch`, code by `CodeTests`, and so on.
 
     Args:
-        rewards: Name of the set (as in the data source `Mixture`) -> its reward, which must not be a sum. Put a reward that all
-            sets share, such as a format reward, beside this one into a `WeightedSum`.
-        name: Name under which it is logged; None for `reward_by_set`.
+        rewards: Name of the set (as in the data source `Mixture`) -> its reward, which must not be a sum. If all sets share a
+            reward, such as a format reward, put it and this one into a `WeightedSum`.
+        name: Name in logs; None for `reward_by_set`.
 
     Raises:
-        ConfigError: If there is no set, a reward is a sum, or some of the rewards measure correctness and others do not.
+        ConfigError: If no set is given, a reward is a sum, or some of the rewards measure correctness and others do not.
     """
 
     def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:
@@ -85,12 +85,12 @@ class RewardBySet(DelegatingReward):
         for set_name, reward in rewards.items():
             if reward.terms() != [(reward, 1.0)]:
                 raise ConfigError(
-                    f"RewardBySet: the reward of set {set_name!r} is a sum; give it one reward, and put RewardBySet and what all "
-                    "sets share into a WeightedSum"
+                    f"RewardBySet: the reward of set {set_name!r} is a sum; give the set one reward, and put RewardBySet and the "
+                    "rewards that all sets share into a WeightedSum"
                 )
         if len({reward.measures_correctness for reward in rewards.values()}) > 1:
             kinds = ", ".join(f"{key}: {value.measures_correctness}" for key, value in rewards.items())
-            raise ConfigError(f"RewardBySet: some rewards measure correctness and others do not ({kinds}); give sets of one kind")
+            raise ConfigError(f"RewardBySet: some rewards measure correctness and others do not ({kinds}); use only one kind")
         super().__init__(list(rewards.values()))
         self.rewards = rewards
         self._name = name
@@ -113,8 +113,8 @@ class RewardBySet(DelegatingReward):
         """The reward for the prompt's set."""
         if prompt.set_name not in self.rewards:
             raise DataError(
-                f"RewardBySet: {prompt.place} is of set {prompt.set_name!r}, which has no reward; there is one for "
-                f"{', '.join(self.rewards)}; name the sets as the data source does"
+                f"RewardBySet: {prompt.place} belongs to set {prompt.set_name!r}, which has no reward; the sets with a reward "
+                f"are {', '.join(self.rewards)}; use the set names of the data source"
             )
         return self.rewards[prompt.set_name]
 
@@ -123,7 +123,7 @@ def as_reward(given: AnyReward) -> RewardFunction:
     """A reward unchanged, a function as a `FunctionReward`, or a list of both as their sum.
 
     Raises:
-        ConfigError: If it is something else, or if such a function or sum cannot be made.
+        ConfigError: If it is something else, or if the function or the sum is invalid.
     """
     if isinstance(given, RewardFunction):
         return given

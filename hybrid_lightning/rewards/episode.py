@@ -1,4 +1,4 @@
-"""Rewards of episodes: the environment's own rewards, and other rewards of only the last message.
+"""Rewards of episodes: the environment's own rewards, and rewards that score only the last message.
 
 Any reward can score episodes. A completion's text is the policy's own text, without anything that an environment or a tool added;
 `completion.episode` has the conversation by roles, how it ended, and the counts.
@@ -85,15 +85,15 @@ def rewards_to_go(
     The values of `RewardFunction.turn_rewards` are paid for their turns, any other reward for the last turn.
 
     Args:
-        reward: The reward that made the rewards.
+        reward: The reward function that computed `rewards`.
         completions: B episodes.
         prompts: Their prompts.
         rewards: Their rewards.
-        turns: K, at least the number of turns in the longest one.
+        turns: K, at least the number of turns in the longest episode.
 
     Returns:
-        K * B rewards, on the same device: for all episodes from the first turn on, which are `rewards`, from the second on, and
-        so on. An episode without such a turn does not count.
+        K * B rewards, on the same device: first the B rewards from the first turn on (equal to `rewards`), then the B rewards
+        from the second turn on, and so on. An episode that ended earlier does not count for a turn.
 
     Raises:
         RewardError: If the rewards of the turns do not add up to the episode's reward.
@@ -137,8 +137,8 @@ def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, t
     given = [*[0.0] * (turns - 1), value] if given is None else list(given)
     if len(given) > turns or not math.isclose(sum(given), value, rel_tol=1e-4, abs_tol=1e-4):
         raise RewardError(
-            f"{type(term).__name__}.turn_rewards gives {given} for {turns} turns of {prompt.place}, whose reward is {value:g}; "
-            "it must give at most one number a turn, and they must add up to the reward"
+            f"{type(term).__name__}.turn_rewards returned {given} for {turns} turns of {prompt.place}, but the reward is "
+            f"{value:g}; it must return at most one number per turn, and they must add up to the reward"
         )
     return torch.tensor(given + [0.0] * (turns - len(given)), dtype=torch.float64)
 
@@ -151,5 +151,5 @@ def _after_first(first: Tensor, values: Tensor) -> Tensor:
 def _episode(completion: str) -> Episode:
     episode = getattr(completion, "episode", None)
     if not isinstance(episode, Episode):
-        raise RewardError("there is no episode whose messages or rewards could be read; set model.environment, or another reward")
+        raise RewardError("the reward scores episodes, and a completion is not one; set model.environment, or use another reward")
     return episode

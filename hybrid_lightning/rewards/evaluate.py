@@ -26,21 +26,21 @@ def evaluate_reward(
         reward: The reward; each term of a `WeightedSum` gives a separate part.
         completions: B texts.
         prompts: The B prompts, one for each completion.
-        counted: False for completions that are left out (see `Rewards`): no reward sees them, and theirs are 0. None: all count.
-        arriving: Has begun to score these completions one by one; None if nothing has.
+        counted: False for completions that are left out (see `Rewards`): no reward scores them, and their values are 0. None: all
+            count.
+        arriving: The scorer that has started on these completions one by one; None if there is none.
 
     Returns:
-        The rewards. `correct` is True where every part that measures correctness is at least 1.0 or, if no part does, where the
-        total is. A completion without a value of some term (see `RewardFunction.max_failed_share`) does not count.
+        The rewards. `correct` is True if every part that measures correctness is at least 1.0; without such a part, if the total
+        is at least 1.0. A completion that some term could not score (see `RewardFunction.max_failed_share`) does not count.
 
     Raises:
-        RewardError: If a term raises, or does not return one finite number per completion, or has no value for too many of them.
-            The message names the term, the row and the completion; for a term that scores a whole batch, the first row and
-            completion.
+        RewardError: If a term raises, does not return one finite number per completion, or has no value for too many completions.
+            The message names the term, the row and the completion (the first ones, for a term that scores a whole batch).
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
     rows = [row for row in range(len(completions)) if counted is None or counted[row]]
-    # Tuples: a reward that sorts or empties its arguments must not change what other rewards, and training, see.
+    # Tuples: a reward that sorts or empties its arguments must not affect other rewards or training.
     seen = (tuple(completions[row] for row in rows), tuple(prompts[row] for row in rows))
     total = torch.zeros(len(completions))
     failed = torch.zeros(len(completions), dtype=torch.bool)
@@ -73,13 +73,13 @@ def evaluate_reward(
 
 
 def _failed(term: RewardFunction, values: Tensor, count: int) -> Tensor:
-    """Which completions have no value of a term, [B] bool; RewardError if too many of the `count` that it scored have none."""
+    """Which completions a term could not score, [B] bool; RewardError if there are too many among the `count` that it got."""
     missing = values.isnan()
     assert term.max_failed_share is not None
     if int(missing.sum()) > term.max_failed_share * count:
         raise RewardError(
             f"{title(term)} failed on {int(missing.sum())} of {count} completions, more than max_failed_share="
-            f"{term.max_failed_share:g}, last: {term.failure}"
+            f"{term.max_failed_share:g}; the last failure: {term.failure}"
         )
     return missing
 
@@ -88,7 +88,7 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
     """Extract answers with the first term of the reward that measures correctness or, if none does, with its first term.
 
     Returns:
-        For each of the B completions its answer, or None (see `RewardFunction.extract_answer`).
+        For each of the B completions, its answer or None (see `RewardFunction.extract_answer`).
 
     Raises:
         RewardError: If the term raises.

@@ -31,29 +31,29 @@ class FunctionReward(RewardFunction):
     A function with a parameter `completions` gets all B completions at once and returns B numbers; a function with a parameter
     `completion` is called for each completion. Other parameters are filled by name: `prompts` or `prompt` (objects of class
     `Prompt`), `answer` (the reference answer), `set_name`, and any column of the data. In a function of `completions` they are
-    lists of length B, as in TRL, and `**columns` takes all columns. A parameter with a default may be missing from the data, and
-    `arguments` may give a value to any parameter that is not a column. Completions are texts, even if prompts are messages.
+    lists of length B, as in TRL, and `**columns` receives all columns. A parameter with a default may be missing from the data,
+    and `arguments` may give a value to any parameter that is not a column. Completions are texts, even if prompts are messages.
 
-    A function may be `async`. A function of one `completion` is then awaited for several completions at the same time, starting
-    when the first completion has ended, while the policy still generates others (see `overlap`).
+    A function may be `async`. A function of one `completion` then runs for several completions at the same time, starting when
+    the first completion has ended, while the policy still generates others (see `overlap`).
 
     Args:
         function: `package.module.function` or `path/to/file.py:function`; in Python also the function itself, or any other
-            callable object. A checkpoint has only its path.
-        timeout_s: Wall time in seconds for each call, either for the batch or for each completion; None for no limit.
-            An asynchronous function is cancelled; an ordinary one continues in its thread, and can still take processor time.
+            callable object. A checkpoint stores only the path.
+        timeout_s: Longest wall time of a call in seconds (one call per batch, or per completion); None for no limit. After a
+            timeout an asynchronous function is cancelled; an ordinary one continues in its thread, and may still use a processor.
         on_timeout: Reward of a completion if its call takes too long; None stops training with an error that names the row.
         concurrency: Number of asynchronous calls, or with `overlap` calls of any kind, in progress at the same time.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
-        name: Name under which it is logged; None for the function's name.
+        name: Name in logs; None for the function's name.
         arguments: Parameter of the function -> its value, the same for all completions, such as `{tolerance: 0.2}`.
-        overlap: Whether completions are scored as they arrive, while the policy still generates others: with one call for each,
-            in threads, at the same time and in any order. null does so for asynchronous functions of one `completion`. true is
-            for slow functions, such as calls over HTTP, which then must be safe to call in several threads; a function of
-            `completions` gets one at a time. false scores all together at the end.
+        overlap: Whether completions are scored as they arrive, while the policy still generates others. Each then gets its own
+            call, in a thread, at the same time as others and in any order; a function of `completions` gets one at a time. true
+            suits slow functions, such as calls over HTTP; they must be thread-safe. false scores all completions together at the
+            end. null is true for asynchronous functions of one `completion`, and false for others.
 
     Raises:
-        ConfigError: If there is no such function, it has neither `completions` nor `completion`, or `arguments` do not fit it.
+        ConfigError: If the function does not exist, it has neither `completions` nor `completion`, or `arguments` do not fit it.
     """
 
     batches_only: ClassVar[bool] = False
@@ -82,23 +82,23 @@ class FunctionReward(RewardFunction):
         loaded = self._loaded()
         self._name = name or getattr(loaded, "__name__", None)
         if isinstance(loaded, type):
-            raise ConfigError(f"function={self.function!r} is a class; give a reward of your own class by class_path instead")
+            raise ConfigError(f"function={self.function!r} is a class; to use your own reward class, set class_path instead")
         parameters = inspect.signature(loaded).parameters
         self.batched = "completions" in parameters
         if self.batched == ("completion" in parameters):
             raise ConfigError(
-                f"function={self.function!r} has the parameters {', '.join(parameters) or 'none'}; call one of them completions, "
-                "to get all of a batch, or completion, to be called for each"
+                f"function={self.function!r} has the parameters {', '.join(parameters) or 'none'}; name one of them completions "
+                "to receive a whole batch, or completion to be called for each"
             )
         if self.batches_only and not self.batched:
-            raise ConfigError(f"{type(self).__name__}: {self.function} has no parameter completions; take FunctionReward")
+            raise ConfigError(f"{type(self).__name__}: {self.function} has no parameter completions; use FunctionReward")
         self._own = _BATCH if self.batched else _SINGLE
         named = {
             name: entry for name, entry in parameters.items() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
         }
         own = parameters[self._own[0]]
         if own.name not in named:
-            raise ConfigError(f"function={self.function!r} takes {own} by position alone; write the parameter as {own.name}")
+            raise ConfigError(f"function={self.function!r} takes {own} only by position; write the parameter as {own.name}")
         self.arguments = dict(arguments or {})
         free = {name: entry for name, entry in named.items() if name not in self._own}
         self.wanted = [name for name in free if name not in self.arguments]  # facts about a prompt
@@ -115,7 +115,7 @@ class FunctionReward(RewardFunction):
         return self.concurrency if self.overlap else 0
 
     def to_config(self) -> dict[str, Any]:
-        """As for other rewards; for a callable object the path is its class, which cannot be loaded again."""
+        """As for other rewards; a callable object is described by its class, which cannot be loaded again."""
         config = super().to_config()
         function = config["init_args"]["function"]
         if not isinstance(function, str):
@@ -129,19 +129,19 @@ class FunctionReward(RewardFunction):
         for name, value in self.arguments.items():
             if name in (*_BATCH, *_SINGLE, "answer", "set_name"):
                 raise ConfigError(
-                    f"arguments.{name}={shorten(value)}: what {self.function} gets as {name} is the run's; leave it out"
+                    f"arguments.{name}={shorten(value)}: the run itself passes {name} to {self.function}; leave it out"
                 )
             if name not in free and not self.takes_all:
                 raise ConfigError(
-                    f"arguments.{name}={shorten(value)}: {self.function} has no parameter {name!r} that could be given; it "
-                    f"has {', '.join(free) or 'none'}"
+                    f"arguments.{name}={shorten(value)}: {self.function} has no such parameter to set; it has "
+                    f"{', '.join(free) or 'none'}"
                 )
             kind = _kind(free[name]) if name in free else None
             if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
-                raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, which {self.function} takes there")
+                raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, as {self.function} expects")
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check that the row has every column that the function needs, and no column that `arguments` also gives a value to."""
+        """Check that the row has every column that the function needs, and no column that is also in `arguments`."""
         values = _values(prompt)
         for name in self.arguments.keys() & values.keys():
             raise DataError(
@@ -156,12 +156,12 @@ class FunctionReward(RewardFunction):
                 )
 
     def decided_by_time(self) -> str | None:
-        """A warning if `on_timeout` is set: the machine's load then affects rewards. Without it, a timeout is an error."""
+        """A warning if `on_timeout` is set: the machine's load then affects rewards. If not, a timeout is an error."""
         if self.on_timeout is None:
             return None
         return (
             f"a call of {self.function} earns on_timeout={self.on_timeout:g} if it takes more than timeout_s={self.timeout_s:g}, "
-            "however busy the machine is; leave out on_timeout, so that it is an error, or raise timeout_s"
+            "even if the machine is busy; leave out on_timeout, so that a timeout is an error, or raise timeout_s"
         )
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
@@ -180,7 +180,7 @@ class FunctionReward(RewardFunction):
             where = f"for a batch of {len(completions)} completions, the first {name_completion(completions[0], prompts[0])}"
             return [self._late(where, value)] * len(completions)
         if isinstance(value, TypeError) and not self.batches_only and prompts[0].messages is not None:
-            value = TypeError(f"{value}; completions are texts, and messages with TRLReward(function)").with_traceback(
+            value = TypeError(f"{value}; completions are texts; for messages use TRLReward(function)").with_traceback(
                 value.__traceback__
             )
         if isinstance(value, BaseException):
@@ -217,7 +217,7 @@ class FunctionReward(RewardFunction):
         return partial(self._loaded(), **{**arguments, **deepcopy(self.arguments), **own})
 
     def _checked(self, value: Any, completion: str, prompt: Prompt) -> Any:
-        """The value of one call; its exception is raised again with the row and the completion."""
+        """The value of one call; raises its exception again, with the row and the completion."""
         if isinstance(value, TimeoutError) and self.timeout_s is not None:
             return self._late(name_completion(completion, prompt), value)
         if isinstance(value, BaseException):
@@ -230,18 +230,18 @@ class FunctionReward(RewardFunction):
         """The reward for a call that took too long; raises the error if there is none."""
         late = f"reward function {self.function} took more than timeout_s={self.timeout_s:g} s {where}"
         if self.on_timeout is None:
-            raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
+            raise RewardError(f"{late}; raise timeout_s, or set on_timeout to the reward of such a completion") from error
         logger.warning("%s; it earns on_timeout=%g", late, self.on_timeout)
         return self.on_timeout
 
 
 class TRLReward(FunctionReward):
-    """Scores completions with a reward function of TRL, unchanged: `f(prompts, completions, answer, **kwargs)`.
+    """Scores completions with an unchanged TRL reward function: `f(prompts, completions, answer, **kwargs)`.
 
-    It differs from `FunctionReward` if prompts are messages: each of `prompts` is then a list of messages, and each of
-    `completions` a list of the messages after them: one from the policy, and in episodes also messages from tools and
-    environments. Columns of the data come by name. `completion_ids`, `trainer_state` and functions for logging, which TRL also
-    passes, are not there.
+    It differs from `FunctionReward` only if prompts are messages. Each of `prompts` is then a list of messages, and each of
+    `completions` is the list of messages after the prompt: one from the policy, and in episodes also messages from tools and
+    environments. Columns of the data are passed by name. TRL also passes `completion_ids`, `trainer_state` and functions for
+    logging; these are not available here.
 
     Raises:
         ConfigError: As for `FunctionReward`, or if the function has no parameter `completions`.
@@ -266,7 +266,7 @@ def _messages(completion: str, prompt: Prompt) -> Any:
 
 
 def _kind(parameter: inspect.Parameter) -> str | None:
-    """The values that a parameter takes, from its annotation or else its default, in words; None if neither is a plain type."""
+    """A parameter's type in words, from its annotation or else its default; None if neither is a plain type."""
     wanted = parameter.annotation
     if wanted is parameter.empty:
         wanted = type(parameter.default)
@@ -274,6 +274,6 @@ def _kind(parameter: inspect.Parameter) -> str | None:
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:
-    """Name -> value for everything about a prompt that a function can receive through a parameter of that name."""
+    """Name -> value of everything about a prompt that a function can receive as a parameter."""
     answer = {} if prompt.answer is None else {"answer": prompt.answer}
     return {**prompt.columns, **answer, "set_name": prompt.set_name}

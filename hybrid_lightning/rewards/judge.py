@@ -1,9 +1,9 @@
-"""`JudgeReward`: a language model grades completions by a rubric, over the chat interface that OpenAI, vLLM and others have.
+"""`JudgeReward`: a language model grades completions by a rubric, over the chat API of OpenAI, vLLM and others.
 
     rubric, problem, completion -> request -> reply (from the cache, or the server) -> score in [0, 1]
 
-A completion that could not be graded has no value (NaN) and is left out of its group. Replies are kept on disk by a hash of all
-that they depend on, so that a run that is resumed or repeated gets the same ones, and no completion is paid for twice.
+A completion that could not be graded has no value (NaN) and is left out of its group. Replies are cached on disk under a hash of
+everything that they depend on: a resumed or repeated run gets the same replies, and no completion is paid for twice.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HOPELESS = 16  # judgements that fail in a row, after which no other is tried
+_HOPELESS = 16  # after this many failures in a row, the judge is given up
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_REFUSED = (401, 403, 404)  # the key, or the model: no other completion would fare better
-_BUSY = (408, 409, 425, 429)  # the other client errors come again for the same completion
+_REFUSED = (401, 403, 404)  # wrong key or model: every other completion would fail as well
+_BUSY = (408, 409, 425, 429)  # worth repeating; other client errors would occur again for the same completion
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*)\}")
-# What the tokenizer of a judge may take for the end of a message, although a completion merely spells it out.
+# Text that a judge's tokenizer may read as the end of a message, although the completion merely spells it out.
 _CONTROL = re.compile(r"[<\[](?=[|\uff5c]|/?s>|/?INST\]|(?:start|end)_of_turn>|[be]os>)")
 _INSTRUCTIONS = """You grade the answer of a language model by a rubric.
 
@@ -55,36 +55,37 @@ _AS_JSON = ' Reply with a JSON object and nothing else: {"reason": "one or two s
 
 
 class JudgeReward(RewardFunction):
-    r"""The score that a language model gives a completion by a rubric, from 0 for the lowest grade to 1 for the highest.
+    r"""A language model's grade for a completion by a rubric, scaled to 0 for the lowest grade and 1 for the highest.
 
-    The judge sees rubric, problem and completion, without the reasoning in `<think> </think>`; of an episode it sees the policy's
-    messages, or with `FinalAnswer` the last one. Completions are graded while others are generated, `concurrency` at a time. A
-    call that fails is repeated; a completion that cannot be graded is left out of its group.
+    The judge sees the rubric, the problem and the completion without the reasoning in `<think> </think>`. For an episode it sees
+    the policy's messages, or with `FinalAnswer` only the last one. Completions are graded while others are generated. A failed
+    call is repeated. A completion that cannot be graded is left out of its group.
 
-    Several rubrics are several judges with names in a `WeightedSum`.
+    To use several rubrics, put several judges with different names into a `WeightedSum`.
 
     Args:
-        rubric: What to grade, and how. `{answer}` is replaced by the reference answer, `{column}` by a column of the row, such as
-            a rubric of its own; write {{ and }} for other braces.
+        rubric: What to grade, and how. `{answer}` is replaced by the reference answer, and `{column}` by that column of the row,
+            which may hold a rubric for this row alone. Write {{ and }} for literal braces.
         base_url: Address of an OpenAI-compatible server, such as `http://node7:8000/v1`.
         model: The judge's name on that server.
         scale: Lowest and highest grade.
-        pattern: Regular expression with one group, which is the grade; the last match counts. The rubric has to describe that
-            form. None requests JSON with a schema.
+        pattern: Regular expression with one group for the grade; the last match counts. The rubric must tell the judge to write
+            the grade in that form. None requests JSON with a schema.
         options: Further fields of a request, such as `{temperature: 0, max_tokens: 512}`.
-        concurrency: How many completions are graded at the same time.
+        concurrency: Number of completions that are graded at the same time.
         timeout_s: Longest time for a call in seconds.
-        retries: How often a call is repeated that took too long, failed on the server's side, or brought no grade on the scale.
-        max_failed_share: Share of completions, of a rollout or a batch of an evaluation, that may be left out; more of them stop
-            the run. So do 16 failures in a row.
-        prices: What a million tokens of prompts and of replies cost, for the metric `judge/cost`; None leaves it out.
-        cache_dir: Folder of the replies; None takes `~/.cache/hybrid_lightning/judge`.
-        api_key_variable: Environment variable that holds the API key, which is written nowhere; without it none is sent.
+        retries: Number of times that a call is repeated if it takes too long, if the server fails, or if the reply has no grade
+            on the scale.
+        max_failed_share: Share of the completions of a rollout or evaluation batch that may be left out. The run stops if more
+            fail, or after 16 failures in a row.
+        prices: Price of a million prompt tokens and of a million reply tokens, for the metric `judge/cost`; None for no metric.
+        cache_dir: Folder of the cached replies; None for `~/.cache/hybrid_lightning/judge`.
+        api_key_variable: Environment variable with the API key, which is never written to disk; no key is sent if it is not set.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
-        name: Name under which it is logged; None for `judge_reward`.
+        name: Name in logs; None for `judge_reward`.
 
     Raises:
-        ConfigError: If a value is impossible.
+        ConfigError: If a value is invalid.
     """
 
     def __init__(
@@ -107,15 +108,15 @@ class JudgeReward(RewardFunction):
     ) -> None:
         address = urlsplit(base_url)
         if "@" in address.netloc or address.query:  # not repeated: there may be a key in it
-            raise ConfigError("JudgeReward: base_url has a user or a query; give the key by the environment alone")
+            raise ConfigError("JudgeReward: base_url has a user or a query; pass the key only in an environment variable")
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(f"JudgeReward: base_url={base_url!r}; give an address such as http://node7:8000/v1")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_variable):  # nor is this
             raise ConfigError("JudgeReward: api_key_variable is not the name of an environment variable; give one, not the key")
         if concurrency < 1 or retries < 0:
-            raise ConfigError(f"JudgeReward: concurrency={concurrency}, retries={retries}; give at least 1, and at least 0")
+            raise ConfigError(f"JudgeReward: concurrency={concurrency}, retries={retries}; give at least 1 and at least 0")
         if not scale[0] < scale[1]:
-            raise ConfigError(f"JudgeReward: scale={scale}; give the lowest grade, and a higher one as the highest")
+            raise ConfigError(f"JudgeReward: scale={scale}; give the lowest grade, then a higher one")
         self.rubric, self.base_url, self.model, self.scale = rubric, base_url.rstrip("/"), model, scale
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.options, self.concurrency, self.timeout_s, self.retries = dict(options or {}), concurrency, timeout_s, retries
@@ -123,12 +124,12 @@ class JudgeReward(RewardFunction):
         self._replies = ReplyCache(cache_dir, "judge")
         self.measures_correctness = measures_correctness
         self._name = name
-        # Both are changed on the event loop alone.
-        self._counts: defaultdict[str, float] = defaultdict(float)  # since they were taken last
+        # Both are changed only on the event loop.
+        self._counts: defaultdict[str, float] = defaultdict(float)  # since the last `take_counts`
         self._in_a_row = 0  # judgements that failed since the last success
 
     def overlaps(self, prompt: Prompt) -> int:
-        """`concurrency`: a server does the work."""
+        """`concurrency`: the server does the work."""
         return self.concurrency
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -145,12 +146,12 @@ class JudgeReward(RewardFunction):
         values = run_async(await_all([partial(self._grade, request) for request in requests], None, self.concurrency))
         for value in values:
             if isinstance(value, BaseException):
-                self._in_a_row = 0  # who tries again, after the cause was mended, begins anew
+                self._in_a_row = 0  # the user may fix the cause and try again
                 raise value
         return list(values)
 
     def request(self, completion: str, prompt: Prompt) -> dict[str, Any]:
-        """What the server is sent for a completion, as JSON."""
+        """The request for a completion, as JSON."""
         values = {**prompt.columns, **({} if prompt.answer is None else {"answer": prompt.answer})}
 
         def filled(match: re.Match[str]) -> str:
@@ -158,8 +159,8 @@ class JudgeReward(RewardFunction):
                 return match[0][0]
             if values.get(match[1]) is None:
                 raise DataError(
-                    f"the rubric of reward {self.name} uses {match[0]}, and {prompt.place} has no such column; it has "
-                    f"{', '.join(values) or 'none'}; correct the rubric, or write {{{{ and }}}} for other braces"
+                    f"the rubric of reward {self.name} uses {match[0]}, but {prompt.place} has no such column; it has "
+                    f"{', '.join(values) or 'none'}; correct the rubric, or write {{{{ and }}}} for literal braces"
                 )
             return str(values[match[1]])
 
@@ -167,7 +168,7 @@ class JudgeReward(RewardFunction):
         rubric = _PLACEHOLDER.sub(filled, self.rubric)
         asked = prompt.text if prompt.messages is None else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
         problem, answer = (_CONTROL.sub(r"\g<0> ", text) for text in (str(asked), after_thinking(completion)))
-        # A hash of the answer itself: no answer can contain it, and so end the block that it is in.
+        # A hash of the answer itself: no answer can contain it, so no answer can close its own block.
         code = hashlib.sha256(json.dumps([rubric, problem, answer]).encode()).hexdigest()[:20]
         blocks = [
             f"----- {code} {name}\n{text}\n----- {code} end of {name}"
@@ -187,7 +188,7 @@ class JudgeReward(RewardFunction):
         return self._replies.known(self._path(self.request(completion, prompt)))
 
     def take_counts(self) -> dict[str, float]:
-        """Calls (with repeated ones), completions that were not graded, tokens, seconds of calls and, by prices, their cost."""
+        """Calls (repeated ones included), ungraded completions, tokens, seconds of calls and, if `prices` is set, their cost."""
         return run_async(self._take())  # type: ignore[no-any-return]
 
     async def _take(self) -> dict[str, float]:
@@ -200,8 +201,8 @@ class JudgeReward(RewardFunction):
     async def _grade(self, request: Mapping[str, Any]) -> float:
         if self._in_a_row >= _HOPELESS:
             raise RewardError(
-                f"the judge at {self.base_url} has failed {self._in_a_row} times in a row, last: {self.failure}; see whether it "
-                "runs and takes such requests, raise timeout_s or retries, or lower concurrency"
+                f"the judge at {self.base_url} has failed {self._in_a_row} times in a row, the last time with {self.failure}; "
+                "check that it runs and accepts such requests, raise timeout_s or retries, or lower concurrency"
             )
         path, (client, locks) = self._path(request), _of_loop(asyncio.get_running_loop())
         async with locks.setdefault(path, asyncio.Lock()):  # equal completions get one judgement
@@ -220,7 +221,7 @@ class JudgeReward(RewardFunction):
         return (score - self.scale[0]) / (self.scale[1] - self.scale[0])
 
     async def _ask(self, client: "httpx.AsyncClient", request: Mapping[str, Any]) -> str | None:
-        """A reply with a grade, at most `retries` calls after the first; None if there is none."""
+        """A reply with a grade, after at most `retries` repeated calls; None if there is none."""
         import httpx
 
         key, pause = (os.environ.get(self.api_key_variable) or "").strip(), _FIRST_PAUSE_S
@@ -250,7 +251,7 @@ class JudgeReward(RewardFunction):
                 self.failure = f"status {status}, {shorten(' '.join(shown.split()), 300)}"
             if status in _REFUSED:
                 remedy = f"set the environment variable {self.api_key_variable}" if status != 404 else "correct base_url or model"
-                raise RewardError(f"the judge {self.model!r} at {self.base_url} answers with {self.failure}; {remedy}")
+                raise RewardError(f"the judge {self.model!r} at {self.base_url} answered with {self.failure}; {remedy}")
             if not left or (300 <= status < 500 and status not in _BUSY):
                 break
             if status == 200:
@@ -258,7 +259,7 @@ class JudgeReward(RewardFunction):
             await asyncio.sleep(min(max(wait, pause * (0.5 + uuid4().int % 1000 / 1000)), _LONGEST_PAUSE_S))
             pause *= 2
         self._counts["failed"] += 1
-        logger.warning("reward %s: a completion is left out: %s", self.name, self.failure)
+        logger.warning("reward %s: left out a completion that could not be graded: %s", self.name, self.failure)
         return None
 
     def _read(self, text: str) -> str | None:
@@ -289,13 +290,13 @@ class JudgeReward(RewardFunction):
         return score if self.scale[0] <= score <= self.scale[1] else None
 
     def _path(self, request: Mapping[str, Any]) -> Path:
-        """The file of the reply to a request, by all that it depends on."""
+        """File of the cached reply to a request."""
         return self._replies.path(self.base_url, request, self.pattern and self.pattern.pattern)
 
 
 @cache
 def _of_loop(loop: asyncio.AbstractEventLoop) -> "tuple[httpx.AsyncClient, dict[Path, asyncio.Lock]]":
-    """The client of all judges on an event loop, and the locks of replies that are under way."""
+    """The client of all judges on an event loop, and the locks of requests in progress."""
     import httpx  # not above: `import hybrid_lightning.rewards` is quick
 
     # `asyncio.timeout` bounds a call as a whole, which the client's own limits do not.

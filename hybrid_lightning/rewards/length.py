@@ -2,9 +2,9 @@
 
 `OverlongPenalty`: DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), which grows near the length limit:
 
-    0                                               up to L = max_tokens - buffer_tokens
+    0                                                   up to L = max_tokens - buffer_tokens
     (max_tokens - buffer_tokens - L) / buffer_tokens    from there on, down to
-    -1                                              from L = max_tokens on
+    -1                                                  from L = max_tokens on
 
 `CosineLength`: the cosine length reward of "Demystifying Long Chain-of-Thought Reasoning in LLMs" (Yeo et al. 2025, arXiv
 2502.03373):
@@ -38,13 +38,13 @@ from hybrid_lightning.types import Completion, Prompt
 class OverlongPenalty(RewardFunction):
     """0 for a completion well below the length limit, falling to -1 at the limit.
 
-    Use it in a `WeightedSum` beside a reward for correctness. The paper takes max_tokens=20480 and buffer_tokens=4096, and gives
-    the penalty the same weight as the accuracy, which is -1 or 1 there.
+    Use it in a `WeightedSum` with a reward for correctness. The paper uses max_tokens=20480 and buffer_tokens=4096, and gives
+    the penalty the same weight as its accuracy reward, which is -1 or 1.
 
     Args:
         max_tokens: The limit, usually the sampler's `max_new_tokens`; the stop token counts.
         buffer_tokens: Number of tokens before the limit at which the penalty begins.
-        name: Name under which it is logged; None for `overlong_penalty`.
+        name: Name in logs; None for `overlong_penalty`.
 
     Raises:
         ConfigError: If `buffer_tokens` is below 1 or above `max_tokens`.
@@ -72,7 +72,7 @@ class OverlongPenalty(RewardFunction):
         if max_new_tokens <= self.max_tokens - self.buffer_tokens:
             raise ConfigError(
                 f"OverlongPenalty: completions are cut at the sampler's max_new_tokens={max_new_tokens}, but the penalty begins "
-                f"after {self.max_tokens - self.buffer_tokens} tokens (max_tokens - buffer_tokens) and would never act; set "
+                f"after {self.max_tokens - self.buffer_tokens} tokens (max_tokens - buffer_tokens) and would have no effect; set "
                 f"max_tokens={max_new_tokens} and buffer_tokens to e.g. a fifth of it"
             )
 
@@ -100,7 +100,7 @@ class _CachedReward(DelegatingReward):
         if reward.terms() != [(reward, 1.0)] or not reward.measures_correctness:
             raise ConfigError(
                 f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
-                f"further rewards beside {user} into a WeightedSum"
+                f"{user} and further rewards into a WeightedSum"
             )
         super().__init__([reward])
         self.reward = reward
@@ -118,16 +118,16 @@ class _CachedReward(DelegatingReward):
         return 0
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> None:
-        """None: all of it is paid for the last turn."""
+        """None: the last turn gets the whole reward."""
 
 
 class _OverCorrectness(RewardFunction):
-    """Base of length rewards that need to know which completions are right, as terms beside a reward for correctness.
+    """Base of length rewards that depend on whether a completion is right; their terms include the reward for correctness.
 
     Args:
         reward: The reward for correctness.
         weights: Its weight, and the weight of this reward.
-        name: Name under which it is logged.
+        name: Name in logs.
     """
 
     measures_correctness = False
@@ -150,8 +150,8 @@ class _OverCorrectness(RewardFunction):
 class CosineLength(_OverCorrectness):
     """Replaces a reward for correctness by one that also depends on length.
 
-    With the defaults a short right completion earns most, and a short wrong one least. The reward for correctness is still
-    logged, with weight 0.
+    With the defaults, a short right completion earns the most and a short wrong one the least. The reward for correctness is
+    still logged, with weight 0.
 
     Args:
         reward: The reward for correctness: a completion is right if it earns 1.0.
@@ -161,7 +161,7 @@ class CosineLength(_OverCorrectness):
         wrong_shortest: Reward of a wrong completion of length 0.
         wrong_longest: Reward of a wrong completion at the limit.
         at_limit: Reward of every completion that reaches the limit; None for the value of the formula.
-        name: Name under which it is logged; None for `cosine_length`.
+        name: Name in logs; None for `cosine_length`.
 
     Raises:
         ConfigError: If `reward` does not measure correctness.
@@ -199,9 +199,9 @@ class GroupLength(_OverCorrectness):
 
     Args:
         reward: The reward for correctness, which has weight 1: a completion is right if it earns 1.0.
-        weight: Weight of the length reward, which lies between -0.5 and 0.5. The paper raises it during training, and gives no
-            value.
-        name: Name under which it is logged; None for `group_length`.
+        weight: Weight of the length reward, which lies between -0.5 and 0.5. The paper raises the weight during training, and
+            does not give its value.
+        name: Name in logs; None for `group_length`.
 
     Raises:
         ConfigError: If `reward` does not measure correctness.
@@ -234,7 +234,7 @@ def token_counts(reward: str, completions: Sequence[str]) -> list[int]:
     lengths = [completion.num_tokens for completion in completions if isinstance(completion, Completion)]
     if len(lengths) < len(completions):
         raise RewardError(
-            f"{reward}: completions are plain strings, whose tokens are not known; give those of a rollout, or make them "
+            f"{reward}: completions are plain strings without a number of tokens; pass completions from a rollout, or "
             "Completion(text, num_tokens, finished)"
         )
     return lengths

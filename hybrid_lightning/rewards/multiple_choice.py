@@ -1,6 +1,6 @@
 r"""`MultipleChoice`: whether a completion chooses the right letter.
 
-The letter is searched for in this order, and the first place with a letter decides:
+The letter is searched in these places, and the first place with a letter decides:
 
 1. in `\boxed{}`;
 2. after the last "answer is", "answer:" or similar;
@@ -62,7 +62,7 @@ class MultipleChoice(AnswerReward):
         options_column: Column with the list of options; their number determines the letters. Rows without it have A to J.
         pattern: Regular expression with one group for the part of the completion to search. The last match counts, no match
             earns 0, and `.` also matches line breaks. None searches the whole completion.
-        name: Name under which it is logged; None for `multiple_choice`.
+        name: Name in logs; None for `multiple_choice`.
 
     Example:
         >>> prompt = Prompt(text="?", answer="C", columns={"options": ["1", "2", "3", "4"]})
@@ -92,8 +92,8 @@ class MultipleChoice(AnswerReward):
         choice = reference_choice(answer)
         if choice is None or choice not in letters:
             raise DataError(
-                f"MultipleChoice: the reference answer {answer!r} of {prompt.place} is no letter from A to {letters[-1]}; "
-                "correct the row, or take a reward for other answers, such as ExactMatch"
+                f"MultipleChoice: the reference answer {answer!r} of {prompt.place} is not a letter from A to {letters[-1]}; "
+                "correct the row, or use a reward for other answers, such as ExactMatch"
             )
         return choice
 
@@ -101,12 +101,12 @@ class MultipleChoice(AnswerReward):
         options = prompt.columns.get(self.options_column)
         if options is None:
             return CHOICES
-        if isinstance(options, dict):  # ARC has the options beside their labels
+        if isinstance(options, dict):  # ARC has separate lists of options and labels
             options = options.get("text")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise DataError(
-                f"MultipleChoice: column {self.options_column!r} of {prompt.place} is no list of 2 to 26 options; correct the "
-                "row, or name the column with the options by options_column"
+                f"MultipleChoice: column {self.options_column!r} of {prompt.place} is not a list of 2 to 26 options; correct the "
+                "row, or set options_column to the column with the options"
             )
         return "".join(chr(ord("A") + number) for number in range(len(options)))
 

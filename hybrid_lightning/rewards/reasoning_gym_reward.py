@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 class ReasoningGymReward(AnswerReward):
-    r"""The score of the task's own verifier, from 0.0 to 1.0. Many give partial credit, and some accept numbers that are close.
+    r"""The score of the task's own verifier, from 0.0 to 1.0. Many give partial credit, and some accept close numbers.
 
     If the verifier raises an exception, the completion earns 0, with a warning.
 
-    Use it only for prompts of `ReasoningGymSource`: the problem is rebuilt from their columns `task`, `config` and `item`, with
-    everything that the verifier needs.
+    Use it only for prompts of `ReasoningGymSource`: the problem, with everything that the verifier needs, is rebuilt from their
+    columns `task`, `config` and `item`.
 
     Args:
         pattern: Regular expression with one group for the answer, such as `<answer>(.*?)</answer>`. The last match counts,
             and no match earns 0. None takes the whole completion, without white space around it.
-        name: Name under which it is logged; None for `reasoning_gym_reward`.
+        name: Name in logs; None for `reasoning_gym_reward`.
     """
 
     def __init__(self, pattern: str | None = None, name: str | None = None) -> None:
@@ -34,7 +34,7 @@ class ReasoningGymReward(AnswerReward):
         self._checked: set[tuple[str, str]] = set()
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check, at the first prompt of each task, that its problem can be rebuilt, and that not every text is right.
+        """Check, at the first prompt of each task, that its problem can be rebuilt, and that its verifier rejects wrong texts.
 
         Raises:
             ConfigError: If the problem cannot be rebuilt.
@@ -45,8 +45,8 @@ class ReasoningGymReward(AnswerReward):
             return
         if _takes_everything(made_again(type(self).__name__, prompt)[0]):
             raise RewardError(
-                f"ReasoningGymReward: the verifier of reasoning-gym task {recipe[0]!r} takes any text for right; choose another "
-                "task, or a newer reasoning-gym"
+                f"ReasoningGymReward: the verifier of reasoning-gym task {recipe[0]!r} accepts any text; choose another task, or "
+                "a newer reasoning-gym"
             )
         self._checked.add(recipe)
 
@@ -66,7 +66,7 @@ class ReasoningGymReward(AnswerReward):
 
 
 def _takes_everything(dataset: Any) -> bool:
-    """Whether two texts that cannot be an answer earn 1.0 on the first problems of a task."""
+    """Whether two nonsense texts earn 1.0 on the first problems of a task."""
     try:
         scores = [dataset.score_answer(text, dataset[item]) for item in range(min(2, len(dataset))) for text in ("\u2603", "?!")]
     except Exception:

@@ -1,4 +1,4 @@
-"""`RewardFunction`: base class of rewards, which score completions; the scores are the training signal."""
+"""`RewardFunction`: base class of rewards. A reward scores completions, and the scores are the training signal."""
 
 import re
 from abc import ABC, abstractmethod
@@ -29,9 +29,9 @@ class RewardFunction(Configurable, ABC):
 
     measures_correctness: bool = True  # whether a reward of 1.0 means that the answer is right
     concurrency: int = 1  # completions that may be scored at the same time, if they are scored one by one (see `overlaps`)
-    # Share of the completions that may have no value (NaN), as when a judge failed; more stop the run. None: NaN is a mistake.
+    # Share of the completions that may have no value (NaN), as when a judge failed; more stop the run. None: NaN is an error.
     max_failed_share: float | None = None
-    failure: str = ""  # why the last completion without a value has no value
+    failure: str = ""  # why the last failed completion has no value
 
     _name: str | None = None
 
@@ -49,10 +49,10 @@ class RewardFunction(Configurable, ABC):
         """
 
     def overlaps(self, prompt: Prompt) -> int:
-        """Number of completions to score at the same time as they arrive, while others are still being generated.
+        """How many completions of a prompt may be scored at the same time while others are still being generated.
 
-        For slow rewards, such as programs or calls over HTTP. `__call__` then gets one completion at a time, in threads other
-        than training's and in any order, and has to give the same numbers as for all together.
+        Override it in slow rewards, such as programs or calls over HTTP. `__call__` then gets one completion at a time, in
+        other threads than training and in any order, and must return the same numbers as for all completions together.
 
         Returns:
             0 unless overridden: the prompt's completions are scored with all others, after the last one has ended.
@@ -63,8 +63,8 @@ class RewardFunction(Configurable, ABC):
         """The parts of an episode's reward for each turn, for credit by turn (see `rewards_to_go`).
 
         Returns:
-            A number for each turn, from the first on; their sum is the reward, and later turns get 0. None: all of it is paid for
-            the last turn.
+            A number for each turn, from the first on; their sum must be the reward, and missing turns get 0. None: the last turn
+            gets the whole reward.
         """
         return None
 
@@ -75,7 +75,7 @@ class RewardFunction(Configurable, ABC):
         equal answers as equal texts.
 
         Returns:
-            The answer; None if the completion has none, so that it has no vote.
+            The answer; None if the completion has no answer and therefore no vote.
         """
         return completion.strip() or None
 
@@ -93,19 +93,19 @@ class RewardFunction(Configurable, ABC):
             max_new_tokens: Length in tokens at which the sampler cuts completions.
 
         Raises:
-            ConfigError: If it can have none.
+            ConfigError: If it cannot have an effect.
         """
 
     def decided_by_time(self) -> str | None:
-        """Whether the reward also depends on how long something takes, and so on the machine's other work.
+        """Whether the reward also depends on how long something takes, and so on the machine's load.
 
         Returns:
-            A text for a warning when the run starts, with the cause and the remedy; None if only the input decides.
+            Text of a warning at the start of the run, with cause and remedy; None if the reward depends only on its input.
         """
         return None
 
     def explain(self, completion: str, prompt: Prompt) -> str | None:
-        """Explanation of a scored completion's value, for people; None if there is nothing to add."""
+        """A human-readable explanation of a scored completion's value; None if there is none."""
         return None
 
     def take_counts(self) -> dict[str, float]:
@@ -129,7 +129,7 @@ class DelegatingReward(RewardFunction):
     """Base of rewards that score like other rewards.
 
     Args:
-        scorers: The other rewards: one, unless a subclass chooses one for a prompt by `scorer`.
+        scorers: The other rewards: a single one, unless a subclass overrides `scorer` to choose one for each prompt.
     """
 
     def __init__(self, scorers: Sequence[RewardFunction]) -> None:
@@ -144,15 +144,15 @@ class DelegatingReward(RewardFunction):
         return self.scorers[0]
 
     def seen(self, completion: str) -> str:
-        """The text that it scores for a completion."""
+        """The part of a completion that the scorer sees."""
         return completion
 
     def overlaps(self, prompt: Prompt) -> int:
-        """Number of completions of a prompt that its scorer takes as they arrive."""
+        """How many completions the prompt's scorer may score at the same time (see `RewardFunction.overlaps`)."""
         return self.scorer(prompt).overlaps(prompt)
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
-        """The payment of the prompt's scorer for each turn."""
+        """The parts of the reward for each turn, from the prompt's scorer."""
         return self.scorer(prompt).turn_rewards(self.seen(completion), prompt)
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
@@ -164,12 +164,12 @@ class DelegatingReward(RewardFunction):
         return self.scorer(prompt).explain(self.seen(completion), prompt)
 
     def take_counts(self) -> dict[str, float]:
-        """The sums over all of them."""
+        """The sums over all scorers."""
         return sum_counts(reward.take_counts() for reward in self.scorers)
 
     @property
     def failure(self) -> str:  # type: ignore[override]
-        """Why one of them has no value."""
+        """Why the last completion of some scorer has no value."""
         return next((reward.failure for reward in self.scorers if reward.failure), "")
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -182,7 +182,7 @@ class DelegatingReward(RewardFunction):
             reward.check_length(max_new_tokens)
 
     def decided_by_time(self) -> str | None:
-        """The warnings of all of them, joined; None if there are none."""
+        """The joined warnings of all scorers; None if there are none."""
         found = [reward.decided_by_time() for reward in self.scorers]
         return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None
 

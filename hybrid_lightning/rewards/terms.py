@@ -1,6 +1,6 @@
-"""Calls one term of a reward and checks its result, so that only one finite number per completion gets into training.
+"""Calls one term of a reward and checks its result, so that training receives one finite number per completion.
 
-A reward is often the user's own code: an error names the reward, the row of the data and the completion, on one line.
+A reward is often the user's own code, so an error names the reward, the row of the data and the completion, on one line.
 """
 
 import inspect
@@ -23,7 +23,7 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
     """Call one term of a reward, possibly a coroutine, and check its result.
 
     Returns:
-        One number for each completion, [B] float32: finite, or NaN if `max_failed_share` allows completions without one.
+        One number for each completion, [B] float32: finite, or NaN for a failed completion if `max_failed_share` allows it.
 
     Raises:
         RewardError: See `evaluate_reward`.
@@ -48,10 +48,10 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
     if wrong.any():
         row = int(wrong.nonzero()[0])
         number = numbers[row]
-        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is no number,"
+        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is not a number,"
         raise RewardError(
             f"{title(reward)} {problem} {name_completion(completions[row], prompts[row])}; it must return a finite number, 0.0 "
-            "where it does not apply"
+            "if it does not apply"
         )
     return result
 

@@ -1,4 +1,4 @@
-"""Rewards that read only the text of a completion, and functions with which all rewards extract the answer from a text.
+"""Rewards that read only the text of a completion, and the functions that extract answers for all rewards.
 
 - `ExactMatch`: whether the answer is the same text as the reference answer.
 - `FormatReward`: whether the completion has a given form, whatever its content.
@@ -23,7 +23,7 @@ class AnswerReward(RewardFunction):
     Args:
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the whole completion.
-        name: Name under which it is logged; None for the class name in snake_case.
+        name: Name in logs; None for the class name in snake_case.
 
     Raises:
         ConfigError: If `pattern` is not a regular expression with one group.
@@ -54,15 +54,15 @@ class AnswerReward(RewardFunction):
 class ExactMatch(AnswerReward):
     r"""1.0 if the completion is the reference answer, else 0.0.
 
-    White space around the answer is ignored, and all white space within it is the same; everything else counts, so "12." is not
-    "12". Without a `pattern` the whole completion is the answer. If a policy continues after its answer, use a stop string (of
-    the sampler), or a pattern such as `\A\s*([^\n]*)` for the first line.
+    White space around the answer is ignored, and any white space inside it counts as one space. Everything else must match: "12."
+    is not "12". Without a `pattern` the whole completion is the answer. If a policy continues after its answer, set a stop string
+    in the sampler, or a pattern such as `\A\s*([^\n]*)` for the first line.
 
     Args:
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None takes the whole completion.
         ignore_case: Whether "Yes" equals "yes".
-        name: Name under which it is logged; None for `exact_match`.
+        name: Name in logs; None for `exact_match`.
 
     Example:
         >>> ExactMatch()([" 12\n", "12."], [Prompt(text="7+5=", answer="12")] * 2)
@@ -98,13 +98,13 @@ class FormatReward(RewardFunction):
     Some chat templates open `<think>` in the prompt. The pattern may then match with or without this tag before the completion,
     so that one pattern suits all templates.
 
-    A policy finds the cheapest way to earn this, so give it a small weight beside a reward for correctness, and anchor the
+    A policy finds the cheapest way to earn this, so give it a small weight next to a reward for correctness, and anchor the
     pattern: `\A<think>.+</think>\s*\S` rather than `</think>`. For one pair of tags followed by another:
     `\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z`.
 
     Args:
         pattern: Regular expression, searched anywhere in the completion; `.` also matches line breaks.
-        name: Name under which it is logged; None for `format_reward`.
+        name: Name in logs; None for `format_reward`.
 
     Example:
         >>> FormatReward(r"\A<think>.+</think>")(["<think>2+2</think>4", "4"], [Prompt(text="?")] * 2)
@@ -125,12 +125,12 @@ class FormatReward(RewardFunction):
 class RepetitionPenalty(RewardFunction):
     """0 for a completion without repeated n-grams, falling to nearly -1 for a completion that only repeats itself.
 
-    Use it in a `WeightedSum` beside a reward for correctness. Words are separated by spaces, and their case is ignored. A text in
-    a language without spaces is one word, so that no repetition is found in it.
+    Use it in a `WeightedSum` with a reward for correctness. Words are separated by spaces, and their case is ignored. In a
+    language without spaces, a text is one word, so no repetition is found.
 
     Args:
         ngram_words: Number of words in an n-gram. Solutions with recurring formulas need longer n-grams than open-r1's 3.
-        name: Name under which it is logged; None for `repetition_penalty`.
+        name: Name in logs; None for `repetition_penalty`.
 
     Example:
         >>> RepetitionPenalty(ngram_words=2)(["a b c d", "so so so so", "so"], [Prompt(text="?")] * 3)
@@ -158,7 +158,7 @@ def _with_opening(completion: str) -> list[str]:
 
 
 def extract_match(pattern: re.Pattern[str] | None, completion: str) -> str | None:
-    """The group of a pattern in its last match, None if there is no match; without a pattern the whole completion."""
+    """The group of a pattern in its last match, or None; without a pattern, the whole completion."""
     if pattern is None:
         return completion
     matches = [match.group(1) for match in pattern.finditer(completion)]
@@ -188,6 +188,6 @@ def reference_answer(reward: str, prompt: Prompt) -> str:
     if prompt.answer is None or not prompt.answer.strip():
         raise RewardError(
             f"reward {reward} needs a reference answer, but {prompt.place} has none; set the answer_column of the data source, "
-            "or take a reward that needs no answer"
+            "or use a reward that needs no answer"
         )
     return prompt.answer

@@ -1,4 +1,4 @@
-"""Run untrusted Python programs in isolation, with only the standard library; each start loads little of it.
+"""Run untrusted Python programs in isolation. Uses only the standard library, and little of it, so that starts are fast.
 
 From a program to its result:
 
@@ -6,9 +6,9 @@ From a program to its result:
     launch.py        starts a launcher process for one program, and reads the result
     launcher.py      the launcher process: starts the boxes of the program, waits for them and ends them; tries mechanisms
     box.py           a box: a process that is isolated before it runs the program, or its tests
-    harness.py       runs in the box of the tests
-    candidate.py     runs in the box of the program
-    wire.py          values as bytes between these two
+    harness.py       runs in the tests' box
+    candidate.py     runs in the program's box
+    wire.py          encodes values between the two boxes
 
 How a box is isolated:
 

@@ -1,4 +1,4 @@
-"""A box: a process that can reach only the resources it was given, and the process that waits for it."""
+"""A box: a process with access only to the given resources, and the process that waits for it."""
 
 import _sitebuiltins
 import builtins
@@ -13,14 +13,14 @@ from typing import Any
 
 from hybrid_lightning.sandbox import candidate, harness, landlock, libc, namespaces, privileges, seccomp
 
-# File descriptors in a box. 0 to 2 are the standard streams. Then come its job, two pipes to the other box, and two files: only
-# the tests write the first (the verdict), only the set-up of a box the second (a report of errors).
+# File descriptors in a box. 0 to 2 are the standard streams. Then come its job, two pipes to the other box, and two files: the
+# verdict, which only the tests write, and a report of errors, which only the set-up of a box writes.
 JOB, REPLIES_OR_REQUESTS_IN, OUT, VERDICT, REPORT = 3, 4, 5, 6, 7
 _SETUP_FAILED, _OUT_OF_TIME, _SIGNALLED = 125, 124, 128
 
 
 def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number: int) -> int:
-    """Start a box; returns the id of the process that waits for it, with an exit code for how it ended (see `describe_ending`).
+    """Start a box; returns the id of the process that waits for it. Its exit code is explained by `describe_ending`.
 
     Args:
         spec: See `launcher.main`.
@@ -82,7 +82,7 @@ def _place(descriptors: list[int | None]) -> None:
 def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
     """Apply every mechanism to this process, and let it become another user, unless `user` is None.
 
-    Threads are allowed if the system limits their number: for a user namespace or a separate user, and never for root.
+    Threads are allowed if the system limits their number: in a user namespace or for a separate user, never for root.
     """
     mechanisms, limits = spec["mechanisms"], spec["limits"]
     within = tuple(f"{path}/" for path in spec["readable"])
@@ -118,7 +118,7 @@ def _run(role: str, job: dict[str, Any]) -> None:
     sys.stdout = _stream(1, "w", "surrogateescape")
     sys.stderr = _stream(2, "w", "backslashreplace")
     sys.argv = ["solution.py"]
-    for name in ("exit", "quit"):  # Python's module site defines them, and is not loaded here
+    for name in ("exit", "quit"):  # Python's module `site`, which defines these, is not loaded here
         setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
     if role == "candidate":
         candidate.run_function(job["setup"], job["source"], job["tested"], REPLIES_OR_REQUESTS_IN, OUT)
@@ -139,7 +139,7 @@ def _wait(pid: int, cpu_seconds: int) -> None:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         os._exit(_OUT_OF_TIME if number == signal.SIGKILL and used > cpu_seconds - 0.5 else _SIGNALLED + number)
-    os._exit(min(os.WEXITSTATUS(status), 1))  # the program's own exit codes must not be taken for ours
+    os._exit(min(os.WEXITSTATUS(status), 1))  # the program's exit codes must not be mistaken for ours
 
 
 class _Packages:

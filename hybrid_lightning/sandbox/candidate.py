@@ -1,7 +1,6 @@
-"""Server in the box of the untrusted program: answers requests of the tests' process with plain data, or runs all of it.
+"""Server in the untrusted program's box: answers requests from the tests' process with plain data, or runs a whole program.
 
-Nothing in this process is trusted once the program runs. The program may change all of it, but gains by that only the power to
-send other data.
+Nothing in this process is trusted once the program runs. The program may change everything here, but can only send other data.
 """
 
 import ast
@@ -18,9 +17,9 @@ from typing import Any
 
 from hybrid_lightning.sandbox import wire
 
-RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
+RECURSION_LIMIT = 100_000  # judges of programming contests raise it as well
 MAIN, MODULE, CELL = "__main__", "solution", "<cell>"
-WHOLE = b"whole"  # error output of cells that have all run, before their CPU time in ms; one that ends the process writes none
+WHOLE = b"whole"  # written to the error output, before the CPU time in ms, after all cells; missing if a cell ends the process
 
 
 def compile_program(setup: str, source: str) -> list[types.CodeType]:
@@ -69,7 +68,7 @@ class Server:
         return self.numbers[id(value)]
 
     def serve(self, first: Callable[[], None]) -> None:
-        """Load the program with `first`, reply whether loading worked, and answer requests until there are no more."""
+        """Load the program with `first`, reply whether that worked, and answer requests until there are no more."""
         wire.send(self.replies, self.attempt(first))
         with open(self.requests, "rb", closefd=False) as stream:
             for body in wire.frames(stream.read):
@@ -84,7 +83,7 @@ class Server:
             return wire.encode(["error", kind.__name__, str(error)[:500]], self.keep, self.classes)
 
     def answer(self, body: bytes) -> Any:
-        """Do what a request needs. If a function returns None, its arguments are sent back, since it may have changed them."""
+        """Carry out a request. If a function returns None, its arguments are sent back, since it may have changed them."""
         known = self.module.__dict__
         operation, *operands = wire.decode(body, self.kept.__getitem__, self.kept.__getitem__, known)
         if operation == "evaluate":
@@ -107,7 +106,7 @@ def run_function(setup: str, source: str, tested: Sequence[str], requests: int, 
 
 
 def run_script(setup: str, source: str) -> None:
-    """Run a program as Python runs a script: it reads standard input, writes standard output, and ends as it wants."""
+    """Run a program as Python runs a script, with standard input and output."""
     sys.setrecursionlimit(RECURSION_LIMIT)
     module = types.ModuleType(MAIN)
     sys.modules[MAIN] = module
@@ -118,9 +117,9 @@ def run_script(setup: str, source: str) -> None:
 def run_cells(cells: Sequence[str], seed: int) -> None:
     """Run pieces of code one after another, show only the output of the last one, and end with a mark (see `WHOLE`).
 
-    They share their names and the seed of `random`, so that the earlier cells of a session do the same when they run again. After
-    the text that a cell prints comes the value of its last expression, if it ends with one, or a line about its error. Later
-    cells run even after an error.
+    Cells share their names and the seed of `random`, so the earlier cells of a session have the same effect when they run again.
+    The output of a cell is what it prints, then the value of its last line if that is an expression, or one line about its error.
+    Later cells run even after an error.
     """
     random.seed(seed)
     module = types.ModuleType(MAIN)
@@ -131,14 +130,14 @@ def run_cells(cells: Sequence[str], seed: int) -> None:
             _run_cell(cell, module.__dict__)
         except BaseException as error:
             print(_short(error))
-    _begin_output(keep=True)  # whether another cell could run; if not, this process ends with an error
+    _begin_output(keep=True)  # tests that another cell could run; if not, this process ends with an error
     os.write(2, b"%s %d" % (WHOLE, time.process_time() * 1000))
     os._exit(0)  # without waiting for threads that a cell has left
 
 
 def _begin_output(keep: bool) -> None:
-    """Write standard output after its existing content, or over it, by a stream that no cell has closed or replaced."""
-    with suppress(Exception):  # output that is too long, a stream that a cell has closed, or no stream
+    """Make a fresh stream for standard output that appends to (`keep`) or replaces the existing content."""
+    with suppress(Exception):  # the output is too long, or a cell has closed or removed the stream
         sys.stdout.flush()
     size = os.fstat(1).st_size if keep else 0
     os.ftruncate(1, size)

@@ -1,9 +1,9 @@
-"""Runner of the tests in their box: an interpreter that the program never enters.
+"""Runs the tests in their box, in an interpreter that the program never enters.
 
 The tests use the program's functions and objects through proxies, which send requests to the program's process and get plain data
-back. The verdict goes into a file that only this process has open. So the program cannot change the verdict by anything that it
-prints, exits with, patches, compares or inspects: it knows neither the tests nor the results that they expect, and its answers
-are rebuilt here from built-in types and the classes of the set-up code.
+back. The verdict goes into a file that only this process has open. So nothing that the program prints, patches, compares or
+inspects can change the verdict, and neither can its exit code. The program knows neither the tests nor the expected results, and
+its answers are rebuilt here from built-in types and the classes of the set-up code.
 """
 
 import builtins
@@ -18,10 +18,10 @@ from hybrid_lightning.sandbox.candidate import RECURSION_LIMIT
 
 MODULE = "tests"
 RESULTS = "__results__"  # in the tests' namespace: a bool for each test, if they are counted
-# Exceptions of the program that are not raised here: they would end loops of the tests early, or look like failed asserts.
+# Exceptions of the program that are not raised here: they would end the tests' loops early, or look like failed asserts.
 _NEVER_RAISED = (StopIteration, StopAsyncIteration, AssertionError)
-# Methods that tests may not call on an object that a function returned: tests that call them expect data, and the methods would
-# be the program's own. The methods of containers are allowed, since a program may define a container.
+# Methods that tests may not call on an object that a function returned: such tests expect data, but the methods would be the
+# program's own. The methods of containers are allowed, since a program may define a container.
 _OF_CONTAINERS = {name for kind in (MutableSequence, MutableMapping, MutableSet) for name in vars(kind)}
 _OF_CONTAINERS |= {"copy", "get", "items", "keys", "sort", "values"}
 _OF_DATA = {name for kind in (str, bytes, int, float, list, dict, set) for name in dir(kind)} - _OF_CONTAINERS
@@ -83,7 +83,7 @@ class Proxy(wire.Remote):
     """Stands for an object of the program, by its number there; it can be called, and its attributes can be read.
 
     Operators are not forwarded: an object that claims to be equal to everything is equal only to itself here. `of_class` marks a
-    class that the tests name, such as Bank, or an object that comes from one; its methods are then under test.
+    class that the tests name, such as Bank, or an object that comes from such a class; its methods are then under test.
     """
 
     def __init__(self, peer: "Peer", number: int, of_class: bool) -> None:
@@ -108,7 +108,7 @@ class Proxy(wire.Remote):
 
 
 class Peer:
-    """The program's process, as seen from here."""
+    """Handle of the program's process."""
 
     def __init__(self, requests: int, replies: int) -> None:
         self.requests = requests
@@ -117,7 +117,7 @@ class Peer:
         self.proxies: dict[int, Proxy] = {}
         self.of_class = False  # whether the next answer is, or comes from, a class that the tests name
         self.calls = 0
-        self.broken = ""  # why the program cannot take requests any more; kept because tests may catch the exception
+        self.broken = ""  # why the program can no longer take requests; kept because tests may catch the exception
 
     def proxy(self, number: int) -> Proxy:
         """The proxy of an object of the program; always the same proxy for the same object."""
@@ -127,7 +127,7 @@ class Peer:
         """Read the next answer.
 
         Raises:
-            RuntimeError: If there is no answer, or it is not a value.
+            RuntimeError: If the answer is missing, or is not a value.
             Exception: The program's exception, if its class is built in.
         """
         try:
@@ -170,7 +170,7 @@ class Peer:
         return answer
 
     def named(self, expression: str) -> Any:
-        """The value of an expression in the program. A built-in class is called here, and its calls are counted as well."""
+        """The value of an expression in the program. A built-in class is called in this process; its calls count as well."""
         value = self.ask("evaluate", expression)[0]
         if not isinstance(value, type):
             return value
@@ -182,7 +182,7 @@ class Peer:
         return called
 
     def call(self, function: Proxy, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Call a function of the program; if it returns None, its changes of the arguments are copied to the arguments here."""
+        """Call a function of the program; if it returns None, its changes to the arguments are copied to the arguments here."""
         self.calls += 1
         result, changed = self.ask("call", function, list(arguments), keywords)
         if result is None and isinstance(changed, list) and len(changed) == 2:

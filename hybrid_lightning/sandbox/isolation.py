@@ -13,12 +13,11 @@ There are two ways to achieve that, both with a filter of system calls (seccomp)
 - namespaces, and Landlock on top if the kernel has it;
 - Landlock alone, for containers that forbid namespaces. A program then has no temporary folder.
 
-A program may start threads only if the kernel can limit their number. It may not with Landlock alone for a user other than root,
+A program may start threads only if the kernel can limit their number. With Landlock alone, it cannot for a user other than root,
 or for a root that may not become another user.
 
-All mechanisms are called directly in the kernel: no tool such as bubblewrap is needed, nor used if it is installed. A program
-cannot start processes, so the memory limit of its one process is the limit of the program; its tests may use the same amount
-again.
+All mechanisms are kernel calls: tools such as bubblewrap are neither needed nor used. A program cannot start processes, so the
+memory limit of its one process is the limit of the program; its tests may use the same amount again.
 """
 
 import os
@@ -83,8 +82,8 @@ def require_isolation(allow_without_isolation: bool = False) -> Isolation:
     """
     if platform.system() != "Linux":
         raise SandboxError(
-            f"programs of a model cannot be isolated on {platform.system()}: the sandbox needs Linux; train there, in a "
-            "container or a virtual machine, or take a reward that runs no code"
+            f"programs of a model cannot be isolated on {platform.system()}: the sandbox needs Linux; train on Linux, in a "
+            "container or in a virtual machine, or use a reward that runs no code"
         )
     isolation = _found()
     if not isolation.is_enough and not allow_without_isolation:
@@ -92,13 +91,13 @@ def require_isolation(allow_without_isolation: bool = False) -> Isolation:
             f"programs of a model cannot be isolated on this machine ({'; '.join(isolation.missing)}); it needs seccomp, and "
             "either user namespaces (sysctl user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, "
             "kernel.apparmor_restrict_unprivileged_userns=0) or Landlock of Linux 6.2 or later; in a container, allow these "
-            "system calls; allow_without_isolation=true runs the programs with what there is, and then they can do whatever this "
-            "user can"
+            "system calls; allow_without_isolation=true runs programs with only the available mechanisms and all permissions of "
+            "this user"
         )
     escaped = _try(isolation)
     if isolation.is_enough and escaped:
         raise SandboxError(
-            f"the sandbox of {', '.join(isolation.mechanisms)} does not hold on this machine: a program succeeded in {escaped}; "
+            f"the sandbox of {', '.join(isolation.mechanisms)} is not secure on this machine: a program succeeded in {escaped}; "
             "use another machine, and report this"
         )
     return isolation
@@ -115,7 +114,7 @@ def _found() -> Isolation:
 
 @cache
 def _try(isolation: Isolation) -> str:
-    """Run a program that tries to escape, in the same way as all programs, and return the attempts that succeeded.
+    """Run a program that tries to escape, in the same way as all programs; returns the attempts that succeeded.
 
     Raises:
         SandboxError: If no program runs at all.

@@ -1,4 +1,4 @@
-"""Landlock: the kernel refuses access to files, TCP and signals, except to named ones.
+"""Landlock: the kernel denies access to files, TCP and signals, except where rules allow it.
 
 See Linux's `Documentation/userspace-api/landlock.rst`.
 """
@@ -23,7 +23,7 @@ _WRITE = _READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_RE
 
 
 def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Restrict this process to some files and folders, with everything in them; paths that do not exist are ignored.
+    """Restrict this process to the given files and folders (with their contents); missing paths are ignored.
 
     Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone. In `writable` folders, files may also be created, changed and removed.
 

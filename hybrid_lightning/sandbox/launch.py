@@ -1,6 +1,6 @@
-"""Run one program: start its launcher process, wait for it, and read what its boxes left.
+"""Run one program: start its launcher process, wait for it, and read the output of its boxes.
 
-The launcher receives a description in JSON (see `launcher.main`), and files in memory for everything that goes in and out.
+The launcher receives a description in JSON (see `launcher.main`), and files in memory for all input and output.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 from hybrid_lightning.errors import ConfigError, SandboxError
 
-_GRACE_S = 10.0  # seconds beyond the program's own time, for the launcher to start on a busy machine and to clean up
+_GRACE_S = 10.0  # extra seconds for the launcher to start on a busy machine and to clean up
 _PAUSE_S = 1.0  # seconds before a second attempt
 _ROOT = str(Path(__file__).parents[2])
 _COMMAND = f"import sys; sys.path.append({_ROOT!r}); from hybrid_lightning.sandbox.launcher import main; sys.path.pop(); main()"
@@ -52,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Box:
-    """What to run in a box."""
+    """The content of a box."""
 
     role: str  # "candidate", "tests", "script" or "cells"
     job: dict[str, Any]  # plain data that the box reads as JSON once it is confined
@@ -85,7 +85,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
         packages: Files and folders that may be imported besides the standard library (see `find_packages`).
 
     Raises:
-        SandboxError: If the boxes could not be made in two attempts, which means nothing for the program.
+        SandboxError: If the boxes could not be made in two attempts, for which the program is not to blame.
     """
     try:
         return _launch(boxes, mechanisms, limits, packages)
@@ -95,7 +95,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
 
 
 def probe() -> dict[str, str]:
-    """Try each mechanism of isolation on this machine: its name -> why it does not work, empty if it works.
+    """Try each mechanism of isolation on this machine; returns its name -> why it does not work, empty if it works.
 
     Raises:
         SandboxError: If the launcher itself cannot run.
@@ -129,7 +129,7 @@ def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pac
         outcome = _start(spec, limits.wall_seconds + _GRACE_S)
         if outcome["error"] or "could not be set up" in outcome["endings"].values():
             said = outcome["error"] or outcome["endings"]
-            raise SandboxError(f"the sandbox cannot be set up: {said}; see whether the system runs short of memory or processes")
+            raise SandboxError(f"the sandbox cannot be set up: {said}; check that the system has free memory and processes")
         last = entries[-1]
         verdict, stdout, stderr = (_content(last.get(name), int(limits.file_bytes)) for name in ("verdict", "stdout", "stderr"))
         return Ran(outcome["in_time"], outcome["endings"], verdict, stdout, stderr)
@@ -141,8 +141,8 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         report, errors = _file(stack), _file(stack)
         spec = {**spec, "parent": os.getpid(), "report": report, "readable": readable_files()}
         passed = [report, *(value for entry in spec.get("boxes", []) for value in entry.values() if isinstance(value, int))]
-        # The environment of this process is not passed on, since it may hold keys. A fixed hash seed gives sets the same order in
-        # every run of a program.
+        # The environment of this process is not passed on, since it may hold keys. With a fixed hash seed, sets have the same
+        # order in every run of a program.
         try:
             process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],
@@ -156,7 +156,7 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             )
         except OSError as error:
             raise SandboxError(
-                f"the sandbox's launcher cannot be started: {error}; see whether the system runs short of memory or processes"
+                f"the sandbox's launcher cannot be started: {error}; check that the system has free memory and processes"
             ) from error
         try:
             handle = os.pidfd_open(process.pid)
@@ -174,7 +174,7 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             said = _content(errors, 2**20).decode(errors="replace").strip().splitlines()
             raise SandboxError(
                 f"the sandbox's launcher ended without a report (exit code {process.returncode}): "
-                f"{said[-1] if said else 'it said nothing'}; see whether the system runs short of memory or processes"
+                f"{said[-1] if said else 'no output'}; check that the system has free memory and processes"
             )
         return dict(json.loads(text))
 

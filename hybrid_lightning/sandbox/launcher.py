@@ -3,7 +3,7 @@
 Each program has a new launcher, so that nothing carries over from one program to the next.
 """
 
-# Modules that programs and tests use most are imported before the boxes are forked, once for both. Many are not used here.
+# The modules that programs and tests use most are imported once, before the boxes are forked. Many are not used here.
 # ruff: noqa: F401
 import bisect
 import collections
@@ -33,11 +33,11 @@ _PATIENCE_S = 0.1  # seconds for boxes to end by themselves
 
 
 def main() -> None:
-    """Carry out the first argument, a request in JSON.
+    """Carry out the request in the first argument, in JSON.
 
-    Its keys are `parent` (process id), `probe` (true to report which mechanisms work, and nothing else), `report` (descriptor to
-    write the result to), `mechanisms`, `readable`, `packages`, `limits`, and `boxes`, a list of objects with `role` and the
-    descriptors `stdin`, `stdout`, `stderr`, `job` and `verdict`, null for /dev/null.
+    Its keys are `parent` (process id), `probe` (true to only report which mechanisms work), `report` (descriptor for the result),
+    `mechanisms`, `readable`, `packages`, `limits`, and `boxes`, a list of objects with `role` and the descriptors `stdin`,
+    `stdout`, `stderr`, `job` and `verdict`, null for /dev/null.
     """
     spec = json.loads(sys.argv[1])
     privileges.die_with_parent(spec["parent"])
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _probe(readable: Sequence[str]) -> dict[str, str]:
-    """Try each mechanism of isolation in a separate process; by name why it does not work, empty if it works."""
+    """Try each mechanism of isolation in a separate process; returns its name -> why it does not work, empty if it works."""
 
     def try_landlock() -> None:
         privileges.drop(None)
@@ -127,10 +127,10 @@ def _wait(pids: dict[int, str], last: str, deadline: float) -> tuple[dict[str, i
 
 
 def _end(pids: list[int]) -> None:
-    """Kill all boxes; this process is the parent of everything they leave, and waits for it.
+    """Kill all boxes; this process is the parent of all processes that they leave, and waits for them.
 
-    A box dies with the process that waits for it, except if that process is killed while the box is still being set up, or if a
-    program without isolation has started processes. So the remaining children are searched for and killed as well.
+    A box dies with the process that waits for it, unless that process is killed while the box is still being set up, or a program
+    without isolation has started processes. So remaining children are found and killed as well.
     """
     left = pids
     with suppress(ChildProcessError):

@@ -37,8 +37,8 @@ def unshare() -> None:
 def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
     """Change to a root folder in memory that holds only some files of the old one, read-only, and a temporary folder.
 
-    The temporary folder, of this size, is empty, except for kept files with paths inside it, which are read-only as well.
-    `readable` paths are kept with everything in them; paths that do not exist are ignored.
+    The temporary folder of `temporary_bytes` is empty, except for kept files with paths inside it, which are read-only as well.
+    `readable` paths are kept with their contents; missing paths are ignored.
     """
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     kept = [path for path in readable if os.path.exists(path)]

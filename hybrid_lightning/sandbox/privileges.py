@@ -14,9 +14,9 @@ STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) -> None:
-    """Set the resource limits (see `Limits`), soft and hard; only the stack's hard limit stays as it is.
+    """Set the soft and hard resource limits (see `Limits`); only the stack's hard limit stays unchanged.
 
-    The limit on the user's threads has no effect for root.
+    The limit on threads has no effect for root.
     """
     for name, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -37,7 +37,7 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
 
 
 def other_user(number: int) -> int | None:
-    """Number of the user that a box becomes if this process is root; None if it is not root, or may not change its user.
+    """Number of the user that a box becomes; None if this process is not root, or may not change its user.
 
     Pass different numbers for boxes that run at the same time.
     """
@@ -51,7 +51,7 @@ def other_user(number: int) -> int | None:
 
 
 def _has_number(kind: str, number: int) -> bool:
-    """Whether a user or group with this number exists here: the user namespace of a container without root may have only one."""
+    """Whether a user or group with this number exists here; a rootless container's user namespace may have only one."""
     with open(f"/proc/self/{kind}_map") as stream:
         ranges = [(int(first), int(count)) for first, _, count in map(str.split, stream)]
     return any(first <= number < first + count for first, count in ranges)
@@ -75,9 +75,9 @@ def drop(user: int | None) -> None:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent ends; end now if the parent is not `parent` (None: its id is not visible).
+    """Let the kernel kill this process when its parent ends. A later change of user undoes this.
 
-    A later change of user undoes this.
+    If the parent is already another process than `parent`, end now (None: the parent's id is not visible).
     """
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""Run untrusted programs against their tests, several at a time; and find installed packages that programs may import."""
+"""Run untrusted programs against their tests, several at a time, and find the packages that programs may import."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ class Settings:
     mechanisms: tuple[str, ...]  # mechanisms of isolation (see `isolation.Isolation`)
     limits: Limits = field(default_factory=Limits)  # limits of each program
     packages: tuple[str, ...] = ()  # files and folders that programs may import (see `find_packages`)
-    count_all: bool = False  # True runs all tests, False stops at the first test that fails
+    count_all: bool = False  # whether to run all tests; if False, stop at the first failure
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class CallTests:
     setup: str = ""  # code before the program: imports, classes such as ListNode
     test_setup: str = ""  # code before the tests, after `setup`
     names: tuple[str, ...] = ()  # names of the program that the tests use
-    entry_point: str | None = None  # expression that is passed to the function `check` of each test; None: there is no `check`
+    entry_point: str | None = (
+        None  # expression that is passed to the function `check` of each test; None if the tests have no `check`
+    )
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
         """Run a program against the tests (see `run_programs`)."""
@@ -65,7 +67,7 @@ class StandardStreamTests:
     setup: str = ""  # code before the program
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
-        """Run a program on each input (see `run_programs`); outputs are compared here, in a process that never runs programs."""
+        """Run a program on each input (see `run_programs`). Outputs are compared in this process, which never runs programs."""
         passed, reason = 0, ""
         for given, expected in self.pairs:
             box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogatepass"))
@@ -73,7 +75,7 @@ class StandardStreamTests:
             failure = _failure(ran, settings.limits, expected)
             passed += not failure
             reason = reason or failure
-            # A program that runs out of time would probably do so on its other inputs as well, and delay all other programs.
+            # A program that runs out of time would probably do so for its other inputs as well, and delay all other programs.
             if failure and (not settings.count_all or not ran.in_time or ran.endings["script"]):
                 break
         return Outcome(passed, len(self.pairs), reason)
@@ -102,7 +104,7 @@ def run_programs(
     This takes at most `wall_seconds` for each program and for each pair of standard streams, divided by `workers`.
 
     Raises:
-        SandboxError: If programs cannot be run, which means nothing for the programs.
+        SandboxError: If programs cannot be run, for which the programs are not to blame.
     """
     pool = ThreadPoolExecutor(max(1, min(workers, len(programs))), thread_name_prefix="sandbox")
     try:
@@ -117,13 +119,13 @@ def _failure(ran: Ran, limits: Limits, expected: str) -> str:
     if not ran.in_time:
         return f"not done after {limits.wall_seconds:g} s"
     if ran.endings["script"]:
-        return f"{ran.endings['script']}: {_printable(ran.last_error[:300]) or 'it said nothing'}"
+        return f"{ran.endings['script']}: {_printable(ran.last_error[:300]) or 'no error output'}"
     same = _lines(ran.stdout.decode(errors="replace")) == _lines(expected)
-    return "" if same else "another output"
+    return "" if same else "wrong output"
 
 
 def _printable(text: str) -> str:
-    """A program's output with escapes for characters that would control a terminal or begin a new line in a log."""
+    """A program's output with escapes for characters that could control a terminal or begin a new line in a log."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
@@ -136,8 +138,8 @@ def make_settings(
 ) -> Settings:
     """Settings for this machine; for `allow_without_isolation` see `require_isolation`.
 
-    Packages, named as in an import, are imported in the sandbox now: if that failed only later, every program that needs one
-    would fail and earn 0. Name the packages that a package needs, too.
+    Packages, named as in an import, are imported in the sandbox now: a failure later would make every program that needs them
+    earn 0. Also name the dependencies of a package.
 
     Raises:
         ConfigError: If a package is not installed, or cannot be imported.
@@ -150,7 +152,7 @@ def make_settings(
             reason = ran.last_error or ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
             raise ConfigError(
                 f"packages: {name!r} cannot be imported in the sandbox ({reason}); "
-                "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
+                "name its dependencies too, install it where any user may read it, or give programs more memory and time"
             )
     return settings
 
@@ -168,8 +170,7 @@ def find_packages(names: Sequence[str]) -> tuple[str, ...]:
         found = folders or ([spec.origin] if spec and spec.origin and Path(spec.origin).is_file() else [])
         if not found:
             raise ConfigError(
-                f"packages: {name!r} is not installed; pip install it where training runs, or leave it out; give the name that "
-                "an import uses"
+                f"packages: {name!r} is not installed; pip install it where training runs, or leave it out (use the import name)"
             )
         libraries = Path(found[0]).with_name(f"{name}.libs")  # wheels put shared libraries there
         paths += [*found, *([str(libraries)] if libraries.is_dir() else [])]

@@ -1,8 +1,8 @@
 """The filter of system calls: an allow-list as a BPF program (Linux `Documentation/userspace-api/seccomp_filter.rst`).
 
-Everything outside the list is refused: sockets, processes, exec, ptrace, mounts, keys, bpf, io_uring, userfaultfd, memfd, changes
-of modes, owners and times of files, and whatever future kernels add. The numbers of the calls are from Linux's `asm/unistd_64.h`
-and `asm-generic/unistd.h`.
+Everything else is denied: sockets, processes, exec, ptrace, mounts, keys, bpf, io_uring, userfaultfd, memfd, changes of modes,
+owners and times of files, and whatever future kernels add. The call numbers are from Linux's `asm/unistd_64.h` and
+`asm-generic/unistd.h`.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ rt_sigsuspend 130 133; rt_sigpending 127 136; sigaltstack 131 132; pause 34 -; a
 getitimer 36 102; restart_syscall 219 128;
 """
 ALLOWED = [entry.split() for line in _TABLE.splitlines() if line[:1] != "#" for entry in line.split(";") if entry.strip()]
-# Calls that are allowed or refused by an argument.
+# Calls that are allowed or denied by an argument.
 FCNTL, IOCTL = (72, 25), (16, 29)
 KILL, TGKILL, PRLIMIT64 = (62, 129), (234, 131), (302, 261)
 CLONE, CLONE3 = (56, 220), (435, 435)
@@ -67,7 +67,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
     Signals may be sent only to `pid`, an id in the process's own namespace; `threads` allows threads to be started.
 
     Raises:
-        OSError: If there is no table of system calls for this machine type.
+        OSError: If the machine type has no table of system calls.
     """
     if machine not in AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"no table of system calls for machine type {machine}")

@@ -3,7 +3,7 @@
 A value is a JSON list: the value itself, then every container that it refers to as `[tag, item, ...]`. An item is a JSON scalar,
 or `[n]` for container number n. So nesting has no depth limit, and shared and circular references stay as they are.
 
-Objects of the classes of the set-up code, such as ListNode, are plain data as well: they are sent by their attributes. All other
+Objects of classes in the set-up code, such as ListNode, are plain data as well: their attributes are sent. All other
 objects stay in their process, and are sent as a number (`Remote`).
 """
 

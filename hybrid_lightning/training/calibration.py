@@ -1,9 +1,11 @@
-"""Calibration: losses at the start policy. Their mean gradient scores the modules.
+"""Calibration: losses of the start policy. Their mean gradient scores the modules.
 
     training prompts -> calibration rollouts -> losses, one per chunk of rows
 
-The losses are the training losses, on rewards or on examples. If all rewards are equal, which gives no gradient, they are
-supervised losses of reference answers. Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
+The losses are the training losses, on rewards or on examples. Equal rewards give no gradient, so if all rewards are equal, the
+losses are supervised losses of the reference answers.
+
+Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,7 @@ def calibration_rollouts(
 ) -> tuple[Rollouts, Rewards]:
     """Complete and score prompts with the start policy, with the same number of completions per prompt as in training.
 
-    If the model is split, all ranks call this. Each completes a share of the prompts, and gets the completions of all.
+    If the model is split, all ranks must call this. Each rank completes a share of the prompts, and gets all completions.
     """
     policy, samples, split = generation.policy, schedule.samples_per_prompt, generation.policy.weights.sharded
     rank, ranks = (dist.get_rank(), world_size()) if split else (0, 1)
@@ -78,7 +80,7 @@ def calibration_batch(prompts_per_rollout: int) -> int:
 class CalibrationLosses:
     """Scalar losses of the start policy, one per chunk of rows; their mean is the loss of all rows.
 
-    Each is computed on access, so that its backward pass can free its graph before the next one is computed.
+    Each loss is computed on access, so that its backward pass can free its graph before the next loss is computed.
     """
 
     chunks: Sequence[Any]  # each loss is computed from one of these
@@ -105,7 +107,7 @@ def rollout_losses(
     logprobs: LogprobFunction,
     max_tokens: int,
 ) -> CalibrationLosses:
-    """Losses of calibration rollouts: of their rewards or, if these are all equal, of the reference answers.
+    """Losses of calibration rollouts: from their rewards or, if all rewards are equal, from the reference answers.
 
     Args:
         prompts: P prompts.
@@ -119,7 +121,7 @@ def rollout_losses(
 
     Raises:
         ConfigError: If all completions are masked.
-        CalibrationError: If all rewards are equal and there are no answers.
+        CalibrationError: If all rewards are equal and the data has no answers.
     """
     learned = sequences.sampled_mask.any(dim=1)
     if not learned.any():
@@ -143,7 +145,7 @@ def training_losses(
     counted: Tensor | None = None,
     max_completion_tokens: float | None = None,
 ) -> CalibrationLosses:
-    """Training losses at the start policy, which is also the policy that sampled and the reference.
+    """Training losses of the start policy, which here is also the policy that sampled and the reference.
 
     Args:
         signal: Source of the learning signal, for the plan.
@@ -152,9 +154,9 @@ def training_losses(
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         counted: See `Rewards`, [N] bool or None.
-        max_completion_tokens: Longest completion that can be sampled, which some losses need.
+        max_completion_tokens: Length of the longest completion that can be sampled, which some losses need.
     """
-    # With these denominators, the mean of the chunks' losses is the mean over all sequences that count, or over all their tokens.
+    # With these denominators, the mean of the chunks' losses is the mean over all counted sequences, or over all their tokens.
     num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(chunks))
     num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(chunks))
 
@@ -189,10 +191,11 @@ def reward_losses(
     max_completion_tokens: int,
     counted: Tensor | None = None,
 ) -> CalibrationLosses:
-    """Training losses of calibration rollouts; rows that are left out of the loss have no tokens.
+    """Training losses of calibration rollouts.
 
-    Rows without advantage, [N] or [N, T], are left out, unless the loss has an entropy bonus: their gradient is exactly zero.
-    A chunk has at most `max_tokens`, as in training, so that scoring needs no more memory.
+    Rows without tokens are left out of the loss. Rows with advantages ([N] or [N, T]) of 0 are left out, too, unless the
+    loss has an entropy bonus: their gradient is exactly zero. A chunk has at most `max_tokens`, as in training, so scoring needs
+    no more memory than training.
     """
     adds = any_advantage(advantages) | loss.needs_entropy
     useful = (adds & sequences.sampled_mask.any(dim=1)).nonzero().squeeze(1)
@@ -210,17 +213,17 @@ def answer_losses(
     max_tokens: int,
     device: torch.device,
 ) -> CalibrationLosses:
-    """Supervised losses of reference answers, for calibration rollouts with all rewards equal.
+    """Supervised losses of reference answers, for calibration rollouts in which all rewards are equal.
 
-    The tokenizer encodes the answers, and ends each with its end-of-sequence token.
+    Each answer is tokenized and ends with the end-of-sequence token.
 
     Raises:
         CalibrationError: If a prompt has no answer.
     """
     if any(prompt.answer is None for prompt in prompts):
         raise CalibrationError(
-            f"all rewards of the {len(prompts)} calibration prompts are equal, so modules cannot be scored, and the data has "
-            "no answers to score by instead; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
+            f"all rewards of the {len(prompts)} calibration prompts are equal, and the data has no answers, so modules cannot be "
+            "scored; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
         )
     end, pad = int(tokenizer.eos_token_id), pad_token(tokenizer)
     answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]

@@ -1,6 +1,6 @@
-"""A checkpoint's entry for a policy, beside trainable weights and the optimizer's state: its plan, base model and passes.
+"""A checkpoint's entry for a policy, besides trainable weights and the optimizer's state: its plan, base model and passes.
 
-The entry has the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
+The entry has the key `hybrid_lightning`. With the base model, it is enough to rebuild the policy.
 """
 
 import io
@@ -21,7 +21,7 @@ from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 CHECKPOINT_KEY = "hybrid_lightning"
-CHECKPOINT_FORMAT = 2  # format of everything this project puts into a checkpoint; a checkpoint with a different format is refused
+CHECKPOINT_FORMAT = 2  # format of everything this project puts into a checkpoint; other formats are rejected
 
 
 def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
@@ -32,13 +32,13 @@ def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
 def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's entry with its plan and base model; CheckpointError if it is missing or has a different format."""
     if CHECKPOINT_KEY not in checkpoint:
-        raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
+        raise CheckpointError("the checkpoint was not written by hybrid_lightning: it has no adapter plan and base model")
     state = checkpoint[CHECKPOINT_KEY]
     assert isinstance(state, dict)
     if state.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"the checkpoint has format {state.get('format')}, and this version reads {CHECKPOINT_FORMAT}; resume it with the "
-            "version that wrote it, or start a new run"
+            f"the checkpoint has format {state.get('format')}, but this version reads format {CHECKPOINT_FORMAT}; resume with "
+            "the version that wrote it, or start a new run"
         )
     return state
 
@@ -48,7 +48,7 @@ def save_policy(
 ) -> None:
     """Keep only a module's trainable weights in a checkpoint, and add the entry of its policy.
 
-    The states of these optimizers are keyed by weight names.
+    The optimizers' states are keyed by weight names.
     """
     trainable, names = trained_names(module), parameter_names(module)
     checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
@@ -66,7 +66,7 @@ def save_policy(
 
 
 def as_one_file(checkpoint: Any) -> Any:
-    """A checkpoint as Lightning can read it: a sharded one, which is a folder, becomes a file in memory.
+    """A checkpoint in a form that Lightning reads: a sharded checkpoint, which is a folder, becomes a file in memory.
 
     Raises:
         CheckpointError: If the folder is incomplete.
@@ -80,31 +80,31 @@ def as_one_file(checkpoint: Any) -> Any:
 
 
 def without_reward(error: Exception) -> str:
-    """The warning for a checkpoint that is loaded without its reward, which jsonargparse did not find."""
+    """The warning for a checkpoint that is loaded without its reward, because jsonargparse did not find it."""
     found = re.search(r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL)  # the first error that it lists
     cause = (found[1] if found else str(error)).strip().splitlines()[-1].strip()  # the innermost error
     return (
-        f"the checkpoint's reward cannot be made again, and the policy is loaded without it: {cause}; give "
-        "load_from_checkpoint(path, reward=...) to score completions"
+        f"the checkpoint's reward cannot be rebuilt, so the policy is loaded without it: {cause}; to score completions, call "
+        "load_from_checkpoint(path, reward=...)"
     )
 
 
 def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, device: torch.device | None) -> None:
-    """Apply the plan of an entry, unless it is already applied.
+    """Apply the plan of a checkpoint's entry, unless it is already applied.
 
     Args:
         policy: A policy with the base model of the checkpoint.
         saved: The entry (see `adapter_state`).
         resumes: Whether training continues from the checkpoint.
-        device: The device that trains; None without a run.
+        device: The training device; None without a run.
 
     Raises:
         CheckpointError: If the checkpoint was written with a different base model or plan, or trained in a different way.
     """
     if saved["base_digest"] != policy.base_digest:
         raise CheckpointError(
-            f"the checkpoint belongs to a base model with digest {saved['base_digest'][:12]}, but the model loaded now has "
-            f"{policy.base_digest[:12]}; give the same model.model, model.revision and model.dtype as in the run's config.yaml"
+            f"the checkpoint belongs to a base model with digest {saved['base_digest'][:12]}, but the loaded model has "
+            f"{policy.base_digest[:12]}; give the model.model, model.revision and model.dtype of the run's config.yaml"
         )
     plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"])
     if plan is None:
@@ -113,8 +113,8 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
         return
     if resumes and saved["quantization"] != _quantization_name(policy):
         raise CheckpointError(
-            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
-            f"{_quantization_name(policy) or 'null'} now; give the same, or start a new run"
+            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is now "
+            f"{_quantization_name(policy) or 'null'}; give the same value, or start a new run"
         )
     if policy.plan is not None and policy.plan.digest != plan.digest:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Evaluation: how well a policy solves held-out prompts, and how well it predicts held-out examples.
 
-`Evaluation` is for prompts, `ExampleEvaluation` for examples: validation and test call `add` for each batch, and `end` after the
-last one. Predict calls `predict`.
+`Evaluation` is for prompts, `ExampleEvaluation` for examples. Validation and test call `add` for each batch, and `end` after the
+last batch. Predict calls `predict`.
 
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
@@ -33,8 +33,8 @@ Scored = tuple[Rollouts, Rewards, Answers]
 def evaluation_means(samples: int) -> ProblemMeans:
     """The metrics of one evaluation, from one greedy and n sampled completions of each prompt.
 
-    They are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
-    `truncation_rate`, and the ends of confidence intervals.
+    The metrics are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
+    `truncation_rate`, and the bounds of confidence intervals.
     """
     return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
 
@@ -46,7 +46,7 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
         means: From `evaluation_means`.
         greedy: Rewards of P greedy completions, one for each prompt.
         sampled: P * n completions of the same prompts, and their rewards.
-        answers: The answer in each of the P * n completions, None where it has no answer.
+        answers: The answer in each of the P * n completions; None if it has no answer.
     """
     rollouts, rewards = sampled
     if rollouts.finished.device.type == "mps":  # mps has no float64
@@ -71,13 +71,13 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
 
 
 def check_numbers(prompts: Sequence[Prompt]) -> None:
-    """Raise DataError if two different prompts share a number; each number is counted once."""
+    """Raise DataError if two different prompts share an index, since prompts with one index count as one."""
     asked: dict[Problem, Any] = {}
     for prompt in prompts:
         if asked.setdefault((prompt.set_name, prompt.index), (prompt.text, prompt.messages)) != (prompt.text, prompt.messages):
             raise DataError(
-                f"two prompts to evaluate have index={prompt.index} and would count as one; number them, as in Prompt(text=..., "
-                "index=n)"
+                f"two prompts to evaluate have index={prompt.index} and would count as one; give each its own index, as in "
+                "Prompt(text=..., index=n)"
             )
 
 
@@ -94,7 +94,7 @@ def add_lengths(means: ProblemMeans, rollouts: Rollouts) -> None:
 
 
 class ExampleMetrics(Metric):
-    """Weighted means over examples. As in `ProblemMeans`, an example counts once, even if several ranks have seen it."""
+    """Weighted means over examples. As in `ProblemMeans`, an example counts once, even if several ranks add it."""
 
     full_state_update = False
     is_differentiable = False
@@ -114,7 +114,7 @@ class ExampleMetrics(Metric):
         Args:
             index: A number that identifies each example, [E] int64.
             weights: Weight of each example in the means, [E].
-            terms: Name of a mean -> what each example adds to its numerator, [E]; the same names at every call.
+            terms: Name of a mean -> each example's term of the numerator, [E]; the same names in every call.
         """
         if weights.device.type == "mps":  # mps has no float64
             index, weights, terms = index.cpu(), weights.cpu(), {name: value.cpu() for name, value in terms.items()}
@@ -123,7 +123,7 @@ class ExampleMetrics(Metric):
         self.rows.append(torch.stack([weights.double(), *(value.double() for value in terms.values())], dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Name -> sum of the terms / sum of the weights, float32; empty if there was no example."""
+        """Name -> sum of terms / sum of weights, float32; empty if there was no example."""
         if len(self.index) == 0:  # not `not self.index`: it is a tensor after the ranks' values have been gathered
             return {}
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
@@ -137,7 +137,7 @@ class ExampleMetrics(Metric):
 class Evaluation(nn.Module):
     """Completes and scores held-out prompts, greedily and by sampling, and logs the results.
 
-    It is a part of a LightningModule, since the metrics move to its device; the module's hooks call `add` and `end`.
+    It is a submodule of a LightningModule, so that its metrics move to the device; the module's hooks call `add` and `end`.
 
     Args:
         generation: Completes and scores prompts.
@@ -145,10 +145,10 @@ class Evaluation(nn.Module):
         seed: Seed of the sampling.
 
     Attributes:
-        by_problem: (set, index) -> value by metric, for each problem in the last evaluation on all ranks.
-        greedy: This rank's first batch of greedy completions in it, and their rewards; None without completions.
-        answers: For each greedy completion of this rank in it: the answer that the reward finds, whether it is right, and the
-            reference answer; empty for episodes.
+        by_problem: (set, index) -> metric -> value, for each problem in the last evaluation, over all ranks.
+        greedy: This rank's first batch of greedy completions in the last evaluation, and their rewards; None without completions.
+        answers: For each of this rank's greedy completions in the last evaluation: the answer that the reward finds, whether it
+            is right, and the reference answer; empty for episodes.
         last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
     Raises:
@@ -175,7 +175,7 @@ class Evaluation(nn.Module):
         return [_name("val", name, value) for name, values in of_sets.items() for value in values]
 
     def add(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs; without a reward only lengths."""
+        """Measure the policy on a batch of a stage, `val` or `test`; without a reward, only lengths."""
         check_numbers(batch)
         if self.generation.reward is None:
             draws = evaluation_draws(batch, self.samples, self.seed)
@@ -212,18 +212,18 @@ class Evaluation(nn.Module):
         return prediction_records(of_greedy, of_sampled, [render(prompt) for prompt in prompts])
 
     def begin_predict(self, batches: int) -> None:
-        """Record how many more batches another rank has than this rank's `batches`, where ranks gather weights together."""
+        """If ranks gather weights together, record how many more batches than this rank's `batches` some rank has."""
         sharded, device = self.generation.policy.weights.sharded, self.generation.policy.device
         self._missing_batches = max(gather_counts(batches, device)) - batches if sharded else 0
 
     def end_predict(self) -> None:
-        """Gather weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
+        """Gather weights as often as the rank with the most batches, so that no prompt needs to be repeated."""
         own = self.generation.sampler.needs_weight_sync
         for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
             self.generation.policy.weights.gathered(lambda: None)
 
     def _scored(self, prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
-        """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
+        """The greedy completions of prompts and the sampled ones, each with their rewards."""
         generation, draws = self.generation, evaluation_draws(prompts, self.samples, self.seed)
         of_greedy, of_sampled = generation.arriving(prompts, 1), generation.arriving(prompts, self.samples)
         try:
@@ -243,15 +243,15 @@ class Evaluation(nn.Module):
 
 
 class ExampleEvaluation(Evaluation):
-    """Measures the loss on held-out examples and, if there is a reward, completions of their prompts.
+    """Measures the loss on held-out examples and, if there is a reward, scores completions of their prompts.
 
     Args:
         generation: Completes and scores prompts.
         samples: Sampled completions of each prompt (n).
         seed: Seed of the sampling.
         loss: Loss on examples.
-        passes: Log-probabilities of examples.
-        sequences_of: The tokens of examples.
+        passes: Computes log-probabilities of examples.
+        sequences_of: Returns the tokens of examples.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class ExampleEvaluation(Evaluation):
         return measured if self.generation.reward is None else measured + super().names(sets)
 
     def add(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the loss on a batch of a stage, `val` or `test`, and completions if they are scored."""
+        """Measure the loss on a batch of a stage, `val` or `test`; with a reward, also score completions."""
         sequences, run = self._sequences_of(batch), self.generation.run
         needs_reference = self._loss.needs_reference
         ((logprobs, entropy, reference),) = self._passes.measure([sequences], True, needs_reference, run.interruptible)
@@ -307,7 +307,7 @@ def _name(*parts: str) -> str:
 
 
 def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
-    """One JSON-ready record per prompt: prompt, greedy completion, lists with one entry per sampled completion, and the row.
+    """One JSON-ready record per prompt: the prompt, the greedy completion, lists over sampled completions, and the row.
 
     There are P greedy and P * n sampled completions; `texts` are the prompts as the model reads them.
     """

@@ -1,4 +1,4 @@
-"""Modules that train on completions in the data, by `ExampleTask`: supervised fine-tuning, and DPO."""
+"""Modules that train on completions in the data with `ExampleTask`: supervised fine-tuning, and DPO."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
 class ExampleModule(LanguageModule):
-    """Trains and evaluates with a loss on examples, such as one of your own.
+    """Trains and evaluates with a loss on examples, which may be your own.
 
     Args:
-        loss: Loss on examples; None takes the class's own loss, if it has one.
-        reward: Scores completions of held-out prompts, which validation and test then also generate. None evaluates only the
+        loss: Loss on examples; None for the class's own loss, if it has one.
+        reward: Scores completions of held-out prompts, which validation and test then also generate; None to evaluate only the
             loss.
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
         options: Options of `LanguageModule`.
 
     Raises:
-        ConfigError: If a value is impossible, or there is no loss.
-        ModelError: If there is no such model.
+        ConfigError: If a value is invalid, or no loss is given.
+        ModelError: If the model cannot be found.
     """
 
     default_loss: type[ExampleLoss] | None = None
@@ -41,7 +41,7 @@ class ExampleModule(LanguageModule):
         super().__init__(**options)
         trained_by = self.default_loss() if loss is None and self.default_loss is not None else loss
         if trained_by is None:
-            raise ConfigError("ExampleModule needs model.loss; or take SupervisedModule or PreferenceModule, which have one")
+            raise ConfigError("ExampleModule needs model.loss; set it, or use SupervisedModule or PreferenceModule")
         generation = Generation(self.policy, self._sampler, reward, self.run, self._seed)
         self.task = ExampleTask(
             trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed, type(self).__name__
@@ -52,9 +52,9 @@ class ExampleModule(LanguageModule):
 class SupervisedModule(ExampleModule):
     """Supervised fine-tuning, on completions only.
 
-    The data is a `PromptDataModule` with a `DemonstrationFormat`. All weights are frozen when the model is loaded;
-    `HybridAdapterSetup` scores the modules by the gradient of the supervised loss, and makes some weights trainable. The trained
-    model can be exported, and a `PolicyModule` can start from it.
+    Use a `PromptDataModule` with a `DemonstrationFormat`. All weights are frozen when the model is loaded; `HybridAdapterSetup`
+    scores the modules by the gradient of the supervised loss, and makes some weights trainable. The trained model can be
+    exported, and a `PolicyModule` can start from the export.
 
     See `ExampleModule` for arguments and errors.
     """
@@ -65,9 +65,9 @@ class SupervisedModule(ExampleModule):
 class PreferenceModule(ExampleModule):
     """Preference alignment by a loss on pairs, such as DPO.
 
-    The data is a `PromptDataModule` with a `PreferenceFormat`. Chosen and rejected completion share the forward and
-    backward pass of their prompt. The loss compares with the start policy, which is the model with its adapter switched off:
-    there is no second model. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
+    Use a `PromptDataModule` with a `PreferenceFormat`. The chosen and the rejected completion share the forward and backward pass
+    of their prompt. The loss compares with the start policy, which is the same model with its adapter switched off, so no second
+    model is needed. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
 
     See `ExampleModule` for arguments and errors.
     """

@@ -1,10 +1,10 @@
-"""`ExampleTask`: training on completions in the data: demonstrations, and preferences between two completions.
+"""`ExampleTask`: training on completions in the data: demonstrations, or preferences between two completions.
 
     examples -> PolicyBatch -> loss -> optimizer
 
-A step works as for a policy that samples, with one difference: a "rollout" is looked up, not sampled. Each prompt comes with
-its completions (`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for the model raises an
-error; examples are never cut.
+A step works as in reinforcement learning, but a "rollout" is looked up, not sampled: each prompt comes with its completions
+(`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for the model raises an error; examples
+are never cut.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,13 @@ class ExampleTask(Task):
         loss: Loss on examples.
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
         generation: Completes and scores held-out prompts, if it has a reward.
-        max_tokens: Most tokens in a pass; None chooses.
+        max_tokens: Most tokens in a pass; None for an automatic choice.
         eval_samples: Sampled completions per prompt in an evaluation.
         seed: Seed of the order of the data and of sampling.
         name: Name of the module that trains, for messages.
 
     Raises:
-        ConfigError: If a value is impossible.
+        ConfigError: If a value is invalid.
     """
 
     loss: ExampleLoss
@@ -91,10 +91,10 @@ class ExampleTask(Task):
         return output.loss, output.metrics
 
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
-        """Losses of `count` training examples under the start policy; None takes the number in one optimizer step.
+        """Losses of `count` training examples under the start policy; None for the number in one optimizer step.
 
         Raises:
-            ConfigError: If there are fewer training examples than one optimizer step takes.
+            ConfigError: If there are fewer training examples than one optimizer step needs.
         """
         self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.calibration_seed)).tolist()
@@ -109,11 +109,11 @@ class ExampleTask(Task):
     # ---- examples as tokens
 
     def sequences_of(self, prompts: Sequence[Prompt]) -> Sequences:
-        """Tokens of prompts and completions, on the policy's device; the completions of a prompt are in neighbouring rows.
+        """Tokens of prompts and completions, on the policy's device; the completions of a prompt are in adjacent rows.
 
         Raises:
-            DataError: If a prompt has a different number of completions than the loss needs, or is too long for the model with
-                one of them.
+            DataError: If a prompt does not have the number of completions that the loss needs, or if a prompt with its completion
+                is too long for the model.
         """
         rows = [self._tokens(prompt) for prompt in prompts]
         policy: Policy = self.policy
@@ -136,8 +136,8 @@ class ExampleTask(Task):
         limit = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
-                f"{prompt.place} has {longest} tokens ({len(ids)} of the prompt), more than the {limit} that the model reads; "
-                "shorten or remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
+                f"{prompt.place} has {longest} tokens ({len(ids)} in the prompt), more than the model's {limit} positions; "
+                "shorten or remove the row, or set data.max_prompt_tokens to drop long prompts (examples are never cut)"
             )
         return ids, completions
 
@@ -151,7 +151,7 @@ class ExampleTask(Task):
             self._tokens(prompt)
 
     def check(self) -> None:
-        """Raise ConfigError unless the examples of a step can be split evenly, and predictions scored."""
+        """Raise ConfigError unless the examples of a step can be split evenly and predictions can be scored."""
         run, examples = self.run, self.schedule.prompts_per_rollout
         if run.stage == "predict" and self.reward is None:
             raise ConfigError("predict scores completions; give model.reward, such as ExactMatch")
@@ -162,7 +162,7 @@ class ExampleTask(Task):
             )
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if there are fewer of these training examples than one optimizer step takes."""
+        """Raise ConfigError if there are fewer training examples than one optimizer step needs."""
         if len(prompts) < self.schedule.prompts_per_rollout:
             raise ConfigError(
                 f"model.examples_per_step={self.schedule.prompts_per_rollout} is more than the {len(prompts)} training examples; "

@@ -1,10 +1,10 @@
-"""`Generation`: completions of a policy, made with its own weights or by a rollout engine that receives them.
+"""`Generation`: completions of a policy, made with the policy's own weights or by a rollout engine that receives them.
 
-    update    gives an engine with its own weights the weights that training has changed
+    update    gives an engine that has its own weights the weights that training has changed
     begin     begins to complete prompts with the current weights; the result records which weights made it
 
-In one process an engine is updated before it completes, if weights have changed. Several processes update their engines together
-before each rollout and each evaluation. Calibration is the exception: the first process makes it alone and updates alone.
+In one process, an engine is updated before it completes prompts, if weights have changed. Several processes update their engines
+together before each rollout and each evaluation. Calibration is the exception: the first process runs it, and updates, alone.
 """
 
 import math
@@ -44,9 +44,9 @@ class Generation:
     Args:
         policy: The policy.
         sampler: Makes the completions.
-        reward: Scores them; None if nothing is completed.
+        reward: Scores the completions; None if nothing is completed.
         run: The run that trains or evaluates the policy.
-        seed: Seed for the tasks of episodes that have no seed.
+        seed: Seed for the tasks of episodes if their rows have no seed.
         episodes: Plays episodes, if completions are episodes; else None.
         rollouts_ahead: See `RolloutSchedule`.
     """
@@ -76,7 +76,7 @@ class Generation:
 
     @cached_property
     def _stops(self) -> Stops:
-        """What ends a completion; slow to build if there are stop strings."""
+        """The stop tokens and stop strings; slow to build if there are stop strings."""
         ids = self.policy.pretrained.stop_ids if self.episodes is None else self.episodes.turns.stop_ids
         return self.sampler.stops(self.policy.pretrained.tokenizer, ids)
 
@@ -90,21 +90,21 @@ class Generation:
         on_completion: Callable[[int, Completion], None] | None = None,
         listen: Listen | None = None,
     ) -> RolloutFuture[Rollouts]:
-        """Begin to complete prompts with the current weights; an engine in this process completes when the result is requested.
+        """Begin to complete prompts with the current weights; an engine in this process starts when the result is requested.
 
         See `SamplingRequest` for the arguments, and `update` for `ahead`; `listen` makes `on_tokens` from tokenized prompts.
 
         Raises:
-            RolloutError: If the engine cannot receive these weights, or computes something else with them; from the result, if
-                the engine fails or has different weights.
+            RolloutError: If the engine cannot receive these weights, or computes different log-probabilities with them. The
+                result raises it if the engine fails or has different weights.
         """
         sampler = self.sampler
         if sampler.needs_weight_sync and (world_size() == 1 or self._is_alone):
             self._give(together=False, ahead=ahead)
         if sampler.needs_weight_sync and self._is_behind:
             raise RolloutError(
-                "the rollout engine has other weights than the policy; let all processes call generation.update() before "
-                "they complete prompts"
+                "the rollout engine has other weights than the policy; call generation.update() on all processes before "
+                "completing prompts"
             )
         request = SamplingRequest(
             prompts,
@@ -124,7 +124,7 @@ class Generation:
         if self._compares:
             self._agreement.end(waits)
         if sampler.is_remote:
-            # Work in this process may need all ranks; a signal must not leave them waiting.
+            # The engine works elsewhere, so a signal leaves no other rank waiting.
             begun = begun.within(self.run.interruptible)
         step = self.run.step
         return RolloutFuture(lambda: self._finished(begun, step), begun)
@@ -143,7 +143,7 @@ class Generation:
         return RolloutFuture(lambda: episodes.play(engine, request, seeds))
 
     def _finished(self, begun: RolloutFuture[Rollouts], step: int) -> Rollouts:
-        """The completions that were begun after this optimizer step."""
+        """The finished completions that were begun after this optimizer step."""
         policy, sampler = self.policy, self.sampler
         if sampler.is_remote:
             self.waited_seconds = begun.waited_s
@@ -151,13 +151,13 @@ class Generation:
 
         def sample() -> Rollouts:
             own = sampler.needs_weight_sync
-            # A signal may end this at once: no other rank waits for this one in the meantime.
+            # A signal may interrupt this, since no other rank waits for this one in the meantime.
             with self.run.interruptible(), nullcontext() if own else policy.engine.sampling(autocast_dtype(policy.device)):
                 return begun.result()
 
         with policy.inference():
             rollouts = sample() if sampler.needs_weight_sync else policy.weights.gathered(sample)
-        if rollouts.sequences.weights_step is None:  # all by the weights at the beginning, which an engine also has
+        if rollouts.sequences.weights_step is None:  # the weights at the beginning sampled all tokens
             made_by = torch.full_like(rollouts.sequences.completion_ids, step)
             rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
         if self._compares:
@@ -168,15 +168,15 @@ class Generation:
     def _compares(self) -> bool:
         """Whether to compare the engine with the policy now.
 
-        A split policy computes with all ranks, and only in training do all ranks complete equally often.
+        A split policy computes on all ranks together, and only in training do all ranks complete prompts equally often.
         """
         return self.sampler.scores_prompts and (not self.policy.weights.sharded or self.run.is_training)
 
     def _fixed_tokens(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt with its reference answer, at most as long as with a completion."""
+        """Tokens of a prompt with its reference answer, no longer than a prompt with its longest completion."""
         ids, answer = self.encode(prompt), []
         if prompt.answer is not None:
-            with suppress(Exception):  # a tokenizer without an unknown token raises an exception of a private class
+            with suppress(Exception):  # a tokenizer without an "unknown" token raises a private exception class
                 answer = list(self.policy.pretrained.tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"])
         return [*ids, *answer][: len(ids) + self.sampler.max_new_tokens - 1]
 
@@ -215,7 +215,7 @@ class Generation:
     ) -> RolloutFuture[tuple[Rollouts, Rewards]]:
         """Begin to complete this rank's prompts of a rollout, and to score completions as they arrive.
 
-        All ranks request the result together. See `begin` for the arguments.
+        All ranks must request the result together. See `begin` for the arguments.
         """
         arriving = self.arriving(prompts, samples_per_prompt)
         with self._phase("generate"):
@@ -231,17 +231,17 @@ class Generation:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """A phase of a rollout, after which all ranks stop if one of them has to."""
+        """A phase of a rollout. After the phase, all ranks stop if one of them must stop."""
         with self.run.stopping_together(), self.run.clock.phase(name):
             yield
 
     def arriving(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> ArrivingRewards:
-        """Scores G completions of each prompt while others are still being generated, for `generate` and `score`."""
+        """A scorer for G completions of each prompt while others are still being generated, for `generate` and `score`."""
         assert self.reward is not None
         return ArrivingRewards(self.reward, repeat_prompts(prompts, samples_per_prompt))
 
     def score(self, rollouts: Rollouts, arriving: ArrivingRewards | None = None) -> Rewards:
-        """Rewards of rollouts, on their device; `arriving` has begun to score them."""
+        """Rewards of rollouts, on their device; `arriving` may have begun to score them."""
         assert self.reward is not None
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
@@ -250,12 +250,12 @@ class Generation:
         return rewards.to(rollouts.sequences.completion_ids.device)
 
     def answers(self, rollouts: Rollouts) -> list[str | None]:
-        """The answer that the reward finds in each completion, None if it finds none (see `RewardFunction.extract_answer`)."""
+        """The answer that the reward finds in each completion, or None (see `RewardFunction.extract_answer`)."""
         assert self.reward is not None
         return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
 
     def reward_counts(self) -> dict[str, float]:
-        """Counts of the reward since the last call, such as calls of a judge, over all ranks, which call this together."""
+        """Counts of the reward since the last call, such as calls of a judge, over all ranks. All ranks must call this."""
         own = sum_counts(term.take_counts() for term in self.reward_terms())
         return sum_counts(gather_objects(own)) if own else own
 
@@ -268,7 +268,7 @@ class Generation:
     def encode(self, prompt: Prompt, begun: Sequence[Message] = ()) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages.
 
-        The prompt of an episode names the tools, and has the messages that the environment has `begun` with.
+        The prompt of an episode also has the tools, and the environment's first messages (`begun`).
         """
         if self.episodes is not None:
             return self.episodes.turns.first(prompt, begun)[0]
@@ -276,7 +276,7 @@ class Generation:
 
     @property
     def limits(self) -> dict[str, int]:
-        """The options that bound a completion, with their values: for a message and, with an environment, for a whole episode."""
+        """The options that limit a completion, with their values: of a message and, with an environment, of a whole episode."""
         message = {"model.sampler.max_new_tokens": self.sampler.max_new_tokens}
         return message if self.episodes is None else message | {"model.episodes.max_tokens": self.episodes.limits.max_tokens}
 
@@ -286,10 +286,10 @@ class Generation:
         return list(self.limits.values())[-1]
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
-        """Check that prompts can be rendered and tokenized, by the first one of each set, and that all can be completed.
+        """Check that the first prompt of each set can be rendered and tokenized, and that there is room for all completions.
 
         Raises:
-            ConfigError: If prompts with their longest completion are too long for the model, or for the engine.
+            ConfigError: If a prompt with its longest completion is too long for the model, or for the engine.
         """
         limit, name = self.sampler.context(self.policy.pretrained.config)
         self.check_lengths(prompts, math.inf if self.reward is None else limit, name)  # without a reward nothing is completed
@@ -297,15 +297,16 @@ class Generation:
             self.episodes.turns.check(prompts, self.episodes.environment.added_roles())
 
     def check_lengths(self, prompts: Sequence[Prompt], limit: float, name: str, seen: str = "", shorten: str = "") -> None:
-        """Raise ConfigError if prompts with their longest completion have more tokens than `limit`, which is called `name`.
+        """Raise ConfigError if a prompt with its longest completion has more tokens than `limit`.
 
-        `seen` follows "too long" in the message, and `shorten` is the remedy in place of `data.max_prompt_tokens`.
+        In the message, `name` is the name of the limit, `seen` follows "too long", and `shorten` replaces the remedy
+        `data.max_prompt_tokens`.
         """
         firsts = {prompt.set_name: prompt for prompt in reversed(prompts)}
         tokens = {name: len(self.encode(prompt)) for name, prompt in firsts.items()}
         option, longest = list(self.limits.items())[-1]
         room = limit - longest
-        # A text has no more tokens than bytes, and what the template adds to it is part of the first prompt, too.
+        # A text has no more tokens than bytes, and the first prompt already includes what the template adds.
         unsure = [prompt for prompt in prompts if tokens[prompt.set_name] + _text_bytes(prompt) > room]
         lengths = [len(self.encode(prompt)) for prompt in unsure]
         long = [place for place, length in enumerate(lengths) if length > room]
@@ -319,7 +320,7 @@ class Generation:
         raise ConfigError(
             f"{len(long)} of {len(prompts)} prompts are too long{seen}, first {unsure[first].place} with {lengths[first]} tokens"
             f": {option}={longest} leaves {max(0, int(room))} of {name}; "
-            f"{', or '.join(remedies) or 'give shorter prompts, or take another model'}"
+            f"{', or '.join(remedies) or 'give shorter prompts, or use another model'}"
         )
 
     # ---- engines with their own weights
@@ -328,8 +329,8 @@ class Generation:
         """Give the engines of several processes the policy's current weights. All ranks must call this.
 
         Args:
-            ahead: Whether completions in progress for a later rollout may continue with the new weights, where the engine
-                allows it; if not, they are waited for first.
+            ahead: Whether completions in progress for a later rollout may continue with the new weights, if the engine allows
+                it; if not, the update first waits for them.
 
         Raises:
             RolloutError: If the update fails on one rank.
@@ -338,7 +339,7 @@ class Generation:
             self._give(together=True, ahead=ahead)
 
     def shut_down(self) -> None:
-        """End completions in progress, a rollout engine, and environment processes that this process has started."""
+        """End completions in progress, and any rollout engine and environment processes that this process has started."""
         for future in self._under_way:
             future.cancel()
         self._under_way = []
@@ -351,9 +352,10 @@ class Generation:
     def metrics(self) -> dict[str, float]:
         """Measurements of the last rollout; empty if the policy itself makes the completions.
 
-        They are `sampling/weights_update_s`, for the engine's last update; for an engine elsewhere also `sampling/waited_s`, the
-        time that training waited for the completions, and `sampling/engine_idle_s`, the time that the engine was idle before the
-        last requests; and its distance from the policy (see `Agreement`).
+        - `sampling/weights_update_s`: duration of the engine's last update.
+        - `sampling/waited_s`: time that training waited for the completions of a remote engine.
+        - `sampling/engine_idle_s`: time that a remote engine was idle before the last requests.
+        - `sampling/mismatch/...`: the engine's distance from the policy (see `Agreement`).
         """
         sampler, found = self.sampler, {"sampling/weights_update_s": self.update_seconds, **self._agreement.metrics}
         if sampler.is_remote:
@@ -369,7 +371,7 @@ class Generation:
             self.sampler.check_model(self._served_model)
 
     def _give(self, together: bool, ahead: bool) -> None:
-        """Update the engine of this rank; if all ranks are here, `together`, a failure on one is raised on all."""
+        """Update the engine of this rank. If all ranks call it (`together`), a failure on one rank is raised on all."""
         policy, sampler, run, began = self.policy, self.sampler, self.run, time.perf_counter()
         before, stopping = sampler.version, self.run.stopping_together if together else nullcontext
         weights, model = self._current_weights(), self._served_model
@@ -386,8 +388,8 @@ class Generation:
                 if together:
                     gather_objects(None)  # the other ranks are at the same point
             everything = self._all_need(weights, model) if policy.weights.sharded else None
-            # Servers that do not answer are retried for minutes, in which a signal may come. It must not interrupt what all ranks
-            # gather together.
+            # Servers that do not answer are retried for minutes, and a signal may arrive meanwhile. It must not interrupt a
+            # gathering of all ranks.
             may_stop = sampler.is_remote and not policy.weights.sharded
             with stopping(), run.interruptible() if may_stop else nullcontext():
                 try:
@@ -408,23 +410,23 @@ class Generation:
         return CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0, merges)
 
     def _give_again(self) -> None:
-        """Give the current weights to an engine that was restarted in the middle of a rollout, so that it continues with them.
+        """Give the current weights to an engine that was restarted in the middle of a rollout, so that it can continue.
 
         Raises:
-            RolloutError: If that fails, or if there are several ranks, which would have to do it together.
+            RolloutError: If the update fails, or if there are several ranks, which would need to update together.
         """
         sampler = self.sampler
         if sampler.has_lost_weights:
             if world_size() > 1:
                 raise RolloutError(
-                    "the vLLM servers were started again in the middle of a rollout, where several devices cannot give them "
-                    "weights; resume"
+                    "the vLLM servers were restarted in the middle of a rollout, and several devices cannot send them weights at "
+                    "that point; resume the run"
                 )
             with sampler.updating():
                 sampler.update(self._current_weights(), self._served_model)
 
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """Whether one rank's engine needs all weights. All ranks must call this, since they then gather the same weights."""
+        """Whether some rank's engine needs all weights. All ranks must call this, since they then gather the same weights."""
         sampler, needed = self.sampler, False
         with self.run.stopping_together(), self.run.interruptible():
             needed = (weights.is_sender or not sampler.is_remote) and sampler.needs_everything(weights, model)
@@ -438,7 +440,7 @@ class Generation:
 
     @property
     def _is_alone(self) -> bool:
-        """Whether this rank completes before the others: the first rank does, in calibration."""
+        """Whether this rank completes prompts without the others, as the first rank does in calibration."""
         alone = not self.sampler.is_remote or self.run.rank == 0
         return alone and self._is_behind and not self.policy.weights.sharded
 
@@ -456,14 +458,14 @@ class Generation:
 
     @cached_property
     def _folder(self) -> str | None:
-        """The folder from which an engine can read the start policy's weights; None if no folder holds them unchanged."""
+        """Folder from which an engine can read the start policy's weights; None if no folder holds them unchanged."""
         source = self.policy.pretrained.source
         if source.adapter is not None or "gguf_file" in source.arguments or self.policy.quantization is not None:
             return None
         if not source.on_hub:
             return str(source.location)
         config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
-        assert config is not None, "the policy has been loaded, so that its files are here"
+        assert config is not None, "the policy has been loaded, so its files are here"
         return str(Path(config).parent)
 
 
@@ -473,5 +475,5 @@ def _text_bytes(prompt: Prompt) -> int:
 
 
 def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
-    """The prompt of each completion, when every prompt has `samples` completions in prompt-major order."""
+    """The prompt of each completion, for `samples` completions of every prompt in prompt-major order."""
     return [prompt for prompt in prompts for _ in range(samples)]

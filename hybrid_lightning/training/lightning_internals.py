@@ -1,6 +1,6 @@
-"""Access to parts of Lightning's Trainer that have no public name, in one place.
+"""All access to private parts of Lightning's Trainer.
 
-If a version of Lightning has moved such a name, the run ends with a message that has that version and the remedy.
+If a version of Lightning has moved such a name, the run ends with a message that names the version and the remedy.
 `tests/test_other_libraries.py` lists these names, and the private names of all other libraries in use.
 """
 
@@ -20,8 +20,8 @@ def _of_lightning(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*given)
         except AttributeError as error:
             raise TrainingError(
-                f"Lightning {lightning.__version__} has changed what {function.__name__} needs ({error}); install a version that "
-                "has it: pip install 'lightning>=2.6,<2.7'"
+                f"Lightning {lightning.__version__} does not have what {function.__name__} needs ({error}); install a supported "
+                "version: pip install 'lightning>=2.6,<2.7'"
             ) from error
 
     return called

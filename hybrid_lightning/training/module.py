@@ -1,12 +1,12 @@
-"""`LanguageModule`: Lightning's hooks, and the run of a Trainer; nothing else in this package takes a LightningModule or Trainer.
+"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. Only this file knows the LightningModule and the Trainer.
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
                                     <- PreferenceModule   pairs of completions, one preferred
 
-`policy` is the model to train, a `Policy`; `task`, a `Task`, is how to train it. The task knows the Trainer only through its
-`Run`. The modules make both from options with flat names (`policy_module.py`, `example_module.py`), and implement Lightning's
-hooks with them.
+`policy`, a `Policy`, is the model to train; `task`, a `Task`, defines how to train it. The task knows the Trainer only through
+its `Run`. The modules build both from options with flat names (`policy_module.py`, `example_module.py`), and use them to
+implement Lightning's hooks.
 """
 
 from abc import ABC, abstractmethod
@@ -74,30 +74,31 @@ __all__ = ["LanguageModule"]
 class LanguageModule(Configurable, LightningModule, ABC):
     """A language model under Lightning, for any kind of training data.
 
-    All weights are frozen when the model is loaded, on first use; `HybridAdapterSetup` makes some of them trainable. A subclass
-    makes its `task`.
+    The model is loaded on first use, with all weights frozen; `HybridAdapterSetup` makes some of them trainable. A subclass sets
+    its `task`.
 
     Args:
-        model: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a hub id.
+        model: The model to train: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a
+            hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own. `keep_history` takes the tokenizer's own
-            too, but keeps every assistant turn as it was, thoughts included.
+        gradient_checkpointing: Whether to recompute activations in the backward pass instead of keeping them.
+        chat_template: Jinja template for chat prompts; None for the tokenizer's template. `keep_history` is the tokenizer's
+            template, but keeps every assistant turn unchanged, thoughts included.
         chat_template_kwargs: Variables of the chat template.
-        sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
+        sampler: Makes completions, and has the decoding parameters: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None for
             `Sampler()`.
         eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), besides the greedy one.
         max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
-            for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
-            by the size of the model (see `default_token_budget`).
+            for all its completions. A smaller number needs less memory for activations and gives the same gradient. None for a
+            number that fits the size of the model (see `default_token_budget`).
         seed: Seed of the order of the data, of sampling and of evaluation.
-        quantization: Quantizes the frozen base after the modules are scored, such as `NF4()`; None keeps it as it is.
-        optimizer: Makes the optimizer from the parameter groups that it is called with.
-        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
+        quantization: Quantizes the frozen base after the modules are scored, such as `NF4()`; None for no quantization.
+        optimizer: Class of the optimizer, or a function that makes it from the parameter groups.
+        lr_full: Learning rate of fully trained modules; None for `lr_lora` times 96 / hidden size, at most `lr_lora`.
         lr_lora: Learning rate of LoRA weights.
-        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
+        schedule: Learning rate schedule; None for `ConstantSchedule()`.
 
     Attributes:
         policy: The model with its engine and tokenizer.
@@ -106,8 +107,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         optimization: Optimizer, rates and schedule.
 
     Raises:
-        ConfigError: If a value is impossible.
-        ModelError: If there is no such model.
+        ConfigError: If a value is invalid.
+        ModelError: If the model cannot be found.
     """
 
     adapter_attribute = "model"  # see `Adaptable`
@@ -137,7 +138,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if "_instantiator" not in self.hparams:  # made in Python; the command line saves its config instead
+        if "_instantiator" not in self.hparams:  # made in Python; on the command line, the CLI saves its config instead
             given = dict(self.hparams)
             if given.get("reward") is not None:
                 given["reward"] = as_reward(given["reward"])
@@ -153,12 +154,12 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
-        self._checked: tuple[Any, ...] = ()  # the run with checked settings, until setup has ended
+        self._checked: tuple[Any, ...] = ()  # identifies the run with checked settings, until setup has ended
 
     # ---- the policy
 
     def _precision(self) -> Any:
-        """A context with the Trainer's precision; without a Trainer, with the precision of the model's dtype."""
+        """A context with the Trainer's precision or, without a Trainer, the precision of the model's dtype."""
         trainer = self._trainer
         return autocast_of(self.policy.model) if trainer is None else trainer.precision_plugin.forward_context()
 
@@ -203,14 +204,14 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def calibration_losses(self, num_prompts: int | None = None) -> CalibrationLosses:
         """Losses of the start policy on training prompts of the Trainer's data module; their mean gradient scores the modules.
 
-        None uses the number of prompts in one optimizer step or rollout.
+        `num_prompts=None` uses the number of prompts in one optimizer step or rollout.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts is None and data is not None:
             prompts = getattr(data.train_dataloader(), "prompts", None)
         if prompts is None:
-            raise ConfigError(f"modules are scored on training prompts of trainer.datamodule, which has none; {_OWN_DATA}")
+            raise ConfigError(f"scoring the modules needs training prompts, but trainer.datamodule has none; {_OWN_DATA}")
         return self.task.calibration_losses(list(prompts), num_prompts)
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
@@ -221,7 +222,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- setup
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that cannot work before time is spent on the run; callbacks have been set up, and have adapted it."""
+        """Reject settings that cannot work before the run starts. The callbacks have been set up and have adapted the model."""
         write_whole_files(self.trainer.strategy)
         self.policy.load()
         self.check_settings()
@@ -229,18 +230,18 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.policy.engine.report()
 
     def check_settings(self) -> None:
-        """Check the settings of the run, once: before the modules are scored, or when this module is set up.
+        """Check the settings of the run once: before the modules are scored, or when this module is set up.
 
-        The command line also does this before the weights are loaded.
+        The command line also calls this before the weights are loaded.
 
         Raises:
-            ConfigError: If they cannot work.
+            ConfigError: If the settings cannot work.
         """
         run = (self.trainer, self.trainer.state.fn, self.policy.is_loaded)
         if run == self._checked:
             return
         trainer, policy, optimizer = self.trainer, self.policy, self.optimization.optimizer
-        if policy.is_loaded and self.run.stage == "fit":  # then the data module has been set up
+        if policy.is_loaded and self.run.stage == "fit":  # the data module has been set up by now
             _check_data(trainer)
         if trainer.strategy.root_device.type == "cuda":
             prepare_gpu(own_allocator=self.task.generation.sampler.shares_device)
@@ -264,7 +265,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         return built  # type: ignore[return-value]
 
     def teardown(self, stage: str) -> None:
-        """End completions in progress, and whatever makes them."""
+        """End completions in progress, and the engine that makes them."""
         self.task.generation.shut_down()
 
     # ---- checkpoints
@@ -277,7 +278,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is already applied.
 
-        The optimizer takes moments and counters from the checkpoint, and hyper-parameters from this run.
+        The optimizer takes its moments and counters from the checkpoint, and its hyper-parameters from this run.
 
         Raises:
             CheckpointError: If the checkpoint was written with a different base model or plan, or by another program.
@@ -295,8 +296,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805
         """Make a module from a checkpoint as Lightning does, and also from the folder of a sharded checkpoint.
 
-        If its reward is not found, such as one from a script, and no `reward` is given, the module is made without it, with a
-        warning.
+        If the checkpoint's reward cannot be found, such as one defined in a script, and no `reward` is given, the module has no
+        reward, and a warning is printed.
 
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
@@ -327,10 +328,10 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- training
 
     def on_fit_start(self) -> None:
-        """Begin an optimizer step, and let a resumed run's loader continue from its state in the checkpoint."""
+        """Begin an optimizer step. In a resumed run, let the loader continue from its state in the checkpoint."""
         self._step = self.task.new_step()
-        # If a schedule has queried the run's number of steps, Lightning has already made the train dataloader before it restores
-        # the state of its loops, and would no longer restore the loader's state. So it has to make a new one.
+        # If a schedule has queried the run's number of steps, Lightning made the train dataloader before restoring the state of
+        # its loops, and would not restore the loader's state. So it must make a new one.
         drop_train_loader(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -348,8 +349,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch (see `Step.micro_batch`)."""
         if not isinstance(batch, PolicyBatch):
-            raise ConfigError(f"the train dataloader gave a {type(batch).__name__}, which is not of rollouts; {_OWN_DATA}")
-        with self.policy.precision():  # may differ from the Trainer's, see there
+            raise ConfigError(f"the train dataloader returned a {type(batch).__name__}, not a batch of rollouts; {_OWN_DATA}")
+        with self.policy.precision():  # may differ from the Trainer's (see `Policy.precision`)
             return self._step.micro_batch(batch, batch_idx)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -370,7 +371,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Complete and score a batch of prompts, greedily and by sampling."""
-        # All ranks together save a run that is stopped in training; a validation by itself has nothing to save.
+        # If training is stopped, all ranks save together; a validation by itself has nothing to save.
         with self.run.stopping_together() if self.run.stage == "fit" else nullcontext():
             self.evaluation.add("val", batch)
 
@@ -409,20 +410,20 @@ _OWN_DATA = (
 
 
 def _check_data(trainer: Trainer) -> None:
-    """Refuse a user's data module with loaders that do not fit, since rollouts are the training data."""
+    """Reject a user's data module with unsuitable loaders: rollouts are the training data."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if data is None or isinstance(data, PromptDataModule):
         return
     name = type(data).__name__
     if isinstance(data.train_dataloader(), DataLoader):
-        raise ConfigError(f"{name}.train_dataloader returns prompts, and the policy trains on rollouts of them; {_OWN_DATA}")
+        raise ConfigError(f"{name}.train_dataloader returns prompts, but the policy trains on rollouts; {_OWN_DATA}")
     validation = data.val_dataloader() if trainer.enable_validation else None
     if isinstance(validation, DataLoader) and validation.collate_fn is default_collate:
-        raise ConfigError(f"{name}.val_dataloader makes tensors of its batches, and prompts are none; {_OWN_DATA}")
+        raise ConfigError(f"{name}.val_dataloader collates its batches into tensors, but prompts are not tensors; {_OWN_DATA}")
 
 
 class _Answer:
-    """An attribute of `_LightningRun` read from its Trainer; without a Trainer it has `Run`'s value."""
+    """An attribute of `_LightningRun`, read from the Trainer; without a Trainer, the value of `Run`."""
 
     def __init__(self, of_trainer: Callable[[Any], Any]) -> None:
         self._of_trainer = of_trainer
@@ -460,8 +461,8 @@ class _LightningRun(Run):
     def restart_epoch(self) -> None:
         """Make a resumed run count the micro-batches of its epoch from 0, while Lightning loads the train dataloader's state.
 
-        With the old count the epoch would end, or an optimizer step would be made, in the middle of a step's micro-batches, since
-        their number has changed. Counts over all epochs stay.
+        The number of micro-batches has changed: with the old count, the epoch would end, or the optimizer would step, in the
+        middle of a step's micro-batches. Counts over all epochs stay.
         """
         progress = self._module.trainer.fit_loop.epoch_loop.batch_progress
         total, current = cast(Any, progress.total), cast(Any, progress.current)
@@ -494,6 +495,6 @@ class _LightningRun(Run):
 
 def _restarts_epochs(trainer: Trainer) -> str:
     if trainer.overfit_batches:  # type: ignore[attr-defined]
-        return "trainer.overfit_batches begins each epoch anew"
+        return "trainer.overfit_batches restarts each epoch"
     reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
     return "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun" if reloads else ""

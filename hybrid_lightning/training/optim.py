@@ -1,7 +1,7 @@
-"""Learning rate schedules, and the optimizer of a policy: one learning rate for each group of parameters.
+"""Learning rate schedules, and the optimizer of a policy, with one learning rate for each group of parameters.
 
 `build_optimizer` makes the return value of `configure_optimizers`. A resumed run takes the optimizer's state from the checkpoint
-and keeps its own hyper-parameters (`with_hyper_parameters`).
+and its hyper-parameters from its own config (`with_hyper_parameters`).
 """
 
 import inspect
@@ -23,7 +23,7 @@ from hybrid_lightning.errors import ConfigError, one_line
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
 _PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors with at least 4,096 entries
-WIDTH_OF_ONE_RATE = 96  # up to this hidden size, fully trained modules take LoRA's learning rate
+WIDTH_OF_ONE_RATE = 96  # up to this hidden size, fully trained modules use LoRA's learning rate
 
 
 class LearningRateSchedule(Configurable, ABC):
@@ -103,13 +103,13 @@ class Optimization:
     """How trainable weights are updated: the optimizer, and one learning rate for each kind of module.
 
     Args:
-        optimizer: Makes the optimizer from the parameter groups that it is called with.
-        lr_full: Learning rate of fully trained modules; None takes `rate_of_full_modules`.
+        optimizer: Class of the optimizer, or a function that makes it from the parameter groups.
+        lr_full: Learning rate of fully trained modules; None for `rate_of_full_modules`.
         lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule.
 
     Raises:
-        ConfigError: If a learning rate is impossible.
+        ConfigError: If a learning rate is invalid.
     """
 
     optimizer: OptimizerCallable = AdamW
@@ -154,16 +154,16 @@ def build_optimizer(
     ]
     if not parameter_groups:
         raise ConfigError(
-            "the policy has no trainable parameter; add the callback HybridAdapterSetup (a budget of share 1 is full fine-tuning)"
+            "the policy has no trainable parameters; add the callback HybridAdapterSetup (share 1 of its budget trains all fully)"
         )
     built = optimizer(parameter_groups)
-    schedule.factor(schedule.warmup_steps, total_steps)  # raises now, not after the warm-up, if it needs the run's length
+    schedule.factor(schedule.warmup_steps, total_steps)  # if it needs the run's length, it raises now, not after the warm-up
     scheduler = _Scheduler(built, lambda step: schedule.factor(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
 class _Scheduler(LambdaLR):
-    """Scheduler that restores only the step from a checkpoint: a resumed run has its own learning rates and schedule."""
+    """Scheduler that restores only the step from a checkpoint: a resumed run uses its own learning rates and schedule."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the step of a checkpoint."""
@@ -178,7 +178,7 @@ class _Scheduler(LambdaLR):
 def with_hyper_parameters(
     groups: Sequence[Mapping[str, Any]], optimizer: OptimizerCallable, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Saved parameter groups with the resuming run's hyper-parameters: the arguments of the optimizer's constructor.
+    """Saved parameter groups with the hyper-parameters (constructor arguments) of the resuming run's optimizer.
 
     All other entries of a group, such as a counter of the optimizer, are state and stay as saved.
     """
@@ -199,16 +199,16 @@ def rate_of_full_modules(lr_lora: float, config: Any) -> float:
     """The learning rate of fully trained modules for a LoRA rate: 96 / hidden size times that rate, and at most that rate.
 
     A step of Adam moves each weight of a full module by about its rate, and the module's outputs by the sum over its inputs. So
-    the rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), but the rate of LoRA's B does not (Hayou et al.,
-    2024, arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or equally well, with one
-    rate for both; SmolLM2, with 576, did no better with 0.3 than with a sixth.
+    the rate must fall with the width (Yang et al., 2022, arXiv 2203.03466), but the rate of LoRA's B need not (Hayou et al.,
+    2024, arXiv 2402.12354). In the study (`results/study/README.md`), policies of width 48 to 192 did best, or equally well, with
+    the same rate for both; SmolLM2, of width 576, did no better with 0.3 of LoRA's rate than with a sixth.
     """
     return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / config.get_text_config().hidden_size)
 
 
 @dataclass(frozen=True)
 class OptimizerBytes:
-    """Bytes that an optimizer takes per trained parameter."""
+    """Bytes that an optimizer needs per trained parameter."""
 
     state: float  # kept between steps
     step: float  # extra memory during a step on an accelerator, where it updates all tensors together
@@ -218,7 +218,7 @@ def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
     """Measure an optimizer's memory in one step.
 
     Raises:
-        ConfigError: If the optimizer cannot make a step on a CPU.
+        ConfigError: If the optimizer cannot take a step on a CPU.
     """
     parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE))
     try:
@@ -226,7 +226,7 @@ def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
         parameter.grad = torch.ones_like(parameter)
         built.step()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"model.optimizer cannot be planned for: {one_line(error)}") from error
+        raise ConfigError(f"the memory of model.optimizer cannot be measured: {one_line(error)}") from error
     kept = [
         value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
     ]

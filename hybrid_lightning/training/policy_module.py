@@ -1,4 +1,4 @@
-"""`PolicyModule`: a language model that trains on its own rollouts, by `RLTask`."""
+"""`PolicyModule`: a language model that trains on its own rollouts, with `RLTask`."""
 
 from typing import Any, Literal
 
@@ -23,50 +23,49 @@ __all__ = ["PolicyModule"]
 class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
-    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. The training micro-batches
-    have the completions, rewards and advantages of their rollout (see `ScoredRollout`).
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. Callbacks find the
+    completions, rewards and advantages of a rollout in its micro-batches (see `ScoredRollout`).
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
-        reward: Scores completions; in Python also a function, as `FunctionReward` takes it, or a list of rewards and functions,
-            which are added up. None, with an environment, takes `EpisodeReturn()`: the environment's own rewards.
-        environment: The environment that the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None:
-            a completion is one message.
-        episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at
+        reward: Scores completions. In Python also a function (see `FunctionReward`), or a list of rewards and functions, which
+            are added up. With an environment, None stands for `EpisodeReturn()`: the environment's own rewards.
+        environment: The environment that the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None
+            if a completion is a single message.
+        episodes: Limits of an episode, and how environments run; None for `EpisodeLimits()`. Each message of the policy has at
             most `sampler.max_new_tokens`.
-        turn_template: How an added message is written after a plain-text prompt, with `{content}` in place of its text; the chat
-            template writes chat prompts.
-        advantage: Advantage estimator; None takes `GroupAdvantage()`.
-        credit: Source of the advantage of an episode's tokens: `episode`, its whole reward, or `turn`, the rewards of the token's
-            own turn and later ones (see the head of `hybrid_lightning.advantages`).
-        correction: Weights the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. Use it
-            with bfloat16, or with weights that are merged while sampling, if `sampling/logp_difference` is not small. None uses
-            no weights.
+        turn_template: How to write an environment's message after a plain-text prompt, with `{content}` in place of its text.
+            Chat prompts use the chat template instead.
+        advantage: Advantage estimator; None for `GroupAdvantage()`.
+        credit: Reward that determines the advantage of an episode's tokens: `episode` for its whole reward, `turn` for the
+            rewards of the token's own turn and later turns (see the head of `hybrid_lightning.advantages`).
+        correction: Weights the policy term by how much sampling and training probabilities differ, such as `TokenTruncation()`.
+            Use it with bfloat16, or with weights that are merged while sampling, if `sampling/logp_difference` is not small. None
+            for no weights.
         token_mask: Restricts the policy gradient to the tokens of highest entropy, such as `TopEntropyMask()`; None for all
             tokens.
-        mask_truncated_completions: Whether completions that a token limit cut are left out of the loss (DAPO's overlong
-            filtering). The limits are `sampler.max_new_tokens`, and for an episode also `episodes.max_tokens`, but not its turns
-            or time. As in TRL, their rewards still count in their group, and they still count in the number of sequences, but
-            their tokens count nowhere.
-        dynamic_sampling: Replaces groups in which all completions succeed or all fail, with advantages of 0, by groups of further
-            prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
-        teacher: Measures how probable the sampled tokens are to a better policy. This policy learns from it besides the reward or
-            (with `advantage=NoAdvantage`) instead of it: `ModelTeacher`, `SelfTeacher` or `ServerTeacher`; None for none.
-        distillation: How to learn from the teacher; None takes `SampledReverseKL()`.
+        mask_truncated_completions: Whether the loss leaves out completions that a token limit cut (DAPO's overlong filtering).
+            The limits are `sampler.max_new_tokens` and, for an episode, `episodes.max_tokens`, but not its turns or time. As in
+            TRL, such completions still count in their group's rewards and in the number of sequences; their tokens count nowhere.
+        dynamic_sampling: Replaces groups without a learning signal, in which all completions succeed or all fail, by groups of
+            further prompts, such as `DynamicSampling()`; None to train on all groups. Not used in scoring and evaluation.
+        teacher: A better policy that rates the sampled tokens: `ModelTeacher`, `SelfTeacher` or `ServerTeacher`. The policy
+            learns from it in addition to the reward or, with `advantage=NoAdvantage`, instead of it. None for no teacher.
+        distillation: How to learn from the teacher; None for `SampledReverseKL()`.
         prompts_per_rollout: Prompts in a rollout, over all devices (P).
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
-        rollouts_ahead: Number of rollouts (k) by which a rollout begins before its training, with the weights of that time. With
-            `VLLMServerSampler` completions are made while the policy trains; with `Sampler` the same schedule is computed in
-            turns. The sampling policy is then k rollouts old (`sampling/weights_version_lag`), which harms learning: with clipped
-            ratios 0 to 3 points at k = 1, four to five at 4 on the embedded task, and `SAPOLoss` and `CISPOLoss` fall apart; see
-            docs/how-to/vllm.md.
+        rollouts_ahead: Number of rollouts (k) that are sampled ahead of training, with the weights at that time. With
+            `VLLMServerSampler`, completions are made while the policy trains; `Sampler` follows the same schedule in turns. The
+            sampling policy is then k rollouts old (`sampling/weights_version_lag`), which harms learning. On the embedded task,
+            losses with clipped ratios lose 0 to 3 points of accuracy at k = 1 and 4 to 5 points at k = 4, and `SAPOLoss` and
+            `CISPOLoss` collapse; see docs/how-to/vllm.md.
         options: Options of `LanguageModule`.
 
     Raises:
-        ConfigError: If a value is impossible.
-        ModelError: If there is no such model.
+        ConfigError: If a value is invalid.
+        ModelError: If the model cannot be found.
     """
 
     task: RLTask

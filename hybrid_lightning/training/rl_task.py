@@ -2,9 +2,9 @@
 
     prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
 
-The methods stand in call order: `RolloutLoader` draws prompts, calls `roll_out`, cuts the result into micro-batches and calls
-`add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards), `sampled_groups.py` (over
-ranks, and by dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
+The methods are in call order: `RolloutLoader` draws prompts, calls `roll_out`, splits the result into micro-batches and calls
+`add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards), `sampled_groups.py` (groups
+over ranks, dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
 
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
@@ -50,7 +50,7 @@ POLICY_METRICS |= {"top_entropy"}
 
 
 class RLTask(Task):
-    """Trains a policy on its own rollouts. See `PolicyModule` for the arguments, and `Task` for the arguments of all tasks.
+    """Trains a policy on its own rollouts. See `PolicyModule` for the arguments, and `Task` for the shared arguments.
 
     Attributes:
         last_calibration: Rollouts and rewards of `calibration_losses`, on the rank that made them; None before that.
@@ -87,7 +87,7 @@ class RLTask(Task):
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> RolloutFuture[TrainedRollout]:
-        """Begin to complete and score prompts. The metrics cover all completions, whether or not they are trained on."""
+        """Begin to complete and score prompts. The metrics cover all completions, even those that the loss leaves out."""
         if self.dynamic_sampling is not None:
             return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
         self.teaching.begin()
@@ -97,7 +97,7 @@ class RLTask(Task):
         return rollout
 
     def _sample(self, prompts: Sequence[Prompt], generator: torch.Generator) -> RolloutFuture[tuple[Rollouts, Rewards]]:
-        # Random numbers by position in the rollout: a prompt has the same completions whatever the number of ranks.
+        # Random numbers depend on the position in the rollout: a prompt has the same completions for any number of ranks.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.run.rank, len(prompts) * self.run.world_size, self.run.world_size)
         samples = self.schedule.samples_per_prompt
@@ -124,7 +124,7 @@ class RLTask(Task):
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
     ) -> TrainedRollout:
-        """A rollout in which a rule replaces groups that give no learning signal by groups from extra rollouts."""
+        """A rollout in which groups without a learning signal are replaced by groups from extra rollouts."""
         groups = sample_groups(rule, prompts, draw_more, lambda some: self._sample(some, generator).result(), self._useful_groups)
         self.generation.sampler.release_memory()
         with self.run.clock.phase("reward"):
@@ -146,7 +146,7 @@ class RLTask(Task):
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
 
     def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
-        """The sequences as the loss sees them: without tokens for completions that do not count, or are cut and masked."""
+        """The sequences as the loss sees them: completions that do not count, or are cut and masked, have no tokens."""
         sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
         return sequences.without(rollouts.cut) if self.mask_truncated_completions else sequences
 
@@ -175,12 +175,12 @@ class RLTask(Task):
     # ---- advantages -> PolicyBatch, with log-probabilities
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Fill in old and reference log-probabilities and the token mask, where they are needed.
+        """Fill in old and reference log-probabilities and the token mask, if they are needed.
 
-        Old log-probabilities are computed as in training, not taken from the sampler: the ratio of the first minibatch is then
-        exactly 1, which GSPO's narrow clip range needs. With rollouts ahead the sampler had earlier weights. The old
-        log-probabilities are then the policy's before the rollout's first step, and the correction weights their distance from
-        the sampler (decoupled PPO, arXiv 2110.00641); without a correction they are the sampler's.
+        Old log-probabilities are computed as in training, not taken from the sampler, so the ratio of the first minibatch is
+        exactly 1, which GSPO's narrow clip range needs. With rollouts ahead, the sampler had earlier weights. The old
+        log-probabilities are then the policy's before the rollout's first step, and the correction weights tokens by their
+        distance to the sampler's (decoupled PPO, arXiv 2110.00641). Without a correction, they are the sampler's.
         """
         mask, of_sampler, reference = self.token_mask, self._old_of_sampler, self.loss.needs_reference
         on_policy = on_policy and not of_sampler
@@ -200,7 +200,7 @@ class RLTask(Task):
 
     @property
     def _old_of_sampler(self) -> bool:
-        """Whether the loss uses the sampler's own log-probabilities to compare with the policy that sampled."""
+        """Whether the loss uses the sampler's log-probabilities as the old ones."""
         return self.schedule.rollouts_ahead > 0 and self.correction is None
 
     # ---- PolicyBatch -> loss
@@ -230,7 +230,7 @@ class RLTask(Task):
     # ---- scoring of modules, and checks
 
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
-        """Losses of rollouts of the start policy on `count` of these prompts; None takes the number in one rollout."""
+        """Losses of rollouts of the start policy on `count` of these prompts; None for the number in one rollout."""
         self.check_enough(prompts)
         order = PromptOrder(prompts, seed=0).of(self.calibration_seed)
         chosen = [prompts[place] for place in order[: self.schedule.prompts_per_rollout if count is None else count]]

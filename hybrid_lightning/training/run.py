@@ -1,6 +1,6 @@
-"""`Run`: what training reads from its run and does through it, without a Trainer.
+"""`Run`: the interface between training and its run: steps, ranks, stops and logging.
 
-A policy by itself has the plain `Run` of this file: one process, and no steps yet. Under Lightning, `module.py` gives it a
+Without a Trainer, a policy has the plain `Run` of this file: one process, and no steps yet. Under Lightning, `module.py` uses a
 subclass that reads from the Trainer.
 """
 
@@ -20,7 +20,7 @@ from hybrid_lightning.training.step_times import PhaseClock
 
 
 class Run:
-    """A policy's run: here one process that has made no steps.
+    """A policy's run; here one process without any optimizer steps.
 
     Attributes:
         signals: Signals that stop the run.
@@ -36,10 +36,10 @@ class Run:
     step = 0  # finished optimizer steps
     steps_left = math.inf  # optimizer steps that the run will still make
     accumulate_grad_batches = 1  # micro-batches per optimizer step, which can change between epochs
-    is_training = False  # whether all ranks are in the training loop, where they complete equally often
+    is_training = False  # whether all ranks are in the training loop, where they complete prompts equally often
     is_resumed = False  # whether training continues from a checkpoint
     scales_loss = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
-    restarts_epochs = ""  # why an epoch may begin anew in the middle of rollouts, in words; empty if it may not
+    restarts_epochs = ""  # why an epoch may restart in the middle of rollouts, in words; empty if it cannot
     ends_by_clock = False  # whether training has a time limit
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Run:
         self._warned: set[str] = set()
 
     def warn_once(self, text: str, what: str) -> None:
-        """Warn of something, once per run."""
+        """Warn once per run for each `what`."""
         if what not in self._warned:
             self._warned.add(what)
             rank_zero_warn(text)
@@ -70,24 +70,24 @@ class Run:
         check_stop(self.signals, self.device or torch.device("cpu"))
 
     def interruptible(self) -> AbstractContextManager[Any]:
-        """Within this context a signal raises at once, since no other rank waits for this one and no state changes."""
+        """Context in which a signal raises immediately, for code that changes no state and that no other rank waits for."""
         return self.signals.interruptible()
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
-        """Within this context of all ranks a stop or failure of one is kept, and ends all of them after it."""
+        """Context for all ranks: a stop or failure of one rank ends all ranks at the end of the context."""
         failure: RolloutError | RewardError | None = None
         try:
             yield
         except RunStopped:
-            pass  # raised on this rank alone; `check_stop` ends the others
+            pass  # raised only on this rank; `check_stop` ends the others
         except (RolloutError, RewardError) as error:
             failure = error
         self.check_stop()
         self.fail_together(failure)
 
     def fail_together(self, failure: Exception | None) -> None:
-        """Raise a failure of one rank, None on the others, on all ranks. All ranks have to call it."""
+        """Raise a failure of one rank on all ranks (`failure` is None on the others). All ranks must call this."""
         if self.shares_failures:
             first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
             is_shared = failure is None or (self.world_size > 1 and not isinstance(failure, RolloutError))
@@ -99,7 +99,7 @@ class Run:
     # ---- the optimizer step
 
     def restart_epoch(self) -> None:
-        """Count the micro-batches of the epoch from 0: called when a resumed run finds different training prompts."""
+        """Count the micro-batches of the epoch from 0. Called if a resumed run has different training prompts."""
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a chunk of a micro-batch."""
@@ -109,10 +109,10 @@ class Run:
         """Clear the gradients of the optimizer."""
 
     def log(self, values: Mapping[str, Any], shown: Sequence[str] = (), rows: int = 1) -> None:
-        """Log metrics of an optimizer step over `rows` rows, and the `shown` ones also beside the progress bar."""
+        """Log metrics of an optimizer step over `rows` rows; the `shown` ones also beside the progress bar."""
 
     def log_evaluation(self, values: Mapping[str, float]) -> None:
         """Log metrics of an evaluation, which are the same on all ranks."""
 
     def forget(self, names: Sequence[str]) -> None:
-        """Remove metrics of an earlier step, which would be logged again if this step has no such metric."""
+        """Remove metrics of an earlier step, which would be logged again if this step does not have them."""

@@ -1,7 +1,7 @@
-"""Settings of a run: refuses settings that cannot work, and warns of settings under which two runs with one seed may differ.
+"""Checks of a run's settings: errors for settings that cannot work, warnings if two runs with the same seed may differ.
 
-This package computes the same bits in every run on one machine, however busy it is. Two runs can differ if a clock decides
-something, or if a library adds up numbers in whatever order its threads finish.
+This package computes the same bits in every run on one machine, however busy the machine is. Two runs can differ if a clock
+decides something, or if a library adds up numbers in the order in which its threads finish.
 """
 
 import os
@@ -39,7 +39,7 @@ def check_options(
         raise ConfigError(f"model.credit={credit!r}; give episode or turn")
     if credit == "turn":
         if generation.episodes is None:
-            raise ConfigError("model.credit=turn is for episodes, and model.environment is not set; set it, or credit=episode")
+            raise ConfigError("model.credit=turn needs model.environment, which is not set; set it, or set credit=episode")
         loss.check_token_advantages()
 
 
@@ -53,9 +53,9 @@ def check_distillation(
     """Raise ConfigError if options for learning from a teacher do not work together, whatever the run."""
     if teacher is None and (distillation is not None or isinstance(advantage, NoAdvantage)):
         given = type(distillation or advantage).__name__
-        raise ConfigError(f"{given} is for learning from a teacher; give model.teacher, such as ModelTeacher")
+        raise ConfigError(f"{given} needs a teacher; set model.teacher, such as ModelTeacher")
     if teacher is not None and dynamic_sampling is not None:
-        raise ConfigError("a teacher teaches on the prompts that model.dynamic_sampling replaces as well; leave out one of them")
+        raise ConfigError("model.teacher also teaches on prompts that model.dynamic_sampling would replace; leave one out")
     if teacher is not None and not (distillation or SampledReverseKL()).of_distributions:
         loss.check_token_advantages()
 
@@ -74,9 +74,9 @@ def check_rl(
         raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
     if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
         raise ConfigError(
-            f"model.correction={type(correction).__name__} compares probabilities under the full softmax, and with "
-            f"{type(sampler).__name__} and top_p, top_k or min_p they are those among the tokens that are kept, which "
-            "training does not know; set sampler.top_p=1, top_k=0 and min_p=0, or model.correction=null, or take Sampler"
+            f"model.correction={type(correction).__name__} compares probabilities over all tokens, but {type(sampler).__name__} "
+            "with top_p, top_k or min_p reports probabilities over the kept tokens only; set sampler.top_p=1, top_k=0 and "
+            "min_p=0, or model.correction=null, or use Sampler"
         )
     advantage.check_samples(schedule.samples_per_prompt)
     for term in generation.reward_terms():
@@ -91,13 +91,13 @@ def check_rl(
         return
     if advantage.divides_by_group_std and not loss.takes_group_std:
         rank_zero_warn(
-            f"{type(loss).__name__} is meant for advantages that are not divided by the standard deviation of their group, as "
+            f"{type(loss).__name__} is meant for advantages that are not divided by the group's standard deviation, but "
             f"{type(advantage).__name__} divides them; give --model.advantage=GroupMeanAdvantage"
         )
     if sampler.needs_weight_sync and correction is None:
         rank_zero_warn(
-            "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
-            "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
+            "vLLM computes slightly different probabilities than training, and model.correction is not set; check "
+            "sampling/logp_difference, and give --model.correction=TokenTruncation, as in configs/rollout/vllm.yaml"
         )
 
 
@@ -106,32 +106,32 @@ def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | N
     run, sampler = generation.run, generation.sampler
     if sampler.shares_device:
         yield (
-            f"{type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; take "
-            "VLLMServerSampler, or rollouts_ahead=0"
+            f"{type(sampler).__name__} generates on the training device, so rollouts cannot overlap with training; use "
+            "VLLMServerSampler, or set rollouts_ahead=0"
         )
     if run.restarts_epochs:
         yield f"{run.restarts_epochs}; leave it out, or set rollouts_ahead=0"
     if sampler.is_remote and dynamic_sampling is not None:
         yield (
-            f"with model.dynamic_sampling and {type(sampler).__name__} how many prompts a rollout takes would be known only when "
-            "it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
+            f"with model.dynamic_sampling and {type(sampler).__name__}, the number of prompts in a rollout is known only when it "
+            "is complete; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
     if sampler.is_remote and generation.episodes is not None and not generation.episodes.limits.workers:
         yield (
-            "environments run while the policy is trained, and may change what the process has once, such as random generators; "
-            "give them processes of their own, by model.episodes.workers=1 or more"
+            "environments run during training, and may change global state such as random generators; set "
+            "model.episodes.workers to 1 or more to run them in their own processes"
         )
 
 
 def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, generation: Generation) -> None:
-    """Warn of a rollout with counted completions where the sequences, as the loss sees them, have no token to learn from."""
+    """Warn if a rollout has counted completions, but no token that the loss can learn from."""
     count = len(rewards.of_counted().total)
     if count and not trained.sampled_mask.any():
         rank_zero_warn(all_are_cut(count, "a rollout", generation))
 
 
 def all_are_cut(count: int, of: str, generation: Generation) -> str:
-    """Cause and remedy when all completions were cut and are masked; `of` is what they belong to."""
+    """Cause and remedy if all completions were cut and are masked; `of` names the rollout that they belong to."""
     what, options = "completions", "model.sampler.max_new_tokens"
     limits = f"at max_new_tokens={generation.sampler.max_new_tokens}"
     if generation.episodes is not None:
@@ -139,18 +139,18 @@ def all_are_cut(count: int, of: str, generation: Generation) -> str:
         limits += f" of a message or episodes.max_tokens={generation.max_completion_tokens} of an episode"
     return (
         f"all {count} {what} of {of} were cut {limits}, and model.mask_truncated_completions leaves these out of the loss, so "
-        f"that nothing is learned from them; raise {options}, or set model.mask_truncated_completions=false"
+        f"nothing is learned from them; raise {options}, or set model.mask_truncated_completions=false"
     )
 
 
 def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:
-    """Message about rewards that the environment gives and no reward reads, from a rollout's metrics; "" if there are none."""
+    """Message about environment rewards that `model.reward` ignores, from a rollout's metrics; "" if there are none."""
     if not metrics.get("episodes/return") or any(isinstance(term, EpisodeReturn) for term in generation.reward_terms()):
         return ""
     assert generation.episodes is not None, "which have a return"
     return (
-        f"{type(generation.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn "
-        "to it, or leave model.reward out to train on them alone"
+        f"{type(generation.episodes.environment).__name__} gives rewards, but model.reward ignores them; add EpisodeReturn to "
+        "it, or leave model.reward out to train only on them"
     )
 
 
@@ -159,23 +159,23 @@ def warn_if_lost(reward: RewardFunction) -> None:
     lost = lost_paths(reward.to_config())
     if lost:
         rank_zero_warn(
-            f"checkpoints hold {', '.join(lost)} of model.reward by name alone, which no other program finds; put it into a file "
-            "of its own, as in FunctionReward('my_reward.py:function'), or load checkpoints with load_from_checkpoint(path, "
+            f"checkpoints store {', '.join(lost)} of model.reward only by name, and other programs cannot find it; put it into "
+            "its own file, as in FunctionReward('my_reward.py:function'), or load checkpoints with load_from_checkpoint(path, "
             "reward=...); generate and export need no reward"
         )
 
 
 def warn_of_differences(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
-    """Warn in one line of every reason why two runs with one seed may differ, each with its remedy.
+    """Warn in one line of every reason why two runs with the same seed may differ, each with its remedy.
 
-    The attention is named as in transformers, None if it is not known.
+    `attention` has its name in transformers; None if it is unknown.
 
     Raises:
         ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot detect.
     """
     causes = list(_causes(run, attention, rewards))
     if causes:
-        rank_zero_warn(f"two runs with one seed may differ: {'; '.join(causes)}")
+        rank_zero_warn(f"two runs with the same seed may differ: {'; '.join(causes)}")
 
 
 def _causes(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> Iterator[str]:
@@ -183,20 +183,20 @@ def _causes(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) 
         deterministic = torch.are_deterministic_algorithms_enabled()
         if attention is not None and "flash_attention" in attention and os.environ.get(_DETERMINISTIC_FLASH) != "1":
             cause = (
-                "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
-                f"{_DETERMINISTIC_FLASH}=1 in the environment, or take sdpa"
+                "the backward pass of model.attn_implementation=flash_attention_2 adds numbers in no fixed order; set "
+                f"{_DETERMINISTIC_FLASH}=1 in the environment, or use sdpa"
             )
             if deterministic and not torch.is_deterministic_algorithms_warn_only_enabled():
-                raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
+                raise ConfigError(f"trainer.deterministic=true is not possible: {cause}")
             yield cause
         if not deterministic:
-            yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
+            yield "some GPU operations add numbers in no fixed order; set trainer.deterministic=true"
         if torch.backends.cudnn.benchmark:
             yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
     if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
         yield "OMP_DYNAMIC=true lets the number of threads depend on the machine's load; unset it"
     if run.stage == "fit" and run.ends_by_clock:
-        yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
+        yield "trainer.max_time ends training by a clock; set only trainer.max_steps"
     for reward in rewards:
         with in_user_code(reward, "decided_by_time"):
             decided = reward.decided_by_time()

@@ -3,10 +3,10 @@
     sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedRollout         with dynamic sampling
     advantages_over_ranks                                                            without: training uses all groups
 
-Metrics have the names that users of TRL know.
+Metrics have TRL's names.
 
 Axes: N groups sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position of a group
-is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so that position p is group
+is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so position p is group
 p // ranks of rank p % ranks.
 """
 
@@ -32,7 +32,7 @@ ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "episodes", "judge", "
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """All groups sampled for a rollout, in the first draw of prompts and in extra ones."""
+    """All groups sampled for a rollout, in the first draw of prompts and in extra draws."""
 
     rollouts: Rollouts  # this rank's N / ranks groups
     rewards: Rewards  # rewards of this rank's groups
@@ -45,8 +45,8 @@ class SampledGroups:
 
         Returns:
             `sampling/extra_rollouts`; as shares of the sampled groups, `sampling/kept_groups` (useful and trained on) and
-            `sampling/surplus_groups` (useful but not needed); as a share of the groups that are trained on,
-            `sampling/filled_groups` (not useful).
+            `sampling/surplus_groups` (useful but not needed); as a share of the trained groups, `sampling/filled_groups` (not
+            useful).
         """
         sampled, useful = len(self.useful), int(self.useful.sum())
         kept = min(useful, self.wanted)
@@ -63,10 +63,9 @@ class SampledGroups:
         if not filled:
             return ""
         return (
-            f"nothing is learned from {filled:.0%} of a rollout's groups, although {self.extra_rollouts} extra rollouts looked "
-            "for others: the prompts are too easy or too hard for the policy; give other data, or raise "
-            "model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts log it as "
-            "sampling/filled_groups alone"
+            f"nothing is learned from {filled:.0%} of a rollout's groups, even after {self.extra_rollouts} extra rollouts: the "
+            "prompts are too easy or too hard for the policy; give other data, or raise model.samples_per_prompt or "
+            "model.dynamic_sampling.max_extra_rollouts (later rollouts only log this as sampling/filled_groups)"
         )
 
 
@@ -107,16 +106,16 @@ def choose_trained(
     """Choose P groups, estimate their advantages and spread them over the ranks. All ranks must call this.
 
     Args:
-        groups: The sampled groups; the estimator compares the chosen ones.
+        groups: The sampled groups. Only the chosen groups enter the advantages.
         sequences: Their sequences as the loss sees them.
         estimator: Estimates advantages.
-        minibatches: Minibatches that the P groups are split into.
+        minibatches: Number of minibatches that the P groups are split into.
         rank: Number of this rank.
-        credited: Source of the advantages: rewards of each of K turns (see `rewards_to_go`), or None for the groups' rewards.
+        credited: Rewards to estimate advantages from, for each of K turns (see `rewards_to_go`); None for the groups' rewards.
 
     Returns:
         This rank's part of the groups to train on, B = P / ranks * G sequences, without metrics; and the advantages of all groups
-        that this rank sampled, shaped as by `token_advantages`, 0 for groups that are not trained on.
+        that this rank sampled, in the shape of `token_advantages`, 0 for groups that were not chosen.
     """
     ranks, samples, sampled = world_size(), groups.rollouts.samples_per_prompt, len(groups.rollouts.prompts)
     credited = groups.rewards if credited is None else credited
@@ -126,7 +125,7 @@ def choose_trained(
     in_gathered = (chosen % ranks * turns + of_turns) * sampled + chosen // ranks  # [K, P]
     rewards = gather_rewards(credited).select(_rows_of(in_gathered.flatten(), samples))
     advantages = estimator.of_rewards(rewards, samples).view(turns, -1, samples)
-    # A filler group that is not useful has no advantage, even if its rewards differ, as with a length penalty.
+    # A group that only fills up the rollout has no advantage, even if its rewards differ, as with a length penalty.
     advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
     of_sampled = advantages.new_zeros(turns, sampled, samples)
     own = chosen % ranks == rank
@@ -140,15 +139,15 @@ def choose_trained(
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-    """Advantages [B] of this rank's completions or turns, estimated from all ranks, which have the same number.
+    """Advantages [B] of this rank's completions or turns, estimated from the rewards of all ranks.
 
-    All ranks must call this, since an estimator does not know about ranks.
+    All ranks must call this, with the same number of completions each.
     """
     return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
 
 
 def gather_rewards(rewards: Rewards) -> Rewards:
-    """The rewards of all ranks' completions, rank by rank, with the same number on each rank. All ranks must call this."""
+    """The rewards of all ranks' completions, rank by rank. All ranks must call this with equal numbers."""
     parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
     fields = {"total": rewards.total, "correct": rewards.correct, "counted": rewards.counted}
     columns = gather_columns({name: value for name, value in {**fields, **parts}.items() if value is not None})
@@ -157,17 +156,20 @@ def gather_rewards(rewards: Rewards) -> Rewards:
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | None = None) -> dict[str, float]:
-    """Compute the metrics of one rollout over all ranks, which have the same number of prompts. All ranks must call this.
+    """Compute the metrics of one rollout over all ranks. All ranks must call this, with the same number of prompts.
 
     Returns:
-        `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
-        `frac_reward_zero_std` (share of groups with credited rewards that are all equal, in each turn, so that nothing is
-        learned from them),
-        `rewards/{name}/mean` and `/std`,
-        `solve_rate/{all,none,mixed}` (shares of groups in which all, none or some completions are correct), `accuracy`,
-        `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with added tokens: the cost of a rollout);
-        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`. Completions that do not count appear only in
-        `num_tokens`, which is the only metric if none counts.
+        - `reward`: mean over sequences.
+        - `reward_std`: mean over groups of the unbiased standard deviation in a group.
+        - `frac_reward_zero_std`: share of groups without a learning signal: in each turn, their credited rewards are all equal.
+        - `rewards/{name}/mean` and `/std`: of each term of the reward.
+        - `solve_rate/{all,none,mixed}`: shares of groups in which all, none or some completions are correct.
+        - `accuracy`: share of correct completions.
+        - `completions/*`: lengths in sampled tokens.
+        - `num_tokens`: tokens of prompts and completions, with added tokens (the cost of a rollout).
+        - `sets/{name}/{reward,accuracy,mean_length}`: for each set of a mixture.
+
+        Completions that do not count appear only in `num_tokens`, which is the only metric if none counts.
     """
     sequences, samples = rollouts.sequences, rollouts.samples_per_prompt
     credited = rewards if credited is None else credited
@@ -268,7 +270,7 @@ def _rows_of(groups: Tensor, samples: int) -> Tensor:
 
 
 def with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:
-    """The rollout for callbacks, with a sequence's mean advantage if each of its tokens has its own."""
+    """The rollout for callbacks. If each token has its own advantage, a sequence gets the mean of its tokens' advantages."""
     if advantages.dim() == 2:
         advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
     return ScoredRollout(rollouts, rewards, advantages)

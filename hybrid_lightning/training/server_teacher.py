@@ -1,4 +1,4 @@
-"""`ServerTeacher`: a teacher that a vLLM server serves, asked for completions as they arrive."""
+"""`ServerTeacher`: a teacher on a vLLM server, which rates completions as they arrive."""
 
 import os
 import threading
@@ -28,22 +28,22 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # between attempts, each time twic
 
 
 class ServerTeacher(Teacher):
-    """A model with the policy's tokenizer that runs elsewhere, by `vllm serve MODEL`.
+    """A model with the policy's tokenizer on a server, started by `vllm serve MODEL`.
 
-    It is asked as soon as a completion has ended, while others are being sampled; of episodes when all have ended. What fails is
-    tried again. An API key comes from VLLM_API_KEY.
+    A request is sent as soon as a completion has ended, while others are being sampled; for episodes, when all have ended. Failed
+    requests are repeated. The API key comes from VLLM_API_KEY.
 
-    Log-probabilities are kept on disk, 6 bytes a token: vLLM's differ a little by what else it computes at the time, and so a run
-    that is resumed in a rollout gets the same ones.
+    Log-probabilities are cached on disk, 6 bytes per token. vLLM's values vary slightly with the server's load; with the cache, a
+    run that is resumed in the middle of a rollout gets the same values.
 
     Args:
         url: Address of the server, such as http://node7:8000.
-        timeout_s: Seconds in which a request, attempts included, must succeed.
-        concurrency: Most requests at a time.
-        cache_dir: Folder of the log-probabilities; None takes `~/.cache/hybrid_lightning/teacher`.
+        timeout_s: Seconds in which a request must succeed, repeated attempts included.
+        concurrency: Most requests at the same time.
+        cache_dir: Folder of the cached log-probabilities; None for `~/.cache/hybrid_lightning/teacher`.
 
     Raises:
-        ConfigError: If a value is impossible.
+        ConfigError: If a value is invalid.
     """
 
     is_remote = True
@@ -64,13 +64,13 @@ class ServerTeacher(Teacher):
         """See `Teacher`; RolloutError if the server does not answer."""
         if distillation.of_distributions:
             raise ConfigError(
-                f"ServerTeacher gives log-probabilities of sampled tokens, and {type(distillation).__name__} compares whole "
-                "distributions; set model.distillation=SampledReverseKL, or take ModelTeacher"
+                f"ServerTeacher gives log-probabilities of sampled tokens, but {type(distillation).__name__} compares whole "
+                "distributions; set model.distillation=SampledReverseKL, or use ModelTeacher"
             )
         if student.temperature != 1:
             raise ConfigError(
-                f"ServerTeacher: vLLM scores prompts at temperature 1, and model.sampler.temperature={student.temperature}; set "
-                "it to 1, or take ModelTeacher"
+                f"ServerTeacher: vLLM scores prompts at temperature 1, but model.sampler.temperature={student.temperature}; set "
+                "it to 1, or use ModelTeacher"
             )
         check_tokenizer(self._server, student.policy.pretrained.tokenizer, "serve a model with the policy's tokenizer")
 
@@ -95,7 +95,7 @@ class ServerTeacher(Teacher):
         return logprobs.to(sequences.completion_ids.device)
 
     def _served(self) -> str:
-        """Name of the model that the server has."""
+        """Name of the server's model."""
         self._model = self._model or str(self._server.request("GET", "/v1/models")["data"][0]["id"])
         return self._model
 
@@ -106,7 +106,7 @@ class ServerTeacher(Teacher):
             return self._asked[asked]
 
     def _answer(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-        """Log-probabilities of a completion's tokens; ServerError if the server refuses, or has not answered in time."""
+        """Log-probabilities of a completion's tokens; ServerError if the server rejects the request or is too late."""
         pause, tokens = _FIRST_PAUSE_S, [*prompt, *completion]
         with self._turns:
             ends = time.monotonic() + self.timeout_s

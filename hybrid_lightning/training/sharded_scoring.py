@@ -1,9 +1,9 @@
 """Scoring by all ranks of FSDP2 together; no rank holds the full model on its device except while sampling.
 
-Each rank has the loaded model in host memory. For scoring, a copy of its structure that shares those weights is split over the
-devices, as the adapted model is afterwards. The ranks run the passes of different losses at the same time. FSDP2 reduces the
-gradients, which are then gathered module by module, and each rank adds up and scores the gradients of some modules. Scores equal
-one process's scores up to rounding, since sums are made in a different order. Afterwards the copy is discarded.
+Each rank has the loaded model in host memory. For scoring, a copy of its structure that shares these weights is split over the
+devices, as the adapted model will be later. The ranks run the passes of different losses at the same time. FSDP2 reduces the
+gradients, which are then gathered module by module, and each rank adds up and scores the gradients of some modules. The scores
+equal one process's scores up to rounding, since sums are computed in a different order. Afterwards the copy is discarded.
 """
 
 import copy
@@ -30,7 +30,7 @@ _PURPOSE = "score the modules"
 
 @contextmanager
 def split_copy(task: Task, strategy: FSDP2Strategy) -> Iterator[nn.Module]:
-    """Within this context of all ranks, a task's policy computes with a split copy of its model, which is not adapted yet."""
+    """Context for all ranks in which a task's policy computes with a split copy of its model, which is not adapted yet."""
     from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
     policy = task.policy
@@ -76,7 +76,7 @@ class ShardedScoring(Scoring):
         sizes = {name: sum(weight.numel() for weight in matrices_of(module).values()) for name, module in self._split.items()}
         # Sorted by size, so that ranks have about the same amount to score.
         self._own = sorted(sizes, key=lambda name: -sizes[name])[self._rank :: self._ranks]
-        # For experts that get a token on some ranks only; before torch 2.13 FSDP2 cannot reduce their gradients.
+        # For experts that receive tokens only on some ranks; before torch 2.13, FSDP2 cannot reduce their gradients.
         getattr(split, "set_reduce_scatter_unused_params", lambda _: None)(True)
 
     def own(self) -> list[str]:
@@ -88,7 +88,7 @@ class ShardedScoring(Scoring):
         return self._split
 
     def together(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
-        """The joined results of a function on all ranks. A signal ends it at once, and then stops all ranks."""
+        """The joined results of a function on all ranks. A signal interrupts it, and then stops all ranks."""
 
         def interruptible() -> dict[str, Result]:
             with self._signals.interruptible():

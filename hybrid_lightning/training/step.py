@@ -1,9 +1,9 @@
 """`Step`: an optimizer step consists of micro-batches, and a micro-batch of chunks.
 
-Lightning requests the loss of one micro-batch at a time, in one `training_step`. `accumulate_grad_batches` of them make an
-optimizer step. The activations of all rows of a micro-batch may not fit into memory, so the rows are cut into chunks of at most
-`max_tokens_per_micro_batch` tokens. Each chunk takes one forward and one backward pass. The backward passes of all chunks but
-the last run here; the last chunk's loss is returned to Lightning, which runs its backward pass.
+Lightning requests the loss of one micro-batch at a time, in `training_step`; `accumulate_grad_batches` micro-batches make an
+optimizer step. The activations of all rows of a micro-batch may not fit into memory, so the rows are split into chunks of at most
+`max_tokens_per_micro_batch` tokens. Each chunk takes one forward and one backward pass. The backward passes run here, except the
+last chunk's: its loss is returned to Lightning, which runs its backward pass.
 
 The loss and the metrics of a chunk are shares: parts of a sum over the chunks, micro-batches and ranks of the optimizer step (see
 `losses.shares`). So neither the gradient nor the logged metrics depend on how rows are split.
@@ -57,8 +57,8 @@ class Step:
         if begins_step:
             self._metrics = {}
         if count > 1 and begins_step:
-            # Between `training_step` and the last backward pass, Lightning would clear old gradients, and the first chunks'
-            # gradients with them.
+            # Lightning would clear old gradients between `training_step` and the last backward pass, and lose the first chunks'
+            # gradients.
             run.clear_gradients()
             self._gradients_begun = True
         tokens = float(batch.sequences.sampled_mask.sum())
@@ -85,8 +85,8 @@ class Step:
         total = torch.stack(losses).sum() if losses else loss.detach()
         loss = loss + (total - loss.detach())  # the value of all chunks, for callbacks; the gradient of the last
         self._log(batch, join_over_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
-        # The loss is a share of a sum. Lightning divides it by the number of accumulated micro-batches, and DDP and FSDP average
-        # over ranks: this undoes both.
+        # The loss is a share of a sum. This undoes Lightning's division by the number of accumulated micro-batches, and the
+        # average of DDP and FSDP over ranks.
         return loss * (run.accumulate_grad_batches * run.world_size)
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
@@ -109,9 +109,9 @@ class Step:
             run.log({f"grad_norm/{group['name']}": norm})
             if not run.scales_loss and not torch.isfinite(norm):
                 raise TrainingError(
-                    f"the gradient of step {run.step + 1} is {float(norm)} (grad_norm/{group['name']}), "
-                    "so no step was made. Look at a loss of your own, or lower model.lr_full and model.lr_lora and go on from an "
-                    "earlier checkpoint"
+                    f"the gradient of step {run.step + 1} is {float(norm)} (grad_norm/{group['name']}), so no step was made; "
+                    "check the loss, if it is yours, or lower model.lr_full and model.lr_lora and resume from an earlier "
+                    "checkpoint"
                 )
 
     def _log(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
@@ -122,8 +122,8 @@ class Step:
         averages = self._metrics = combine_metrics([self._metrics, shares])
         self._run.forget([name for name in self._logged if name not in averages])
         self._logged = set(averages)
-        # Logging a value takes Lightning as long as one layer of a small policy, and Lightning keeps the value until the epoch
-        # ends. So a rollout's metrics are logged once, not with each of its micro-batches.
+        # Logging a value takes as long as one layer of a small policy, and Lightning keeps the value until the epoch ends. So a
+        # rollout's metrics are logged once, not with each of its micro-batches.
         of_rollout = {} if batch.rollout_number == self._logged_rollout else batch.metrics
         self._logged_rollout = batch.rollout_number
         self._run.log({**of_rollout, **averages}, self._shown, max(1, len(batch.sequences)))
@@ -141,7 +141,7 @@ class Step:
 def join_over_ranks(shares: Mapping[str, Tensor], chunks: Sequence[int]) -> dict[str, Tensor]:
     """Join a micro-batch's shares over ranks, given the ranks' numbers of chunks. All ranks must call this.
 
-    Each rank has at least the loss; one without chunks may have no entry for names that the others have.
+    Each rank has at least the loss; a rank without chunks may have no entry for the other names.
     """
     if len(chunks) == 1:
         return dict(shares)

@@ -1,6 +1,6 @@
-"""Where a run spends its time: a clock for the phases of training, and costs of a rollout spread over its optimizer steps.
+"""Where a run spends its time: a clock for the phases of training, and the costs of a rollout spread over its optimizer steps.
 
-Each moment belongs to exactly one phase, so that the phases add up to the wall time however they are nested.
+Each moment belongs to exactly one phase, so the phases add up to the wall time however they are nested.
 """
 
 import time
@@ -11,10 +11,10 @@ import torch
 
 
 class PhaseClock:
-    """Adds up the wall time of phases; in nested phases the innermost counts.
+    """Adds up the wall time of phases; of nested phases, the innermost counts.
 
-    The program runs ahead of an accelerator's work, so a time is right only if the clock waits until the work is done. It waits
-    at the end of a nested phase, and in `switch` if requested.
+    An accelerator works asynchronously, so a time is right only if the clock waits until the work is done. It waits at the end of
+    a nested phase, and in `switch` if requested.
 
     Example:
         >>> clock = PhaseClock()
@@ -41,7 +41,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within this context the phase is `name`; afterwards, also after an exception, the previous one resumes."""
+        """Context in which the phase is `name`; afterwards, even after an exception, the previous phase resumes."""
         self.enter(name)
         try:
             yield
@@ -49,7 +49,7 @@ class PhaseClock:
             self.leave()
 
     def enter(self, name: str) -> None:
-        """Begin a nested phase that `leave` ends, as `phase` does; for two hooks, which cannot share a `with` block."""
+        """Begin a nested phase that `leave` ends; for a pair of hooks, which cannot share a `with` block."""
         self._charge()
         self._running.append(name)
 

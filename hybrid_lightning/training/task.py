@@ -1,11 +1,11 @@
-"""`Task`: kind of training, apart from Lightning: on a policy's own rollouts (`rl_task.py`), or examples (`example_task.py`).
+"""`Task`: a kind of training, without Lightning: on a policy's own rollouts (`rl_task.py`), or on examples (`example_task.py`).
 
-How an optimizer step is made; a subclass implements the methods marked with * (see `RolloutSource` for the first two):
+The parts of an optimizer step; a subclass implements the methods marked with * (see `RolloutSource` for the first two):
 
     RolloutLoader                    the train dataloader
       roll_out *                     completions of a batch of prompts, and their advantages
       add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
-    Step                             cuts a micro-batch into chunks that fit into memory
+    Step                             splits a micro-batch into chunks that fit into memory
       chunk_loss *                   loss of a chunk
 
 `module.py` calls these from Lightning's hooks.
@@ -45,7 +45,7 @@ class Task(RolloutSource, ABC):
         seed: Seed of the order of the data and of sampling.
     """
 
-    # First part ("completions" of "completions/mean_length") of the metric names of training: here, by Lightning, by `StepTimer`.
+    # First parts of training's metric names ("completions" of "completions/mean_length"), with Lightning's and `StepTimer`'s.
     training_metrics = frozenset({"loss", "grad_norm", "epoch", "step", "time", "throughput"})
     shown_metrics: tuple[str, ...] = ()  # beside the progress bar
 
@@ -60,7 +60,7 @@ class Task(RolloutSource, ABC):
     ) -> None:
         self.loss, self.schedule, self.generation, self.passes = loss, schedule, generation, passes
         self.evaluation, self.seed = evaluation, seed
-        self.needs_start_policy = loss.needs_reference  # whether training computes with it
+        self.needs_start_policy = loss.needs_reference  # whether training needs the start policy's weights
         self.policy, self.run, self.reward = generation.policy, generation.run, generation.reward
 
     # ---- training
@@ -73,17 +73,17 @@ class Task(RolloutSource, ABC):
         """
 
     def prepare_passes(self) -> None:
-        """Try which fast passes a freshly split model supports: now, since all ranks take forward passes together."""
+        """Test which fast passes a freshly split model supports. Done now, while all ranks take forward passes together."""
         policy = self.policy
         with policy.inference():
             policy.weights.as_forward(policy.engine.prepare)
 
     def new_step(self) -> Step:
-        """A new `Step` for an epoch, which makes one optimizer step after another."""
+        """A new `Step` for an epoch, which takes one optimizer step after another."""
         return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
 
     def loader(self, prompts: Sequence[Prompt], epoch: int = 0, shuffle: bool = True) -> RolloutLoader:
-        """The train dataloader: rollouts of these prompts from this epoch on, with a new order per epoch or always in order."""
+        """The train dataloader: rollouts of these prompts from this epoch on, reshuffled in each epoch or always in order."""
         self.check_enough(prompts)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + 1_000_000_007 * epoch)
         options: dict[str, Any] = {"generator": generator, "seed": self.seed, "epoch": epoch, "shuffle": shuffle}
@@ -95,16 +95,16 @@ class Task(RolloutSource, ABC):
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
         """Losses of the start policy on `count` of these prompts; their mean gradient scores the modules.
 
-        None uses the number in one optimizer step or rollout.
+        `count=None` uses the number in one optimizer step or rollout.
 
         Raises:
             ConfigError: If there are too few prompts.
-            CalibrationError: If they give no learning signal.
+            CalibrationError: If the prompts give no learning signal.
         """
 
     @property
     def calibration_seed(self) -> int:
-        """Seed of the order and the completions of calibration prompts, which differ from training's."""
+        """Seed of the order and the completions of calibration prompts, different from training's seed."""
         return self.seed + 7919
 
     def calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class Task(RolloutSource, ABC):
     # ---- checks, before time is spent on a run
 
     def check_run(self) -> None:
-        """Raise ConfigError if settings of the run do not work for policy, engine or task, and warn of doubtful ones."""
+        """Raise ConfigError if the run's settings do not work for policy, engine or task; warn of doubtful settings."""
         policy = self.policy
         self.generation.check()
         if policy.plan is not None:
@@ -129,7 +129,7 @@ class Task(RolloutSource, ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ConfigError if settings of the run do not work for this task, and warn of doubtful ones."""
+        """Raise ConfigError if the run's settings do not work for this task; warn of doubtful settings."""
 
     def check_start_weights(self, kept: bool) -> None:
         """Raise ConfigError if training needs the start policy and its weights are not kept."""
@@ -154,5 +154,5 @@ class Task(RolloutSource, ABC):
         self.generation.check_encoding(prompts)
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if there are fewer of these training prompts than one rollout takes."""
+        """Raise ConfigError if there are fewer training prompts than one rollout needs."""
         self.schedule.check_prompts(len(prompts))

@@ -1,10 +1,10 @@
 """Teachers: models that give probabilities of the tokens that the policy sampled.
 
     seen        a rollout's completions after the prompts that the teacher sees
-    logprobs    of these tokens, when the rollout is made: for `SampledReverseKL`
+    logprobs    log-probabilities of these tokens, once per rollout: for `SampledReverseKL`
     predict     whole distributions, in each training step: for `ReverseKL`, `ForwardKL`, `JensenShannon`
 
-`student` are the passes of the policy. Axes: B sequences, T completion tokens, K tokens that were sampled.
+`student` is the `Passes` of the policy. Axes: B sequences, T completion tokens, K sampled tokens.
 """
 
 import math
@@ -37,19 +37,19 @@ Interruptible = Callable[[], AbstractContextManager[Any]]
 
 
 class Teacher(Configurable, ABC):
-    """Base class of teachers; a subclass overrides `passes` or `context`, or `logprobs` if it computes elsewhere."""
+    """Base class of teachers. A subclass overrides `passes` or `context`; a remote teacher overrides `logprobs`."""
 
-    pretrained: Pretrained | None = None  # of a model of its own in this process
-    too_long = ""  # remedy where prompts are too long for it but not for the policy; empty for other options
+    pretrained: Pretrained | None = None  # the teacher's own model in this process, if it has one
+    too_long = ""  # remedy if prompts are too long only for the teacher; empty for the usual remedies
     needs_start_policy = False  # whether the policy's start weights must be kept
-    is_remote = False  # whether it computes elsewhere, which can fail on one rank alone
+    is_remote = False  # whether it computes elsewhere, which can fail on a single rank
 
     @abstractmethod
     def check(self, student: Passes, distillation: Distillation) -> None:
-        """Raise ConfigError if it cannot teach this policy so; called before weights are loaded, and when they are."""
+        """Raise ConfigError if it cannot teach this policy with this `distillation`. Called before and after loading weights."""
 
     def check_prompts(self, generation: Generation, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if a prompt, as the teacher sees it, and its longest completion exceed the teacher's context."""
+        """Raise ConfigError if a prompt as the teacher sees it, with its longest completion, exceeds the teacher's context."""
         limit, _ = model_context((self.pretrained or generation.policy.pretrained).config)
         seen, name = [self.with_context(prompt) for prompt in prompts], f"the teacher's {limit} positions"
         generation.check_lengths(seen, limit, name, " for the teacher", self.too_long)
@@ -57,14 +57,14 @@ class Teacher(Configurable, ABC):
     def seen(
         self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
     ) -> Sequences:
-        """The B = P * G completions of prompts as the teacher sees them, by default as they are.
+        """The B = P * G completions after the prompts that the teacher sees; by default unchanged.
 
-        `encode` tokenizes what stands in place of a prompt, by its number: as the prompt, with what its environment begins with.
+        `encode(number, prompt)` tokenizes a prompt that replaces prompt `number`, with the environment's first messages.
         """
         return sequences
 
     def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
-        """A function for the number and tokens of each completion of a rollout that ends before others; None for none."""
+        """A function to call with the row and tokens of each completion as soon as it ends; None if the teacher needs none."""
         return None
 
     def passes(self, student: Passes) -> Passes:
@@ -72,11 +72,11 @@ class Teacher(Configurable, ABC):
         return student
 
     def context(self, student: Passes) -> AbstractContextManager[Any]:
-        """Within this context `passes` are the teacher's."""
+        """Context in which `passes` computes as the teacher."""
         return nullcontext()
 
     def logprobs(self, student: Passes, sequences: Sequences, interruptible: Interruptible = nullcontext) -> Tensor:
-        """Log-probabilities of the sampled tokens without gradient, [B, T] float32. All ranks call it together."""
+        """Log-probabilities of the sampled tokens without gradient, [B, T] float32. All ranks must call this together."""
         passes = self.passes(student)
         with self.context(student):
             logprobs = passes.measure([sequences], interruptible=interruptible)[0][0]
@@ -108,26 +108,26 @@ class Teacher(Configurable, ABC):
         return generation.generate([self.with_context(prompt) for prompt in prompts], draws=draws)
 
     def release(self) -> None:
-        """Free the device, since completions are made next."""
+        """Free memory on the device for sampling."""
 
     def held_bytes(self, student: Passes) -> int:
-        """Bytes of weights of its own on the student's device in an update; by default none."""
+        """Bytes of the teacher's own weights on the student's device during an update; by default 0."""
         return 0
 
 
 class ModelTeacher(Teacher):
     """A second model with the policy's tokenizer, which reads the policy's prompts.
 
-    Each device has all of its weights; unless quantized, they are in the memory of the host while completions are made.
+    Each device holds all of its weights; unless quantized, they move to host memory while completions are made.
 
     Args:
-        model: As `model.model`: a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
+        model: As in `model.model`: a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
-        dtype: Dtype of its weights; None takes the policy's.
-        quantization: Quantizes its linear modules, such as `NF4()`; None keeps them as they are.
+        dtype: Dtype of its weights; None for the policy's dtype.
+        quantization: Quantizes its linear modules, such as `NF4()`; None for no quantization.
 
     Raises:
-        ModelError: If there is no such model.
+        ModelError: If the model cannot be found.
     """
 
     def __init__(
@@ -139,14 +139,14 @@ class ModelTeacher(Teacher):
         self._on_host: list[tuple[Tensor, Tensor]] = []  # weights that are on the device, and their values on the host
 
     def check(self, student: Passes, distillation: Distillation) -> None:
-        """See `Teacher`; ConfigError names what differs unless each token has the same id for both."""
+        """See `Teacher`; ConfigError if a token has different ids in the two tokenizers."""
         ours, theirs = student.policy.pretrained.tokenizer.get_vocab(), self.pretrained.tokenizer.get_vocab()
         unlike = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
         if unlike:
             first = min(unlike, key=lambda token: (ours.get(token, math.inf), theirs.get(token, math.inf)))
             raise ConfigError(
-                f"the teacher has another tokenizer than the policy: {len(unlike)} tokens differ, first {first!r}, with id "
-                f"{ours.get(first)} for the policy and {theirs.get(first)} for the teacher; take a teacher with its tokenizer"
+                f"the teacher's tokenizer differs from the policy's: {len(unlike)} tokens differ, first {first!r}, with id "
+                f"{ours.get(first)} for the policy and {theirs.get(first)} for the teacher; use a teacher with the same tokenizer"
             )
         self.pretrained.check()
 
@@ -176,20 +176,21 @@ class ModelTeacher(Teacher):
         return sum(weight.numel() * weight.element_size() for weight in self._passes.policy.model.parameters())
 
     def release(self) -> None:
-        """See `Teacher`: its weights do not change, so that nothing is copied back."""
+        """See `Teacher`. The teacher's weights do not change, so nothing is copied back to the host."""
         for weight, data in self._on_host:
             weight.data = data
         self._on_host = []
 
 
 class SelfTeacher(Teacher):
-    """The policy itself, at its start or as it is now, with privileged context in its prompt (SDFT, SDPO).
+    """The policy itself, with its start or current weights, and with privileged context in its prompt (SDFT, SDPO).
 
     Args:
-        context: Template that replaces the prompt, or the user's last message in a chat: `{prompt}` is its text, `{answer}` the
-            reference answer, and other names are columns of the row. None keeps the prompt, so that the start policy holds the
-            policy back.
-        start: Whether the start policy teaches (the adapter switched off), or the current one, which needs a context.
+        context: Template that replaces the prompt or, in a chat, the user's last message: `{prompt}` is its text, `{answer}` the
+            reference answer, and other names are columns of the row. None keeps the prompt: the start policy then keeps the
+            policy close to itself.
+        start: Whether the start policy teaches (the adapter switched off). If false, the current policy teaches, which needs a
+            context.
 
     Raises:
         ConfigError: If the template is malformed, or the current policy would teach itself without a context.
@@ -199,19 +200,17 @@ class SelfTeacher(Teacher):
 
     def __init__(self, context: str | None = None, start: bool = True) -> None:
         if context is not None and "prompt" not in template_fields("context", context):
-            raise ConfigError(f"SelfTeacher: context={context!r} does not have {{prompt}}; put it where the prompt is to be")
+            raise ConfigError(f"SelfTeacher: context={context!r} does not have {{prompt}}; put it where the prompt should be")
         if context is None and not start:
-            raise ConfigError(
-                "SelfTeacher: start=false without context is the policy itself, from which it learns nothing; give one"
-            )
+            raise ConfigError("SelfTeacher: with start=false and no context, the policy would learn from itself; set context")
         self.template, self.start, self.needs_start_policy = context, start, start
 
     def check(self, student: Passes, distillation: Distillation) -> None:
         """See `Teacher`."""
         if distillation.of_distributions and student.policy.weights.sharded:
             raise ConfigError(
-                f"SelfTeacher with {type(distillation).__name__} computes with weights that FSDP2 splits over devices while they "
-                "are trained; set model.distillation=SampledReverseKL, or trainer.strategy=ddp"
+                f"SelfTeacher with {type(distillation).__name__} does not work with weights that FSDP2 splits over devices; set "
+                "model.distillation=SampledReverseKL, or trainer.strategy=ddp"
             )
 
     def seen(

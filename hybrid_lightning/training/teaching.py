@@ -1,6 +1,6 @@
-"""`Teaching`: what a teacher adds to a task, to advantages when a rollout is made or to the loss of each step.
+"""`Teaching`: a teacher's part in a task: it adds to the advantages of a rollout, or to the loss of each step.
 
-`Untaught` adds nothing, so that a task is the same with and without a teacher. Axes: B sequences, T completion tokens.
+`Untaught` adds nothing, so a task has the same code with and without a teacher. Axes: B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from hybrid_lightning.training.generation import Generation, Listen
 from hybrid_lightning.training.teachers import Teacher
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts, Sequences
 
-# Log-probabilities and entropy, each [B, T], what is added to the loss of each token, if anything, and what is measured, [B, T].
+# Log-probabilities and entropies; the term added to each token's loss, or None; measurements by name. Each tensor is [B, T].
 Learned = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
 
 
@@ -36,20 +36,20 @@ class Untaught:
         self.passes, self.generation, self.run = passes, generation, generation.run
 
     def begin(self) -> None:
-        """Free the device, since completions are made next."""
+        """Free memory on the device for sampling."""
 
     def taught(
         self, rollouts: Rollouts, trained: Sequences, advantages: Tensor
     ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
-        """Completions as the teacher sees them, if an update needs them; advantages with what it adds; and metrics."""
+        """Completions as the teacher sees them, if an update needs them; advantages with the teacher's part; and metrics."""
         return None, advantages, {}
 
     def calibrated(self, rollouts: Rollouts, trained: Sequences, advantages: Tensor, loss: PolicyLoss) -> Tensor:
-        """Advantages of the rollouts that score modules, with what the teacher adds."""
+        """Advantages of the rollouts that score modules, with the teacher's part."""
         return advantages
 
     def learned(self, chunk: PolicyBatch) -> Learned:
-        """Pass of an update, with gradient."""
+        """Forward pass of an update, with gradient."""
         logprobs, entropy = self.passes.logprobs(chunk.sequences)
         return logprobs, entropy, None, {"entropy": entropy.detach()}
 
@@ -61,7 +61,7 @@ class Untaught:
 
 
 class Teaching(Untaught):
-    """Learning from a teacher, and from rewards beside it."""
+    """Learning from a teacher, in addition to rewards."""
 
     shown_metrics = ("teacher/kl",)
 
@@ -116,12 +116,12 @@ class Teaching(Untaught):
             self.teacher.check(self.passes, self.distillation)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """See `Untaught`; a teacher elsewhere has a context of its own."""
+        """See `Untaught`; a remote teacher checks its own context."""
         if not self.teacher.is_remote:
             self.teacher.check_prompts(self.generation, prompts)
 
     def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
-        self.check_prompts(rollouts.prompts)  # from Python nothing is checked before
+        self.check_prompts(rollouts.prompts)  # calls from Python have not checked the prompts
         encode = self.generation.encode
         return self.teacher.seen(
             self.passes, rollouts.prompts, trained, lambda number, prompt: encode(prompt, begun_with(rollouts, number))
@@ -142,7 +142,7 @@ def teaching(
     dynamic_sampling: DynamicSampling | None,
     loss: PolicyLoss,
 ) -> Untaught:
-    """What a teacher adds to a task with these parts; ConfigError if options of learning from one do not go together."""
+    """The teacher's part in a task; ConfigError if options for learning from a teacher do not work together."""
     run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, loss)
     if teacher is None:
         return Untaught(passes, generation)

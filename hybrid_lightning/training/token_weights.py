@@ -1,4 +1,4 @@
-"""Weights of tokens in the policy term: by how much sampling and training disagree on a token, and by its entropy.
+"""Weights of tokens in the policy term: by the disagreement of sampling and training on a token, and by its entropy.
 
 Axes: B sequences, T completion tokens.
 """
@@ -21,19 +21,19 @@ def compare_with_sampler(
 ) -> tuple[LossInputs, dict[str, Tensor]]:
     """Make the inputs of the loss, and measure the distance between sampling and training log-probabilities.
 
-    Training's log-probabilities are the old ones, or in an exactly on-policy step the current ones, which LoRA's dropout changes
-    where it is used. So no forward pass is needed. Both are under the weights that sampled, unless rollouts begin ahead.
+    No extra forward pass is needed: training's log-probabilities are the old ones or, in an exactly on-policy step, the current
+    ones (which LoRA's dropout, if used, changes). Both belong to the weights that sampled, unless rollouts begin ahead.
 
     Args:
         batch: A micro-batch or a chunk of one.
         logprobs: Log-probabilities [B, T] of the policy being trained.
-        correction: Weights the policy term; None leaves it as it is.
-        old_of_sampler: Whether the old log-probabilities are the sampler's, so that the current ones are compared.
+        correction: Weights the policy term; None for no weights.
+        old_of_sampler: Whether the old log-probabilities are the sampler's, so that the current ones must be compared.
 
     Returns:
-        The inputs, and metrics as shares of the optimizer step's metrics (see `losses.shares`): `sampling/logp_difference/mean`
-        and `/max`, of |l_train - l_sample| over tokens; with a correction also `sampling/importance_weight/mean`, `/min` and
-        `/max`, over sequences if it has one weight per sequence, else over tokens.
+        The inputs, and metrics as shares of the optimizer step's metrics (see `losses.shares`). `sampling/logp_difference/mean`
+        and `/max` are of |l_train - l_sample| over tokens. With a correction, there are also `sampling/importance_weight/mean`,
+        `/min` and `/max`, over sequences if the correction has one weight per sequence, else over tokens.
     """
     mask = batch.sequences.sampled_mask
     trained = logprobs.detach() if batch.old_logprobs is None or old_of_sampler else batch.old_logprobs
@@ -60,8 +60,8 @@ def compare_with_sampler(
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
     """Set `policy_mask` of an optimizer step's micro-batches by their entropies, [B, T], under the policy that sampled.
 
-    One threshold for all ranks comes from the entropies of all sequences (with credit by turn, tokens) that have an advantage.
-    All ranks must call this.
+    All ranks share one threshold, from the entropies of all sequences that have an advantage (with credit by turn, of all such
+    tokens). All ranks must call this.
     """
     masks = [batch.sequences.sampled_mask for batch in batches]
     with_advantage = [

@@ -106,7 +106,7 @@ def test_full_training_includes_the_bias_lora_leaves_it_and_frozen_modules_are_l
 
 @pytest.mark.parametrize("share", [0.2, 1])
 def test_without_start_weights(make_model, plan_for, batches, share):
-    """Budget 1 holds no second copy, trains the same, and says why the adapter cannot be disabled."""
+    """Budget 1 holds no second copy, trains the same, and explains why the adapter cannot be disabled."""
     models = [make_model("qwen2") for _ in range(2)]
     plan = plan_for(models[0], ModuleBudget(share))
     parameters, start = sum(p.numel() for p in models[0].parameters()), {p.data_ptr() for p in models[1].parameters()}
@@ -174,7 +174,7 @@ def test_an_adapted_model_or_another_one_is_refused(make_model, plan_for):
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for, mode):
-    """One that the plan does not know; `AdapterPlan.to_peft_config` tells those that it knows."""
+    """A module unknown to the plan; `AdapterPlan.to_peft_config` tells the known ones apart."""
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     model.other = nn.Module()

@@ -68,7 +68,7 @@ def logits(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_trained_is_what_transformers_peft_and_engines_load(family, tmp_path):
-    """From the start policy, bit for bit, to all that a trained policy is written as."""
+    """From the start policy, bit for bit, to every form that a trained policy is written in."""
     base = write(tmp_path / "base", build(family))
     model = load(base)
     start, plan = logits(model), plan_of(model, str(base))
@@ -124,7 +124,7 @@ def score(model, scorer, gradients=None, rows=IDS):
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text"])
 def test_tails_and_energies_of_each_experts_matrix_are_added_up(family):
     model = build(family, num_hidden_layers=2)
-    rows = torch.randint(3, 40, (6, 24), generator=torch.Generator().manual_seed(0))  # so many that each expert gets some
+    rows = torch.randint(3, 40, (6, 24), generator=torch.Generator().manual_seed(0))  # enough for every expert to get some
     candidates = find_candidates(model, named=["experts"])
     experts = {name: module for name, module in candidates.items() if is_experts(module)}
     assert experts and len(candidates) > len(experts)
@@ -165,7 +165,7 @@ def test_experts_without_tokens_and_scorers_that_need_one_matrix_are_reported():
         score(model, LargestEntry(), rows=torch.randint(3, 40, (8, 64), generator=torch.Generator().manual_seed(0)))
 
 
-# ---- what cannot be is refused before weights are loaded
+# ---- impossible combinations are refused before weights are loaded
 
 
 @pytest.mark.parametrize(("option", "value"), [("use_dora", True), ("dropout", 0.1)])
@@ -182,7 +182,7 @@ def test_a_plan_of_other_experts_is_refused():
     plan = plan_of(build())
     with pytest.raises(PlanError, match=r"mlp\.experts has shape \{'gate_up_proj': \(4, 64, 64\).*; here it has .*\(8, 64"):
         plan.check_model(build(num_local_experts=8))
-    with pytest.raises(CheckpointError, match=r"lacks the trained weight '.*layers\.3\.mlp\.gate\.lora_A.weight'"):
+    with pytest.raises(CheckpointError, match=r"does not have the trained weight '.*layers\.3\.mlp\.gate\.lora_A.weight'"):
         peft_weights({}, dataclasses.replace(plan, candidates=plan.candidates[-1:]), "it")
 
 

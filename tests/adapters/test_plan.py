@@ -157,7 +157,7 @@ def test_settings_are_the_plans_and_checked(make_model, plan_for):
         ({"layers.0": "frozen"}, "leaves all modules frozen"),
         ({"layers.0": "lora", "other.layers.0": "frozen"}, 'would not keep other.layers.0 "frozen", since a module with another'),
         ({"layers.0": "full", "sublayers.0": "frozen"}, 'would not keep sublayers.0 "frozen", since a module with another'),
-        ({"layers.0": "lora", "sublayers.0": "frozen"}, None),  # told apart at the dot
+        ({"layers.0": "lora", "sublayers.0": "frozen"}, None),  # separated at the dot
         ({"layers.0": "lora", "other.layers.0": "full"}, None),  # full goes first
         ({"model.layers.1": "full", "model.layers.11": "lora"}, None),
     ],

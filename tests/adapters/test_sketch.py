@@ -36,7 +36,7 @@ def test_tail_energy_is_close_at_the_default_size(power):
 
 
 def test_adams_step_is_told_from_sketches_of_the_gradient():
-    """Gradients of few and of many directions, whose rows and columns differ in size: the tails compare alike."""
+    """Gradients of few and of many directions, with rows and columns of different size: the tails compare alike."""
     exact, sketched = [], []
     for number in range(16):
         generator = torch.Generator().manual_seed(number)

@@ -101,7 +101,7 @@ def test_pretraining_is_reproducible_and_learns():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     torch.manual_seed(5)
     start = build_model(tokenizer)
-    # Every weight learns, those that no adapter would reach included.
+    # Every weight learns, including weights that no adapter would reach.
     assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
 
 
@@ -123,7 +123,7 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works_as_it
 
 
 def test_the_corpus_of_episodes_is_right_and_has_the_shares_that_it_says():
-    """Each turn of a product is read without the code that made it, behind what comes before it."""
+    """Each turn of a product is read without the code that made it, after the text before it."""
     kinds = Counter()
     for row in EpisodeCorpus(20_000, seed=0).load().train:
         before, turn = row.question, row.columns["completion"]

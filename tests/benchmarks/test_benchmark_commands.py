@@ -1,4 +1,4 @@
-"""What the commands of the benchmarks refuse before anything is loaded, each in one line with its remedy; and that all start."""
+"""The benchmarks' commands: mistakes are refused before anything is loaded, in one line with a remedy; and all commands start."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ SMALL = ("--model", "embedded")
 
 
 def refused(module, arguments, capsys):
-    """Exit status, and what is said."""
+    """Exit status and message."""
     code = module.main(list(arguments))
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -32,7 +32,7 @@ def refused(module, arguments, capsys):
     ("module", "arguments", "expected"),
     [
         (agreement, ("--steps", "0"), "--steps must be at least 1, got 0"),
-        (commits, ("nowhere",), "nowhere is no checkout of this project: make one by git worktree add nowhere COMMIT"),
+        (commits, ("nowhere",), "nowhere is not a checkout of this project; make one: git worktree add nowhere COMMIT"),
         (methods, (*SMALL, "--samples", "1"), "--samples must be at least 2, got 1"),
         (methods, (*SMALL, "--device", "cuda"), "--device cuda: torch finds no CUDA device"),
         (scaling, (*SMALL, "--samples", "8", "4", "2"), "--samples needs at least 3 sizes, all different, smallest first, got"),

@@ -90,7 +90,7 @@ def test_parts_that_fail_hang_die_or_are_stopped_lose_nothing_and_the_next_begin
     assert [result["found"] for name, result in results.items() if name != "nf4"] == [FIRST] * 4
     said = [str(results[name]["log"]) for name in ("lora", "graphs", "memory")]
     assert "no kernel image is available" in said[0] and all("in part" in text for text in said), "it says where it was"
-    # Stopped in the middle; then the same command goes on with what is missing, and writes over nothing.
+    # Stopped in the middle; then the same command runs what is missing and overwrites nothing.
     code, stopped, _ = day(tmp_path, "resume", "scoring", "float16")
     assert code == 1 and stopped["resume"] == results["resume"] and "float16" not in stopped
     assert stopped["scoring"]["state"] == "FAILED: stopped from outside" and stopped["scoring"]["found"] == FIRST

@@ -1,4 +1,4 @@
-"""What is said of killed jobs, and how a job's processes are found."""
+"""The verdict on killed jobs, and how a job's processes are found."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def test_a_job_is_right_only_if_all_is():
         ("other weights", {"difference": 2e-5}),
         ("other weights", {"difference": None}),  # there was something to go on from
         ("right", {"loaded": 0, "step": None, "difference": None}),
-        ("right", {"messages": (), "alone": True}),  # nobody was left to say anything
+        ("right", {"messages": (), "alone": True}),  # no process was left to report anything
         ("right", {}),
     ):
         assert replace(RIGHT, **change).verdict == verdict

@@ -1,4 +1,4 @@
-"""LoRA, hybrid and full fine-tuning: what is made of known numbers, and one small comparison."""
+"""LoRA, hybrid and full fine-tuning: the tables of known numbers, and one small comparison."""
 
 import json
 

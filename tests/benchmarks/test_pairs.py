@@ -1,4 +1,4 @@
-"""Workers that take turns: what both sides must have alike, and the summary of their steps."""
+"""Workers that take turns: what must be equal on both sides, and the summary of their steps."""
 
 import pytest
 

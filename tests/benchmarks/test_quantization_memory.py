@@ -1,4 +1,4 @@
-"""What a run reports of its memory is what its tensors take."""
+"""The memory that a run reports equals the memory of its tensors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The comparison of rollout engines: what it measures, its server and its tables. vLLM is not needed."""
+"""The comparison of rollout engines: its measurements, its server and its tables. Needs no vLLM."""
 
 import json
 import sys

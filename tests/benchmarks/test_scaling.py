@@ -1,4 +1,4 @@
-"""The growth of step time: what is measured, what is made of known times, and one small measurement."""
+"""The growth of step time: the measured quantities, the tables of known times, and one small measurement."""
 
 import json
 import math

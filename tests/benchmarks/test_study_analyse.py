@@ -57,7 +57,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
     [
         (run, ["--task", str(ROOT / "configs/gspo.yaml")], "configs/gspo.yaml --method"),
         (analyse, [], "there are no runs in"),
-        (run, ["--method", "nothing"], "there is no method nothing; there are start, "),
+        (run, ["--method", "nothing"], "unknown method nothing; choose among start, "),
         (frontier, ["--seeds", "1000"], "by which learning rates are tuned"),
         (run, ["--task", str(ROOT / "benchmarks/study/tasks/facts.yaml")], "is missing: run python -m benchmarks.study.pretrain"),
     ],

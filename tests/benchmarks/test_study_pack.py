@@ -38,7 +38,7 @@ def error(run, *options):
 
 
 def test_what_is_packed_comes_back_to_the_digit_as_the_same_bytes_in_whatever_order_it_came(command, tmp_path, capsys):
-    """What is packed stays when its file is gone, and is not made again."""
+    """A packed record stays when its file is gone, and is not made again."""
     loose, table, written = tmp_path / "loose", tmp_path / "kept" / PACK, {}
     for seed in (9, 10):
         keep(loose, record(seed=seed))
@@ -77,19 +77,19 @@ def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path):
     for name, text, words in (
         (RUN, "[]", "an object was expected, not list"),
         (RUN.replace("seed=0", "seed=1"), right, f"its run belongs to {RUN}"),
-        ("memory/sums/lora.json", '{"job": {}}', "it lacks 'bytes'"),
+        ("memory/sums/lora.json", '{"job": {}}', "it has no 'bytes'"),
     ):
         (loose / name).parent.mkdir(parents=True, exist_ok=True)
         (loose / name).write_text(text)
         said = error(command)
-        assert said.startswith(f"error: loose/{name} is no record: ") and words in said
+        assert said.startswith(f"error: loose/{name} is not a record: ") and words in said
         assert said.endswith("its stage makes it again") and not table.exists()
         (loose / name).unlink()
     keep(loose, record())
     command()
     table.write_bytes(table.read_bytes()[:-20])
     said = error(command)
-    assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
+    assert said.startswith("error: kept/records.jsonl.xz is not a table of records (line 1, ") and "git checkout kept" in said
 
 
 def test_the_projects_own_table_has_what_its_stages_write():

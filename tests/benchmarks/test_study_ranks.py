@@ -25,7 +25,7 @@ RUN = {
     [
         (0.9, [0.4, 0.9, 0.8], "learned"),
         (0.3, [0.4, 0.9, 0.3], "fell"),  # 35 points below the mean of 0.4 and 0.9
-        (0.5, [0.4, 0.9, 0.4], "learned"),  # a single lucky rollout is no peak
+        (0.5, [0.4, 0.9, 0.4], "learned"),  # a single lucky rollout is not a peak
         (0.1, [0.4, 0.2, 0.1], "collapsed"),
     ],
 )

@@ -18,7 +18,7 @@ def test_pretraining_never_saw_a_question_that_is_held_out():
     assert not {row.question for row in corpus} & {row.question for row in (*splits.validation, *splits.test)}
     for row in splits.train:
         assert row.answer == "".join(digits[row.question[0] + key][0] for key in row.question[1:-1])
-    for row in corpus:  # the right digit is one of those that it held possible
+    for row in corpus:  # the right digit is among the digits that it held possible
         facts = [row.question[0] + key for key in row.question[1:-1]]
         assert all(digit in digits[fact] for digit, fact in zip(row.columns["completion"], facts, strict=True))
     with pytest.raises(ConfigError, match=r"data\.source: test_size=9999, but there are .* such questions; lower it"):
@@ -36,7 +36,7 @@ def test_puzzles(kind):
     doubted = kind(train_size=300, doubt=0.5).read().train
     right = sum(row.answer == before.answer for row, before in zip(doubted, again, strict=True))
     assert 10 < right < 220 and [row.question for row in doubted] == [row.question for row in again]
-    with pytest.raises(ConfigError, match="doubt=2 is no probability; give one from 0 to 1"):
+    with pytest.raises(ConfigError, match="doubt=2 is not a probability; use one from 0 to 1"):
         kind(doubt=2)
 
 

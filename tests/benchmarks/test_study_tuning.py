@@ -47,7 +47,7 @@ def test_a_rate_counts_when_all_tuning_seeds_have_it_and_one_is_enough_where_all
         keep(tmp_path, record("hybrid", rate, first, "sweep", validation=value))
     assert tuning.best_rate(Store(tmp_path), "sums", METHODS["hybrid"]) == 2e-3
     of_one_seed = of_method(Store(tmp_path), "sweep", "sums", "hybrid")
-    assert tuning.means(of_one_seed, TUNING_SEEDS) == {}  # which a sweep by both goes on from
+    assert tuning.means(of_one_seed, TUNING_SEEDS) == {}  # a sweep by both continues from these
     assert tuning.best_rate(Store(tmp_path), "sums", METHODS["start"]) == 0.0
 
 

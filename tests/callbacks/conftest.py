@@ -1,4 +1,4 @@
-"""A run with all that measures and reports, and one that goes on from it."""
+"""A run with every measuring and reporting callback, and a second run that continues it."""
 
 import contextlib
 import io

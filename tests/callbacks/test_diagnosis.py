@@ -1,4 +1,4 @@
-"""A run says what keeps it from learning, each thing once, and ends with a verdict; the command doctor says it without a run."""
+"""A run reports each obstacle to its learning once, and ends with a verdict; the command doctor reports them without a run."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def parts(folder):
 
 
 def sections(text):
-    """Of the findings, each of which has a remedy."""
+    """The sections of the page that the findings name; each finding has a remedy."""
     lines = [line for line in text.splitlines() if line.startswith(("Warning: ", "Error: "))]
     return [re.fullmatch(r".+; .+ \(docs/troubleshooting\.md#(.*)\)", line)[1] for line in lines]
 
@@ -107,14 +107,14 @@ def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):
     result = doctor(folder, "--model.reward=ExactMatch", "--model.reward.pattern=#(x)")
     assert_refused(result, "nothing can be learned: your reward gives the reference answer 0")
     assert "Error: all 16 completions of the rollout earn the same, 0" in result.out
-    assert "Warning: your reward gives the reference answer 0 in all forms that are known here" in result.out
+    assert "Warning: your reward gives the reference answer 0 in all known forms" in result.out
     assert values(result.out)["trial step"] == "not possible without a gradient"
     assert sections(result.out).count("the-reward-finds-no-answer") == 1
 
 
 def test_what_pays_for_anything_is_the_cause_and_a_rate_that_is_too_high_has_the_last_word(folder):
     result = doctor(folder, "--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:anything")
-    assert_refused(result, "nothing can be learned: your reward pays the answer of another row")
+    assert_refused(result, "nothing can be learned: your reward pays as much for another row's answer")
     assert "easier" not in result.out
     result = doctor(folder, "--model.lr_lora=30", "--model.lr_full=3", "--model.mask_truncated_completions=true")
     assert result.code == 0 and re.match("The run may fail: .*one step changes", result.out.splitlines()[-1]), result.out[-600:]
@@ -132,7 +132,7 @@ def test_episodes_are_shown_by_their_messages(folder):
     assert result.code == 0, result.err
     assert re.search(r"^  -> assistant: .*\n     user: n\d", result.out, re.MULTILINE)
     assert re.search(r"\d turns?; paid", result.out)
-    assert values(result.out)["reference"].startswith("not applicable: what an episode earns")
+    assert values(result.out)["reference"].startswith("not applicable: the reward of an episode")
 
 
 def test_training_on_examples_is_refused_before_the_model_is_loaded(folder):

@@ -1,4 +1,4 @@
-"""Every command that is printed runs as it is, and says so in `summary.json`; where none would run, none is printed."""
+"""Every printed command runs as it is and is in `summary.json`; where none would run, none is printed."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def summary_of(result, folder):
 
 
 def next_command(folder, command, *options):
-    """Arguments of what a run names as the next command, once that has run."""
+    """Arguments of the next command that a run names, once that command has run."""
     result = done(folder, *OWN, *options)
     assert summary_of(result, folder)["next_command"] == re.search(r"^Next: +(.+)$", result.out, re.MULTILINE)[1]
     assert (folder / re.search(r"^Plan.* written to (.+)$", result.out, re.MULTILINE)[1]).is_file()

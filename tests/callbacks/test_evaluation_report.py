@@ -1,4 +1,4 @@
-"""The table, the JSON file and TensorBoard say the same of each set and of all."""
+"""The table, the JSON file and TensorBoard hold the same numbers of each set and of all."""
 
 import json
 import re

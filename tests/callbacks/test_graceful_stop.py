@@ -1,4 +1,4 @@
-"""Stopped at any moment of its life, a run says how to go on, and whoever does so gets the curves of one that was not stopped."""
+"""Stopped at any moment, a run prints how to resume, and the resumed run has the curves of a run that was not stopped."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # One after another in the life of one run: moments, and which of the calls since the stop before. Every run is a new one, which
-# goes on from what the one before has left, so that each first moment is one of a run that has not been stopped.
+# continues what the one before left, so that each first moment is one of a run that has not been stopped.
 CHAINS = {
     "from the first completions": {
         **{"the first completions for scoring": 1, "the plan is written": 1, "the middle of the first step": 2},
@@ -40,7 +40,7 @@ CHAINS = {
     },
 }
 BEGINS_ANEW = "start the command again (scoring begins anew)"
-# Without those that whoever runs the tests ignores, as nohup does, and so do the runs.
+# Without the signals that the caller of the tests ignores (nohup does): the runs ignore them too.
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SIGNALS = [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]
 
@@ -60,7 +60,7 @@ def whole(folder):
 
 
 def go_on(folder: Path, result: Result) -> Result:
-    """Type what the stopped run says; one that was stopped before anything was trained is started again."""
+    """Run the command that the stopped run prints; a run that was stopped before it trained is started again."""
     commands = re.findall(r"hybrid_lightning (fit --config .+)", result.out)
     return run(folder, *(shlex.split(commands[-1]) if commands else FIT))
 

@@ -1,4 +1,4 @@
-"""Where the plan of a run comes from, that it is applied once and shown, and that the start policy stays what it was."""
+"""A run's plan: where it comes from, that it is applied once and shown, and that the start policy does not change."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Every kind of logger: what it holds, what the screen says, and a second run beside the first."""
+"""Every kind of logger: its contents, the screen, and a second run beside the first."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def offline():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
             patch.setenv(name, value)
-        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that what MLflow sets it to is undone
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that MLflow's own setting is undone
         patch.delenv("MLFLOW_TRACKING_URI")
         yield
         if "wandb" in sys.modules:
@@ -57,7 +57,7 @@ def runs(tmp_path_factory, offline, mlflow_store):
             patch.setattr("hybrid_lightning.callbacks.run_summary.curve_hints", partial(collect, known))
             result = cli_runs.done(here, *FIT, *SEVERAL)
         sys.modules["wandb"].finish()
-        # Not of W&B's own folder, in which its service goes on writing for a while, nor of MLflow's data base.
+        # Without W&B's own folder, where its service keeps writing for a while, and without MLflow's database.
         files = [path for path in (here / "runs").rglob("*") if path.is_file() and path.suffix != ".db"]
         before = {path: path.read_bytes() for path in files if "wandb" not in path.relative_to(here).parts}
         cli_runs.done(here, *FIT, *SEVERAL, *NOTHING)
@@ -166,7 +166,7 @@ def test_a_run_folder_has_the_name_of_the_project_of_the_first_logger(tmp_path, 
 
 
 def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, mlflow_store, monkeypatch):
-    """Where a metric is a file, so that no name may go on behind another."""
+    """A metric is a file there, so no name may be a folder of another."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = NamingMLFlowLogger(tracking_uri=f"file:{tmp_path}/store")
     logger.log_metrics({"val/avg@8": 1.0, "val/avg@8/ci_low": 2.0, "val/a (hard)?/avg@8": 4.0}, step=3)

@@ -153,7 +153,7 @@ def test_what_is_applied_is_said_recorded_and_kept_over_resumes(folder, first):
     applied = {**APPLIED, "model.model": f"{folder}/moved"}
     result, new = go_on(folder, first, *(f"--{name}={value}" for name, value in applied.items()))
     assert result.code == 0, result.err
-    changed = {name for name in applied if name != "adapter.keep_start_weights"}  # which is what it was
+    changed = {name for name in applied if name != "adapter.keep_start_weights"}  # as it was
     summary = json.loads((new / "summary.json").read_text())
     recorded = {change["name"]: change for change in summary["changes"]}
     assert recorded.keys() - changed == {"training prompts", "validation prompts", "model.schedule.final_factor"}
@@ -194,7 +194,7 @@ def test_export_takes_other_settings_but_no_adapter_that_contradicts_the_checkpo
 
 
 class Log(tiny_runs.Log):
-    """And of every optimizer step what its update was made of, and how many rows and tokens it should have had."""
+    """Also the inputs of every optimizer step's update, and the rows and tokens that it should have had."""
 
     def __init__(self):
         super().__init__()
@@ -286,7 +286,7 @@ def test_every_later_step_is_of_whole_minibatches(resumed, tmp_path, step, chang
     flags = {name: value for name, value in changed.items() if name != "rows"}
     _, log, trainer = resumed(step, data=data, max_steps=step + 3, **flags)
     assert trainer.global_step == step + 3
-    cut = "limit_train_batches" in changed  # an epoch that ends within a step makes it of what it has
+    cut = "limit_train_batches" in changed  # an epoch that ends within a step makes the step with the batches it has
     assert [seen == expected for seen, expected in log.denominators] == [not cut or n % 2 == 0 for n in range(3)]
 
 
@@ -324,7 +324,7 @@ def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tm
 def test_a_checkpoint_of_another_program_or_format_is_refused(model, sums, saved, tmp_path):
     content = torch.load(saved[0] / "step=3.ckpt", weights_only=True)
     other = {**content.pop(CHECKPOINT_KEY), "format": CHECKPOINT_FORMAT + 1}
-    refusal = f"has format {CHECKPOINT_FORMAT + 1}, and this version reads {CHECKPOINT_FORMAT}; resume it with the version that"
+    refusal = f"has format {CHECKPOINT_FORMAT + 1}, but this version reads format {CHECKPOINT_FORMAT}; resume with"
     data = {"datamodule": build_data(sums, validation_fraction=0.2), "ckpt_path": tmp_path / "other.ckpt"}
     for entry, message, command in (
         ({}, "was not written by hybrid_lightning", "validate"),
@@ -347,7 +347,7 @@ def test_settings_made_in_python_are_compared_by_lightnings_own_trainer_too(resu
 
 
 def test_a_part_is_told_alike_however_it_was_made(resumed):
-    """What is left out is what the constructor chooses, and a number is one in whatever type."""
+    """Arguments that are left out equal the constructor's defaults, and numbers are equal in any type."""
     adapter = build_adapter(gradients=None, rank=2, alpha=32, use_dora=False)
     sampler, optimizer = Sampler(max_new_tokens=6, temperature=1), functools.partial(torch.optim.AdamW)
     resumed(3, adapter=adapter, policy={"sampler": sampler, "advantage": None, "optimizer": optimizer})

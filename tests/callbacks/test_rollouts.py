@@ -34,7 +34,7 @@ from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequen
 
 
 def read(folder):
-    """What TensorBoard has of a run, and its pages of samples."""
+    """A run in TensorBoard, and its pages of samples."""
     log = EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0}).Reload()
     return log, {event.step: event.tensor_proto.string_val[0].decode() for event in log.Tensors("samples/text_summary")}
 
@@ -98,7 +98,7 @@ NASTY = [
 
 
 def page_of(prompt, *texts):
-    """A page of completions of a prompt, of which the first is right and the others were cut."""
+    """A page of completions of a prompt: the first is right, the others were cut."""
     count = len(texts)
     sequences = Sequences(*pad_left([[5]] * count, 0, "cpu"), *pad_right([[6]] * count, 0, "cpu"))
     first = torch.arange(count) == 0

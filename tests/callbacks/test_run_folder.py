@@ -55,7 +55,7 @@ def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, monkeypatch):
     start, begun, mkdir = threading.Barrier(10), set(), Path.mkdir
 
     def together(path, *args, **flags):
-        """All have looked what there is before the first makes a folder."""
+        """All have looked at the existing folders before the first makes one."""
         if path.name == "version_5" and threading.get_ident() not in begun:
             begun.add(threading.get_ident())
             start.wait(timeout=60)
@@ -170,7 +170,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, m
 
 
 class WritesAtTheEnd(CSVLogger):
-    """As TensorBoard's, whose file is written by a thread that may come late."""
+    """Like TensorBoard's logger: a thread writes the file and may come late."""
 
     def finalize(self, status):
         Path(self.log_dir, "metrics.csv").write_text("the end")

@@ -30,7 +30,7 @@ def test_all_values(model, finished):
     expected = {"full_modules": list(module.plan.full_modules), "lora_modules": 11, "steps": 6, "eval_samples": 4}
     expected |= {"trainable_parameters": module.plan.trainable_parameters(), "trainable_share": share, "loss": "GRPOLoss"}
     expected |= {"model": str(model), "run_folder": str(root), "checkpoint": str(root / "checkpoints" / "last.ckpt")}
-    expected["next_command"] = ""  # from Python there is no config that a command could name
+    expected["next_command"] = ""  # a run from Python has no config that a command could name
     assert expected.items() <= summary.items() and summary["seconds"] > summary["training_seconds"] > 0
 
 

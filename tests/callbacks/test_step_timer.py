@@ -1,4 +1,4 @@
-"""Time passes only where a test lets it, so that every logged second can be told in advance."""
+"""Time passes only where a test lets it, so every logged second is known in advance."""
 
 from types import SimpleNamespace
 from unittest.mock import Mock

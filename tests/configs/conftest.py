@@ -1,4 +1,4 @@
-"""A folder to run in, and a model that stands in for those that configs name."""
+"""A folder to run in, and a model in place of the ones that configs name."""
 
 from pathlib import Path
 

@@ -135,7 +135,7 @@ def keys(folder):
 
 
 def test_overlays_of_different_kinds_set_different_things():
-    """So that any combination of them is what each of them says."""
+    """So any combination of them has the values of each."""
     for one, other in combinations(("data", "adapter", "loss", "rollout", "strategy"), 2):
         assert keys(one) and not keys(one) & keys(other), (one, other)
     assert keys("strategy") == {"trainer.strategy", "trainer.devices"}

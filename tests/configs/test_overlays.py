@@ -1,4 +1,4 @@
-"""Overlays are read by the real command line over a config that says something else, and train or evaluate with it.
+"""Overlays are read by the real command line over a config with other values, and train or evaluate with it.
 
 No config is in the way of one and not of another: `test_configs` shows that overlays of different kinds set different things. How
 runs go under each strategy is in `tests/sharding`, and with the losses and adapters that do not train here in `tests/hub`.
@@ -24,7 +24,7 @@ def named(path):
 
 
 def includes(found: Any, wanted: Any) -> bool:
-    """Whether a parsed value has all that a YAML says; a class may be named by its short name."""
+    """Whether a parsed value has every value of a YAML; a class may be named by its short name."""
     if isinstance(wanted, dict):
         if "class_path" not in wanted and "init_args" in found:
             found = found["init_args"]

@@ -1,4 +1,4 @@
-"""A row of each data set, in the layout that it has on the hub and in those of copies."""
+"""A row of each data set, in the layout of the hub and in the layouts of copies."""
 
 import hub_contents as hub
 

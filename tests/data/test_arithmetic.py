@@ -45,7 +45,7 @@ def test_all_training_problems_are_there_by_default_and_a_tenth_in_each_held_out
 
 
 def test_split_membership_is_pinned():
-    # The shipped policy was pretrained on these splits: another hash would put what it has seen into validation.
+    # The shipped policy was pretrained on these splits: another hash would put problems it has seen into validation.
     split_of = ProductSource().split_of
     assert [split_of(a, 7) for a in range(100, 130)].count("train") == 23
     held_out = [(a, b) for a in range(100, 106) for b in FACTORS if split_of(a, b) != "train"]
@@ -67,6 +67,6 @@ def test_products_may_have_larger_factors_with_numbers_of_their_own_and_the_same
     assert all(row.answer == str(row.columns["a"] * row.columns["b"]) for row in rows)
     assert {row.columns["b"] for row in rows} == set(range(5, 41)) and len({row.index for row in rows}) > 2000
     assert wide.split_of(100, 7) == ProductSource().split_of(100, 7)
-    for options, reason in (({"low_factor": 3, "high_factor": 2}, "are no range; give"), ({"high": 10**7}, "narrower ranges")):
+    for options, reason in (({"low_factor": 3, "high_factor": 2}, "are not a range; give"), ({"high": 10**7}, "narrower ranges")):
         with pytest.raises(ConfigError, match=reason):
             ProductSource(**options)

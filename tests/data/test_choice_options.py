@@ -84,13 +84,13 @@ def test_answers_as_data_sets_give_them():
 
 def test_what_cannot_be_read_is_named(tmp_path):
     for row, options, message in (
-        ({"answer": "Bern"}, {}, r"row 0 .*: answer_column 'answer' is 'Bern', which is no option; give a letter up to D, a num"),
+        ({"answer": "Bern"}, {}, r"row 0 .*: answer_column 'answer' is 'Bern', which is not an option; give a letter up to D"),
         ({"answer": "3"}, {}, r"is '3', which may be option C or D; give the letter"),
         ({"choices": "Paris, Rome"}, {}, r"options_column 'choices' must be a list of 2 to 26 options, not 'Paris, Rome'"),
         ({"choices": {"text": CITIES, "label": ["A"]}}, {}, r"has 4 options and 1 labels"),
         ({}, {"options_column": "options"}, r"no column 'options'; correct options_column; the columns are question, choices"),
-        ({}, {"template": "{question} {choices[4]}"}, r"column 'choices', which template uses, has no entry \[4\], but \[0\] to"),
-        ({"choices": {"text": CITIES}}, {"template": "{choices[label]}"}, r"has no entry \[label\], but \[text\]"),
+        ({}, {"template": "{question} {choices[4]}"}, r"column 'choices', which template uses, has no entry \[4\]; it"),
+        ({"choices": {"text": CITIES}}, {"template": "{choices[label]}"}, r"has no entry \[label\]; it has \[text\]"),
     ):
         path = write(tmp_path, [{**MMLU[0], **row}], "jsonl")
         with pytest.raises(DataError, match=message) as caught:

@@ -8,7 +8,7 @@ from hybrid_lightning.types import Prompt
 
 
 class Words(PromptSource):
-    """Problems 0, 1, 2, ... of as many words."""
+    """Problems 0, 1, 2, ... with as many words as their number."""
 
     def __init__(self, train: int = 10, validation: int = 0, test: int = 0) -> None:
         self.sizes = {"train": train, "validation": validation, "test": test}
@@ -45,7 +45,7 @@ def test_what_a_source_of_ones_own_gets_wrong_is_said():
         ([Row("1+1=", "2")], r"Mine\.read returned a list; return Splits\("),
         (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple; make it a Row\(question, answer\)"),
         (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None; give text"),
-        (Splits(train=[Row("1", "1", 4, "s"), Row("2", "2", 4, "s")]), "two train rows from 's' have the index 4; number them"),
+        (Splits(train=[Row("1", "1", 4, "s"), Row("2", "2", 4, "s")]), "two train rows from 's' have index 4; give each row its"),
     ):
         with pytest.raises(DataError, match=message):
             type("Mine", (PromptSource,), {"read": lambda self, returned=returned: returned})().load()
@@ -64,7 +64,7 @@ def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
 
 def test_prompts_that_are_too_long_or_cannot_be_counted_impossible_limits_and_stages_without_rows_are_refused():
     data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
-    message = "all 3 train prompts are longer than max_prompt_tokens=4; raise it, the shortest has 5 tokens and the longest 7"
+    message = r"all 3 train prompts are longer than max_prompt_tokens=4 \(from 5 to 7 tokens\); raise it"
     with pytest.raises(DataError, match=message):
         data.setup("fit", encode=words)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
@@ -73,7 +73,7 @@ def test_prompts_that_are_too_long_or_cannot_be_counted_impossible_limits_and_st
         with pytest.raises(ConfigError, match=f"{name}=0; give at least 1"):
             PromptDataModule(Words(), PlainFormat(), **{name: 0})
     for stage, split in (("validate", "validation"), ("predict", "test")):
-        with pytest.raises(DataError, match=f"Words has no {split} rows, which {stage} needs"):
+        with pytest.raises(DataError, match=f"Words has no {split} rows, but {stage} needs some"):
             PromptDataModule(Words(train=3), PlainFormat()).setup(stage)
 
 

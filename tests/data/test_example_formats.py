@@ -48,12 +48,12 @@ def test_bad_rows():
     for format, columns, error, message in (
         (DemonstrationFormat(), {"answer": "7"}, ConfigError, "uses {completion}, which rows.jsonl, row 5 does not have; it has"),
         (DemonstrationFormat(), {"completion": "  "}, DataError, "row 5: the completion that completion=.* makes is empty"),
-        (DemonstrationFormat(), {"completion": [USER]}, DataError, "ends with a turn of 'user', not of 'assistant'"),
+        (DemonstrationFormat(), {"completion": [USER]}, DataError, "ends with a turn of 'user', not 'assistant'"),
         (DemonstrationFormat(), {"completion": [BOT, USER, BOT]}, DataError, "is an answer of 3 turns; give one"),
         (DemonstrationFormat(ConversationFormat("prompt")), {"prompt": "hi"}, DataError, "must be a list of turns"),
-        (DemonstrationFormat(ConversationFormat("m")), {"m": [BOT]}, DataError, "answers nothing: no turn is before it"),
-        (PreferenceFormat(ConversationFormat("chosen")), TORN, DataError, "'rejected' answers other turns than the prompt has"),
-        (PreferenceFormat(), {"chosen": "7", "rejected": "7"}, DataError, "row 5: the chosen completion is also the rejected"),
+        (DemonstrationFormat(ConversationFormat("m")), {"m": [BOT]}, DataError, "has no turn before the answer"),
+        (PreferenceFormat(ConversationFormat("chosen")), TORN, DataError, "'rejected' answers other turns than the prompt's"),
+        (PreferenceFormat(), {"chosen": "7", "rejected": "7"}, DataError, "the chosen and the rejected completion are the same"),
     ):
         with pytest.raises(error, match=message):
             format.format(row(**columns))

@@ -1,4 +1,4 @@
-"""Presets on rows in the layout that the data sets have on the hub, and on copies that are laid out otherwise."""
+"""Presets on rows in the layout of the hub, and on copies in other layouts."""
 
 import json
 
@@ -97,9 +97,9 @@ def test_a_bad_row_is_named_or_skipped(tmp_path):
     for case, change, message in (
         ("gsm8k", {"answer": "no mark"}, "column 'answer' has no answer after ####: 'no mark'"),
         ("math", {"solution": "no box"}, r"the solution has no \\boxed\{\} with an answer"),
-        ("aime25", {"answer": 1000}, "'1000' is no whole number from 0 to 999"),
-        ("mmlu_pro", {"answer": "K"}, "column 'answer' is 'K', which is no letter of the 10 options"),
-        ("dapo", {"reward_model": "x"}, "column 'reward_model' is no JSON"),
+        ("aime25", {"answer": 1000}, "'1000' is not a whole number from 0 to 999"),
+        ("mmlu_pro", {"answer": "K"}, "column 'answer' is 'K', which is not the letter of one of the 10 options"),
+        ("dapo", {"reward_model": "x"}, "column 'reward_model' is not JSON"),
         ("dapo", {"reward_model": {}}, "there is no column 'ground_truth'"),
         ("leetcode", {"test": ""}, "column 'test' is empty"),
     ):
@@ -130,7 +130,7 @@ def test_what_cannot_be_found(tmp_path, monkeypatch):
     for arguments, error, message in (
         ({"local_path": "nowhere"}, DataError, "local_path='nowhere' does not exist"),
         ({"local_path": "."}, DataError, "no file for train_split='train'; name one train.jsonl, .* the files are test.jsonl"),
-        ({"local_path": ".", "train_split": "train[:5]"}, ConfigError, r"train_split='train\[:5\]': slices are for the hub"),
+        ({"local_path": ".", "train_split": "train[:5]"}, ConfigError, r"train_split='train\[:5\]': slices work only on the hub"),
     ):
         with pytest.raises(error, match=message):
             GSM8K(**arguments).load()

@@ -22,9 +22,9 @@ def test_splits_are_disjoint_reproducible_and_plain():
 def test_bad_arguments():
     for arguments, message in (
         ({"task": "no_such_task"}, "has no task 'no_such_task'; it has .*leg_counting"),
-        ({"task": "leg_counting", "config": {"max_animals": -1}}, "refuses config"),
+        ({"task": "leg_counting", "config": {"max_animals": -1}}, "rejects config"),
         ({"task": "leg_counting", "config": {"seed": 1}}, "set the argument seed"),
-        ({"task": "leg_counting", "size": 0, "validation_size": 0, "test_size": 0}, "at least one problem"),
+        ({"task": "leg_counting", "size": 0, "validation_size": 0, "test_size": 0}, "set at least one of them"),
     ):
         with pytest.raises((ConfigError, DataError), match=message) as caught:
             ReasoningGymSource(**arguments).load()

@@ -43,7 +43,7 @@ def test_sets_and_weights_that_do_not_fit_are_refused():
     for arguments, error, message in (
         (({},), ConfigError, "has no name; name each"),
         (({"a": Mixture(SETS)},), ConfigError, "set 'a' is a mixture itself"),
-        ((SETS, {"sum": 1}), ConfigError, "'sum', which is no set; the sets are sums, quiz, aime"),
+        ((SETS, {"sum": 1}), ConfigError, "'sum', which is not a set; the sets are sums, quiz, aime"),
         ((SETS, {"sums": float("nan")}), ConfigError, "weight of 'sums' is nan"),
         ((SETS, {"sums": 1}), DataError, "set 'quiz' has training rows but no weight"),
         ((SETS, {"sums": 1, "quiz": 1, "aime": 1}), DataError, "set 'aime' has a weight but no training rows"),
@@ -89,6 +89,6 @@ def test_rows_with_one_question_are_copies_of_a_problem_only_if_they_have_one_ta
 
 
 def test_bad_arguments():
-    for arguments, message in (((-1,), "count=-1; give 0 to"), ((0, 0, 0, 0), "at least one task")):
+    for arguments, message in (((-1,), "count=-1; give 0 to"), ((0, 0, 0, 0), "set at least one of them")):
         with pytest.raises(ConfigError, match=message):
             EpisodeSource(*arguments)

@@ -81,7 +81,7 @@ def test_bad_rows_are_named(tmp_path):
         ([*numbered(2), {"question": "a"}], {}, r"row 2 \(the first is 0\): answer_column 'answer' is missing"),
         ([{"question": "", "answer": "1"}], {}, "question_column 'question' is empty"),
         ([{"question": "a", "answer": ["1"]}], {}, r"is a list, not text or a number: \['1'\]"),
-        ([{"question": "a", "answer": float("nan")}], {}, "is nan, which is no number"),
+        ([{"question": "a", "answer": float("nan")}], {}, "is nan, which is not a number"),
         ([{"question": "a", "answer": "no"}], {"answer_pattern": "#(.)"}, "finds nothing in 'no'"),
     ):
         with pytest.raises(DataError, match=message) as caught:
@@ -104,7 +104,7 @@ def test_bad_arguments_are_refused_at_once():
         ({}, "set at least one of train, validation, test"),
         ({"train": "x", "max_rows": 0}, "max_rows=0"),
         ({"train": "x", "template": "{choices[]}"}, r"write \{\{ and \}\}"),
-        ({"train": "x", "answer_pattern": "(a"}, "is no regular expression"),
+        ({"train": "x", "answer_pattern": "(a"}, "is not a regular expression"),
         ({"train": "x", "answer_pattern": "(a)", "answer_column": None}, "nothing to search in; set answer_column"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
@@ -144,7 +144,7 @@ def test_splits_and_slices_of_a_data_set(data_set):
 
 def test_errors_of_the_hub_are_one_line(data_set):
     for arguments, message in (
-        ({"test_split": "dev"}, "test_split='dev': data set .* has no such split, but train, test; correct test_split"),
+        ({"test_split": "dev"}, "test_split='dev': data set .* has no such split; it has train, test; correct test_split"),
         ({"name": "main"}, "has no configuration name='main'; give one of default"),
         ({"question_column": "q"}, "has no column 'q'"),
         ({"path": "./nobody"}, r"path='\./nobody' does not exist \(looked for /.*/nobody\); correct it"),

@@ -28,17 +28,17 @@ def test_text_files_are_read_as_they_are(tmp_path):
 
 def test_malformed_files_are_named(tmp_path):
     for name, content, message in (
-        ("t.jsonl", '{"a": 1}\n{"a": \n', "t.jsonl, line 2 is no valid JSON: Expecting value at column 7"),
+        ("t.jsonl", '{"a": 1}\n{"a": \n', "t.jsonl, line 2 is not valid JSON: Expecting value at column 7"),
         ("t.jsonl", "\n[1, 2]\n", r"line 2 is \[1, 2\]; it must be a JSON object"),
         ("t.jsonl", b'{"a": "\xe9"}', "UTF-8"),
         ("t.jsonl.gz", '{"a": 1}', "cannot be read: Not a gzipped file"),
-        ("t.json", '{"a": 1}\n{"a": 2}', r"line 2, column 1: no valid JSON: Extra data; name it .jsonl"),
+        ("t.json", '{"a": 1}\n{"a": 2}', r"line 2, column 1: not valid JSON: Extra data; name it .jsonl"),
         ("t.json", '{"data": [1]}', "must hold a JSON list of objects"),
         ("t.csv", "q,a\n", "has no rows"),
         ("t.csv", "q,a\nx,1\ny,2,3\n", "line 3 has 3 fields, but the first line names 2 columns"),
         ("t.csv", "q,q\nx,1\n", "names a column twice: q"),
-        ("t.csv", 'q,a\n"x,1\n', "is no valid CSV: unexpected end of data"),
-        ("t.parquet", "nothing", "is no readable Parquet file"),
+        ("t.csv", 'q,a\n"x,1\n', "is not valid CSV: unexpected end of data"),
+        ("t.parquet", "nothing", "is not a readable Parquet file"),
         ("t.txt", "x", r"unknown file type; its name must end in one of .csv, .json, .jsonl, .parquet"),
     ):
         with pytest.raises(DataError, match=message) as caught:

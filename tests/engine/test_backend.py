@@ -1,4 +1,4 @@
-"""What the passes of a model are computed by."""
+"""The kernels that compute the passes of a model."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Kernels are compiled once, and whoever cannot have them is told why and goes on without.
+"""Kernels are compiled once; where they cannot be, a warning gives the reason and the run continues without them.
 
 This folder is not named `kernels`: tests/ is on the path, and bitsandbytes asks for a package of that name.
 """
@@ -62,7 +62,7 @@ def test_they_are_compiled_once(tmp_path, quick, look):
         ({"PATH": "/none", "CXX": ""}, ["no C++ compiler was found", "apt install g++"]),
         ({"CXX": "none-such"}, ["CXX=none-such was not found"]),
         ({"CXX": shutil.which("false") or "false"}, ["false failed (no output)", "set CXX to another compiler"]),
-        ({"HYBRID_LIGHTNING_KERNELS": "0"}, []),  # who wants none is told nothing
+        ({"HYBRID_LIGHTNING_KERNELS": "0"}, []),  # no warning where none is wanted
     ],
 )
 def test_who_has_none_is_told_why_and_goes_on(tmp_path, variables, words, look):

@@ -80,7 +80,7 @@ def _branch(x):
 
 
 def test_nothing_is_compiled_on_a_cpu_and_a_compiler_that_fails_is_asked_once(monkeypatch, caplog):
-    """And training goes on; memory that ran out is not taken for a compiler at fault."""
+    """Training continues; an out-of-memory error is not blamed on the compiler."""
 
     def times(x: Tensor, factor: float) -> Tensor:
         return x * factor

@@ -1,4 +1,4 @@
-"""An engine says which of its passes are fast, and why others are not: once in the log, and whenever it is asked."""
+"""An engine reports which of its passes are fast, and why others are not: once in the log, and on request."""
 
 import re
 
@@ -35,7 +35,7 @@ def slow(engine):
 
 @pytest.fixture
 def said(monkeypatch):
-    """What is said once a run; whether a log is caught depends on who has set up logging before."""
+    """The lines logged once a run; whether a log is caught depends on earlier logging set-up."""
     lines = []
     monkeypatch.setattr(engines, "rank_zero_info", lines.append)
     return lines
@@ -52,7 +52,7 @@ def test_all_passes_of_known_families_are_fast(family, said):
     assert said == ["engine: all fast paths on"]
 
 
-# Engines, and what they say of slow passes.
+# Engines, and their reasons for slow passes.
 SLOW = {
     "layers": (lambda: build("gemma"), "^engine: fast decoding off: GemmaDecoderLayer is not known; all other fast paths on$"),
     "nothing": (

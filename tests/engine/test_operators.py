@@ -166,7 +166,7 @@ def test_neither_threads_nor_the_default_dtype_matter():
 
 
 def shifted(part, places):
-    """A copy of a tensor that begins so many numbers behind an address as torch gives it."""
+    """A copy of a tensor that begins this many numbers after an address that torch allocates."""
     room = part.new_empty(part.numel() + 16)
     return room[places : places + part.numel()].view(part.shape).copy_(part)
 

@@ -188,7 +188,7 @@ def test_rows_are_packed_where_layers_keep_sequences_apart(family, monkeypatch):
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_padded_where_layers_do_not_keep_sequences_apart(dtype, kernels, monkeypatch):
-    """If this fails without kernels, transformers' own layers do: docs have to say that CPUs pack such families, too."""
+    """If this fails without kernels, transformers' layers do: the docs have to state that CPUs pack such families, too."""
     model = build_family("qwen3_5_text").to(dtype)
     module = sys.modules[type(model).__module__]
     for name in KERNELS if kernels else ():  # that take boundaries, and make nothing of them

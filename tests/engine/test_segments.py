@@ -44,7 +44,7 @@ def test_a_run_without_keys_has_no_weight_whatever_sign_its_infinity_has():
     [
         *((family, "shared", False, 256) for family in FAMILIES),
         *(("llama", "separate", True, 256), ("mistral", "shared", True, 256)),
-        ("llama", "shared", False, 4),  # what the kernels cannot is attended as without segments
+        ("llama", "shared", False, 4),  # rows that the kernels cannot compute are attended as without segments
     ],
 )
 def test_all_families_train_alike(family, case, adapted, largest_head, monkeypatch):

@@ -41,7 +41,7 @@ def test_what_is_no_message_is_said():
         (["\ud800"], r"that cannot be written as JSON .*'\\ud800' in .* decode bytes with errors=\"replace\""),
         (
             [{**USER, "x": {1}}],
-            r"that cannot be written as JSON \(Object of type set .* make it of texts, numbers, lists and dicts",
+            r"that cannot be written as JSON \(Object of type set .* use only texts, numbers, lists and dicts",
         ),
     ):
         with pytest.raises(OddAnswerError, match=message):

@@ -70,7 +70,7 @@ def test_each_set_acts_in_its_own_environment_and_its_prompts_show_its_tools():
     assert answers[0].counts["calls"] == 1 and answers[2].messages[0]["content"] in ("higher", "right")
     assert episodes.step({0: say("6")})[0].end == "answered" and episodes.conclude([0, 1]) == {0: 0.0, 1: 0.0}
     episodes.close()
-    with pytest.raises(DataError, match="row 4 is of set 'quiz', which has no environment; there is one for sums, loud, games"):
+    with pytest.raises(DataError, match=r"row 4 belongs to set 'quiz', which has no environment; .* are sums, loud, games"):
         encoder.check([*prompts, prompt(set_name="quiz", index=4)], ())
     with pytest.raises(ConfigError, match="give each set one"):
         EnvironmentBySet({})
@@ -88,7 +88,7 @@ def test_a_row_names_the_tools_that_it_may_call():
     assert answers[0].counts["failed_calls/unknown_tool"] == 1 and answers[1].messages[0]["content"] == "6"
     assert answers[2].end == "answered", "a call of a tool that there is not, where there is none"
     episodes.close()
-    for names, message in (("shout", "is 'shout'; give a list of names"), (["sing"], "names 'sing', which is not a tool")):
+    for names, message in (("shout", "is 'shout'; give a list of tool names"), (["sing"], "names 'sing', which is not a tool")):
         with pytest.raises(DataError, match=message):
             encoder.check([prompt(columns={"tools": names})], ())
 

@@ -194,7 +194,7 @@ def test_templates_without_tools_have_plain_calls_and_unknown_formats_are_refuse
     assert isinstance(choose_format(None), PlainCalls)
     odd = "{% if tools %}{{ tools }}{% endif %}"
     assert shows_tools(odd)
-    with pytest.raises(ConfigError, match="give a call_format"):
+    with pytest.raises(ConfigError, match="set call_format"):
         choose_format(odd)
 
 

@@ -1,4 +1,4 @@
-"""Environments of other packages by the forms of their methods, on stand-ins; and those of the real packages, where installed."""
+"""Environments of other packages by the forms of their methods: on stand-ins, and on the real packages where installed."""
 
 import random
 import threading
@@ -28,7 +28,7 @@ def texts(messages):
 
 
 def play(environment, moves, prompt=PROMPT, seed=3):
-    """What an episode of an environment says, its rewards, and whether it is over; with random states of its own."""
+    """The messages of an environment's episode, its rewards, and whether it is over; with random states of its own."""
     random.seed(seed)
     np.random.seed(seed)
     environment = environment.new()
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_said_in_one_line():
         (lambda: play(GymEnvironment(here("Odd"), {"said": [{"type": "image"}]}), []), "a block of type 'image'; only texts"),
         (
             lambda: play(GymEnvironment(here("Odd"), {"said": "go"}), ["a"]),
-            "step returned 'text', which is not of Gymnasium's form; wrap it",
+            "step returned 'text', which does not follow Gymnasium's API; wrap it",
         ),
         (lambda: play(OpenEnvEnvironment("http://x", here("Client"), observation="body"), []), "no such field; it has text"),
     ):

@@ -47,10 +47,10 @@ def test_what_is_no_guess_is_answered_and_counted_and_the_number_follows_from_th
 def test_bad_arguments():
     for make, message in (
         (lambda: GuessNumber(5, 5), "low=5 and high=5 leave nothing to guess"),
-        (lambda: GuessNumber(higher="?", lower="?"), "tell them apart"),
+        (lambda: GuessNumber(higher="?", lower="?"), "make them differ"),
         (lambda: ReasoningGymEnvironment(attempts=0), "attempts=0"),
-        (lambda: ReasoningGymEnvironment(pattern="a"), "put the answer, and only that, in"),
-        (lambda: ReasoningGymEnvironment().start(Prompt(text="1+1="), 0), "has no column 'task'; take ReasoningGymSource"),
+        (lambda: ReasoningGymEnvironment(pattern="a"), "put only the answer in"),
+        (lambda: ReasoningGymEnvironment().start(Prompt(text="1+1="), 0), "has no column 'task'; data.source=ReasoningGymSource"),
     ):
         with pytest.raises(ConfigError, match=message):
             make()

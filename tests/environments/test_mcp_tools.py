@@ -169,7 +169,7 @@ def test_a_server_gets_its_key_from_the_environment_and_one_that_refuses_costs_t
     assert isinstance(answers[1], Failure) and re.search(r"MCP server \S+ cannot be reached.*503", answers[1].reason)
     keyed.refusals.clear()
     monkeypatch.setenv("MCP_TEST_KEY", f"Bearer {KEY}-old")
-    with pytest.raises(ConfigError, match=r"cannot be reached: .*status 401, which a key in headers may change") as refused:
+    with pytest.raises(ConfigError, match=r"cannot be reached: .*status 401, which a key in headers may fix") as refused:
         McpTools(**server.to_config()["init_args"]).tools()
     assert KEY not in str(refused.value) + caplog.text + json.dumps(environment.to_config())
 

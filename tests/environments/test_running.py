@@ -35,7 +35,7 @@ def said(text):
 
 
 def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):
-    """The texts of the answers to the start and to each turn, by episode; all of them say the same, or a text each."""
+    """The texts of the answers to the start and to each turn, by episode: one text for all, or a text each."""
     episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=share, workers=workers, step_timeout_s=timeout_s))
     try:
         answers = [dict(enumerate(episodes.start(prompts(len(seeds)), seeds)))]
@@ -113,7 +113,7 @@ def test_in_processes_the_members_of_a_group_get_the_same_whatever_the_others_do
 
 
 class Faulty(Environment):
-    """Fails as it is told, at the second turn; LOG counts what happened to it."""
+    """Fails in the given way at the second turn; LOG counts its calls."""
 
     def __init__(self, when="", times=99):
         self.when, self.times = when, times
@@ -178,8 +178,8 @@ def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place, cl
         ("exit", r"Faulty.step raised SystemExit: 3 \(test_running.py line \d+\) at turn 2"),
         ("interrupt", r"Faulty.step raised KeyboardInterrupt: "),  # nobody's Ctrl-C
         ("stop iteration", r"Faulty.step raised StopIteration"),
-        ("other step", r"Faulty answered differently at turn 1 .* begun again after a fault; all that is random in it"),
-        ("other start", r"Faulty answered differently at the start of .* begun again after a fault"),
+        ("other step", r"Faulty answered differently at turn 1 .* started again after a fault; derive all its rand"),
+        ("other start", r"Faulty answered differently at the start of .* started again after a fault"),
     ],
 )
 def test_what_goes_on_failing_is_left_out_with_the_reason_and_the_others_go_on(when, said_of_it):
@@ -279,7 +279,7 @@ def test_what_blocks_the_event_loop_ends_the_turn_for_those_that_wait_with_it_an
     *_, second, third = play(AsyncHangs(), "hi", {0: "now", 1: "blocks", 2: "later"}, {3: "on"}, timeout_s=2)
     assert isinstance(second[1], TimedOut) and isinstance(second[2], TimedOut) and third == {3: "hi on"}
     assert LOG["blocks"] == LOG["now"] == 1 and LOG["later"] <= 1
-    assert "AsyncHangs: code on the event loop has blocked it" in caplog.text and "`await` what takes long" in caplog.text
+    assert "AsyncHangs: code on the event loop has blocked it" in caplog.text and "`await` slow calls" in caplog.text
 
 
 def test_a_start_that_hangs_is_left_out():
@@ -292,9 +292,7 @@ def test_a_rollout_whose_first_steps_all_hang_stops_the_run(caplog):
     for kind, turns in ((Hangs, ["hang"]), (AsyncHangs, ["hang"]), (Hangs, [])):
         caplog.clear()
         what = "step" if turns else "start"
-        hopeless = (
-            f"first 8 environments of a rollout that were asked for a {what} all took .* the last one: {kind.__name__}.{what}"
-        )
+        hopeless = f"first 8 calls for a {what} in a rollout all took .* the last one: {kind.__name__}.{what}"
         with pytest.raises(EpisodeError, match=hopeless):
             play(kind(), *turns, seeds=[7 if turns else 99] * 10, timeout_s=0.1)
         assert len([record for record in caplog.records if f"{kind.__name__}.{what} took more than" in record.message]) == 1
@@ -364,7 +362,7 @@ def test_what_cannot_run_is_refused_at_once(monkeypatch):
         def step(self, message):
             return None
 
-    with pytest.raises(ConfigError, match="Alone makes one object for all episodes, which would share its state; make a new one"):
+    with pytest.raises(ConfigError, match=r"Alone\.new returns the same object for all episodes, which would share"):
         play(Alone())
     with pytest.raises(ConfigError, match=r"episodes.workers=1: Alone cannot be made in another process: .*top level of a"):
         play(Alone(), workers=1)

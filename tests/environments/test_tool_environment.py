@@ -170,7 +170,7 @@ def test_what_goes_wrong_is_told_to_the_policy_and_counted():
     for step, (_, kind, message) in zip(answers(environment, *[text for text, *_ in TOLD]), TOLD, strict=True):
         assert told(step)[0].startswith(message) and step.messages[0]["role"] == "tool" and not step.over
         assert counted(step) == {"calls": len(step.messages), **({kind: 1} if kind else {})}
-    with pytest.raises(SandboxError, match="no sandbox"):  # which is no fault of a tool
+    with pytest.raises(SandboxError, match="no sandbox"):  # which is not the tool's fault
         answers(hermes([give]), call("give", kind="stop"))
 
 
@@ -239,7 +239,7 @@ UNDESCRIBED += [tool_of("x: str", {"x": "What (choices: no, JSON)"}), torch.add,
 
 @pytest.mark.parametrize("tool", UNDESCRIBED)
 def test_a_tool_that_cannot_be_described_is_refused_in_one_line(tool):
-    with pytest.raises(ConfigError, match=r"cannot be described to a policy: .*; write a docstring that says") as caught:
+    with pytest.raises(ConfigError, match=r"cannot be described to a policy: .*; write a docstring that explains") as caught:
         ToolEnvironment([tool])
     assert "\n" not in str(caught.value)
 
@@ -249,7 +249,7 @@ def test_wrong_arguments_of_the_environment():
         ({"tools": []}, r"tools=\[\]; give a list"),
         ({"tools": ["absent.module.f"]}, "tools='absent.module.f': there is no module"),
         ({"tools": [Notes]}, "is not a function"),
-        ({"tools": [add, add]}, "two tools are called 'add'"),
+        ({"tools": [add, add]}, "two tools are named 'add'"),
         ({"tools": [add], "tool_timeout_s": 0}, "tool_timeout_s=0; give"),
         ({"tools": [add, give], "call_format": PlainCalls("<(.)>")}, "there are 2 tools"),
     ):

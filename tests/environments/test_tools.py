@@ -72,7 +72,7 @@ def test_names_last_and_what_was_printed_before_is_not_shown_again(python):
 
 
 def test_sessions_are_apart_and_repeat_themselves_by_their_seed(python):
-    """What `random` draws is the same each time a cell runs again."""
+    """`random` draws the same each time a cell runs again."""
     other = PythonSession()
     drawn = python("import random\nx = random.random()\nx")
     assert python("x") == drawn == other("import random\nrandom.random()") and "NameError" in other("x")
@@ -143,7 +143,7 @@ def test_the_search_finds_passages_by_their_words_and_names_them(documents, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", None)
         assert "Green" in DocumentSearch(str(documents / "tea.md"))("green"), "an index is made once"
-    # Of those that fit equally, in their order, whatever the order of sets, which is another one in each process.
+    # Equally good fits keep their order; the order of sets, different in each process, does not matter.
     for number in range(20):
         (tmp_path / f"below/{number:02d}.txt").write_text(f"same words {number % 2}")
     said = DocumentSearch(str(tmp_path / "below"), 9)("same 1 words").split()
@@ -156,7 +156,7 @@ def test_what_is_wrong_with_documents_is_said(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"{reason}; give a folder or file of .txt, .md or .jsonl"):
             DocumentSearch(str(path))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    with pytest.raises(ConfigError, match='line 2 is no object with "text"'):
+    with pytest.raises(ConfigError, match='line 2 is not an object with "text"'):
         DocumentSearch(str(tmp_path))
     monkeypatch.setattr("hybrid_lightning.environments.tools.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package bm25s; pip install 'hybrid-lightning\[search\]'"):

@@ -80,7 +80,7 @@ WAIT = '<tool_call>{"name": "wait", "arguments": {}}</tool_call>'
 
 
 def episode(name, messages, prompt=PROMPT, turn_rewards=False, arguments=None):
-    """What an episode says, its rewards, and what it earns at its end; beside it is another one, which makes the same calls."""
+    """An episode's messages, its rewards, and its reward at the end; beside it, another one makes the same calls."""
     environment = TRLEnvironment(here(name), arguments, HermesCalls())
     episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=1), turn_rewards=turn_rewards)
     said = [message["content"] for message in episodes.start([prompt, prompt], [7, 7])[0]]
@@ -141,6 +141,6 @@ def test_tools_are_described_as_trl_does_reset_gets_the_row_and_checkpoints_the_
 
 
 def test_what_is_no_environment_is_refused():
-    for name, message in (("EpisodeLimits", "which has no method reset; add one"), ("Mute", "reset is its only public method")):
+    for name, message in (("EpisodeLimits", "which has no method reset; add it"), ("Mute", "reset is its only public method")):
         with pytest.raises(ConfigError, match=message):
             TRLEnvironment(here(name))

@@ -1,4 +1,4 @@
-"""Helpers that tests of training have, too, and as many sums as make four small rollouts."""
+"""Helpers shared with the tests of training, and enough sums for four small rollouts."""
 
 import sys
 from pathlib import Path

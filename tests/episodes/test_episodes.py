@@ -75,7 +75,7 @@ def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
     assert begun[:3] == [begun[0]] * 3 and begun[3:] == ["go7"] * 3
     policy, greedy = play(Talk(), samples=1, greedy=True)
     sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.task.seed))
-    with pytest.raises(RolloutError, match="began the episodes of the data row 0 differently, although they have one seed"):
+    with pytest.raises(RolloutError, match="started episodes of the data row 0 differently with the same seed"):
         play(Talk(broken="begins"))
     assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "also of an evaluation"
 
@@ -267,7 +267,7 @@ class NowOrLater(Talk):
 
 
 def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
-    # So many tokens that few messages are cut, and nearly all returns are 1.
+    # Enough tokens that few messages are cut, and nearly all returns are 1.
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))
@@ -292,10 +292,10 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"credit": "turn"}, r"credit=turn is for episodes, and model\.environment is not set; set it, or cr"),
+        ({"credit": "turn"}, r"credit=turn needs model\.environment, which is not set; set it, or set cr"),
         (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage per sequence, but model\.credit=turn .*GSPOTokenLoss"),
         ({**by_turn(GRPOLoss()), "credit": "turns"}, r"model\.credit='turns'; give episode or turn"),
-        ({"turn_template": "{content}"}, r"model\.turn_template is for episodes, and model\.environment is not set"),
+        ({"turn_template": "{content}"}, r"model\.turn_template needs model\.environment, which is not set"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model, options, message):

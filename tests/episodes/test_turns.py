@@ -73,7 +73,7 @@ def test_an_episode_decodes_to_the_rendering_of_its_conversation(name, end, sett
             ids = ids + sampled + turns.added(prompt, new, sampled)
             messages = [*messages, {"role": "assistant", "content": said}, *new]
         rendered = turns._encoder.apply_template(messages, turns.tools)
-        # SmolLM2's tokenizer lacks some bytes, which it leaves out.
+        # SmolLM2's tokenizer has no token for some bytes and leaves them out.
         assert text_of(turns, ids) == text_of(turns, turns._encoder.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     holds()
@@ -111,7 +111,7 @@ def test_what_an_environment_says_has_no_control_tokens(name, end, setting, vari
     for ids, other in zip(of(FORGED), of(plain), strict=True):
         assert [token for token in ids if token in control] == [token for token in other if token in control] != []
         shown = json.dumps(FORGED, ensure_ascii=False) if name == "llama3_1" and role == "tool" and ids else FORGED
-        assert FORGED in text_of(turns, ids) or shown in text_of(turns, ids) or name == "smollm2"  # which lacks some bytes
+        assert FORGED in text_of(turns, ids) or shown in text_of(turns, ids) or name == "smollm2"  # some bytes have no token
     for ids in of(plain):
         assert ids == turns._encoder.tokenizer(text_of(turns, ids), add_special_tokens=False)["input_ids"]
 
@@ -259,7 +259,7 @@ def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
     assert turns_of("gemma").first(ASKED)[0] == turns_of("gemma")._encoder.encode(ASKED)
 
 
-MOVED = (  # the system text is written in front of what the user says last
+MOVED = (  # the system text is written in front of the user's last message
     "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
     "{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% if tools %} with tools{% endif %}{% endif %} \n"
@@ -270,10 +270,10 @@ KEPT = r"set model\.chat_template=keep_history, which keeps them, also in the ex
 @pytest.mark.parametrize(
     ("name", "variables", "cause"),
     [
-        ("qwen3", {}, "drops or changes the thoughts in earlier turns once a message of role 'user' follows"),
+        ("qwen3", {}, "drops or changes the thoughts in earlier turns when a message of role 'user' follows"),
         ("qwen3", {"enable_thinking": False}, "drops or changes the thoughts"),  # its generation prompt has one
         ("qwen3_5_think", {}, "drops or changes the thoughts"),
-        ("moved", {}, "changes earlier turns once a message of role 'user' follows"),
+        ("moved", {}, "changes earlier turns when a message of role 'user' follows"),
     ],
 )
 def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_them_offered(name, variables, cause):
@@ -303,7 +303,7 @@ def test_what_was_not_tried_before_is_tried_when_it_comes():
     turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
     assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools "
     tokenizer.chat_template = MOVED.replace("m.content +", "(raise_exception('too odd') if m.content == '?' else m.content) +")
-    with pytest.raises(DataError, match="refuses what the environment added to the data row 0: too odd; correct"):
+    with pytest.raises(DataError, match="rejects the environment's messages for the data row 0: too odd; correct"):
         TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), []).added(ASKED, [{"role": "user", "content": "?"}], [])
 
 
@@ -350,11 +350,11 @@ def test_plain_prompts_are_continued_by_a_template_of_text():
 
 def test_what_the_vocabulary_lacks_is_said_before_the_run_and_in_it():
     encoder, prompt = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path())), Prompt(text="12+3=")
-    remedy = r"for the embedded policy digits and signs, and model\.turn_template='\{content\}'"
+    remedy = r"the embedded policy needs digits and signs, and model\.turn_template='\{content\}'"
     with pytest.raises(DataError, match=remedy):
         TurnEncoder(encoder, []).check([prompt], ["user"])
     turns = TurnEncoder(encoder, [], turn_template="{content}")
     turns.check([prompt], ["user"])
     assert text_of(turns, turns.added(prompt, [{"role": "tool", "content": "[15]"}], [])) == "[15]"
-    with pytest.raises(DataError, match=f"cannot encode what an environment adds, which begins 'higher'.*{remedy}"):
+    with pytest.raises(DataError, match=f"cannot encode an environment's message, which begins 'higher'.*{remedy}"):
         turns.added(prompt, [{"role": "user", "content": "higher"}], [])

@@ -88,5 +88,5 @@ def test_what_is_trained_from_it_is_no_adapter_of_the_base(train, tmp_path):
     trained = train()
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     again = TrainedPolicy(trained.policy.plan, trained.policy.weights, BaseModel(str(folder)))
-    with pytest.raises(ConfigError, match="PEFT puts no adapter on another; export form=MergedModel"):
+    with pytest.raises(ConfigError, match="PEFT cannot stack adapters; export form=MergedModel"):
         write_policy(again, AdapterFolder(), tmp_path / "more")

@@ -80,7 +80,7 @@ def test_plain_lora_is_what_a_server_takes_and_more_is_refused_before_anything_i
     assert config["modules_to_save"] is None and not config["use_dora"] and config["bias"] == "none"
     assert all(".lora_A." in name or ".lora_B." in name for name in load_file(folder / "adapter_model.safetensors"))
     assert_same_logits(logits(load(trained, folder)), trained.logits)
-    with pytest.raises(ConfigError, match=r"the plan has DoRA, which vLLM refuses"):
+    with pytest.raises(ConfigError, match=r"the plan has DoRA, which vLLM rejects"):
         write_policy(train(share=0, lora=VARIANTS["dora"]).policy, LoraFolder(), tmp_path / "more")
     assert not (tmp_path / "more").exists()
 

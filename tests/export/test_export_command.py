@@ -43,7 +43,7 @@ def test_the_merged_model_in_the_bases_dtype(folder, run_and_number, tmp_path, m
 
 
 def measured(folder, result, command="test"):
-    """What a command measures that a screen has as the next one."""
+    """The measurements of the next command that a screen shows."""
     line = re.search(r"^Next: +\S+ -m hybrid_lightning (.+)$", result.out, re.MULTILINE)[1]
     again = done(folder, *shlex.split(line))
     assert shlex.split(line)[0] == command

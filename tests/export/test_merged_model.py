@@ -34,7 +34,7 @@ def test_sixteen_bits_are_the_exact_sum_rounded_once(train, tmp_path, base, want
 
 def test_tokenizer_template_and_generation_config_come_along(train, tmp_path):
     trained = train(chat_template="{{ messages[0].content }}=")
-    # as many bases have it: transformers reads a temperature without do_sample, but refuses to write it
+    # many bases have this: transformers reads a temperature without do_sample, but refuses to write it
     path = tmp_path / "base-llama" / "generation_config.json"
     path.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [2, 7], "bos_token_id": 1}))
     folder = write_policy(trained.policy, MergedModel(), tmp_path / "out")

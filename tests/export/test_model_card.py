@@ -1,4 +1,4 @@
-"""The model card: what it says is so, and its code runs."""
+"""The model card: its statements are true, and its code runs."""
 
 import re
 
@@ -93,7 +93,7 @@ def test_how_a_server_takes_it_and_what_is_not_known_is_said_to_be_unknown(train
     assert "Servers such as vLLM load this folder" in card
     assert "Data: not recorded." in card and "Not measured." in card and "could not be looked up" in card
     assert header(card) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hybrid-lora", "rlvr"]}
-    assert "vLLM refuses adapters with fully trained modules" in model_card(hybrid, AdapterFolder())
+    assert "vLLM rejects adapters with fully trained modules" in model_card(hybrid, AdapterFolder())
     assert "--enable-lora --max-lora-rank 4" in model_card(lora, AdapterFolder())
     mixed = model_card(train(share=0, ranks={"attention": 1, "mlp": 5}).policy, AdapterFolder())
     assert "--enable-lora --max-lora-rank 5" in mixed and "14 modules, ranks 1 to 5, alpha 1.5 times the rank" in mixed
@@ -107,7 +107,7 @@ def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
     (base / "NOTICE").write_text("by me")
     folder = write_policy(policy, AdapterFolder(), tmp_path / "out")
     card = (folder / "README.md").read_text()
-    assert header(card)["license"] == "mit" and f"That of the base model `{base.name}`: mit." in card
+    assert header(card)["license"] == "mit" and f"The licence of the base model `{base.name}`: mit." in card
     assert files(folder) >= {"LICENSE.txt", "NOTICE"} and (folder / "NOTICE").read_text() == "by me"
 
 

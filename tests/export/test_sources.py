@@ -1,4 +1,4 @@
-"""Policies of checkpoints and of modules in memory; those that are sharded are in `sharding/test_checkpoints_cross`."""
+"""Policies of checkpoints and of modules in memory; `sharding/test_checkpoints_cross` has the sharded ones."""
 
 import pytest
 import torch
@@ -53,9 +53,9 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
         (lambda: torch.save([1], path), "is not a checkpoint, but a list"),
         (lambda: torch.save({"state_dict": {}}, path), "not written by hybrid_lightning"),
         (lambda: save(**{CHECKPOINT_KEY: new_state(None, "x")}), "saved without an adapter"),
-        (lambda: save(hyper_parameters={}), "does not say which base model"),
-        (lambda: save(state_dict=lacking), "lacks the trained weight '.*up_proj.lora_A.weight'"),
-        (lambda: save(state_dict=state | {stray: torch.zeros(2, 2)}), "has what is not in its plan: the trained weight 'base"),
+        (lambda: save(hyper_parameters={}), "does not name its base model"),
+        (lambda: save(state_dict=lacking), "does not have the trained weight '.*up_proj.lora_A.weight'"),
+        (lambda: save(state_dict=state | {stray: torch.zeros(2, 2)}), "has, against its plan, the trained weight 'base"),
     ):
         write()
         with pytest.raises((CheckpointError, ConfigError), match=message):
@@ -96,8 +96,8 @@ def test_writing_changes_neither_module_nor_random_state(train, tmp_path):
 
 
 def test_what_cannot_be_exported_says_why(train):
-    with pytest.raises(ConfigError, match="has no adapter, so nothing was trained; give ckpt_path, or fit first"):
+    with pytest.raises(ConfigError, match="has no adapter, so nothing was trained; give ckpt_path, or call fit first"):
         policy_of_module(Holder(model="x"))
     trained = train()
-    with pytest.raises(ConfigError, match="does not say which base model it loaded; it needs a hyper-parameter 'model'"):
+    with pytest.raises(ConfigError, match="does not name its base model; give it a hyper-parameter 'model'"):
         policy_of_module(Holder(trained.model, trained.policy.plan))

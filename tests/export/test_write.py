@@ -55,10 +55,10 @@ def test_what_is_there_is_never_overwritten(tmp_path):
     file.write_text("mine")
     dangling.symlink_to(tmp_path / "nowhere")
     for target, message in (
-        (full, "is there and not empty; give a new folder"),
+        (full, "exists and is not empty; give a new folder"),
         (file, "is a file"),
         (dangling, "is a file"),
-        (file / "x", r"/file is no folder that can be written to; give a folder elsewhere"),
+        (file / "x", r"/file is not a writable folder; give a folder elsewhere"),
     ):
         with pytest.raises(ConfigError, match=message), new_folder(target):
             pytest.fail("this must not be reached")

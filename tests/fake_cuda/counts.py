@@ -108,7 +108,7 @@ def sampling(fake, seen):
 
 
 def decoding(fake):
-    """One of the tokens behind the first, and what all of them wait for."""
+    """One of the tokens after the first, and what all of them wait for."""
     seen = []
     sampling(fake, seen)
     first, second, last = seen[1], seen[2], seen[-1]

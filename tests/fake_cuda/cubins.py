@@ -1,4 +1,4 @@
-"""CUDA code of all that is compiled for GPUs that are not there, as JSON: `python cubins.py FILE CAPABILITY...`, such as 90.
+"""CUDA code that is compiled for GPUs that are not there, as JSON: `python cubins.py FILE CAPABILITY...`, such as 90.
 
 torch's compiler and Triton get a device of made-up properties; Triton's own ptxas makes the code, which nothing runs. What torch
 writes for Triton differs between capabilities only where it names them. So torch writes all of it for the first capability, and
@@ -106,7 +106,7 @@ def cubins_of(source):
 
 
 def code_of(function, arguments, axes):
-    """What one function is made of: kernels, calls of torch's own, and looks at whether tensors are aligned."""
+    """The parts of one function: kernels, calls of torch's own, and checks that tensors are aligned."""
     CUBINS.clear()
     before = len(compiling.CODES)
     source = compiling.compiled(function, arguments, axes).made.source_code

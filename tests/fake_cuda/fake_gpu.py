@@ -35,7 +35,7 @@ def load(folder: Path) -> None:
     import torch
 
     guard.stand_guard()
-    # What torch asks before it lets autocast be: this GPU can do all.
+    # torch checks these before it allows autocast: this GPU can do all.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
 
@@ -59,7 +59,7 @@ def counter():
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    # Kernels that add several numbers to one place by atomics, and flags that say that they do not.
+    # Kernels that add several numbers to one place by atomics, and the flags under which they do not.
     adding = {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"}
     putting = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
     backward = {"_varlen_attn_backward", "_flash_attention_backward", "_efficient_attention_backward"}
@@ -90,7 +90,7 @@ def counter():
             self._fused = None
 
         def compiled(self, body):
-            """Call what torch compiles: what it computes between two products is one kernel."""
+            """Call the compiled function: everything it computes between two products is one kernel."""
             self._fused = _Fused(self.counts)
             results = body()
             self._fused.write(tree_leaves(results))

@@ -63,7 +63,7 @@ def _first_layers(config, layers):
 
 
 class FakeModel:
-    """The model of a config on an accelerator, adapted as `share` says, or with None as it is scored."""
+    """The model of a config on an accelerator, adapted by `share`; None: as for scoring."""
 
     def __init__(self, config, layers, share, lora, device, dtype=torch.bfloat16):
         self.device, self.mode = torch.device(device), FakeTensorMode()

@@ -172,7 +172,7 @@ def scoring():
 
 
 class EnoughError(Exception):
-    """So many tokens were sampled as are looked at."""
+    """As many tokens were sampled as are looked at."""
 
 
 def rollout(share, tokens=12):

@@ -26,7 +26,7 @@ counts_logits = pytest.mark.skipif(
 
 
 def run(script, folder, *arguments):
-    """What a script finds, in a process of its own, since the guard has to be there before torch."""
+    """The output of a script in a process of its own, since the guard has to be there before torch."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["TORCHINDUCTOR_CACHE_DIR"] = environment["TRITON_CACHE_DIR"] = str(folder)

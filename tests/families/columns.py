@@ -63,7 +63,7 @@ def folder_of(family: str) -> Path:
 
 
 def run(family: str, share: float, steps: int = 1, **policy: object) -> PolicyModule:
-    """A run of GRPO, each step of which changes every module that is trained."""
+    """A run of GRPO; each step changes every trained module."""
     root, name = _root(), f"{family}-{share}-{len(policy)}"
     scorer = PreconditionedTail() if share == _SHARE else Random()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -124,7 +124,7 @@ def packed(family: str) -> str:
 
 
 def agreement(family: str) -> str:
-    """Log-probabilities of sampling and of training are those of transformers' own forward pass, of the merged export."""
+    """Log-probabilities of sampling and of training equal transformers' own forward pass on the merged export."""
     module = hybrid(family)
     tokenizer, texts = module.tokenizer, ["1+2=", "3*4-5=", "7-2="]
     request = SamplingRequest(
@@ -148,7 +148,7 @@ def agreement(family: str) -> str:
 def exported(family: str) -> str:
     """Merged model and adapter, as plain transformers and PEFT load them, have the logits of the policy in memory.
 
-    What an engine of its own weights is sent are the weights of the folder, by its names.
+    An engine with its own weights is sent the weights of the folder, by its names.
     """
     module = hybrid(family)
     sent = CurrentWeights(module.model, module.policy.weights, "", 2, True).shapes(everything=True)

@@ -8,7 +8,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 
 
 def assert_column(name: str) -> None:
-    """What is found out of a column is what the page says; a change is written by `python docs/generate.py --models`."""
+    """Each column's result equals the page's; `python docs/generate.py --models` writes a change."""
     lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     header = lines[0]
     said = {cells[0].strip("`"): cells[header.index(name)] for cells in lines[1:] if len(cells) == len(header)}

@@ -1,4 +1,4 @@
-"""The other columns, and what is refused: before weights are read, with a remedy that works."""
+"""The other columns, and the refusals: before weights are read, with a remedy that works."""
 
 import importlib.util
 import re

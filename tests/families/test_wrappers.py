@@ -73,5 +73,5 @@ def test_rows_with_images_are_refused_in_one_line(here):
     (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = [f"--config={CONFIG}", "--model.model=model", "--data.source=FileSource", "--data.source.train=rows.jsonl"]
     result = run(here, "fit", *given, "--data.source.validation_fraction=0.3", *SMALL)
-    assert "row 1 (the first is 0): column 'image' has an image, and policies read text alone" in result.last
+    assert "row 1 (the first is 0): column 'image' has an image, but a policy reads only text" in result.last
     done(here, "plan", *given, "--data.source.skip_bad_rows=true")

@@ -1,4 +1,4 @@
-"""Each config that names the hub runs from its hub ids and then from the cache; what cannot be had is said in one line, soon."""
+"""Each config that names the hub runs from its hub ids and then from the cache; missing files are reported soon, in one line."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from hybrid_lightning.model import loading
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:two runs with one seed may differ"),  # programs have a time limit
+    pytest.mark.filterwarnings("ignore:two runs with the same seed may differ"),  # programs have a time limit
     pytest.mark.filterwarnings("ignore:nothing is learned from"),
 ]
 
@@ -53,7 +53,7 @@ def offline(hub: Hub) -> Iterator[None]:
 
 # ---- what can be had
 
-# All that is lowered, of a config that trains and of one that tests. The rest is as it stands: samples of a rollout, minibatches,
+# Every lowered value, of a config that trains and of one that tests. The rest is as it stands: samples of a rollout, minibatches,
 # accumulation, precision, dtype, LoRA's rank.
 LOWERED = {
     "fit": {"model.sampler.max_new_tokens": 6, "model.prompts_per_rollout": 4, "trainer.max_steps": 1}
@@ -75,7 +75,7 @@ RUNS = [
 ]
 # Those with nearly all data sets and models that there are, beside the first: these run once more, from the cache.
 AGAIN = {"data/dapo_math", "evaluate"}
-SHARDED = ("fit", "qwen3", "strategy/fsdp")  # as qwen3.yaml says; on two processes
+SHARDED = ("fit", "qwen3", "strategy/fsdp")  # as in qwen3.yaml; on two processes
 # A step is enough where validations are not looked at.
 NO_VALIDATION = ("--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0")
 UNSCORED = ("--adapter.budget.share=0", *NO_VALIDATION)
@@ -123,7 +123,7 @@ def check_plan(plan, adapter):
 
 @pytest.fixture(scope="module")
 def first(hub, folder):
-    """A run from the hub with all that a run does, and what it has announced; its model and data are in the cache then."""
+    """A complete run from the hub, and its announcements; afterwards its model and data are in the cache."""
     announced = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "rank_zero_info", announced.append)
@@ -196,13 +196,13 @@ def test_the_hub_is_not_asked_where_everything_is_local(hub, folder):
     assert result.code == 0 and len(hub.requests) == asked, result.err
 
 
-# ---- what cannot be had, before any weights are asked for
+# ---- missing files, before any weights are requested
 
 SMALL = (*arguments(*FIRST), *UNSCORED)
 
 
 def check_refused(message, hub, folder, *options):
-    """A command ends in one line that says so, and has asked for no weights."""
+    """A command ends with one line that names the cause, and has requested no weights."""
     asked = len(hub.requests)
     result = run(folder, *SMALL, *options)
     error = [line for line in result.err.splitlines() if line.strip() and not re.search(NOTES, line)]
@@ -211,13 +211,13 @@ def check_refused(message, hub, folder, *options):
     assert not hub.weights_asked(asked)
 
 
-# What other lines there may be: of the cache that is taken, and progress of data.
-NOTES = "only what is in the cache can be used|Using the latest cached|Found the latest cached|examples/s"
-NOT_THERE = r"is no folder here and no {} on the hub, or a private one; correct it{}, or log in by 'hf auth login' or HF_TOKEN"
+# Other lines that may appear: about the cache in use, and progress of data.
+NOTES = "using only the cache|Using the latest cached|Found the latest cached|examples/s"
+NOT_THERE = r"is neither a folder here nor a public {} on the hub; correct it{}, or log in with 'hf auth login' or HF_TOKEN"
 GATED = (
-    r"'me/gated' is gated, .*; accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
+    r"'me/gated' is gated, .*; accept its terms at https://huggingface\.co/{}me/gated and log in with 'hf auth login' or HF_TOKEN"
 )
-REFUSED = r"the hub refuses the token of HF_TOKEN or .*, which is revoked, expired or mistyped; give a new one of .*, or unset it"
+REFUSED = r"the hub rejects the token of HF_TOKEN or .*, which is revoked, .*; get a new one from .*, or unset it"
 MODELS = [
     ("Qwen3-0.6B", "", r"'Qwen3-0\.6B' " + NOT_THERE.format("model", r" \(most are OWNER/NAME\)")),
     ("me/none", STRANGER, "'me/none' " + NOT_THERE.format("model", "")),
@@ -233,8 +233,8 @@ OTHERS = [
     ("data.source.path=openai/gsm8", "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
     ("data.source.path=me/gated", STRANGER, "the data set " + GATED.format("datasets/")),
     ("data.source.revision=v9", "", "'openai/gsm8k' has no revision 'v9'; give revision a branch, tag or commit of https://"),
-    ("data.source.path=me/program data.source.name=null", "", "'me/program' is a program, .* revision=refs/convert/parquet"),
-    ("data.source.path=me/empty data.source.name=null", "", "data set 'me/empty' has no data files that can be read"),
+    ("data.source.path=me/program data.source.name=null", "", "'me/program' is a loading script, .* refs/convert/parquet"),
+    ("data.source.path=me/empty data.source.name=null", "", "data set 'me/empty' has no readable data files"),
 ]
 
 
@@ -250,8 +250,8 @@ def test_without_a_network_nothing_waits_and_what_is_in_the_cache_is_used(hub, f
     monkeypatch.setattr(hub, "reachable", False)
     hub_answers.cache_clear()
     begun = time.monotonic()
-    lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached; check the network"
-    with pytest.warns(match=r"the hub \S+ cannot be reached \(.*\): only what is in the cache can be used"):
+    lacks = "'me/other' is missing or incomplete in the cache .*, and the hub .* cannot be reached; check the network"
+    with pytest.warns(match=r"the hub \S+ cannot be reached \(.*\); using only the cache"):
         check_refused(f"the model {lacks}", hub, folder, "--model.model=me/other")
     check_refused(f"the data set {lacks}", hub, folder, "--data.source.path=me/other")
     check(run(folder, *SMALL), folder, *FIRST)

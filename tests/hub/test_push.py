@@ -1,4 +1,4 @@
-"""Exports are pushed to the hub, in training and from checkpoints; what cannot be pushed is refused before it is made."""
+"""Exports are pushed to the hub, in training and from checkpoints; an impossible push is refused before the export is made."""
 
 import shutil
 
@@ -48,11 +48,11 @@ def test_a_run_and_a_checkpoint_are_pushed_whole(hub, folder):
     assert not any(MEMBER.encode() in content for content in files(folder).values())
 
     again = run(folder, "export", *given[:-1], "--folder=refused", "--push_to=other/run")
-    assert_refused(again, "push_to='other/run': the hub's token may not write there")
+    assert_refused(again, "push_to='other/run': the hub token has no write access there")
     assert not (folder / "refused").exists()
     runs = set(folder.glob("runs/*/*"))
     assert_refused(
-        run(folder, *SMALL, *EXPORTED, "--trainer.callbacks.push_to=other/run"), "may not write there; give one that may"
+        run(folder, *SMALL, *EXPORTED, "--trainer.callbacks.push_to=other/run"), "has no write access there; give a token"
     )
     assert set(folder.glob("runs/*/*")) == runs, "before it trains"
 
@@ -65,12 +65,12 @@ def test_what_cannot_be_pushed_is_refused_by_its_cause(hub, tmp_path, monkeypatc
     (export / "plan.json").write_text("{}")
     hub.add("other/export", "models", shutil.copytree(export, tmp_path / "copy"))
     for token, name, message in (
-        (MEMBER, "me/theirs", r"has 1 files, such as weights.bin, but not plan.json: it is not an export"),
-        (MEMBER, "other/export", "may not write there"),
+        (MEMBER, "me/theirs", r"has 1 files, such as weights.bin, but no plan.json: it is not an export"),
+        (MEMBER, "other/export", "has no write access there"),
         (MEMBER, "a/b/c", "HFValidationError: Repo id must be"),
-        (STRANGER, "me/new", r"may not write there; give one that may write by HF_TOKEN or 'hf auth login'"),
-        (REVOKED, "me/new", "may not write there"),
-        ("", "me/new", "needs a token of the hub; give one that may write"),
+        (STRANGER, "me/new", r"has no write access there; give a token with write access by HF_TOKEN or 'hf auth login'"),
+        (REVOKED, "me/new", "has no write access there"),
+        ("", "me/new", "needs a hub token; give a token with write access"),
     ):
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(ConfigError, match=message) as caught:

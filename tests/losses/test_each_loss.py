@@ -1,4 +1,4 @@
-"""Values against a scalar loop, gradients against finite differences, and what each loss says of itself."""
+"""Values against a scalar loop, gradients against finite differences, and each loss's description of itself."""
 
 import pickle
 from dataclasses import replace

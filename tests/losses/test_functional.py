@@ -1,4 +1,4 @@
-"""What functions promise beside values, and padding that does not matter: see `test_each_loss` and `property`."""
+"""Promises of the functions besides their values and the padding: for those, see `test_each_loss` and `property`."""
 
 import pytest
 import torch

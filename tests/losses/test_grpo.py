@@ -1,4 +1,4 @@
-"""What only the losses with one ratio per token have."""
+"""Properties of the losses with one ratio per token."""
 
 import warnings
 from dataclasses import replace

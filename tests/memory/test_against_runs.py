@@ -1,4 +1,4 @@
-"""What is planned is what runs of the embedded policy are measured to hold, part by part and moment by moment."""
+"""The plan equals what runs of the embedded policy are measured to hold, part by part and moment by moment."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
 
 @pytest.mark.long
 def test_a_teacher_and_the_logits_that_are_compared_are_as_planned(tmp_path):
-    for name, dtype in (("policy", torch.float32), ("teacher", torch.bfloat16)):  # converted: what is only mapped is not seen
+    for name, dtype in (("policy", torch.float32), ("teacher", torch.bfloat16)):  # converted: mapped weights are not seen
         build_model("llama", hidden_size=64, vocab_size=2**15).to(dtype).save_pretrained(tmp_path / name)
         build_tokenizer().save_pretrained(tmp_path / name)
     teacher = ModelTeacher(str(tmp_path / "teacher"), dtype="float32")

@@ -1,4 +1,4 @@
-"""What passes hold in closed form, beside what models of many families are counted to hold."""
+"""The memory of passes in closed form, compared with counted memory of models of many families."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Runs of which the memory is measured and planned: completions of full length, all with an advantage."""
+"""Runs to measure and plan the memory of: completions of full length, all with an advantage."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path

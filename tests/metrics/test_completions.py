@@ -1,4 +1,4 @@
-"""What completions say of each prompt; maj@k and pass@k against every subset, one by one."""
+"""Metrics of each prompt's completions; maj@k and pass@k against every subset, one by one."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
+"""The weights for an engine with its own model: a fresh model that loads them computes the same."""
 
 import json
 from concurrent.futures import Future
@@ -113,7 +113,7 @@ def test_lora_that_comes_apart_is_what_is_merged_otherwise(tmp_path, family):
 
 
 def test_parts_of_a_block_come_as_a_whole(tmp_path):
-    """With one module adapted, all that an engine may join with it comes, and nothing of other parts."""
+    """With one module adapted, the weights include everything an engine may join with it, and nothing of other parts."""
     policy = adapted(write_model(tmp_path / "model", "qwen2"), only="model.layers.1.self_attn.v_proj")
     names = list(weights_of(policy).shapes(False))
     attention = [f"model.layers.1.self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
@@ -204,7 +204,7 @@ def test_an_engine_is_compared_on_the_same_tokens_after_each_update(model):
     assert [policy.tokenizer.decode(ids) for ids in sampler.scored[0]][:1] == ["12+3=15"], "with the answer"
     sampler.model.lm_head.weight.data *= 5
     lora.data += 0.1
-    with pytest.raises(RolloutError, match=r"of a copy differ from the policy's by [\d.]+ nats a token .* they agreed before"):
+    with pytest.raises(RolloutError, match=r"of a copy differ from the policy's by [\d.]+ nats per token .* they agreed before"):
         policy.generate(prompts, 2)
 
 

@@ -6,7 +6,7 @@ from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 
 
 def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(model, sums, tmp_path, monkeypatch):
-    """Those that the memory of a device has decided, so that rows are split alike."""
+    """The limits that a device's memory has decided, so that rows are split alike."""
     said, path, gib = [], tmp_path / "first.ckpt", 2**30
     monkeypatch.setattr(passes, "rank_zero_info", said.append)
     monkeypatch.setattr(passes, "accelerator_memory", lambda device: 80 * gib)  # as if the CPU were such a device

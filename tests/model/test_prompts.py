@@ -20,7 +20,7 @@ CHAT = Prompt(messages=({"role": "system", "content": "add"}, {"role": "user", "
 
 
 def with_special_tokens(pattern):
-    """The tokenizer, which then writes special tokens around every text, as many do."""
+    """The tokenizer, changed to write special tokens around every text, as many do."""
     tokenizer = build_tokenizer()
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     return tokenizer

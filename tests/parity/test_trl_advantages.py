@@ -1,4 +1,4 @@
-"""Advantages against TRL's formulas, which stand within methods of hundreds of lines: those statements are run alone."""
+"""Advantages against TRL's formulas, which are inside methods of hundreds of lines: only these statements run."""
 
 import ast
 from types import SimpleNamespace

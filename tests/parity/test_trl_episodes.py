@@ -1,4 +1,4 @@
-"""Whole steps on episodes with tools against TRL's trainer: what the policy says is the same script, all else each one's own."""
+"""Whole steps on episodes with tools against TRL's trainer: the policy's turns are one script, all else is each trainer's own."""
 
 import json
 import re
@@ -83,7 +83,7 @@ class Turns(RewardFunction):
 
 
 def script(template, tokenizer):
-    """Token ids of what the policy says in each turn of each episode, [B][turns]."""
+    """Token ids of the policy's text in each turn of each episode, [B][turns]."""
     key, end = ("parameters", "<|eot_id|>") if template == "llama3_1" else ("arguments", "<|im_end|>")
 
     def call(name, **arguments):
@@ -97,7 +97,7 @@ def script(template, tokenizer):
         [thought + call("pay", amount=4) + end, call("wait", hours=2) + end, "Done." + end],
         # Calls in its last turn, too. There TRL calls nothing, and we do: `wait`, since it earns nothing.
         [call("pay", amount=2) + end, call("pay", amount=5) + end, call("wait", hours=1) + end],
-        ["x" + call("wait", hours=1) + "x" * TOKENS],  # cut behind a call, which TRL makes, though no answer fits
+        ["x" + call("wait", hours=1) + "x" * TOKENS],  # cut after a call, which TRL makes, though no answer fits
         [call("pay", amount=7) + end, "y" * TOKENS],  # cut in its second turn
         [call("wait", hours=TOKENS) + end],  # the tool's answer does not fit
         ["Nothing." + end],
@@ -106,7 +106,7 @@ def script(template, tokenizer):
 
 
 def run_trl(folder, root, said, starts, functions, options):
-    """What two steps of TRL's trainer on one rollout are made of."""
+    """The inputs and results of two steps of TRL's trainer on one rollout."""
     found = {"losses": [], "gradients": []}
 
     class Noted(GRPOTrainer):
@@ -156,7 +156,7 @@ def run_trl(folder, root, said, starts, functions, options):
 
 
 class Played(sampler._ContinuedConversation):
-    """Says what is in a script; how it is decoded, and its log-probabilities, are ours."""
+    """Returns the texts of a script; its decoding and its log-probabilities are ours."""
 
     def _first(self, *arguments):
         return self._say(range(len(self._own)), super()._first, *arguments)

@@ -27,13 +27,13 @@ def make(seed=0):
 
 
 def outputs(logprobs, mask, entropy):
-    """What TRL's models return: a value for each token that is predicted, zero where none is learned."""
+    """The outputs of TRL's models: a value for each predicted token, zero where none is learned."""
     filled = {"log_probs": logprobs, "entropy": entropy, "mean_logits": logprobs.detach(), "is_top1": mask}
     return SimpleNamespace(label_mask=mask, **{name: value * mask for name, value in filled.items()})
 
 
 def trl_dpo(inputs, **arguments):
-    """`DPOTrainer._compute_loss` of the same log-probabilities, of which TRL has the chosen rows first."""
+    """`DPOTrainer._compute_loss` of the same log-probabilities; TRL puts the chosen rows first."""
     order = torch.cat([torch.arange(0, B, 2), torch.arange(1, B, 2)])
     mask = inputs.sampled_mask[order]
     unused = {"ld_alpha": None, "aux_loss_enabled": False, "precompute_ref_logps": False, "use_weighting": False}

@@ -138,7 +138,7 @@ def build(cls, **options):
 
 
 def assert_same(inputs, ours, theirs, tolerance=TIGHT):
-    """Equal losses with equal gradients; returns that of the log-probabilities."""
+    """Equal losses with equal gradients; returns the gradient of the log-probabilities."""
     torch.testing.assert_close(ours, theirs, **tolerance)
     leaves = (inputs.logprobs, inputs.entropy)
     gradients = [torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) for value in (ours, theirs)]
@@ -170,7 +170,7 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
 
 
 def rows_of(inputs, rows, tokens, **counts):
-    """Some rows of an optimizer step of B, with so many tokens."""
+    """Some rows of an optimizer step of B rows, with this many tokens."""
     names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "entropy")
     kept = {name: getattr(inputs, name)[rows] for name in names}
     return replace(inputs, **kept, num_sequences=float(B), num_tokens=tokens, **counts)

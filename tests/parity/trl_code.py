@@ -14,7 +14,7 @@ class Accelerator:
 
 
 def run_statements(method: Callable[..., Any], wanted: Callable[[ast.AST], bool], **names: Any) -> dict[str, Any]:
-    """Run those statements of a method that are wanted, with some names; all names after them."""
+    """Run the wanted statements of a method with some names; returns all names after them."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     exec(compile(ast.Module([node for node in ast.walk(tree) if wanted(node)], []), "trl", "exec"), names)
     return names

@@ -67,7 +67,7 @@ def of_losses():
 
 
 def of_engines():
-    """What is logged beside the rest where an engine has weights of its own, as vLLM has."""
+    """Metrics that only an engine with its own weights (vLLM) logs."""
     sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, idle_seconds=0.0)
     generation = Generation(None, sampler, None, Run())
     mismatch = {"sampling/mismatch/mean", "sampling/mismatch/max"}  # after the first comparison
@@ -80,7 +80,7 @@ def of_judges():
 
 
 def of_teachers():
-    """What is measured of a teacher, when a rollout is made and in an update."""
+    """Metrics of a teacher, when a rollout is made and in an update."""
     logprobs = torch.zeros(2, 3)
     trained = SimpleNamespace(sampled_mask=torch.ones(2, 3, dtype=torch.bool))
     kinds = {
@@ -106,7 +106,7 @@ def of_teachers():
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The names in `metrics.csv` of a run by RL with all that can be switched on, one of a mixture, SFT and DPO."""
+    """The names in `metrics.csv` of a run by RL with every option on, one of a mixture, SFT and DPO."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "mixture.yaml").write_text(MIXTURE)
     names = of_losses() | of_engines() | of_judges() | of_teachers()

@@ -1,4 +1,4 @@
-"""What README and docs say: commands parse, examples run, paths and links exist, options and classes are there."""
+"""README and docs: commands parse, examples run, paths and links exist, options and classes are there."""
 
 import importlib.util
 import json
@@ -189,7 +189,7 @@ def test_tools_of_a_server_and_environments_of_sets_train_over_a_config(here, mo
 
 
 def names_of(code, steps=1):
-    """What a page's code leaves, which takes so many steps on a CPU."""
+    """The names that a page's code leaves, after this many steps on a CPU."""
     code = re.sub(r"max_steps=\d+", f"max_steps={steps}, accelerator='cpu', enable_progress_bar=False", code)
     names = {"__name__": "example"}
     exec(compile(code, "example.md", "exec"), names)

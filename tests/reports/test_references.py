@@ -61,7 +61,7 @@ def test_a_reward_that_pays_nothing_for_the_reference_answer_can_pay_for_nothing
     for reward, answers in ((Constant(), ["12", "7"]), (Constant(-1.0), ["1", "2"])):
         result, kinds = found(model, reward, rows(answers))
         assert kinds == [("reference", "error")]
-        assert "gives the reference answer 0: it can pay for nothing" in str(result.findings[0])
+        assert "gives the reference answer 0: it cannot pay for anything" in str(result.findings[0])
     _, kinds = found(model, Constant(), rows(["12", "7"]), pays=True)
     assert kinds == [("reference", "note")], "it has paid for completions"
 
@@ -71,7 +71,7 @@ def test_a_form_that_the_prompt_does_not_ask_for_is_named_and_a_pattern_may_look
     assert kinds == [("reference", "warning")] and "pays for '#### 7'" in result.findings[0].text
     for reward in (ExactMatch(r"FINAL: (\d+)"), RewardBySet({"a": ExactMatch("<(.*)>")})):
         result, kinds = found(model, reward, rows(["7"], set_name="a"))
-        assert kinds == [("reference", "warning")] and "0 in all forms that are known here" in result.findings[0].text
+        assert kinds == [("reference", "warning")] and "0 in all known forms" in result.findings[0].text
 
 
 def test_a_reward_that_pays_for_wrong_answers_as_well_does_not_look_at_them(model):
@@ -101,7 +101,7 @@ def test_answers_that_prompts_contain_or_that_most_rows_share():
 
 def test_single_rows_and_rewards_that_fail_are_named(model):
     result, kinds = found(model, ExactMatch(r"\A(\d+)\Z"), rows(["7", "8", "1,234"]))
-    assert kinds == [("reference", "note")] and "1 of 3 rows nothing, first of rows row 2, '1,234'" in result.findings[0].text
+    assert kinds == [("reference", "note")] and "1 of 3 rows, first rows row 2, '1,234'" in result.findings[0].text
     _, kinds = found(model, ExactMatch(r"\A(\d+)\Z"), rows(["7", "x", "1,234"]))
     assert kinds == [("reference", "warning")]
     result, kinds = found(model, Fails(), rows(["7"]))
@@ -111,4 +111,4 @@ def test_single_rows_and_rewards_that_fail_are_named(model):
 def test_where_it_does_not_apply_this_is_said(model):
     assert found(model, Constant(), rows([None, " "]))[0].note.startswith("not applicable: the data has no reference answers")
     acting = {"environment": Talk(), "turn_template": "{content}"}
-    assert found(model, Constant(), rows(["7"]), **acting)[0].note.startswith("not applicable: what an episode earns")
+    assert found(model, Constant(), rows(["7"]), **acting)[0].note.startswith("not applicable: the reward of an episode")

@@ -1,4 +1,4 @@
-"""Completions that are scored as they arrive: the same numbers, the same errors, and nothing that goes on in the end."""
+"""Completions that are scored as they arrive: the same numbers, the same errors, and nothing left running at the end."""
 
 import threading
 import time
@@ -79,7 +79,7 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
     arriving = ArrivingRewards(reward, PROMPTS)
     for row in (3, 1, 4):
         arriving.add(row, TEXTS[row])
-        arriving.add(row, TEXTS[row])  # told twice, it is scored once
+        arriving.add(row, TEXTS[row])  # announced twice, it is scored once
     wait_for(lambda: reward.running == 2)
     assert reward.calls == [("rewards", 1)] * 2, "as many at the same time as it allows meanwhile, each alone"
     threading.Thread(target=lambda: [wait_for(lambda: reward.running == 4), reward.goes_on.set()]).start()

@@ -63,7 +63,7 @@ HUMANEVAL = {
 
 def test_humaneval(reward):
     completions = {
-        "    return -xs[0] / xs[1]\n": 1.0,  # a body that goes on
+        "    return -xs[0] / xs[1]\n": 1.0,  # a body that continues
         "def root(xs):\n    return -xs[0] / xs[1]\n": 1.0,
         "def root(xs):\n    return xs[0] / xs[1]\n": 0.0,
         "def poly(xs, x): return 0\ndef root(xs):\n    return 0\n": 0.0,  # a helper of the tests is theirs
@@ -149,7 +149,10 @@ def test_installed_packages_can_be_allowed_but_not_one_that_programs_could_not_i
     monkeypatch.syspath_prepend(tmp_path)
     row, programs = prompt(test="assert f([2, 1]) == [1, 2]"), ["from in_order import f"]
     assert CodeTests()(programs, [row]) == [0.0] and CodeTests(packages=["in_order"])(programs, [row]) == [1.0]
-    for name, message in (("sorts", "cannot be imported.*No module named '\\w+'.*what it needs"), ("absent", "is not installed")):
+    for name, message in (
+        ("sorts", "cannot be imported.*No module named '\\w+'.*its depend"),
+        ("absent", "is not installed"),
+    ):
         with pytest.raises(ConfigError, match=f"'{name}' {message}"):
             CodeTests(packages=[name])
 
@@ -186,13 +189,13 @@ def test_a_long_line_does_not_hold_up_training():
 def test_a_row_without_usable_tests_is_refused(reward):
     for columns, message in (
         ({}, "'test' has neither code, nor a list of asserts"),
-        ({"test": "def check(candidate:"}, "'test' is no Python code"),
+        ({"test": "def check(candidate:"}, "'test' is not Python code"),
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "entry_point_column must name"),
-        ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'entry_point': 'Solution\\(' is no expression"),
+        ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'Solution\\(' is not a Python expression"),
         ({"test": "f(1)"}, "has no assert"),
         ({"test": "assert 1 == 1"}, "calls nothing that the program could define"),
         ({"test": "assert f(1)", "prompt": "Write a function f."}, "set setup_column to the column with imports"),
-        ({"test": {"inputs": ["1"], "outputs": []}}, 'as many "inputs" as "outputs"'),
+        ({"test": {"inputs": ["1"], "outputs": []}}, 'the same number of "inputs" and "outputs"'),
         ({"test": {"inputs": [[1]], "outputs": ["1"], "fn_name": "f"}}, "fn_name"),
         ({"test": {"inputs": [1], "outputs": ["1"]}}, "must be text"),
         ({"test": [{"input": "1"}]}, 'must have an "input" and an "output"'),

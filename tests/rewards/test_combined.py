@@ -34,7 +34,7 @@ def test_each_set_has_its_own():
 
 
 def test_a_set_without_a_reward_or_with_one_of_the_wrong_size_is_named():
-    with pytest.raises(DataError, match="q row 1 is of set 'quiz', which has no reward; there is one for sums"):
+    with pytest.raises(DataError, match="q row 1 belongs to set 'quiz', which has no reward; the sets with a reward are sums"):
         RewardBySet({"sums": ExactMatch()}).check_prompt(LETTER)
     with pytest.raises(RewardError, match="the reward of set 'sums' returned 1 values for 2 completions"):
         evaluate_reward(RewardBySet({"sums": Short()}), ["1", "2"], [TEXT, TEXT])
@@ -76,8 +76,8 @@ def test_bad_arguments():
         (lambda: WeightedSum([]), "at least one reward"),
         (lambda: WeightedSum([ExactMatch()], [1.0, 2.0]), r"weights=\[1.0, 2.0\] for 1 rewards"),
         (lambda: WeightedSum([ExactMatch()], [float("nan")]), "finite"),
-        (lambda: WeightedSum([ExactMatch(), WeightedSum([ExactMatch()])]), "more than one is called exact_match"),
-        (lambda: FormatReward("(a"), r"pattern='\(a' is no regular expression"),
+        (lambda: WeightedSum([ExactMatch(), WeightedSum([ExactMatch()])]), "more than one is named exact_match"),
+        (lambda: FormatReward("(a"), r"pattern='\(a' is not a regular expression"),
         (lambda: ExactMatch("(a)(b)"), "2 groups instead of 1"),
         (lambda: RewardBySet({}), "give each set a reward"),
         (lambda: RewardBySet({"a": WeightedSum([ExactMatch()])}), "the reward of set 'a' is a sum"),

@@ -57,6 +57,6 @@ def test_turns_that_do_not_add_up_are_refused():
             return [value / 2 for value in super().__call__(completions, prompts)]
 
     with pytest.raises(
-        RewardError, match=r"Half.turn_rewards gives \[1.0, 2.0\] for 2 turns of the data row 0, whose reward is 1.5"
+        RewardError, match=r"Half.turn_rewards returned \[1.0, 2.0\] for 2 turns of the data row 0, but the reward is 1.5"
     ):
         to_go(Half(), [episode(1.0, 2.0)], turns=2)

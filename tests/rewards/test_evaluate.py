@@ -75,8 +75,8 @@ def test_wrong_values_name_the_reward_and_the_row():
         ([1.0, float("nan"), 0.0], "returned nan for sums.csv row 11 with completion '5'"),
         ([1e39, 0.0, 0.0], r"returned 1e\+39 for sums.csv row 10"),
         ([0.0, 10**400, 0.0], "returned 10000.* for sums.csv row 11"),
-        ([1.0, "0.5", 0.0], "returned '0.5', which is no number, for sums.csv row 11 with completion '5'"),
-        ([[1.0], [0.0], [0.0]], r"returned \[1.0\], which is no number, for sums.csv row 10"),
+        ([1.0, "0.5", 0.0], "returned '0.5', which is not a number, for sums.csv row 11 with completion '5'"),
+        ([[1.0], [0.0], [0.0]], r"returned \[1.0\], which is not a number, for sums.csv row 10"),
     ):
         with pytest.raises(RewardError, match=r"reward Returns \(returns\) " + message) as caught:
             evaluate_reward(Returns(values), TEXTS, PROMPTS)

@@ -93,7 +93,7 @@ def test_a_batch_or_one_completion_at_a_time_with_columns_by_name(here):
     assert scores("trl_like", ["a", "bc"]) == [1.0, 2.0]
     assert scores("each", ["12", "12", "13"]) == [1.0, 1.0, 0.0]
     assert scores("brief", ["a b", "a b c"]) == [1.0, 0.0]
-    assert scores("sorts", texts := ["bb", "a"]) == [1.0, 2.0] and texts == ["bb", "a"]  # what it does to its lists stays there
+    assert scores("sorts", texts := ["bb", "a"]) == [1.0, 2.0] and texts == ["bb", "a"]  # its changes to the lists stay there
 
 
 def test_a_reward_function_of_trl_sees_what_trl_gives_it():
@@ -112,7 +112,7 @@ def test_a_reward_function_of_trl_sees_what_trl_gives_it():
     assert completions == [[{"role": "assistant", "content": "1"}], [dict(message) for message in episode.messages[1:]]]
     texts = TRLReward(lambda prompts, completions: [len(a + b) for a, b in zip(prompts, completions, strict=True)])
     assert texts(["ab"], [Prompt(text="1+1=")]) == [6]
-    with pytest.raises(ConfigError, match=r"TRLReward: .* has no parameter completions; take FunctionReward"):
+    with pytest.raises(ConfigError, match=r"TRLReward: .* has no parameter completions; use FunctionReward"):
         TRLReward(lambda completion: 1.0)
 
 
@@ -123,9 +123,7 @@ def test_messages_of_trl_are_explained_and_one_of_its_functions_works_as_it_is()
     chat = [Prompt(messages=({"role": "user", "content": "1+1"},), answer="2")]
     with pytest.raises(RewardError, match=r"\(test_function\.py line \d+\) for ") as caught:
         evaluate_reward(as_reward(theirs), ["22"], chat)
-    assert "indices must be integers, not 'str'; completions are texts, and messages with TRLReward(function)" in str(
-        caught.value
-    )
+    assert "indices must be integers, not 'str'; completions are texts; for messages use TRLReward(function)" in str(caught.value)
     assert evaluate_reward(as_reward(TRLReward(theirs)), ["22"], chat).total.tolist() == [2.0]
 
 
@@ -210,7 +208,7 @@ def test_a_fault_names_the_line_and_the_row(here):
     for function, completions, message in (
         *((name, ["1", "0"], ZERO) for name in ("careless", "careless_async")),
         ("careless_batch", ["1", "0"], r"ZeroDivisionError: .* for a batch of 2 completions, the first for rows\.jsonl row 0"),
-        ("nothing", ["1"], r"\(nothing\) returned None, which is no number, for rows\.jsonl row 0 .*, 0\.0 where it does not"),
+        ("nothing", ["1"], r"\(nothing\) returned None, which is not a number, for rows\.jsonl row 0 .*, 0\.0 if it does not"),
         ("leaves", ["a"], r"raised SystemExit: 2 \(\w+\.py line {line}\) for rows\.jsonl row 0"),
     ):
         line = next(number for number, text in enumerate(MINE.splitlines(), 1) if f"def {function}(" in text)
@@ -224,11 +222,11 @@ def test_what_cannot_be_found_is_said_at_start(here):
     for function, message in (
         ("no_file.py:f", "there is no file .*no_file.py"),
         ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
-        ("my_rewards.py:neither", "has the parameters text; call one of them completions"),
-        ("my_rewards.py:by_place", "takes completions by position alone"),
-        ("my_rewards.py", r"is a file without a function; name one of it, as in my_rewards.py:function"),
+        ("my_rewards.py:neither", "has the parameters text; name one of them completions"),
+        ("my_rewards.py:by_place", "takes completions only by position"),
+        ("my_rewards.py", r"names a file but no function in it; write my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
-        ("my_rewards.py:Limits", "is a class; give .* by class_path"),
+        ("my_rewards.py:Limits", "is a class; .* set class_path"),
         ("needs.py:f", "needs.py needs the module 'no_such_library', which is not installed"),
         ("function", "give package.module.function or path/to/file.py:function"),
     ):
@@ -260,11 +258,11 @@ def test_parameters_that_are_no_columns_are_arguments(here):
 
 def test_arguments_that_do_not_fit_are_refused(here):
     for function, arguments, message in (
-        ("near", {"tolerence": 1}, r"arguments\.tolerence=1: .*:near has no parameter 'tolerence' .* answer, tolerance, words"),
-        ("near", {"answer": "1"}, "what my_rewards.py:near gets as answer is the run's"),
-        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide'; give a number, which my_rewards\.py:near takes there"),
-        ("near", {"tolerance": True}, "give a number, which .* takes there"),
-        ("near_batch", {"tolerance": "0.1"}, "give a number, which .* takes there"),
+        ("near", {"tolerence": 1}, r"arguments\.tolerence=1: .*:near has no such parameter .* answer, tolerance, words"),
+        ("near", {"answer": "1"}, "the run itself passes answer to my_rewards.py:near"),
+        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide'; give a number, as my_rewards\.py:near expects"),
+        ("near", {"tolerance": True}, "give a number, as .* expects"),
+        ("near_batch", {"tolerance": "0.1"}, "give a number, as .* expects"),
     ):
         with pytest.raises(ConfigError, match=message):
             FunctionReward(f"my_rewards.py:{function}", arguments=arguments)

@@ -1,4 +1,4 @@
-"""`MathMatch`: a table of right and wrong answers, and what holds whatever a completion says."""
+"""`MathMatch`: a table of right and wrong answers, and properties that hold for any completion."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def test_an_answer_that_is_no_mathematics_is_named():
 
 
 def test_what_is_more_than_a_number_is_refused_with_a_remedy():
-    said = r"answer_pattern='.*' for the number that it begins with, or use ExactMatch"
+    said = r"answer_pattern='.*' for the number at its beginning, or use ExactMatch"
     for answer in (
         *("3 (mod 5)", "3 (mod p)", "10 (base two)", "12 (9 eggs)", "3 (R 2)", "3 (or 4)", "3 (about)", "2 (sin x)"),
         *("2^5 (apples)", "15 (goldfish); 12 (platies)", "3x (apples)", "1 hour and 30 minutes"),

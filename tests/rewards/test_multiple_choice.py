@@ -36,9 +36,9 @@ def test_reference_answers():
 
 def test_a_row_without_a_letter_is_named():
     for prompt, message in (
-        (Prompt(text="?", answer="12", source="q.csv", index=3), r"'12' of q\.csv row 3 is no letter from A to J"),
-        (Prompt(text="?", answer="E", columns={"options": list("wxyz")}), "'E' .* is no letter from A to D"),
-        (Prompt(text="?", answer="A", columns={"options": "wxyz"}), "column 'options' .* is no list of 2 to 26 options"),
+        (Prompt(text="?", answer="12", source="q.csv", index=3), r"'12' of q\.csv row 3 is not a letter from A to J"),
+        (Prompt(text="?", answer="E", columns={"options": list("wxyz")}), "'E' .* is not a letter from A to D"),
+        (Prompt(text="?", answer="A", columns={"options": "wxyz"}), "column 'options' .* is not a list of 2 to 26 options"),
         (Prompt(text="?", source="q.csv", index=3), r"q\.csv row 3 has none"),
     ):
         with pytest.raises((DataError, RewardError), match=message):

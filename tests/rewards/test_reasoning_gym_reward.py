@@ -36,6 +36,6 @@ def test_where_the_verifier_raises_nothing_is_earned_and_nowhere_more_than_all(c
 
 
 def test_tasks_that_cannot_be_trained_on_are_refused_at_start():
-    for task, message in (("game_of_life_halting", "takes any text for right"), ("list_functions", "is not reproducible")):
+    for task, message in (("game_of_life_halting", "accepts any text"), ("list_functions", "is not reproducible")):
         with pytest.raises((ConfigError, RewardError), match=message):
             ReasoningGymReward().check_prompt(prompts(task, 1)[0])

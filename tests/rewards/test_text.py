@@ -1,4 +1,4 @@
-"""Rewards of the text: an answer that is compared as it stands, a format, and what is said again and again."""
+"""Rewards of the text: an answer that is compared as it stands, a format, and repetition."""
 
 import pytest
 

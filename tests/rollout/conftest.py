@@ -1,4 +1,4 @@
-"""Fake vLLM servers, and samplers that ask them; all that are made in a test end with it."""
+"""Fake vLLM servers, and their samplers; all that a test makes end with it."""
 
 import threading
 
@@ -22,7 +22,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def nccl(request, monkeypatch):
-    """Whether weights go over NCCL, a fake one, instead of over gloo: a test says so by a parameter."""
+    """Whether weights go over a fake NCCL instead of gloo: a parameter of the test."""
     fake = FakeNccl(monkeypatch) if getattr(request, "param", False) else None
     yield fake
     for communicator in fake.communicators if fake else ():

@@ -34,7 +34,7 @@ def batch(rows, first, with_old=True):
 
 
 def rows_of(batches):
-    """What the rows of batches are, without padding."""
+    """The rows of batches, without padding."""
     found = []
     for part in batches:
         sequences = part.sequences
@@ -79,7 +79,7 @@ def test_rewards_are_joined_and_chosen_with_those_that_count():
 
 def test_rows_are_split_where_the_next_would_not_fit_and_a_pair_is_never_cut():
     def sequences(prompts, lengths):
-        """Of whose tokens the first alone was sampled: a pass takes them all."""
+        """Only the first of their tokens was sampled; a pass takes them all."""
         made = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right([[5] * length for length in lengths], 0, "cpu"))
         return replace(made, sampled_mask=made.completion_mask & (torch.arange(made.completion_ids.shape[1]) == 0))
 

@@ -27,7 +27,7 @@ def added_to(row, turn):
 
 
 def play(begin, engine, tokenizer, rows=ROWS, capacity=CAPACITY, **settings):
-    """Turns of episodes: the number of each one, its message, log-probabilities, and all that stood before it."""
+    """Turns of episodes: each one's number, message, log-probabilities, and the text before it."""
     ids = [tokenizer(text).input_ids for text in TEXTS]
     sampler = Sampler(**{"max_new_tokens": 12, "stop": ["7", "3"], **settings})
     contexts = [list(ids[row // SAMPLES]) for row in range(len(TEXTS) * SAMPLES)]

@@ -1,4 +1,4 @@
-"""Where completions are asked for, and what becomes of servers that are slow, die, hang, or have other weights by then."""
+"""Which servers complete which prompts, and servers that are slow, die, hang, or have other weights by then."""
 
 import contextlib
 import signal

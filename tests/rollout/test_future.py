@@ -1,4 +1,4 @@
-"""A rollout in progress: what is made elsewhere, what is computed by who asks for it, and what a stop leaves."""
+"""A rollout in progress: the part that is made elsewhere, the part that the caller computes, and the state after a stop."""
 
 import threading
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""`VLLMSampler` without vLLM: settings, what it asks of vLLM, sleep, and weights that are computed where they are copied."""
+"""`VLLMSampler` without vLLM: settings, its calls of vLLM, sleep, and weights that are computed where they are copied."""
 
 import copy
 import os
@@ -117,7 +117,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
         sampler._start(served())
 
 
-# ---- sleep, whose effect only a GPU has
+# ---- sleep, which has an effect on a GPU only
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def scored_rollout(prompts, sequences, logprobs, advantages, samples):
 
 
 class Restarted(Run):
-    """Counts how often it was told to count its epoch from 0."""
+    """Counts the calls that make it count its epoch from 0."""
 
     restarts = 0
 
@@ -90,7 +90,7 @@ def batches_of(loader, count):
 
 
 def take(loader, count):
-    """The same; whoever trains on one draws numbers from the generators."""
+    """The same; training on one draws numbers from the generators."""
     return [(flat(batch), random.random(), float(torch.rand(()))) for batch in batches_of(loader, count)]
 
 
@@ -273,7 +273,7 @@ def test_a_rollout_that_is_given_up_is_drawn_again_with_those_ahead_of_it():
 
 
 class Elsewhere(Source):
-    """Rollouts that are made elsewhere while training goes on; notes what is done with each."""
+    """Rollouts that are made elsewhere during training; notes what is done with each."""
 
     def __init__(self, samples, failure=None):
         super().__init__(samples)

@@ -1,4 +1,4 @@
-"""What is used of vLLM stands in a table, and is missed by its name."""
+"""The names that are used of vLLM are in a table; a missing one is reported by name."""
 
 import ast
 from pathlib import Path

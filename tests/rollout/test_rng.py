@@ -48,7 +48,7 @@ def test_later_messages_have_numbers_of_their_own_whichever_episodes_go_on():
 
 
 class Cuda:
-    """The generators of some devices, of which this process has one, in place of `torch.cuda`'s functions."""
+    """The generators of some devices, one of them this process's, in place of `torch.cuda`'s functions."""
 
     def __init__(self, monkeypatch, devices, current):
         self.states = [torch.full((16,), number, dtype=torch.uint8) for number in range(devices)]
@@ -66,6 +66,6 @@ def test_a_process_goes_on_with_the_state_of_its_device_on_fewer_or_more(monkeyp
     state, expected = capture_random_state(), torch.rand(3)
     here = Cuda(monkeypatch, *now)
     restore_random_state(state)
-    own = before[1] if before[0] else now[1]  # from a CPU it goes on as it was seeded
+    own = before[1] if before[0] else now[1]  # from a CPU it continues as it was seeded
     assert [int(entry[0]) for entry in here.states] == [own if number == now[1] else number for number in range(now[0])]
     assert torch.equal(torch.rand(3), expected), "of the CPU's generator, which every run has"

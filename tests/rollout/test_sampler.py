@@ -1,4 +1,4 @@
-"""Our sampler against `generate` and plain passes; what every engine promises is in tests/with_vllm/test_engines.py."""
+"""Our sampler against `generate` and plain passes; tests/with_vllm/test_engines.py has the promises of every engine."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def sample(model, tokenizer, samples=3, seed=0, texts=TEXTS, greedy=False, **set
 
 
 def assert_plain_logprobs(model, rollouts, temperature=1.0):
-    """Those of sampling are those of unpadded forward passes."""
+    """The log-probabilities of sampling equal those of unpadded forward passes."""
     for row, found in enumerate(rollouts.sampling_logprobs):
         expected = plain_logprobs(model, rollouts.sequences, row, temperature)
         torch.testing.assert_close(found[: len(expected)], expected, atol=1e-4, rtol=0)

@@ -54,7 +54,7 @@ def test_all_families_sample_alike(tokenizer, family):
 
 
 def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
-    """What a graph of a step would read has the same place at every token, until rows are given up."""
+    """The inputs of a step's graph have the same addresses at every token, until rows are given up."""
     engine = Engine(build_model("llama"), OfAccelerator())
     ids, mask = torch.randint(3, 30, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
     with torch.no_grad(), engine.sampling():
@@ -245,7 +245,7 @@ def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
     ],
 )
 def test_graphs_are_given_up_and_leave_nothing_behind(tokenizer, monkeypatch, caplog, how, reason):
-    """`auto`, as it is on a GPU: the completions are those of plain steps, it is said once, and torch is as it was."""
+    """`auto`, as on a GPU: the completions equal those of plain steps, one line is printed, and torch is as it was."""
     engine = Engine(build_model("llama"), OfAccelerator())
     plain = sample(engine, tokenizer, 60, stop=["77"])
     assert not engine.graphs.why_not, "auto makes none on a CPU"

@@ -109,7 +109,7 @@ def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model,
 
 
 class Interrupt(Callback):
-    """What Ctrl-C does where no callback handles signals, as in a notebook, once a server has requests."""
+    """Ctrl-C where no callback handles signals, as in a notebook, once a server has requests."""
 
     def __init__(self, server):
         self.server = server

@@ -37,7 +37,7 @@ class After(Callback):
 
 @pytest.fixture
 def train(model, sums, tmp_path):
-    """Trains with servers whose completions are made up, by large steps."""
+    """Trains by large steps, with servers that make up their completions."""
 
     def run(*servers, callbacks=(), steps=4, ckpt=None, rate=0.1, sampler=(), **policy):
         options = {"max_new_tokens": 6, "timeout": 600, "give_up_after": 30, **dict(sampler)}
@@ -68,7 +68,7 @@ def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest
     liar.loses_weights = False
     log, fitted = run(liar, 1e-3, breaks)
     with pytest.warns(
-        UserWarning, match=rf"of {liar.url} differ .*, more than 0\.001; see docs/troubleshooting.md#vllm, at 0\.5"
+        UserWarning, match=rf"of {liar.url} differ .*, more than 0\.001; see docs/troubleshooting.md#vllm .*stops at 0\.5"
     ):
         fitted()
     assert log.metrics[-1]["sampling/mismatch/max"] > 1e-3

@@ -1,6 +1,6 @@
 """A server that speaks the part of vLLM's protocol that is used, in this process: completions are made up, weights really come.
 
-Log-probabilities of prompts are those of a model with the weights that came.
+Log-probabilities of prompts come from a model with the weights that were sent.
 
 What real vLLM 0.32 answers was looked up there: statuses, error texts, and the names in its answers. Faults can be planted.
 """
@@ -47,7 +47,7 @@ PLAIN = {
 
 
 class WorkerError(Exception):
-    """What goes wrong in a worker, of which vLLM's answer says so."""
+    """An error in a worker that vLLM's answer reports."""
 
 
 class FakeServer:
@@ -57,7 +57,7 @@ class FakeServer:
         self.tokenizer, self.config, self.model = tokenizer, config, model
         self.version, self.context, self.sequences = "0.32.0", 64, 8
         self.lora: dict | None = None  # its config of LoRA
-        self.description: dict | None = None  # what it says of its paths
+        self.description: dict | None = None  # its description of its paths
         self.dtype, self.logprobs_mode, self.backend = "torch.float32", "processed_logprobs", "hybrid_lightning"
         self.missing: set[str] = set()  # paths that it does not have
         self.key = ""  # API key
@@ -71,7 +71,7 @@ class FakeServer:
         self.fails = 0  # requests for completions to answer with status 500 next
         self.fails_updates = 0  # updates in which the worker fails after the first weight
         self.dies_in_updates = 0.0  # seconds after the first weight in which the server dies
-        self.requests: list[tuple[str, dict]] = []  # path and body of what it was asked
+        self.requests: list[tuple[str, dict]] = []  # path and body of each request
         self.port = 0
         self.start()
 
@@ -86,7 +86,7 @@ class FakeServer:
         self.updates: list[list[str]] = []  # names of the weights of each update
         self.group = self.store = None
         self.running = set[str]()  # names of requests
-        self.ended = set[str]()  # of those that were aborted
+        self.ended = set[str]()  # of aborted requests
         self.stopped = threading.Event()
         self.connections = set[socket.socket]()
         bound = type("Bound", (_Handler,), {"fake": self})
@@ -236,7 +236,7 @@ class FakeServer:
 
 
 def _choice(prompt, number, reason, label, last, seeded=None):
-    """Completion `number` of a prompt, which says whose it is; the first token is by the weights at its begin."""
+    """Completion `number` of a prompt, which names the prompt; its first token depends on the weights at its start."""
     tokens = [2 + sum(prompt) % 11, 2 + number, 1]
     if seeded is not None:
         draws = random.Random(seeded["seed"] + number)
@@ -250,7 +250,7 @@ class _Http(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 64
 
     def handle_error(self, request, client_address):
-        """Say nothing of connections that a test has cut."""
+        """Print nothing about connections that a test has cut."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -299,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class FakeStream:
-    """Stands in for a CUDA stream: what is recorded on it is over once the broadcasts on it have succeeded."""
+    """Stands in for a CUDA stream: its recorded work is done once the broadcasts on it have succeeded."""
 
     def __init__(self, device=None):
         self.waited, self.jobs = [], []
@@ -393,7 +393,7 @@ FACTOR = "base_model.model.layers.1.self_attn.o_proj.lora_A.weight"
 
 
 class Factors(Weights):
-    """Weights of a policy whose LoRA comes apart from the base."""
+    """Weights of a policy with the LoRA apart from the base."""
 
     def __init__(self, step, on=True):
         super().__init__(step)

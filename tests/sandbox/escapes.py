@@ -130,8 +130,8 @@ PROCESSES = {
     "lift the memory limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
 }
 
-# By number on x86_64. All are refused whatever they are given, by the filter and not for what they are given; but for the last two,
-# of which the second argument decides.
+# By number on x86_64. All are refused whatever they are given, by the filter and not for what they are given; except the last
+# two: their second argument decides.
 _CALLS = """
 mount 165; umount 166; pivot_root 155; unshare 272; setns 308; clone3 435; process_vm_readv 310; process_vm_writev 311;
 pidfd_getfd 438; kcmp 312; bpf 321; perf_event_open 298; io_uring_setup 425; userfaultfd 323; keyctl 250; add_key 248;

@@ -1,4 +1,4 @@
-"""Runs the hostile programs of `escapes.py`; as a script, for a user and a Python that are not those of the tests."""
+"""Runs the hostile programs of `escapes.py`; as a script, for another user and another Python than the tests' own."""
 
 import json
 import os
@@ -23,7 +23,7 @@ for name, body in json.loads(ATTEMPTS).items():
 
 
 def whole(body):
-    """A program that says whether it got out."""
+    """A program that reports whether it got out."""
     held, escaped = ("    print('held')", "    print('escaped')")
     return f"try:\n{textwrap.indent(body, '    ')}\nexcept BaseException as error:\n{held}\nelse:\n{escaped}"
 
@@ -35,7 +35,7 @@ def in_one(attempts, names):
 
 
 def lend(site):
-    """Install two packages into a folder, of which programs may import the first; its path."""
+    """Install two packages into a folder, where programs may import the first only; returns the path."""
     for name in ("lent", "not_lent"):
         (site / name).mkdir()
         (site / name / "__init__.py").write_text("def double(x): return 2 * x")

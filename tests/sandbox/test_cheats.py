@@ -29,7 +29,7 @@ STREAM_CHEATS = {
 }
 
 
-# What might differ where the tests are a function that gets the candidate.
+# Possible differences where the tests are a function that gets the candidate.
 BY_CHECK = ["nothing", "wrong", "exit", "raise AssertionError", "equal to all", "patch the harness", "own check", "trace"]
 
 

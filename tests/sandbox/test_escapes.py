@@ -71,10 +71,10 @@ def reasons(programs, workers, limits):
 
 
 def test_none_gets_more_than_it_may():
-    """Each runs to its end and says itself that it was held, but for one that can say no more."""
+    """Each runs to its end and reports that it was held, except one that can no longer report."""
     said = reasons(RESOURCES, 2, Limits(3, 30.0, memory_bytes=192 * 2**20))
     assert said.pop("much output") == "ended with an error: OSError: [Errno 27] File too large"
-    assert said == dict.fromkeys(said, "another output")
+    assert said == dict.fromkeys(said, "wrong output")
 
 
 def test_all_are_ended_and_nothing_is_left_behind():

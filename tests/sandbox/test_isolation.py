@@ -1,4 +1,4 @@
-"""Where programs cannot be isolated, that is said at once, with what is missing and what to do."""
+"""Where programs cannot be isolated, an error says so at once, with what is missing and a remedy."""
 
 import math
 import platform
@@ -26,7 +26,7 @@ def script(source, mechanisms=MECHANISMS, limits=None):
 
 
 def on_streams(source, text="", mechanisms=MECHANISMS, **options):
-    """What becomes of a program that is to print what it reads."""
+    """The result of a program that is to print its input."""
     (outcome,) = run_programs([(source, StandardStreamTests(((text, text),)))], Settings(mechanisms, **options), 1)
     return outcome
 
@@ -64,7 +64,7 @@ def test_a_sandbox_that_does_not_hold_is_found_out(without, monkeypatch):
     """The attempts run by the same calls as programs: without a filter of system calls some of them succeed."""
     without("seccomp")
     monkeypatch.setattr(isolation.Isolation, "is_enough", True)
-    with pytest.raises(SandboxError, match="does not hold on this machine: a program succeeded in making a process"):
+    with pytest.raises(SandboxError, match="is not secure on this machine: a program succeeded in making a process"):
         isolation.require_isolation()
 
 

@@ -1,4 +1,4 @@
-"""Values between the processes: what is sent arrives equal and of built-in types; what is no value is refused."""
+"""Values between the processes: they arrive equal and of built-in types; anything else is refused."""
 
 import collections
 import dataclasses

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train_on(folder, tmp_path_factory):
-    """Makes the runs that are named on so many ranks, one after another; what each rank found: name -> result.
+    """Makes the named runs on this many ranks, one after another; each rank's findings: name -> result.
 
     One rank is this process.
     """
@@ -39,7 +39,7 @@ def train_on(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def as_ranks_have_it():
-    """One thread, since sums of several are rounded otherwise, and then other tokens drawn; what a run asked for is undone."""
+    """One thread, since several round sums differently and then draw other tokens; a run's own setting is undone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -98,7 +98,7 @@ def whole(value):
 def train(
     folder, root, strategy="auto", devices=1, policy=None, adapter=None, callbacks=(), ckpt_path=None, save=None, **flags
 ) -> dict[str, Any]:
-    """Train, validate and say what came out."""
+    """Train, validate and return the results."""
     torch.manual_seed(11 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks draw other starts of LoRA: that of the first counts
     torch.use_deterministic_algorithms(False)  # which a run before may have asked for
     # Prompts are a multiple of the ranks x minibatches, which are of whole prompts.

@@ -1,4 +1,4 @@
-"""A rank that is killed ends the run of all, soon and with a message; the last checkpoint is whole and goes on."""
+"""A rank that is killed ends the run of all, soon and with a message; the last checkpoint is whole and can be resumed."""
 
 import os
 import re
@@ -66,7 +66,7 @@ class Die(Callback):
 
 
 class DieWhileWriting(Callback):
-    """Kills a rank as it waits the n-th time for the disk to have what ends with this name, of which half is there then."""
+    """Kills a rank as it waits the n-th time for a file with this ending to be on disk, when half of the file is there."""
 
     def __init__(self, rank, name, time):
         self.rank, self.name, self.time = rank, name, time
@@ -111,7 +111,7 @@ def killed_run(folder, tmp_path, strategy, rank, *callbacks, **options):
 
 
 def assert_goes_on(folder, root, checkpoint, steps, whole, **options):
-    """One process goes on from a killed run's checkpoint after so many steps, and ends as a run that was not stopped."""
+    """One process resumes a killed run's checkpoint of this many steps, and ends like a run that was not stopped."""
     assert 1 <= steps < whole["global_step"]
     rest = train(folder, root / "rest", **{**RUN, **options, "enable_checkpointing": False, "ckpt_path": checkpoint})
     assert (rest["global_step"], len(rest["steps"])) == (whole["global_step"], whole["global_step"] - steps)
@@ -151,7 +151,7 @@ def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begi
 
 @pytest.mark.parametrize(("rank", "name", "time"), long_but([(1, "__1_0.distcp", 5), (0, "meta.pt", 4)], 1))
 def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, rank, name, time):
-    """Every step writes two: the best one, and the last one in the place of that of the step before."""
+    """Every step writes two checkpoints: the best one, and the last one over that of the step before."""
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)
     killed_run(folder, tmp_path, SHARDED, rank, saver, DieWhileWriting(rank, name, time))
     steps = {path: content_of(path)["global_step"] for path in (tmp_path / "saved").glob("*.ckpt")}

@@ -1,4 +1,4 @@
-"""A checkpoint written under one strategy and number of ranks goes on under any other, in the middle of a rollout."""
+"""A checkpoint written under one strategy and number of ranks resumes under any other, in the middle of a rollout."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ SHARDED = partial(FSDP2Strategy, save_distributed_checkpoint=True)
 WRITERS = {"one process": ("auto", 1), **{name: (strategy, 2) for name, strategy in STRATEGIES.items()}}
 WRITERS |= {"fsdp2 sharded": (SHARDED, 3)}
 READERS = {"one process": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": (SHARDED, 2)}
-# Which checkpoints each goes on from, of other strategies or numbers of ranks.
+# The checkpoints, of other strategies or numbers of ranks, that each resumes.
 CROSSINGS = {
     **{"one process": ("fsdp2 sharded",), "ddp": ("fsdp2",)},
     **{"fsdp2": ("one process", "ddp", "fsdp2 sharded")},
@@ -117,7 +117,7 @@ def test_one_process_loads_and_exports_what_several_have_written(runs):
 
 
 def test_a_split_model_is_exported_whole_while_it_is_trained(runs, tmp_path):
-    """As it is exported from its checkpoint; that this is what was trained is shown in `export`."""
+    """The model as exported from its checkpoint; the tests of `export` show that this is what was trained."""
     write_policy(policy_of_checkpoint(runs[0] / "fsdp2.ckpt"), MergedModel("float32"), tmp_path / "saved")
     live, later = (load_file(path / "model.safetensors") for path in (runs[0] / "live" / "step=1", tmp_path / "saved"))
     assert live.keys() == later.keys() and all(torch.equal(live[name], later[name]) for name in live)

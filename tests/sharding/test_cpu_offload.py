@@ -1,4 +1,4 @@
-"""Parts of the model on the host: the same run, and what a device that is not the host asks for besides."""
+"""Parts of the model on the host: the same run, and the further requirements of any other device."""
 
 from functools import partial
 from types import SimpleNamespace

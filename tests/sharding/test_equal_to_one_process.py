@@ -78,7 +78,7 @@ def jobs(first_rollout, folder, judge):
     masks = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True, "loss": DAPOLoss(entropy_coef=0.02)}
     masks |= {"sampler": ByPrompt(20, holes=True)}  # long enough for some to end
     replaced = {"prompts_per_rollout": 8, "dynamic_sampling": DynamicSampling(2), "sampler": ByPrompt(12, holes=True)}
-    # Of the first prompts, those of the first rank alone teach: it has 7 of the 8 groups that are trained on.
+    # Of the first prompts, only the first rank's teach: it has 7 of the 8 groups that are trained on.
     replaced |= {"reward": Only(sorted(set(range(24)) - set(first_rollout[1::2])))}
     episodes = {"environment": Talk(), "reward": None, "credit": "turn", "episodes": EpisodeLimits(max_tokens=60)}
     episodes |= {"sampler": OftenDone(5), "loss": GRPOLoss(kl_coef=0.02), "correction": TokenTruncation()}
@@ -103,7 +103,7 @@ def jobs(first_rollout, folder, judge):
     return {name: {"max_steps": 2, **job} for name, job in work.items()}
 
 
-# What the strategy has no part in is tried under one of them.
+# Features that do not depend on the strategy are tried under one strategy.
 UNDER = {
     "ddp": ("advantages on one rank only", "groups replaced and moved", "a teacher and a judge"),
     "fsdp2": (

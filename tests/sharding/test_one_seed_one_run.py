@@ -42,7 +42,7 @@ while os.getppid() == parent and time.monotonic() < end:
 
 @contextmanager
 def busy_machine(processes_a_core: int) -> Iterator[None]:
-    """Within this context so many processes a core compute."""
+    """Within this context, this many processes a core compute."""
     count = processes_a_core * len(os.sched_getaffinity(0))
     processes = [subprocess.Popen([sys.executable, "-I", "-S", "-c", _WORK]) for _ in range(count)]
     try:

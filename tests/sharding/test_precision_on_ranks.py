@@ -1,4 +1,4 @@
-"""In 16 bits, and on a quantized base, sharded runs are those of DDP or of one process, and ranks leave out the same steps."""
+"""In 16 bits, and on a quantized base, sharded runs equal those of DDP or of one process, and ranks skip the same steps."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Under FSDP2 all ranks score together: the plan is that of one process up to rounding, and none has the whole model."""
+"""Under FSDP2 all ranks score together: the plan equals one process's up to rounding, and no rank has the whole model."""
 
 import gc
 import os
@@ -121,7 +121,7 @@ class NoWay(RewardFunction):
 
 
 def refused_and_shares(folder, root, devices):
-    """What is said of a scorer and a reward, and how much of the model this rank has in a pass of any kind."""
+    """The messages about a scorer and a reward, and the share of the model on this rank in each kind of pass."""
     said, flags = [], {"devices": devices, "max_steps": 0}
     for scorer, policy in ((Broken(), {}), (None, {"reward": NoWay()})):
         module = build_policy(folder / "model", **policy)

@@ -1,4 +1,4 @@
-"""What is written into a folder is read from it, and what is not whole is refused with the reason."""
+"""A folder is read as it was written; an incomplete one is refused with the reason."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ranks stop together, whichever of them a signal reaches, all save, and the run goes on as if it had not been stopped."""
+"""Ranks stop together, whichever of them a signal reaches; all save, and the run resumes as if it had not been stopped."""
 
 import os
 import re
@@ -35,7 +35,7 @@ STEPS = {"ddp": 5, "fsdp2": 7}  # after two begins a rollout, after four comes a
 
 
 def stop_and_go_on(folder, name):
-    """On each rank: a whole run, those that are stopped, and the last one, which goes on to the end."""
+    """On each rank: a whole run, the runs that are stopped, and the last one, which continues to the end."""
     rank = int(os.environ["LOCAL_RANK"])
     fit = [*FIT[:2], f"--config={CONFIGS / STRATEGIES[name]}", *FIT[2:], "--trainer.devices=2"]
     fit.append(f"--trainer.max_steps={STEPS[name]}")

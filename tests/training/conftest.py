@@ -1,4 +1,4 @@
-"""As many sums as make four small rollouts."""
+"""Enough sums for four small rollouts."""
 
 import pytest
 from tiny_runs import write_sums

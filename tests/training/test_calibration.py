@@ -128,5 +128,5 @@ def test_neither_rewards_nor_answers_is_an_error_nor_is_there_anything_without_p
     data = PromptDataModule(FileSource(str(tmp_path / "open.jsonl"), answer_column=None), PlainFormat())
     with pytest.raises(CalibrationError, match=r"all rewards of the 8 calibration prompts .* or give adapter\.plan"):
         calibrate(model, None, data=data, reward=Constant())
-    with pytest.raises(ConfigError, match=r"trainer\.datamodule, which has none; give trainer\.fit\(policy, data"):
+    with pytest.raises(ConfigError, match=r"trainer\.datamodule has none; give trainer\.fit\(policy, data"):
         calibrate(model, None, data=SimpleNamespace(train_dataloader=list))

@@ -12,11 +12,11 @@ ANSWERS = ["7", "7", "5", "6", "5", None, "5", "6"]
 
 
 def build(indices, correct, lengths, sets=""):
-    """Rollouts of prompts with these indices; `correct` and `lengths` hold one list a prompt. What is 5 tokens long was cut."""
+    """Rollouts of prompts with these indices; `correct` and `lengths`: a list a prompt. Completions of 5 tokens were cut."""
     samples = len(correct[0])
     prompts = tuple(Prompt(text=f"q{i}", answer=f"a{i}", index=i, set_name=sets) for i in indices)
     flat = [value for row in correct for value in row]
-    completions = [[6] * length + [7] for row in lengths for length in row]  # behind which an environment added a token
+    completions = [[6] * length + [7] for row in lengths for length in row]  # an environment added a token after it
     sequences = Sequences(*pad_left([[5]] * len(flat), 0, "cpu"), *pad_right(completions, 0, "cpu"))
     sequences = replace(sequences, sampled_mask=sequences.completion_ids == 6)
     shape = sequences.completion_ids.shape

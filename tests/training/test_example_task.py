@@ -173,9 +173,9 @@ def test_what_is_refused_at_start(kind, format, number, message, model, rows, tm
 
 
 def test_no_loss_and_a_row_that_the_model_cannot_read_are_refused(model):
-    with pytest.raises(ConfigError, match=r"needs model\.loss; or take SupervisedModule or PreferenceModule"):
+    with pytest.raises(ConfigError, match=r"needs model\.loss; set it, or use SupervisedModule or PreferenceModule"):
         ExampleModule(model=str(model))
     module = build_module("supervised", model)
     long = Prompt(text="1+1=", completions=("2" * 130,), index=7, source="rows.jsonl")
-    with pytest.raises(DataError, match=r"rows.jsonl row 7 has 135 tokens \(4 of the prompt\), more than the 128"):
+    with pytest.raises(DataError, match=r"rows.jsonl row 7 has 135 tokens \(4 in the prompt\), more than the model's 128"):
         module.task.check_prompts([long])

@@ -1,4 +1,4 @@
-"""Completions that are made elsewhere while the policy is trained: the same numbers as in turns, and nothing left behind."""
+"""Completions that are made elsewhere while the policy is trained: the same numbers as in turns, and nothing left over."""
 
 import copy
 import threading

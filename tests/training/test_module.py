@@ -142,20 +142,20 @@ def test_a_data_module_of_ones_own_trains_or_is_refused_with_the_lines_to_write_
     policy = fit(model, None, tmp_path, build_adapter(), watch, data=Own(), num_sanity_val_steps=-1, max_steps=1)
     assert {prompt.text for prompt in watch.batches[0].rollout.rollouts.prompts} <= {f"{n}+1=" for n in range(8)}
     assert policy.evaluation.last[""]["problems"] == 4
-    with pytest.raises(DataError, match=r"two prompts to evaluate have index=0 and would count as one; number them"):
+    with pytest.raises(DataError, match=r"two prompts to evaluate have index=0 and would count as one; give each its own"):
         fit(model, None, tmp_path, data=Own("index"), num_sanity_val_steps=-1)
     monkeypatch.setattr(RLTask, "calibration_losses", lambda *_: pytest.fail("modules are scored"))
     lines = (
         r".* `return self\.trainer\.lightning_module\.rollout_loader\(prompts\)`|.*def val_dataloader\(self\): return DataLoader"
     )
     for ordinary, message in (
-        (("train",), r"Own\.train_dataloader returns prompts, and the policy trains on rollouts of them"),
-        (("validation",), r"Own\.val_dataloader makes tensors of its batches"),
+        (("train",), r"Own\.train_dataloader returns prompts, but the policy trains on rollouts"),
+        (("validation",), r"Own\.val_dataloader collates its batches"),
     ):
         with pytest.raises(ConfigError, match=message + lines):
             fit(model, None, tmp_path, build_adapter(), data=Own(*ordinary))
     loader, policy = DataLoader([Prompt(text="1+1=")], collate_fn=list), build_policy(model)
-    with pytest.raises(ConfigError, match=r"trainer\.datamodule, which has none; give trainer\.fit\(policy, datamodule"):
+    with pytest.raises(ConfigError, match=r"trainer\.datamodule has none; give trainer\.fit\(policy, datamodule"):
         build_trainer(tmp_path, build_adapter()).fit(policy, train_dataloaders=loader)
-    with pytest.raises(ConfigError, match=r"the train dataloader gave a list, which is not of rollouts"):
+    with pytest.raises(ConfigError, match=r"the train dataloader returned a list, not a batch of rollouts"):
         build_trainer(tmp_path, build_adapter(scorer=Random())).fit(build_policy(model), train_dataloaders=loader)

@@ -1,4 +1,4 @@
-"""`trainer.deterministic=true` works with everything, and what can make two runs differ is said when a run starts."""
+"""`trainer.deterministic=true` works with everything, and a run names at its start what can make two runs differ."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ class OnGPU(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# All that there is besides losses.
+# Everything besides losses.
 CASES = {
     "gpt2": {  # which is not packed
         **{"model": "gpt2", "gradient_checkpointing": True, "epochs_per_rollout": 2, "dynamic_sampling": DynamicSampling(1)},
@@ -109,7 +109,7 @@ def test_training_on_examples(folder, tmp_path, on_gpu):
     assert trained.trainer.global_step > 0
 
 
-# ---- what is said
+# ---- the messages
 
 
 class Elsewhere(Sampler):
@@ -126,14 +126,14 @@ class OnDevice(Sampler):
     ("policy", "flags", "message"),
     [
         ({"samples_per_prompt": 1, "advantage": LeaveOneOutAdvantage()}, {}, "=1: LeaveOneOutAdvantage compares .* to 2 or more"),
-        ({"reward": WeightedSum([OverlongPenalty(512, 100)])}, {}, "OverlongPenalty: .*max_new_tokens=6, .* would never act"),
-        ({"sampler": Elsewhere(top_k=3), "correction": losses.TokenTruncation()}, {}, "probabilities under the full softmax"),
+        ({"reward": WeightedSum([OverlongPenalty(512, 100)])}, {}, "OverlongPenalty: .*max_new_tokens=6, .* have no effect"),
+        ({"sampler": Elsewhere(top_k=3), "correction": losses.TokenTruncation()}, {}, "probabilities over all tokens"),
         ({"rollouts_ahead": -1}, {}, "rollouts_ahead must be at least 0, got -1"),
-        ({"rollouts_ahead": 1}, {"overfit_batches": 1}, "begins each epoch anew"),
+        ({"rollouts_ahead": 1}, {"overfit_batches": 1}, "restarts each epoch"),
         ({"rollouts_ahead": 1}, {"reload_dataloaders_every_n_epochs": 1}, "would drop the rollouts that were begun"),
         ({"rollouts_ahead": 1, "sampler": Elsewhere(), "dynamic_sampling": DynamicSampling()}, {}, "leave dynamic_sampling out"),
-        ({"rollouts_ahead": 1, "sampler": OnDevice()}, {}, "nothing would be done meanwhile"),
-        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "model.episodes.workers=1"),
+        ({"rollouts_ahead": 1, "sampler": OnDevice()}, {}, "rollouts cannot overlap"),
+        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "model.episodes.workers to 1"),
     ],
 )
 def test_what_cannot_work_is_refused(model, tmp_path, policy, flags, message):
@@ -144,7 +144,7 @@ def test_what_cannot_work_is_refused(model, tmp_path, policy, flags, message):
 
 def test_what_is_doubtful_where_it_trains_is_warned_of_there(model, tmp_path):
     for policy, message in (
-        ({"sampler": Elsewhere()}, r"model\.correction corrects nothing"),
+        ({"sampler": Elsewhere()}, r"model\.correction is not set"),
         (
             {"loss": losses.DrGRPOLoss(), "advantage": PerRewardAdvantage()},
             "divides them; give --model.advantage=GroupMeanAdvantage$",
@@ -175,9 +175,9 @@ def test_rewards_by_time_and_a_last_moment_are_named_and_nothing_else(monkeypatc
     warn_of_differences(run_on("cpu", "validate", True), "sdpa", [late_reward(timeout_s=9)])
     monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
     timed = late_reward(timeout_s=9, on_timeout=0.0)
-    with pytest.warns(UserWarning, match="two runs with one seed may differ") as said:
+    with pytest.warns(UserWarning, match="two runs with the same seed may differ") as said:
         warn_of_differences(run_on("cpu", ends_by_clock=True), "sdpa", [DigitShare(), timed])
-    for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "give trainer.max_steps", "reward late:"):
+    for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "set only trainer.max_steps", "reward late:"):
         assert part in str(said[0].message)
     assert "earns on_timeout=0 if it takes more than timeout_s=9" in str(said[0].message)
     for outer in (RewardBySet({"a": timed, "b": DigitShare()}), CosineLength(timed, max_tokens=8)):
@@ -188,13 +188,13 @@ def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
     run = run_on("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
+    with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some GPU operations .*; trainer\.benchmark=true"):
         warn_of_differences(run, "packed_flash_attention_2", [])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):
         warn_of_differences(run, "packed_sdpa", [])
     torch.use_deterministic_algorithms(True)
-    with pytest.raises(ConfigError, match=r"trainer\.deterministic=true cannot be had: .*flash_attention_2.*take sdpa"):
+    with pytest.raises(ConfigError, match=r"trainer\.deterministic=true is not possible: .*flash_attention_2.*use sdpa"):
         warn_of_differences(run, "flash_attention_2", [])
     warn_of_differences(run, "sdpa", [])
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
@@ -213,6 +213,6 @@ def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated_and_is
     monkeypatch.setattr(type(policy.trainer.strategy), "root_device", property(lambda _: torch.device(kind)))
     heard = []
     monkeypatch.setattr(module, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
-    with pytest.warns(UserWarning, match="two runs with one seed may differ") if told else nullcontext():
+    with pytest.warns(UserWarning, match="two runs with the same seed may differ") if told else nullcontext():
         policy.check_settings()
     assert heard == told

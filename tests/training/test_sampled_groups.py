@@ -174,7 +174,7 @@ def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, 
     assert all(len(batch.sequences) == 4 and not batch.advantages.any() and batch.num_sequences == 16 for batch in log.batches)
     assert all(step["sampling/filled_groups"] == 1 and step["frac_reward_zero_std"] == 1 for step in log.metrics)
     said = [str(one.message) for one in caught if "nothing is learned" in str(one.message)]
-    assert len(said) == 1 and said[0].startswith("nothing is learned from 100% of a rollout's groups, although 2 extra rollouts")
+    assert len(said) == 1 and said[0].startswith("nothing is learned from 100% of a rollout's groups, even after 2 extra")
 
 
 @pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")

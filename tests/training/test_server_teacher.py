@@ -35,7 +35,7 @@ def teacher(server, tmp_path):
 
 
 class Waits(OftenDone):
-    """Goes on after the first completion when the teacher has been asked for it."""
+    """Continues after the first completion once the teacher has been called for it."""
 
     def sample(self, engine, tokenizer, request):
         def told(row, tokens):
@@ -75,7 +75,7 @@ def test_what_cannot_work_is_refused_before(model, tmp_path, server, teacher):
     with pytest.raises(ConfigError, match="url='node7' is not an address"):
         ServerTeacher("node7")
     for options, message in (
-        ({"distillation": losses.ReverseKL()}, "gives log-probabilities of sampled tokens, and ReverseKL.*take ModelTeacher"),
+        ({"distillation": losses.ReverseKL()}, "gives log-probabilities of sampled tokens, but ReverseKL.*use ModelTeacher"),
         ({"sampler": OftenDone(6, temperature=0.7)}, "temperature=0.7; set it to 1"),
     ):
         with pytest.raises(ConfigError, match=message):

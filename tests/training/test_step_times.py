@@ -11,7 +11,7 @@ from hybrid_lightning.training.step_times import Amortized, PhaseClock
 
 @pytest.fixture
 def wait(monkeypatch):
-    """Lets time pass, as much as a test says."""
+    """Lets time pass, by the test's amount."""
     now = [100.0]
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 

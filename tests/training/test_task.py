@@ -1,4 +1,4 @@
-"""The train dataloader: the Trainer's flags mean with a policy what Lightning says they mean, and epochs go on at a resume."""
+"""The train dataloader: the Trainer's flags keep Lightning's meaning with a policy, and epochs continue at a resume."""
 
 import pytest
 import tiny_runs
@@ -17,7 +17,7 @@ class Log(tiny_runs.Log):
         super().__init__()
         # Epoch -> micro-batch -> prompts of its rollout; steps after each micro-batch; micro-batches before each validation.
         self.epochs, self.steps, self.validations = [], [], []
-        # Of each optimizer step: sequences and tokens whose gradients it has, and those that it says take part.
+        # Of each optimizer step: sequences and tokens with gradients in it, and the ones that it counts.
         self.denominators, self.seen, self.expected = [], [0.0, 0.0], [0.0, 0.0]
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -73,7 +73,7 @@ def test_max_epochs_and_max_steps_and_limits_and_accumulation_that_changes_betwe
 
 
 def test_epochs_cut_within_a_step_do_not_mix_steps(model, sums, tmp_path):
-    """Lightning makes the last step of a cut epoch with what it has; the rest of that step must not leak into the next one."""
+    """Lightning makes a cut epoch's last step with the batches it has; its rest must not leak into the next one."""
     policy = {"loss": GRPOLoss(kl_coef=0.01)}  # with which every row takes part
     log = run(model, sums, tmp_path, policy=policy, max_epochs=3, limit_train_batches=6, accumulate_grad_batches=4)
     assert [len(epoch) for epoch in log.epochs] == [6, 6, 6] and log.steps[-1] == 6

@@ -183,7 +183,7 @@ def test_a_teacher_with_context_reads_what_the_environment_begins_with(model, su
 def test_context_takes_the_row_and_in_a_chat_the_last_question():
     with pytest.raises(ConfigError, match=r"does not have \{prompt\}"):
         SelfTeacher("{answer}")
-    with pytest.raises(ConfigError, match="start=false without context is the policy itself"):
+    with pytest.raises(ConfigError, match="with start=false and no context"):
         SelfTeacher(start=False)
     teacher = SelfTeacher("{prompt} ({answer}, {hint})")
     row = {"answer": "4", "columns": {"hint": "two pairs"}}
@@ -230,10 +230,10 @@ def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folde
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distillation": losses.ReverseKL()}, "ReverseKL is for learning from a teacher; give model.teacher"),
-        ({"advantage": NoAdvantage()}, "NoAdvantage is for learning from a teacher"),
+        ({"distillation": losses.ReverseKL()}, "ReverseKL needs a teacher; set model.teacher"),
+        ({"advantage": NoAdvantage()}, "NoAdvantage needs a teacher"),
         ({"teacher": SelfTeacher(), "loss": losses.GSPOLoss()}, "GSPOTokenLoss for GSPO.*distillation=ReverseKL"),
-        ({"teacher": SelfTeacher(), "dynamic_sampling": DynamicSampling()}, "a teacher teaches on the prompts"),
+        ({"teacher": SelfTeacher(), "dynamic_sampling": DynamicSampling()}, "model.teacher also teaches on prompts"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(model, options, message):

@@ -27,7 +27,7 @@ ENGINES = [Sampler, pytest.param(VLLMSampler, marks=needs_vllm), pytest.param(VL
 
 @pytest.fixture(scope="module", params=ENGINES)
 def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule]:
-    """A hybrid policy, whose engine is made once."""
+    """A hybrid policy; its engine is made once."""
     options = {"urls": [request.getfixturevalue("server").url]} if request.param is VLLMServerSampler else {}
     sampler = request.param(max_new_tokens=20, **options)
     policy = policy_of(sampler, model, "hybrid")
@@ -38,7 +38,7 @@ def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule
 
 @pytest.fixture
 def sampler(policy: PolicyModule) -> Iterator[RolloutEngine]:
-    """The engine, whose settings a test may change."""
+    """The engine; a test may change its settings."""
     before = dict(vars(policy.task.generation.sampler))
     yield policy.task.generation.sampler
     for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop"):
@@ -175,7 +175,7 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     policy = policy_of(sampler, model, "hybrid" if sync == "merged" else "lora", rollouts_ahead=2, **episodes)
     policy.task.generation.check()
     monkeypatch.setattr(type(policy.run), "step", property(lambda run: steps[-1]))
-    # So many that some wait, however late the update comes. With LoRA apart a CPU takes longer for each.
+    # Enough that some wait, however late the update comes. With LoRA apart a CPU takes longer for each.
     asked = prompts([f"{number}*7=" for number in range(120 if sync == "merged" else 40)])
     both = []  # rows with tokens by the weights before and after the update
     for seed in range(10):  # until one comes before all are completed, which a busy machine may not manage

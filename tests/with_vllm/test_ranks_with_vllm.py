@@ -22,7 +22,7 @@ class Metrics(Log):
 
 
 def train(folder, root, sampler="process", **options):
-    """A run of hybrid LoRA; the metrics of each step, but for times, and the state of the process."""
+    """A run of hybrid LoRA; the metrics of each step, except times, and the state of the process."""
     root.mkdir(parents=True, exist_ok=True)
     policy = build_policy(
         folder,

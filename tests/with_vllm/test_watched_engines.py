@@ -1,4 +1,4 @@
-"""An engine with other weights than the policy's is found out, whatever it says; one that dies or hangs ends the run in time."""
+"""An engine with other weights than the policy's is detected, whatever it reports; one that dies or hangs ends the run soon."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def train(model, sums, tmp_path):
 
 
 def freeze_what_is_sent(monkeypatch, trainer):
-    """Send what the policy has now at all later updates, under their labels."""
+    """Send the policy's present weights at all later updates, under their labels."""
     policy, stream = trainer.lightning_module.policy, CurrentWeights.stream
     sent = {}
     for weight in CurrentWeights(policy.model, policy.weights, "", 0, True).stream(True):

@@ -1,4 +1,4 @@
-"""The policy's weights in vLLM: after a sync both compute the same, and what is stale or partial is found out."""
+"""The policy's weights in vLLM: after a sync both compute the same, and stale or partial weights are detected."""
 
 import inspect
 from contextlib import nullcontext
@@ -71,7 +71,7 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
     if sampler.sends_adapter:
         monkeypatch.setattr(in_process, "write_folder", lambda *_: None)
         move(policy, seed=4, by=0.5)
-        with pytest.raises(RolloutError, match="they agreed before, so the last update did not reach it"):
+        with pytest.raises(RolloutError, match="they agreed before, so the last update was incomplete"):
             complete(policy)
 
 
@@ -117,7 +117,7 @@ def trained_policy(policy):
 
 
 def test_weights_that_no_folder_has_are_all_sent(tmp_path, sampler):
-    """A quantized base, whose weights vLLM cannot read from a file: it gets the dequantized ones."""
+    """A quantized base: vLLM cannot read its weights from a file and gets the dequantized ones."""
     pytest.importorskip("bitsandbytes")
     policy = policy_of(sampler, write_model(tmp_path / "model", tied=True), quantization=NF4())
     assert largest_difference(policy, complete(policy)) < 1e-4, "not quantized yet"

@@ -34,27 +34,29 @@ _PLAIN = re.compile(r"-?\d{1,15}(?:\.\d{1,9})?")  # form of most reference answe
 class MathMatch(AnswerReward):
     r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
 
-    The answer of a completion is the content of its last `\boxed{}` (boxes with "and", "or" or a comma between them are one
-    set). Without a box it is the whole text, or the text after "the answer is", if that is a formula; else the last number, plain
-    expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" is 1234;
-    "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 also
-    to one part in a hundred. An interval may also be an inequality, and "y = 3 and x = 2" the point (2, 3). The text in
-    `<think> </think>` is ignored, and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
+    The answer of a completion is the content of its last `\boxed{}` (boxes joined by "and", "or" or a comma are one set). Without
+    a box, it is the whole text, or the text after "the answer is", if that is a formula; else the last number, plain expression
+    or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. The text in `<think> </think>` is ignored, and so is a remark in brackets: "18
+    dollars (9 eggs at $2)" is 18 dollars.
 
-    - If both answers have a unit that `math_units.py` knows, the units must agree, or be convertible: 15 cm are 0.15 m but not
-      15 m. "$5 per hour" may be written "$5", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
-    - Neither a bound nor "1 hour and 30 minutes" is a number: "the answer is at least 18", "more than 18", "18 or more" and "18+"
-      are wrong for 18. But after other verbs "at least 18" gives the number needed, and is 18: "She needs at least 18 eggs".
+    - Forms: "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" is 1234; "2,5" is 2.5; "50%" is both 50 and 0.5. An inequality
+      may equal an interval, and "y = 3 and x = 2" equals the point (2, 3).
+    - Precision: decimals are compared to six places, as in math-verify, and numbers below 0.001 also to one part in a hundred.
+    - Units: if both answers have a unit that `math_units.py` knows, the units must agree or be convertible: 15 cm are 0.15 m but
+      not 15 m. "$5" may stand for "$5 per hour", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
+    - Bounds: neither a bound nor "1 hour and 30 minutes" is a number. "The answer is at least 18", "more than 18", "18 or more"
+      and "18+" are wrong for 18. After other verbs, "at least 18" gives the number needed and is 18: "She needs at least 18
+      eggs".
 
-    The reference answer is a number, with or without a unit, which may stand in brackets ("9 apples", "9 (apples)"); a formula,
-    with or without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
-    in `MultipleChoice`.
+    The reference answer is one of these: a number, with or without a unit, which may be in brackets ("9 apples", "9 (apples)"); a
+    formula, with or without LaTeX delimiters; or a letter from A to J, which is compared with the completion's choice, as in
+    `MultipleChoice`.
 
     Args:
         pattern: Regular expression with one group for the answer. The last match counts, no match earns 0, and `.` also
             matches line breaks. None searches the whole completion for the answer.
         cpu_seconds: CPU time that one comparison may take. A completion that takes more earns 0, with a warning.
-        name: Name under which it is logged; None for `math_match`.
+        name: Name in logs; None for `math_match`.
 
     Example:
         >>> prompt = Prompt(text="1/2 + 1/4?", answer="3/4")
@@ -66,8 +68,8 @@ class MathMatch(AnswerReward):
         if not cpu_seconds > 0:
             raise ConfigError(f"cpu_seconds={cpu_seconds}; give a positive number of seconds")
         if not hasattr(signal, "setitimer"):
-            timer = f"{sys.platform} has no timer of CPU time, which ends long comparisons"
-            raise ConfigError(f"MathMatch needs Linux or macOS: {timer}; train under WSL, or take ExactMatch")
+            timer = f"{sys.platform} has no CPU timer to end long comparisons"
+            raise ConfigError(f"MathMatch needs Linux or macOS: {timer}; train under WSL, or use ExactMatch")
         super().__init__(pattern, name)
         self.cpu_seconds = cpu_seconds
         self.concurrency = max(1, min(_PROCESSES, (os.cpu_count() or 1)))
@@ -98,7 +100,7 @@ class MathMatch(AnswerReward):
         )
         if not readable:
             number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
-            pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number that it begins with" if number else ""
+            pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number at its beginning" if number else ""
             raise RewardError(
                 f"MathMatch: the reference answer {gold!r} of {prompt.place} is neither a number nor a formula; correct the row "
                 f"or the source's answer_pattern{pattern}, or use ExactMatch"
@@ -119,7 +121,7 @@ class MathMatch(AnswerReward):
 
 
 class MathVerifier:
-    """Client of some worker processes, which are started on first use."""
+    """Client of several worker processes, which start on first use."""
 
     def __init__(self, cpu_seconds: float) -> None:
         self._idle: LifoQueue[_Worker] = LifoQueue()
@@ -127,8 +129,8 @@ class MathVerifier:
             self._idle.put(_Worker(cpu_seconds))
 
     def ask(self, function: str, *texts: str) -> Any:
-        """The worker function's result for texts (see `REQUESTS`); None if it exceeded the time or memory limit."""
-        worker = self._idle.get()  # the last one used, so that there are no more processes than needed
+        """Call a function of the worker (see `REQUESTS`) with texts; None if it exceeded the time or memory limit."""
+        worker = self._idle.get()  # the most recently used one, so that no more processes start than needed
         try:
             return worker.ask(function, *texts)
         finally:
@@ -174,7 +176,7 @@ class _Worker:
             assert self.process.stdout is not None
             if self.process.stdout.readline() != "ready\n":
                 self._close()
-                raise RewardError(f"the process that compares answers does not start; see what `{' '.join(command)}` says")
+                raise RewardError(f"the process that compares answers does not start; run `{' '.join(command)}` to see why")
         return self.process
 
     def _close(self) -> None:
@@ -184,4 +186,4 @@ class _Worker:
             process.communicate()
 
 
-_verifier = cache(MathVerifier)  # shared by rewards with the same time limit; not held, since rewards are copied
+_verifier = cache(MathVerifier)  # shared by rewards with the same time limit; not an attribute, since rewards are copied

@@ -30,7 +30,7 @@ def to_ascii(text: str) -> str:
 
 
 def answer_window(text: str) -> str:
-    """The part of a completion that holds its answer: the text around the last box, or the end; it begins with a whole line."""
+    """The part of a completion that holds its answer: the text around the last box, or the end. It begins with a whole line."""
     box = text.rfind(r"\boxed")
     start = max(0, (box if box >= 0 else len(text)) - WINDOW)
     part = text[start : box + WINDOW if box >= 0 else None]
@@ -43,8 +43,8 @@ HEDGE = re.compile(  # at the end of a normalized text: "between 3 and 5", "not 
 )
 # Bounds are searched for in the box, and in the sentence with the last box or number, where each number is written as #.
 #
-# "At least 18" and "18 or more" are bounds, and not 18, if they are the answer: after is, are, be, a colon or an equals sign, or
-# as the whole answer or box. After another verb "at least 18" gives the number needed, and is 18 ("She needs at least 18 eggs").
+# "At least 18" and "18 or more" are bounds, not 18, if they are the answer: after is, are, be, a colon or an equals sign, or as
+# the whole answer or box. After another verb, "at least 18" gives the number needed and is 18 ("She needs at least 18 eggs").
 # "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5 less than
 # 18"), and in the largest possible number ("He cannot buy more than 18"). "1 hour and 30 minutes" is not 30.
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?(?:\\(?:[dt]?frac|sqrt)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?|\.?\d+(?:/\d+)?)")

@@ -1,7 +1,7 @@
 """Units of answers: finds the unit, such as cm^2 in 15 cm^2, and converts between units of the same dimension.
 
-A word that is not in the table here, such as apples, is not a unit. sympy.physics.units and pint would lengthen the worker's
-start by half or more, and read neither LaTeX nor "square centimeters". Texts have been rewritten by `plain_units`.
+A word that is not in the table, such as apples, is not a unit. sympy.physics.units and pint would lengthen the worker's start by
+half or more, and read neither LaTeX nor "square centimeters". The functions expect texts that `plain_units` has rewritten.
 Like `math_text.py`, this file must not import anything else of this project.
 """
 
@@ -82,17 +82,17 @@ PLAIN: list[tuple[str | re.Pattern[str], str]] = [
     ("\u00b2", "^2"),
     ("\u00b3", "^3"),
 ]
-OTHERWISE = (  # not a remark, but another answer: "(or 13)", "(about 18)", "(= 18)"
+ANOTHER = (  # not a remark, but another answer: "(or 13)", "(about 18)", "(= 18)"
     r"\W*(?:or|and|maybe|perhaps|possibly|i\.?\s?e|that\s+is|which|approx\w*|about|around|rounded|roughly|equals)\b|\s*[=\u2248~]"
 )
 REMARK = re.compile(  # "18 dollars (9 eggs at $2)", as the whole text or after "the answer is": no unit, and not the number again
     r"(?P<stated>(?:\A|\banswer\s*(?:is\b|:))[\s:*_]*[$\u20ac\u00a3]?-?\d[\d,./]*%?(?:\s+[A-Za-z]+){0,3})[*_]*"
-    rf"\s+\((?!{OTHERWISE})(?=[^()]*[A-Za-z%]|[^()]*\d[^\d()]+\d)[^()]*\)[\s.!*_]*\Z",
+    rf"\s+\((?!{ANOTHER})(?=[^()]*[A-Za-z%]|[^()]*\d[^\d()]+\d)[^()]*\)[\s.!*_]*\Z",
     re.IGNORECASE,
 )
 SHORT = "|".join(sorted(name for name in SYMBOLS.keys() | WORDS.keys() if name.isalpha() and len(name) < 3))
 IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2); but 3 (mod 5) is a different number, and 2 (x) a product
-    rf"(?<=[\d%}}])(?:\s*\(\s*(?!(?i:{OTHERWISE}|b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b))"
+    rf"(?<=[\d%}}])(?:\s*\(\s*(?!(?i:{ANOTHER}|b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b))"
     rf"(?=[^()]*[A-Za-z]{{3}}|[$%\u00b0])|\s+\(\s*(?=(?:{SHORT})[/^\s)]))"
     r"(?P<words>[A-Za-z$%\u00b0][A-Za-z$%\u00b0 ./'-]*(?:\^\{?[23]\}?)?)\s*\)"
 )
@@ -143,15 +143,15 @@ def conversion_factors(wanted: Unit | None, found: Unit | None) -> set[float]:
 def find_unit(text: str) -> tuple[Unit | None, str | None]:
     """The unit of a text's answer, and the text without it if that is only a quantity or its only box is one.
 
-    The unit is in or after the last box, or after the last number. None if there is no known unit.
+    The unit is in or after the last box, or after the last number. None without a known unit.
     """
     boxes = list(BOXED.finditer(text))
     whole = boxes[-1][1] if boxes else text
     found, start, end = _last_unit(whole)
     if found is None and boxes:
         money = re.search(r"(?:\\\$|[\u20ac\u00a3\u00a5])?\s*\Z", text[: boxes[-1].start()])
-        behind = re.sub(r"\A(?:[ $]|\\[)\]])+", " ", text[boxes[-1].end() :])
-        return _unit_at(behind, 0, money[0].strip()[-1:] if money else "")[0], None
+        after = re.sub(r"\A(?:[ $]|\\[)\]])+", " ", text[boxes[-1].end() :])
+        return _unit_at(after, 0, money[0].strip()[-1:] if money else "")[0], None
     if found is None or len(boxes) > 1 or start == end or whole[end:].strip(" .$") or found.above == SYMBOLS["%"]:
         return found, None
     number = whole[:start].strip(" $")

@@ -1,9 +1,9 @@
 """The worker process that parses and compares mathematical answers with the library math-verify.
 
 `match.py` starts it as a script. It writes `ready`, then reads one JSON request per line, such as `["equal", gold, text]`, and
-writes one reply per line: the result of that function of `REQUESTS`. A request that uses more CPU time than the script's argument
-ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch. To start in a third of a second, it
-runs outside the package: from this project it imports only `math_text.py` and `math_units.py`.
+writes one reply per line: the result of that function in `REQUESTS`. If a request uses more CPU time than the script's argument,
+SIGPROF ends the process; nothing in sympy can delay or catch it. To start in a third of a second, the worker runs outside the
+package: from this project it imports only `math_text.py` and `math_units.py`.
 """
 
 import json
@@ -96,7 +96,7 @@ def same_words(gold: str, text: str) -> bool:
 
 
 def canonical_answer(text: str) -> str | None:
-    """The answer in a text, the same for equal answers: numbers have the six compared places. None without an answer."""
+    """The answer in a text, the same for equal answers: numbers are rounded to the six compared places. None if none is found."""
     parsed = parse_answer(answer_part(text))
     if not parsed:
         return None

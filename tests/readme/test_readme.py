@@ -275,6 +275,14 @@ def test_readme_and_changelog_are_short():
     assert len((ROOT / "CHANGELOG.md").read_text().splitlines()) <= 60
 
 
+def test_the_examples_have_the_numbers_of_their_own_page():
+    here, there = (
+        dict(re.findall(r"^\| \[\w+\]\((?:examples/)?(\w+)/README\.md\) \| [^|]* \| ([^|]*) \|", text, re.MULTILINE))
+        for text in (README, (ROOT / "examples" / "README.md").read_text())
+    )
+    assert len(here) == 7 and here == there
+
+
 def test_badges_show_what_the_project_has():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = project["requires-python"].removeprefix(">=") + "+"

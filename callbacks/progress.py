@@ -17,7 +17,7 @@ _LOGS = ("lightning.pytorch", "lightning.fabric")
 _SHORT = {"completions/mean_length": "tokens"}  # metric -> its name beside the bar
 
 
-class _CurrentStderr(logging.StreamHandler):
+class _CurrentStderr(logging.StreamHandler[Any]):
     """A handler of log lines that follows `sys.stderr`, which a progress bar replaces by a stream that prints above the bar."""
 
     def __init__(self) -> None:

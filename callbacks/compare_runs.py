@@ -58,8 +58,11 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
         say(note)
     _show("Options that differ", ("option", *letters), options) if options else say("No option differs")
     for name in charted(runs):
+        curves = text_curves(name, runs)
+        if len({value for _, curve, _ in curves for _, value in curve}) < 2:  # the same everywhere
+            continue
         say(f"\n{name}")
-        for number, curve, line in text_curves(name, runs):
+        for number, curve, line in curves:
             say(f"  {letters[number]}  {line}  {curve[0][1]:.4g} -> {curve[-1][1]:.4g}")
     if html is not None:
         parts = [result_table(runs, rows), *(Html(f"<p>{note}</p>") for note in notes), Html("<h2>Options that differ</h2>")]

@@ -261,7 +261,7 @@ class Doctor(Callback):
             "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rollouts.completions)} completions right"
             if "reward" in m
             else "no completion counts",
-            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards, so nothing to learn from",
+            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards and teach nothing",
             "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
             f"{m.get('completions/clipped_ratio', 0):.0%} cut at {findings.as_options(limits)}",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",

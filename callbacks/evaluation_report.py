@@ -116,14 +116,14 @@ def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collect
 
 
 def score_table(scores: Scores, title: str) -> Table:
-    """A table with metrics as rows and sets as columns; shares are in percent, with their intervals."""
+    """A table with metrics as rows, accuracy and reward first, and sets as columns; shares in percent, with intervals."""
     names = [name for name in scores if name != OVERALL]
     columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
     table = Table(title=title, title_justify="left", show_header=bool(names))
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
-    for metric in scores[OVERALL]:
+    for metric in sorted(scores[OVERALL], key=lambda name: (name != "problems", not name.startswith("avg@"), name != "reward")):
         if not metric.endswith((f"/{LOWER}", f"/{UPPER}")):
             table.add_row(metric, *(_cell(values, metric) for values in columns.values()))
     return table

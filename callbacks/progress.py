@@ -1,5 +1,7 @@
 """How a run shows its progress: `RolloutProgress` on a terminal, `StepLines` in a file, a pipe or a notebook."""
 
+import logging
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +13,24 @@ from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 
 NORMS = ("grad_norm/full", "grad_norm/lora")
+_LOGS = ("lightning.pytorch", "lightning.fabric")
 _SHORT = {"completions/mean_length": "tokens"}  # metric -> its name beside the bar
+
+
+class _CurrentStderr(logging.StreamHandler[Any]):
+    """A handler of log lines that follows `sys.stderr`, which a progress bar replaces by a stream that prints above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """The current stream."""
+        return sys.stderr
+
+
+def _writes_to_stderr(handler: logging.Handler) -> bool:
+    return type(handler) is logging.StreamHandler and handler.stream is sys.stderr
 
 
 class RolloutProgress(RichProgressBar):
@@ -32,8 +51,11 @@ class RolloutProgress(RichProgressBar):
         return min(of_epoch, done + left)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start listening to the generation of rollouts."""
+        """Start listening to the generation of rollouts, and let Lightning's log lines appear above the bar."""
         super().setup(trainer, pl_module, stage)
+        for name in _LOGS:
+            log = logging.getLogger(name)
+            log.handlers = [_CurrentStderr() if _writes_to_stderr(handler) else handler for handler in log.handlers]
         if isinstance(pl_module, LanguageModule) and self._show_generation not in pl_module.run.listeners:
             pl_module.run.listeners.append(self._show_generation)
 

@@ -34,7 +34,7 @@ override all configs.
 
 Options come in groups, one for each class that the config names:
 
-    model        the policy and how it learns: loss, reward, sampler, batch, rates
+    model        the policy and how it learns: loss, reward, sampler, rates
     data         the problems: source, format, number of validation problems
     adapter      which modules train fully, which by LoRA, which stay frozen
     checkpoint   which checkpoints are kept
@@ -47,7 +47,7 @@ To use other classes and to read more:
 
     --KEY=CLASS         takes another class, as in --model.loss=GRPOLoss
     --KEY.help          shows the class and lists the others, as in --data.help
-    --KEY.help=CLASS    shows another class, as in --model.reward.help=FunctionReward
+    --KEY.help=CLASS    shows another one: --model.reward.help=FunctionReward
 
 Below, an option shows its type, its default and, after "now", the value of the config."""
 

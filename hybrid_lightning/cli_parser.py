@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.configurable import constructor_defaults, imported_class, public_path
 from hybrid_lightning.errors import HybridLightningError, shorten
-from hybrid_lightning.remedies import config_paths, is_machine_error, with_remedy
+from hybrid_lightning.remedies import broken_config, config_paths, is_machine_error, with_remedy
 
 # Messages of jsonargparse that name no remedy -> replacement; above them, text to remove in front of the reason.
 _REWRITES = (
@@ -194,7 +194,7 @@ class Parser(LightningArgumentParser):
             return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
         if mistake := self._unknown_class(message):
             return mistake
-        if "Problems parsing config" in message and (broken := _broken_config(getattr(self, "args", []))):
+        if "Problems parsing config" in message and (broken := broken_config(getattr(self, "args", []))):
             return broken
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
@@ -292,20 +292,6 @@ def _wanted(expected: str) -> str:
     if not all(found):
         return ""
     return " or ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
-
-
-def _broken_config(arguments: list[str]) -> str:
-    """The first config among a command's arguments that is not YAML, and the place of the mistake; empty if there is none."""
-    for path in config_paths(arguments):
-        try:
-            with open(path, encoding="utf-8") as file:
-                yaml.safe_load(file)
-        except yaml.MarkedYAMLError as error:
-            place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-            return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
-        except OSError:
-            continue
-    return ""
 
 
 def _public(path: str) -> str:

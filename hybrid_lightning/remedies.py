@@ -83,6 +83,20 @@ def config_paths(arguments: Sequence[str]) -> list[str]:
     return [path for path in parser.parse_known_args(arguments)[0].config if path]
 
 
+def broken_config(arguments: Sequence[str]) -> str:
+    """The first config among a command's arguments that is not YAML, and the place of the mistake; empty if there is none."""
+    for path in config_paths(arguments):
+        try:
+            with open(path, encoding="utf-8") as file:
+                yaml.safe_load(file)
+        except yaml.MarkedYAMLError as error:
+            place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+            return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
+        except OSError:
+            continue
+    return ""
+
+
 def _kind(path: str) -> str | None:
     """The name of our module that a config trains; None for an overlay, a user's own module, or an unreadable file."""
     try:

@@ -233,7 +233,7 @@ OTHERS = [
     ("data.source.path=openai/gsm8", "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
     ("data.source.path=me/gated", STRANGER, "the data set " + GATED.format("datasets/")),
     ("data.source.revision=v9", "", "'openai/gsm8k' has no revision 'v9'; give revision a branch, tag or commit of https://"),
-    ("data.source.path=me/program data.source.name=null", "", "'me/program' is a loading script, .* refs/convert/parquet"),
+    ("data.source.path=me/program data.source.name=null", "", "'me/program' is a loading script, .* revision=refs/convert/parquet"),
     ("data.source.path=me/empty data.source.name=null", "", "data set 'me/empty' has no readable data files"),
 ]
 
@@ -262,7 +262,7 @@ def test_without_a_network_nothing_waits_and_what_is_in_the_cache_is_used(hub, f
 def test_offline_the_cache_has_to_have_it(hub, folder, first):
     with offline(hub):
         for option, message in (
-            ("model.revision=v9", r"'Qwen/Qwen3-0\.6B' at revision 'v9' is not, .*, and HF_HUB_OFFLINE is set; unset it"),
+            ("model.revision=v9", r"'Qwen/Qwen3-0\.6B' at revision 'v9' is missing or .*, and HF_HUB_OFFLINE is set; unset it"),
             ("data.source.name=socratic", r"the cache has no configuration name='socratic' of .* correct it to one of main"),
         ):
             check_refused(message, hub, folder, f"--{option}")

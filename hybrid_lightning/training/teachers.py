@@ -121,7 +121,7 @@ class ModelTeacher(Teacher):
     Each device holds all of its weights; unless quantized, they move to host memory while completions are made.
 
     Args:
-        model: As in `model.model`: a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
+        model: A folder, a GGUF file, `package:NAME/FILE`, or a hub id, as in `model.model`.
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of its weights; None for the policy's dtype.
         quantization: Quantizes its linear modules, such as `NF4()`; None for no quantization.

@@ -233,7 +233,11 @@ OTHERS = [
     ("data.source.path=openai/gsm8", "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
     ("data.source.path=me/gated", STRANGER, "the data set " + GATED.format("datasets/")),
     ("data.source.revision=v9", "", "'openai/gsm8k' has no revision 'v9'; give revision a branch, tag or commit of https://"),
-    ("data.source.path=me/program data.source.name=null", "", "'me/program' is a loading script, .* revision=refs/convert/parquet"),
+    (
+        "data.source.path=me/program data.source.name=null",
+        "",
+        "'me/program' is a loading script, .* revision=refs/convert/parquet",
+    ),
     ("data.source.path=me/empty data.source.name=null", "", "data set 'me/empty' has no readable data files"),
 ]
 

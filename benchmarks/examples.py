@@ -152,10 +152,10 @@ def overview() -> str:
         text = (EXAMPLES / name / "README.md").read_text()
         title = re.findall(r"^# (.*)$", text, re.MULTILINE)[0]
         result, used = "-", "-"
-        if found := re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| .*? \| (\d+|-) \|$", text, re.MULTILINE):
+        if found := re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| .*? \| (\d+) \|$", text, re.MULTILINE):
             before, after, seconds = zip(*found, strict=True)
             result = f"{mean(map(float, before)):.0f}% to {', '.join(f'{float(value):.0f}' for value in after)}%"
-            used = "-" if "-" in seconds else f"{median(map(int, seconds)):.0f}"
+            used = f"{median(map(int, seconds)):.0f}"
         rows.append([f"[{name}]({name}/README.md)", title, result, used])
     return table(["folder", "what", "accuracy, three seeds", "processor seconds"], rows, left=3)
 

@@ -21,7 +21,7 @@ FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "callbacks").glob("*.py")})
 # Module -> private names of it that are used, or that a class here overrides: the next version may move them.
 TAKEN = {
     "argparse": "_actions _add_action _choices_actions _fill_text _format_action_invocation _get_help_string "
-    "_option_string_actions",
+    "_option_string_actions _subparsers",
     "collections": "_asdict",
     "os": "_exit",
     "jsonargparse._core": "_subcommands_action",

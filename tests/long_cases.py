@@ -1,4 +1,4 @@
-"""Marks cases of a test as `long`: run by `.ci/run` and `pytest -m long`, and guarded in short by the cases that stay."""
+"""Marks cases of a test as `long`: run by `.ci/run --long` and `pytest -m long`, and guarded in short by the cases that stay."""
 
 from collections.abc import Iterable
 from typing import Any

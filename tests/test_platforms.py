@@ -29,8 +29,6 @@ SMALL = [
 SIMULATED = """
 import ctypes, json, os, platform, select, signal, sys
 system, commands = os.environ["SYSTEM"], json.loads(os.environ["COMMANDS"])
-from hybrid_lightning.engine import compiling
-compiling._OPERATORS._destroy()  # torch has a name for operators once
 for name in [*sys.modules]:
     if name.partition(".")[0] in ("hybrid_lightning", "callbacks", "benchmarks"):
         del sys.modules[name]

@@ -50,7 +50,10 @@ def test_bad_arguments():
         (lambda: GuessNumber(higher="?", lower="?"), "make them differ"),
         (lambda: ReasoningGymEnvironment(attempts=0), "attempts=0"),
         (lambda: ReasoningGymEnvironment(pattern="a"), "put only the answer in"),
-        (lambda: ReasoningGymEnvironment().start(Prompt(text="1+1="), 0), "has no column 'task'; set data.source=ReasoningGymSource"),
+        (
+            lambda: ReasoningGymEnvironment().start(Prompt(text="1+1="), 0),
+            "has no column 'task'; set data.source=ReasoningGymSource",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             make()

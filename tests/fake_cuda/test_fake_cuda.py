@@ -18,7 +18,7 @@ from fake_gpu import multiplies_to_floats, why_not
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = ("80", "86", "90", "120")  # A100, 3090 and A10, H100, 5090
-pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.long, pytest.mark.cuda_code, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 OLDER = not multiplies_to_floats()
 counts_logits = pytest.mark.skipif(
     OLDER, reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"

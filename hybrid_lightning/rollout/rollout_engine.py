@@ -94,6 +94,7 @@ class RolloutEngine(Configurable, ABC):
             raise ConfigError(f"sampler.min_p must be in [0, 1], got {min_p}; 0 keeps all tokens")
         if isinstance(stop, str):
             raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
+        stop = stop or ()  # null in a config
         if any(not text for text in stop):
             raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove it")
         self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)

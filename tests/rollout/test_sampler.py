@@ -64,6 +64,10 @@ def test_layers_that_keep_a_state_instead_of_keys_are_sampled_from(tokenizer):
     assert_plain_logprobs(model, rollouts)
 
 
+def test_null_in_a_config_is_no_stop_string():
+    assert Sampler(max_new_tokens=1, stop=None).stop == ()
+
+
 def test_the_generator_alone_decides(tokenizer):
     model = build_model("llama")
     first, again, other = (sample(model, tokenizer, seed=seed) for seed in (5, 5, 6))

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     for name in arguments.names:
         if name not in NAMES:
-            raise UsageError(f"there is no example {name!r}; there are {', '.join(NAMES)}")
+            raise UsageError(f"unknown example {name!r}; give one of {', '.join(NAMES)}")
     names = arguments.names or NAMES
     for name in names:
         if name in NEEDS and find_spec(NEEDS[name]) is None:

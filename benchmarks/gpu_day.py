@@ -32,48 +32,48 @@ from benchmarks.commands import CORES, BenchmarkError, UsageError, check_can_run
 from benchmarks.study.store import write
 from benchmarks.tables import table
 
-PART_LIMIT_S = 480.0  # less than the time of a call: a part that was cut short is the first of the next call
+PART_LIMIT_S = 480.0  # less than a call, so that a part cut short fits into the next call
 WORKER = ("-m", "benchmarks.run_gpu_part")
-# The parts, in the order in which they run: what the first decisions wait for comes first. Steps are of 32 x 8 completions of 256
-# tokens after prompts of 384; where numbers are checked and no time is measured, of 4 x 4 of 32.
+# The parts in their order: numbers for the first decisions come first. A step has 32 x 8 completions of 256 tokens after prompts
+# of 384 tokens; parts that check numbers and measure no time have 4 x 4 completions of 32 tokens.
 PARTS = {
-    "passes": "How far are products and attention off, as shares of their size, and which passes run?",
-    "gspo": "Does `configs/gspo.yaml` learn on the card what it learns on the CPU?",
-    "lora": "LoRA: agreement of sampling and training, and seconds of a step; in the first is what compiling takes.",
-    "resume": "Does a run that stops after two of four steps and goes on end with the same bits, and a second run?",
-    "graphs": "What do CUDA graphs give at 8 and 256 rows of different lengths, and which share of the time does the card work?",
+    "passes": "How large are the relative errors of products and attention, and which passes run?",
+    "gspo": "Does `configs/gspo.yaml` learn the same on the GPU as on the CPU?",
+    "lora": "LoRA: agreement of sampling and training, and seconds of a step; the first includes compiling.",
+    "resume": "Does a run end with the same bits if it stops after two of four steps and resumes, or if it is repeated?",
+    "graphs": "How much do CUDA graphs gain at 8 and 256 rows of different lengths, and how much of the time is the GPU busy?",
     "vllm": "Steps as in `lora`, with vLLM in the process.",
     "uncompiled": "Two steps with `TORCH_COMPILE_DISABLE=1`.",
-    "memory": "Are the peaks those of the plan, with completions of 2,048 tokens?",
-    "trl_vllm": "TRL's steps of the sizes of `lora`, with vLLM in the process.",
-    "trl": "The same by its own generation.",
-    "hybrid": "As `lora` with a tenth of the modules fully trained; nothing is compiled before.",
-    "scoring": "What does the default scorer take, on the rollouts that calibrate it, and which modules come first?",
+    "memory": "Does the plan predict the peaks with completions of 2,048 tokens?",
+    "trl_vllm": "TRL's steps with the sizes of `lora`, with vLLM in the process.",
+    "trl": "The same with TRL's own generation.",
+    "hybrid": "As `lora` with a tenth of the modules fully trained; nothing is compiled yet.",
+    "scoring": "How long does the default scorer take on its calibration rollouts, and which modules score highest?",
     "float16": "Two steps with `trainer.precision=16-mixed`.",
     "nf4": "Two steps on an NF4 base with 8-bit AdamW.",
-    "kernels": "Which kernels take how much of the time of a step as in `lora`?",
+    "kernels": "How much of a step as in `lora` does each kernel take?",
 }
-# What waits for these numbers, the most urgent first: part -> beginnings of the names of what decides.
+# Decisions that wait for these numbers, the most urgent first: part -> prefixes of the names of the numbers that decide.
 SECONDS = "seconds of the steps"
 DECISIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "What is wrong on a card, and has to be computed by torch's own operators?": {
+    "Which results are wrong on a GPU and must come from torch's own operators?": {
         "passes": ("products", "attention"),
         "gspo": ("cuda, val", "cpu, val"),
         "lora": ("sampling and training", "finite"),
         "resume": ("",),
     },
-    "Are CUDA graphs worth their code, and from how many rows on not?": {"graphs": ("",)},
+    "Are CUDA graphs worth their code, and up to how many rows?": {"graphs": ("",)},
     "From which size on do the docs send users to vLLM?": {"lora": (SECONDS,), "vllm": (SECONDS,)},
-    "Does `torch.compile` take the place of the private way into Inductor?": {
+    "Can `torch.compile` replace the private entry into Inductor?": {
         "lora": (SECONDS, "graphs compiled"),
         "uncompiled": (SECONDS,),
         "graphs": ("share of the time",),
     },
-    "By how much do the plan of memory and the tokens of a pass have to change?": {"memory": ("",)},
-    "What does README say beside TRL?": {"lora": (SECONDS, "peak"), "trl_vllm": (SECONDS, "peak"), "trl": (SECONDS, "peak")},
+    "How much must the memory plan and the tokens of a pass change?": {"memory": ("",)},
+    "Which numbers go into README?": {"lora": (SECONDS, "peak"), "trl_vllm": (SECONDS, "peak"), "trl": (SECONDS, "peak")},
     "What do the hybrid and its scores cost?": {"lora": (SECONDS,), "hybrid": (SECONDS, "peak"), "scoring": ("seconds", "peak")},
-    "Are float16 and NF4 named as working?": {"float16": ("sampling and training", "finite"), "nf4": ("finite", "peak")},
-    "What is made faster next?": {"kernels": ("",)},
+    "Do the docs list float16 and NF4 as working?": {"float16": ("sampling and training", "finite"), "nf4": ("finite", "peak")},
+    "Which kernel should be faster next?": {"kernels": ("",)},
 }
 NEEDS = {"nf4": ["bitsandbytes"], "vllm": ["vllm"], "trl": ["trl"], "trl_vllm": ["trl", "vllm"]}
 ENVIRONMENT = {"uncompiled": {"TORCH_COMPILE_DISABLE": "1"}}
@@ -82,8 +82,8 @@ ENVIRONMENT = {"uncompiled": {"TORCH_COMPILE_DISABLE": "1"}}
 def build_parser() -> argparse.ArgumentParser:
     parser = command("gpu_day", __doc__, device="cuda", out=Path("runs/gpu_day"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
-    parser.add_argument("--minutes", type=float, default=45.0, help="of this call; the same again does the rest (default: 45)")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="download what the day needs beside torch, and end")
+    parser.add_argument("--minutes", type=float, default=45.0, help="for this call; repeat it for the rest (default: 45)")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="download what the day needs besides torch, and exit")
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", default=own, help="for wheels: Python of the machine with the GPU (default: %(default)s)")
     return parser
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         changed = [key for key in {**ran_on, **result["ran on"]} if ran_on.get(key) != result["ran on"].get(key)]
         if changed:
             raise UsageError(f"{out / name}.json has results of another {changed[0]}; give another folder: --out")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # ended from outside, or without a terminal, it stops as by Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # treat these like Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
         for name in arguments.parts:
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
                 keep(name, results, out)
             tell(f"{name}: {results[name]['state']}")
     except KeyboardInterrupt:
-        raise BenchmarkError(f"stopped; what was measured is in {out}, and the same command does the rest") from None
+        raise BenchmarkError(f"stopped; the results so far are in {out}, and the same command measures the rest") from None
     print(f"written to {out / 'gpu_day.md'}")
     failed = [name for name, result in results.items() if result["state"].startswith("FAILED")]
     if failed:
@@ -155,7 +155,7 @@ def measure(name: str, results: dict[str, Any], out: Path, end: float, over: str
         except subprocess.TimeoutExpired:
             state = f"cut: {over}" if limit_s < PART_LIMIT_S else f"FAILED: killed at its limit of {limit_s:.0f} s"
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGABRT)  # so that its log says where it was
+                os.killpg(process.pid, signal.SIGABRT)  # so that its log shows where it was
                 process.wait(5)
         finally:
             with suppress(ProcessLookupError):
@@ -209,7 +209,7 @@ def download(folder: Path, python: str) -> None:
     platforms = [f"--platform=manylinux_2_{glibc}_{os.uname().machine}" for glibc in range(28, 4, -1)]
     asked = ["download", "--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms, f"--dest={folder}"]
     if subprocess.run([sys.executable, "-m", "pip", *asked, "--quiet", f"--requirement={path}"], check=False).returncode:
-        raise BenchmarkError("pip did not get all of them, for the reason above")
+        raise BenchmarkError("pip could not download all wheels; its error is above")
     print(f"on the machine with the GPU: pip install --no-index --find-links {folder} -r {path}")
 
 

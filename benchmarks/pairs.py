@@ -86,7 +86,7 @@ class Worker:
             answer: dict[str, Any] = json.loads(line)
             return answer
         code = self.process.wait()
-        said = f"it was killed by signal {-code}, perhaps for want of memory" if code < 0 else last_line(self.log)
+        said = f"it was killed by signal {-code}, perhaps out of memory" if code < 0 else last_line(self.log)
         raise BenchmarkError(f"the {self.side} side ended too early: {said} (its output is in {self.log})")
 
 

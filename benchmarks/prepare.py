@@ -24,7 +24,7 @@ from hybrid_lightning.data import ProductSource
 from hybrid_lightning.errors import HybridLightningError, ModelError
 from hybrid_lightning.model.loading import load_model, load_tokenizer, resolve_model
 
-# Random models in the shape of Qwen3.5, three layers of gated delta nets for one that attends, with SmolLM2's tokenizer.
+# Random models in the shape of Qwen3.5, three layers of gated delta nets for each attention layer, with SmolLM2's tokenizer.
 _DELTA = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "tie_word_embeddings": True}
 QWEN3_5 = {
     "qwen3_5:tiny": {
@@ -37,7 +37,7 @@ QWEN3_5 = {
     },
 }
 PROBE_ROWS = 16  # completions sampled to learn how probable tokens are
-COMMON_TOKENS = 100  # too probable each to end completions: the probability of ending would vary too much from token to token
+COMMON_TOKENS = 100  # these are too probable to end completions: the probability of ending would vary too much between tokens
 
 
 def prepare(

@@ -108,7 +108,7 @@ class Day:
         if not (self.model / "prompts.json").exists():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).save_pretrained(self.model)
-            tokenizer = AutoTokenizer.from_pretrained(embedded_policy_path())  # which tokens there are does not matter
+            tokenizer = AutoTokenizer.from_pretrained(embedded_policy_path())  # any tokens will do
             tokenizer.save_pretrained(self.model)
             prompts = make_prompts(self.full, tokenizer, (STEPS + 1) * self.full.prompts, random.Random(0))
             (self.model / "prompts.json").write_text(json.dumps(prompts))
@@ -247,7 +247,7 @@ def graphs(day: Day) -> Iterator[Found]:
             speed = int((ids[on] >= 0).sum()) / (time.perf_counter() - begin)
             share = sum(work(day.cuda, partial(generate, count, on, size.max_new_tokens // 2)).values())
             told = f"{rows} rows, cuda_graphs={on}"
-            yield {f"tokens/s, {told}": speed, f"share of the time that the card works, {told}": share}
+            yield {f"tokens/s, {told}": speed, f"share of the time that the GPU is busy, {told}": share}
         lengths = (ids[False] >= 0).sum(dim=1)
         yield {f"tokens of {rows} rows": f"{lengths.min()} to {lengths.max()}, mean {lengths.float().mean():.1f}"}
         if day.cuda:
@@ -318,7 +318,7 @@ def kernels(day: Day) -> Iterator[Found]:
 
 
 def end_with(parent: int) -> None:
-    """End this process and all processes that it has started when the command has ended, so that no two run at the same time."""
+    """End this process and its children when the command has ended, so that no two parts run at the same time."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
@@ -326,7 +326,7 @@ def end_with(parent: int) -> None:
 
 def main() -> None:
     """Argument: `{"part": name, "device": "cuda" or "cpu", "folder": of the model, "out": file, "parent": process}`."""
-    faulthandler.enable()  # what kills it says where it was
+    faulthandler.enable()  # a fatal signal prints the stack
     request = json.loads(sys.argv[1])
     threading.Thread(target=end_with, args=(request["parent"],), daemon=True).start()
     path, device = Path(request["out"]), request["device"]

@@ -24,7 +24,7 @@ class Workload:
     samples: int = 8  # G: completions of each
     prompt_tokens: int | None = 128  # length of each prompt; None: products such as 347*6=, as in configs/gspo.yaml
     max_new_tokens: int = 64  # longest completion, or message of an episode
-    mean_tokens: float | None = 64  # by ending at random; max_new_tokens: full length always; None: as the model likes
+    mean_tokens: float | None = 64  # ends at random; max_new_tokens: always full length; None: the model decides
     turns: int = 1  # messages of the policy in an episode; a tool answers each but the last, at once, with ANSWER
     minibatches: int = 1  # optimizer steps a rollout
     sequence_ratio: bool = False  # GSPO instead of GRPO
@@ -64,7 +64,7 @@ class Settings:
     threads: int
     rollouts: int  # at most; the parent may stop earlier
     seed: int
-    side: str = ""  # which of the sides this worker is, where one script serves several
+    side: str = ""  # this worker's side, if one script serves several
     overrides: dict[str, Any] = field(default_factory=dict)  # settings of TRL's GRPOConfig to try
 
     def as_argument(self) -> str:
@@ -104,8 +104,8 @@ WORKLOADS = {
     )
 }
 
-# The settings of TRL that were the fastest of those tried (README.md), by workload: of GRPOConfig, but for `attn_implementation`,
-# which is the model's. Gradient checkpointing, a default, costs time.
+# TRL's fastest settings that were found (README.md), by workload: options of GRPOConfig, except `attn_implementation`, an option
+# of the model. Gradient checkpointing, TRL's default, costs time.
 _FASTEST: dict[str, Any] = {"gradient_checkpointing": False, "per_device_train_batch_size": 8, "attn_implementation": "eager"}
 _STATIC: dict[str, Any] = {"attn_implementation": "sdpa", "generation_kwargs": {"cache_implementation": "static"}}
 _OTHERS = {"long_prompt": {"per_device_train_batch_size": 4, **_STATIC}, "tiny": {"per_device_train_batch_size": 128}}

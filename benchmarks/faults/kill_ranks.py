@@ -56,9 +56,9 @@ class Outcome:
     launcher: str
     rank: int
     moment: str
-    alone: bool  # whether no other process was left that could say anything
+    alone: bool  # whether no other process was left that could report anything
     writing: bool  # whether a half-written or half-removed checkpoint lay there just after the kill
-    seconds: float | None  # until nothing of it lived; None if that took too long
+    seconds: float | None  # until all its processes had ended; None if that took too long
     code: int
     messages: tuple[str, ...]
     loaded: int = 0  # checkpoints found; all loaded unless there is an error
@@ -112,7 +112,7 @@ def kill_once(number: int, arguments: argparse.Namespace, whole: dict[str, Undis
     case = list(CASES)[number % len(CASES)]
     launcher = list(LAUNCHERS)[number // len(CASES) % len(LAUNCHERS)]
     outcome = None
-    while outcome is None:  # where the job was over before, another moment
+    while outcome is None:  # if the job ended before the moment, draw another
         shutil.rmtree(arguments.out / f"{number:02d}", ignore_errors=True)
         job = Job(command_of(case, launcher), arguments.out / f"{number:02d}", arguments.out / f"{number:02d}.log")
         rank = generator.randrange(2)
@@ -148,7 +148,7 @@ def resume(outcome: Outcome, job: Job, whole: Undisturbed, log: Path) -> Outcome
     for path in sorted(job.checkpoints.glob("*.ckpt")):
         try:
             steps[path] = load(path)["global_step"]
-        except Exception as cause:  # any is what must not be
+        except Exception as cause:  # every failure to load counts
             return replace(outcome, loaded=len(steps), error=f"{path.name}: {cause}")
     if not steps:
         return outcome
@@ -157,7 +157,7 @@ def resume(outcome: Outcome, job: Job, whole: Undisturbed, log: Path) -> Outcome
     rest.wait(lambda: False, JOB_LIMIT_S)
     rest.end(LIMIT_S)
     if rest.main.returncode:
-        error = f"going on from {newest.name} ended with {rest.main.returncode}: {log}"
+        error = f"resuming from {newest.name} ended with {rest.main.returncode}: {log}"
         return replace(outcome, loaded=len(steps), error=error)
     final = job.folder / "runs" / "gspo" / "version_1" / "checkpoints" / "last.ckpt"
     weights = load(final if steps[newest] < STEPS else newest)["state_dict"]  # after the last step nothing is written any more

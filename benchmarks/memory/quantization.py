@@ -71,7 +71,7 @@ def measure(options: list[str], out: Path, name: str, threads: int) -> dict[str,
     callback = {"class_path": "benchmarks.memory.quantization.MemoryReport", "init_args": {"path": str(path.absolute())}}
     asked = ["-m", "hybrid_lightning", "fit", "--config", str(CONFIG), *_SMALL, *_SIZES, *options]
     asked += [f"--trainer.callbacks={json.dumps([callback])}", f"--trainer.default_root_dir={out / 'runs'}"]
-    # glibc gives what is freed back at once
+    # glibc then returns freed memory immediately
     run_logged(asked, out / f"{name}.log", {**environment(threads), "MALLOC_MMAP_THRESHOLD_": "100000"})
     result: dict[str, int] = json.loads(path.read_text())
     return result

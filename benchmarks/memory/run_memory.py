@@ -102,7 +102,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         "moments": moments,
         "process": found.process_bytes,
         "trainable": found.trainable,
-        # oneDNN's packed copies are in no tensor; 16-bit copies of fully trained weights are.
+        # oneDNN's packed copies are not tensors; 16-bit copies of fully trained weights are.
         "unseen": {phase: max(0.0, peak.packed - seen) if packs(torch.float32) else 0.0 for phase, peak in found.peaks.items()},
     }
 

@@ -5,7 +5,7 @@
 
 Steps of both are made in turn (A B A B), so that other work on the machine affects both alike. Prints a table; the ratio is the
 median of the ratios of neighbouring steps. Besides the workloads of the other comparisons, it runs shipped configs as users run
-them: a fast pass that only one of them has lost shows nowhere else.
+them: only this shows whether a config no longer gets a fast pass.
 """
 
 import argparse
@@ -33,7 +33,7 @@ sys.path.insert(0, {root!r})
 from benchmarks.speed import run_config
 run_config.main({checkout!r}, {options!r})
 """
-# Configs, with the sizes that they name, which each step has to have.
+# Configs with their sizes; every step must have exactly these.
 SHIPPED = {
     workload.name: workload
     for workload in (

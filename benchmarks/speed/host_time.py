@@ -36,7 +36,7 @@ from hybrid_lightning.types import Sequences
 
 LAYERS, PROMPTS, SAMPLES, LENGTH = 28, 2, 4, 16
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
-HEADER = ("adapter", "µs a layer and token, least", "median", "of which products", "functions compiled", "in s", "and later")
+HEADER = ("adapter", "µs a layer and token, least", "median", "for products", "functions compiled", "in s", "and later")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,8 +70,8 @@ def build(share: float) -> Engine:
 
 
 def measure(share: float, steps: int) -> list[str]:
-    """What `HEADER` says, of an adapter: first sampling and an update, then what could be compiled after them, in validation and
-    for other lengths.
+    """A row of `HEADER` for an adapter: sampling and an update first, then any further compilation in validation and for other
+    lengths.
     """
     compiling.CODES.clear()
     engine, begin = build(share), time.perf_counter()

@@ -20,7 +20,7 @@ SAME = ("prompt_digest", "threads", "device", "base_bytes")
 METHODS = {"lora": "LoRA", "hybrid": "hybrid 10%", "fft": "FFT"}
 PARTS = ("extra_weights", "gradients", "optimizer")  # of the trainable state
 MIB, GIB = 2**20, 2**30
-GOALS = {  # name -> (what it is, largest ratio wanted)
+GOALS = {  # name -> (description, largest ratio wanted)
     "time": ("time of a step, hybrid / LoRA", 1.15),
     "state": ("trainable state, hybrid / FFT", 0.25),
     "peak": ("peak memory, hybrid / FFT", 0.65),

@@ -80,7 +80,7 @@ def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfi
         "shuffle_dataset": False,
         "learning_rate": workload.learning_rate,
         "lr_scheduler_type": "constant",
-        "weight_decay": 0.01,  # torch's default for AdamW, which our side has
+        "weight_decay": 0.01,  # torch's default for AdamW, as on our side
         "max_grad_norm": 1.0,
         "loss_type": "grpo",
         "importance_sampling_level": "sequence" if workload.sequence_ratio else "token",
@@ -109,11 +109,11 @@ def build_trainer(
     tokenizer = AutoTokenizer.from_pretrained(settings.folder, padding_side="left")
     prompts: list[Any] = settings.prompts
     if workload.turns > 1:
-        # Texts alone, as on our side; TRL wants a template that shows calls, which a policy writes itself.
+        # Only texts, as on our side. TRL requires a template that shows calls, although the policy writes them itself.
         tokenizer.chat_template = (
             "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}{% endfor %}"
         )
-        tokenizer.response_template = {}  # that of no model; see `called`
+        tokenizer.response_template = {}  # TRL requires one, but `called` replaces the parser
         grpo_trainer.parse_response = called
         prompts = [[{"role": "user", "content": text}] for text in prompts]
     return GRPOTrainer(

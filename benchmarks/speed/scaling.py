@@ -19,7 +19,7 @@ from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
 SAME = ("trainable_parameters", "threads", "device")
 SIZES = {"completion-tokens": [16, 32, 64, 128], "samples": [2, 4, 8, 16], "prompt-tokens": [32, 64, 128, 256, 512]}
-# For a growth to be called linear. A large R^2 alone would not do: over a few sizes a line explains much of x^1.5 as well.
+# Limits for linear growth. A large R^2 alone is not enough: over a few sizes a line also explains much of x^1.5.
 WANTED_R2 = 0.98
 LARGEST_EXPONENT = 1.1
 
@@ -59,7 +59,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def all_series(arguments: argparse.Namespace) -> list[Series]:
-    """All series. The prompt's length is varied with short completions, so that it is much of the work."""
+    """All series. The prompt length is varied with short completions, so that prompts are a large part of the work."""
     prompt, samples, completion = arguments.fixed
     sizes = {"prompts": arguments.prompts, "prompt_tokens": prompt, "samples": samples}
     base = replace(WORKLOADS["main"], model=arguments.model, **sizes)
@@ -135,7 +135,7 @@ def summarize(series: Series, steps: list[list[dict[str, Any]]]) -> dict[str, An
         "naive_growth": naive[-1] / naive[0],
         "shared_tokens": shared,
     }
-    # Along a line, or else as a power below that of separate sequences, which is itself below 1.
+    # On a line, or else with a smaller exponent than separate sequences, which already have one below 1.
     fits = result["line"]["r2"] >= WANTED_R2 and 0 < result["exponent"] <= LARGEST_EXPONENT
     result["reached"] = fits if series.linear else result["exponent"] < result["naive_exponent"]
     return result

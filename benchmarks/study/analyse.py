@@ -54,7 +54,7 @@ def main() -> None:
         draw_frontier(task, points, arguments.results / f"frontier_{task}.png")
     print("Intervals are of 95%.")
     if comparisons and not tables["differences"]:
-        print("LoRA falls short of FFT beyond chance on no task with both and a hybrid, so that no gap is spoken of.")
+        print("LoRA falls short of FFT beyond chance on no task with both and a hybrid, so there is no gap to report.")
     for name, table in tables.items():
         if table:
             print(f"\n## {TITLES.get(name, name)}\n\n{table}")

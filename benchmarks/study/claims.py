@@ -20,7 +20,7 @@ SHOWN = (
     *(*LORA[1:5], *MLPS[:3], "hybrid", "hybrid_one_rate", "hybrid_10_r8", "hybrid_10_r8_by_width"),
     *("hybrid_10_r8_one_rate", "update_tail_10_r8_one_rate", "random_mlp_10_r8_one_rate", "fft"),
 )
-# Differences of methods of one size: what is claimed to be above what. NAME@ is the method at the rate of the one beside it.
+# Claims that the first method is above the second, at one size. NAME@ is the method at the other one's rate.
 PAIRS = (
     *(("update_tail_10_r2", "random_mlp"), ("update_tail_10_r8", "random_mlp_10_r8")),
     *(("update_tail_10_r2_one_rate", "random_mlp_one_rate"), ("update_tail_10_r2_one_rate", "random_mlp_one_rate@")),
@@ -49,7 +49,7 @@ GROUPS = {
     "old_tasks": ("facts", "facts_deep", "products_direct"),
     "new_tasks": ("new_automaton", "new_order", "new_order_wide", "smollm2_codes"),
 }
-# Cells of all claims that were ever made of them, less those that are no longer shown and stood in bold.
+# Cells of all claims that were ever made on them, minus the cells that are no longer shown and were bold.
 LOOKED_AT = {"old_tasks": 304, "new_tasks": 238}
 
 

@@ -50,7 +50,7 @@ def jobs_of(store: Store, task: str, names: list[str], seeds: Sequence[int], giv
     jobs, points = [], points_of(store, Path(task).stem).values()
     started = {record.seed: record.model_digest for point in points for record in point.records}
     for seed in seeds:
-        recipe = POLICY_OF.get(Path(task).stem)  # without one all seeds start from the task's model
+        recipe = POLICY_OF.get(Path(task).stem)  # without a recipe all seeds start from the task's model
         policy = None if recipe is None else folder_of(recipe, seed)
         if policy is not None and not (policy / "config.json").exists():
             make = f"python -m benchmarks.study.pretrain --policy {recipe} --seeds {seed}"

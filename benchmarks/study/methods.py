@@ -13,8 +13,8 @@ from benchmarks.study.policies import shape_of
 from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.training.policy_module import PolicyModule
 
-ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: a rule that was given up, for SmolLM2 the same as today's
-FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
+ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: an earlier rule; for SmolLM2 it equals the current one
+FULL_TO_LORA = 0.3  # for most hybrids: learning rate of the fully trained modules, divided by LoRA's
 SEED = {"adapter.scorer.seed": "{seed}"}  # of a random choice: each run makes its own
 CONTROLS, ADALORA = "benchmarks.study.controls", "benchmarks.study.adalora.AdaLoRA"
 
@@ -27,12 +27,12 @@ class Method:
     group: str  # `start` (tested as it is), `full`, `lora`, `baseline`, `hybrid`, `control` or `budget`
     changes: dict[str, Any] = field(default_factory=dict)  # of the task's config, as options of the command line
     rank: int | None = None  # of LoRA; None takes the task's
-    match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
-    module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
+    match_state: bool = False  # the smallest rank with at least the hybrid's number of trainable parameters
+    module: str | None = None  # for a policy with another adapter: its class for RL and, below, for examples
     supervised_module: str | None = None
     full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": by ROOT_OF_WIDTH
     attention: int | None = None  # rank of attention, where MLPs get what is left of the parameters of LoRA of `rank`
-    given_up: bool = False  # the package has its scorer no longer: tables show its records, and commit 7fce0125 still runs it
+    given_up: bool = False  # its scorer is no longer in the package: tables show its records, and commit 7fce0125 still runs it
 
     @property
     def chooses(self) -> bool:

@@ -13,7 +13,7 @@ from benchmarks.study.store import PACK, Content, Store, add_options, differing,
 
 def main() -> None:
     parser = add_options(command("study.pack", __doc__))
-    told = "take these out first, such as run/facts/lora/lr=0.005-seed=2.json: files take their places, or runs are made again"
+    told = "first remove these records, such as run/facts/lora/lr=0.005-seed=2.json; files replace them, or the runs are repeated"
     parser.add_argument("--drop", nargs="+", default=[], metavar="NAME", help=told)
     arguments = parser.parse_args()
     store = store_of(arguments)

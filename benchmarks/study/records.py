@@ -48,7 +48,7 @@ class Record:
     curve: list[dict[str, float]]  # of the validation problems: step, avg@k, greedy
     test: dict[str, float]  # avg@k and greedy on the test problems, at the end
     trainable_parameters: int
-    diverged: bool = False  # a gradient was not finite: the run ended there, and all that was left of it counts as wrong
+    diverged: bool = False  # a gradient was not finite: the run ended there, and its answers count as wrong
     full_modules: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # on the clock, other work beside it
     processor_seconds: float = 0.0

@@ -123,7 +123,7 @@ def same(first: Content, second: Content) -> bool:
 def differing(path: Path, name: str) -> str:
     """Message about a file and a packed record that should be equal."""
     return (
-        f"{path} differs from the packed record of its name; delete the file to keep what is packed, or let it take its place: "
+        f"{path} differs from the packed record of its name; delete the file to keep the packed record, or replace the record: "
         f"python -m benchmarks.study.pack --drop {name}"
     )
 

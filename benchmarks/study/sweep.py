@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both")
     arguments = parser.parse_args()
     tasks, names, store = tasks_of(arguments), methods_of(arguments), store_of(arguments)
-    # Those that others take their rank from come first.
+    # Methods that give others their rank come first.
     for stage in ([n for n in names if not METHODS[n].match_state], [n for n in names if METHODS[n].match_state]):
         while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.seeds, store)]:
             make_runs(jobs, store, arguments.workers)

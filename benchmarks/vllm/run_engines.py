@@ -27,7 +27,7 @@ from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.interface import PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 
-_OTHER_VERSION = 2**20  # added to the step of weights that are sent once more, or the engine would leave them out
+_OTHER_VERSION = 2**20  # added to the step of weights that are sent again; otherwise the engine would skip them
 
 
 class Watch:
@@ -92,7 +92,7 @@ class Measured(Gated):
             "generate_s": generate_s - self.generate_s - update_s,
             "update_s": update_s,  # the first starts the engine, the others send what training has changed
             "difference": {"mean": float(differences.mean()), "max": float(differences.max()), "tokens": len(differences)},
-            # Taken before the measurements besides; with CUDA, of torch's tensors.
+            # Taken before the additional measurements; with CUDA, of torch's tensors.
             "peak": torch.cuda.max_memory_allocated() if self.gate.cuda else resident_bytes()[1],
         }
         if not isinstance(self.engine, Sampler):
@@ -112,7 +112,7 @@ def main() -> None:
     elif settings.side == "server":
         engine = VLLMServerSampler(urls=[asked["url"]], max_new_tokens=workload.max_new_tokens)
     policy, timer, differences = build_policy(settings, sampler=engine), StepTimer(), TimedDifferences()
-    # Scored by chance, which takes no rollouts: all sides train the same modules.
+    # Random scores need no rollouts, and all sides train the same modules.
     adapter = HybridAdapterSetup(budget=ModuleBudget(0.1), scorer=Random(), rank=workload.rank, alpha=workload.alpha)
     measured = Measured(gate, timer, policy.task.generation.sampler, differences)
     train(settings, policy, [timer, adapter, differences, measured])

@@ -15,11 +15,11 @@ from benchmarks.processes import Family
 
 START_S = 600.0  # that a server may take to be ready
 END_S = 30.0  # and to end
-CACHE_GIB = 1  # KV cache on a CPU, where vLLM by itself takes a share of the machine's memory
+CACHE_GIB = 1  # KV cache on a CPU; by default vLLM takes a share of the machine's memory
 BATCHED_TOKENS = 8192  # of prompts in one pass on a CPU; at least the longest prompt with completion
 _ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": "1",  # without which it lets nobody change its weights
-    "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),  # not for the whole benchmark: it would count for engines in process, too
+    "VLLM_SERVER_DEV_MODE": "1",  # allows changing its weights
+    "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),  # only here: elsewhere it would also apply to engines in process
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -73,7 +73,7 @@ def command(folder: Path, dtype: str, device: str, port: int, context: int | Non
     arguments += ["--max-model-len", str(context)] if context else []
     if device == "cuda":
         return [*arguments, "--gpu-memory-utilization", "0.3"]  # as in process
-    # As many sequences as in process. A prompt is never cut into chunks: on a CPU vLLM 0.32 ends with "CPU Generator does not use
-    # offset" when it puts off the rest of a prompt whose request has a seed.
+    # The same number of sequences as in process. Prompts are never cut into chunks: on a CPU vLLM 0.32 fails with "CPU Generator
+    # does not use offset" when it postpones the rest of a prompt of a request with a seed.
     whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(context or 0, BATCHED_TOKENS))]
     return [*arguments, "--enforce-eager", "--max-num-seqs", "128", *whole]

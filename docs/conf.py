@@ -1,7 +1,7 @@
 """How Sphinx builds these pages: `sphinx-build -W docs docs/_build`.
 
-The pages are plain Markdown. What Sphinx wants besides is made here: the tables of contents from the links of the index, a page
-with the docstrings of each room, and a page from the notebook.
+The pages are plain Markdown. This file makes whatever else Sphinx needs: the tables of contents from the links of the index, a
+page with the docstrings of each room, and a page from the notebook.
 """
 
 import inspect
@@ -82,7 +82,7 @@ def add_contents(app: Any, page: str, source: list[str]) -> None:
 
     def link(found: re.Match[str]) -> str:
         outside = not (here / found[1]).resolve().is_relative_to(HERE)
-        return f"](path:{found[1]})" if outside else found[0]  # a file of the repository, which is no page
+        return f"](path:{found[1]})" if outside else found[0]  # a file of the repository, not a page
 
     source[0] = re.sub(r"\]\(((?:\.\./)+[\w./-]+\.(?:md|yaml|py))\)", link, source[0])
     if page == "reference/api":
@@ -155,7 +155,7 @@ def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
 
 def _marked(text: str) -> str:
     parts = re.split(r"``?", text)
-    if len(parts) % 2 == 0:  # a quote that is none
+    if len(parts) % 2 == 0:  # an unpaired backquote
         return text.replace("`", r"\`")
     for number, part in enumerate(parts):
         if number % 2:
@@ -168,7 +168,7 @@ def _marked(text: str) -> str:
 
 
 def signature(app: Any, what: str, name: str, thing: Any, options: Any, given: str | None, returns: str | None) -> Any:
-    """That of the constructor, where `Configurable` notes the arguments; the types are in the text, or in the configuration."""
+    """The constructor's signature; `Configurable` notes the arguments there. Types are in the text or in the configuration."""
     if what != "class" or not issubclass(thing, Configurable):
         return None
     parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]

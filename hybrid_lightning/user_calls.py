@@ -89,7 +89,7 @@ async def call(
     threads: "CallThreads | None" = None,
     alone: bool = False,
 ) -> Outcome:
-    """Call a function once, await what it returns if it is awaitable, and apply `then` to the value.
+    """Call a function once, await its result if that is awaitable, and apply `then` to the value.
 
     Args:
         function: An `async` function is called on the event loop of this process, any other function in a thread.

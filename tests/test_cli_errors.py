@@ -58,7 +58,7 @@ COMMANDS = [
     ("--config t.yaml fit", r"--config comes after the command; give python -m hybrid_lightning fit --config FILE"),
     ("fit --config nowhere.yaml", r"--config \S*nowhere\.yaml: there is no such file; .* that the command 'configs' lists$"),
     ("fit --config broken.yaml", r"--config broken\.yaml is not valid YAML: .* in line 3; correct it$"),
-    ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
+    ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is not a writable folder; give another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]
 # What is added to `fit` by a config that works.

@@ -12,7 +12,7 @@ class TextArena(Environment):
     """A game for one player. Its reward comes in the turn in which it is done.
 
     Args:
-        env_id: Name of the game, with `-raw`: an observation then has what is new alone.
+        env_id: Name of the game, with `-raw`: an observation then has only the new text.
         arguments: Further arguments of `textarena.make`.
     """
 

@@ -76,7 +76,7 @@ def find_candidates(
     if not candidates:
         raise ModelError(
             f"{type(model).__name__} has no linear module inside numbered decoder blocks; use a decoder-only "
-            "transformer whose blocks hold nn.Linear (or transformers' Conv1D) modules"
+            "transformer with nn.Linear (or transformers' Conv1D) modules in its blocks"
         )
     ends = [*named] if target_modules is None else target_modules
     if isinstance(target_modules, str) or not (target_modules or target_modules is None):

@@ -167,7 +167,7 @@ def _small_layer(module: Any) -> nn.Module:
 
 
 def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries [N, H, D] and keys [N, K, D]. Falls back to transformers' function where there is no faster one.
+    """Rotated queries [N, H, D] and keys [N, K, D]. Falls back to transformers' function if there is no faster one.
 
     Cosines and sines are [N, D] and contiguous.
     """

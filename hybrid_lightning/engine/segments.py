@@ -10,7 +10,7 @@ The gradient of a score s is p (do . v - do . o) with p = exp(s - l). So a call'
 instead of its own, returns its share of the combined gradients. Ring attention (Liu and others, arXiv 2310.01889) uses the same
 identity.
 
-Axes are those of `attention.py`, with N queries and M keys in all segments together.
+Axes are as in `attention.py`, with N queries and M keys in all segments together.
 """
 
 from collections.abc import Callable, Iterator

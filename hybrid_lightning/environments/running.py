@@ -37,8 +37,8 @@ class EpisodeLimits(Configurable):
             "end" leaves it out and ends the episode with the reason "tokens".
         max_failed_share: Share of a rollout's episodes that may be left out because their environment failed. The run stops if
             more fail.
-        workers: Number of processes for environments, each of which runs one environment at a time. Use them for environments
-            that draw from global random generators, change other global state, need much processor time or may hang. 0 runs
+        workers: Number of processes for environments. Each process runs one environment at a time. Use them for environments that
+            draw from global random generators, change other global state, need much processor time or may hang. 0 runs
             environments in this process. Each rollout in progress (`rollouts_ahead`) has its own processes.
 
     Raises:

@@ -15,9 +15,9 @@ The importance weight is bounded, but no token loses its gradient. So a rare tok
 learned, although its ratio leaves GRPO's clip range immediately.
 
 `cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
-paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
-from 1: a class switched on the command line inherits arguments with the same name, and a cap of 0.28 would scale the policy term
-down.
+paper's experiments, there is no lower bound. The name differs on purpose from `clip_high` of the other losses, which is a
+distance from 1: a class switched on the command line inherits arguments with the same name, and a cap of 0.28 would scale the
+policy term down.
 
 Departure from the paper: denominators as in `DAPOLoss`.
 

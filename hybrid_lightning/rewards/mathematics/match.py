@@ -168,7 +168,7 @@ class _Worker:
 
     def _running(self) -> "subprocess.Popen[str]":
         if self.process is None or self._owner != os.getpid():
-            # -P keeps the script's folder off the import path: our modules there must not hide those of the standard library.
+            # -P keeps the script's folder off the import path: our modules there must not hide the standard library's.
             command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self.cpu_seconds)]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self.process = subprocess.Popen(command, encoding="utf-8", **pipes)

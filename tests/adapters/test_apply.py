@@ -145,7 +145,7 @@ def test_disabling_restores_flags_also_after_an_error(make_model, plan_for):
     assert [p.requires_grad for p in adapted.parameters()] == flags
     adapted.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge"), adapter_disabled(adapted):
-        pytest.fail("merged weights are not those of the start")
+        pytest.fail("merged weights are not the start weights")
 
 
 def test_more_than_twenty_lora_modules(plan_for, batches, tmp_path):

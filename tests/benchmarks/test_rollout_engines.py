@@ -66,7 +66,7 @@ def test_known_numbers():
     text = rollout_engines.tables({"embedded_float32": {**MEASURED, "summary": summary}})
     speed, sync = "150 (100-200) | 3.00 (2.00-4.00)", "0.400 (0.400-0.400) | 0.100 (0.100-0.100) | 7.5"
     assert f"| embedded_float32 | `VLLMSampler` | {speed} | {sync} | 300 | 1.0e-06 | 2.0e-05 |" in text
-    assert "| 300 + 500 |" in text, "the server's memory beside that of the process that trains"
+    assert "| 300 + 500 |" in text, "memory of the server and of the training process"
     assert "| `Sampler`, ours | 75 (50-100) | 1.50 (1.00-2.00) | - | - | - | 300 |" in text
 
 

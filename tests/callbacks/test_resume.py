@@ -175,7 +175,7 @@ def test_what_is_applied_is_said_recorded_and_kept_over_resumes(folder, first):
             place = place.get("init_args", place)[key]
         assert (place["class_path"] if isinstance(place, dict) else place) == value == named[name], name
     rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
-    assert rates[0] < 1e-6 and rates[1] < 1e-5, "those of the schedule at the end"
+    assert rates[0] < 1e-6 and rates[1] < 1e-5, "the rates at the end of the schedule"
     result, last = go_on(folder, new, "--trainer.max_steps=6", "--trainer.log_every_n_steps=2")
     assert result.code == 0 and "model.lr_lora" not in result.out, result.err
     *before, steps, every = json.loads((last / "summary.json").read_text())["changes"]
@@ -230,7 +230,7 @@ def train(model, sums, root, *callbacks, adapter=None, policy=None, **flags):
 
 @pytest.fixture(scope="module")
 def saved(model, sums, tmp_path_factory):
-    """Checkpoints of every step of a run whose rollouts are two steps, two micro-batches each."""
+    """Checkpoints of every step of a run. A rollout is two steps, two micro-batches each."""
     root = tmp_path_factory.mktemp("saved")
     module, log, _ = train(model, sums, root, saver(root), accumulate_grad_batches=2)
     return root, log, module
@@ -295,7 +295,7 @@ def test_an_unchanged_resume_keeps_the_rollout_and_a_changed_loss_gives_it_up(sa
     assert resumed(1, max_steps=7)[1].losses[: len(log.losses) - 2] == log.losses[2:], "a longer run keeps it as well"
     _, other, trainer = resumed(1, policy={"loss": GSPOLoss(kl_coef=0.0)}, max_steps=3)
     assert trainer.global_step == 3
-    assert other.batches[0].old_logprobs is None, "a new rollout, whose first step is on-policy"
+    assert other.batches[0].old_logprobs is None, "a new rollout: its first step is on-policy"
     assert all(batch.ref_logprobs is None for batch in other.batches)
 
 

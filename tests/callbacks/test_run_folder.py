@@ -37,7 +37,7 @@ def content(folder):
 
 
 def process(root, *loggers, rank=0, answers=None):
-    """A Trainer as far as a claim needs one; `answers` are those of rank 0, for the others."""
+    """As much of a Trainer as a claim needs. The other ranks get rank 0's `answers`."""
     told = []
 
     def broadcast(value):
@@ -154,7 +154,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, m
     for loggers, option in (([CSVLogger(tmp_path / "runs", "x")], "logger.save_dir"), ([], "default_root_dir")):
         trainer = process(tmp_path / "runs", *loggers)
         check_run_folder(trainer)
-        assert not names(tmp_path), "what is tried out is removed"
+        assert not names(tmp_path), "the check leaves no file and no folder"
         message = rf"{os.strerror(errno.ENOSPC)}.*; give .* by --trainer\.{option}=FOLDER$"
         for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile")):
             with monkeypatch.context() as patch, pytest.raises(ConfigError, match=message):

@@ -41,7 +41,7 @@ def test_the_screen_says_what_happened_and_where_the_time_went(finished):
     assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points [{low}, {high}])" in output
     assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 6")] == [1, 1, 1]
     assert f"Run folder: {root}" in output and f"Curves:     tensorboard --logdir {root}" in output
-    assert "Next:" not in output and "hybrid_lightning" not in output, "from Python there is no command"
+    assert "Next:" not in output and "hybrid_lightning" not in output, "a run from Python shows no command"
     assert re.search(r"^Checkpoint: (.+)$", output, re.MULTILINE)[1] == summary["checkpoint"]
     output = " ".join(output.replace("│", " ").split())
     assert f"{summary['seconds']:.0f} s for 6 optimizer steps: generate " in output

@@ -28,7 +28,7 @@ STAND_INS = {
 
 
 def settings(config):
-    """Arguments of the model, whose class is PolicyModule unless the config names another."""
+    """Arguments of the model. Its class is PolicyModule unless the config names another one."""
     return config["model"].get("init_args", config["model"])
 
 

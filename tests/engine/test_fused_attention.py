@@ -90,7 +90,7 @@ def test_a_copy_computes_the_same():
     engine = Engine(model)
     use_packing(model.get_base_model())
     use_fused_attention(model, engine.backend)
-    use_fused_attention(model, engine.backend)  # what is fused stays as it is
+    use_fused_attention(model, engine.backend)  # a fused layer stays as it is
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layer = attention_of(other)
         assert type(layer) is type(attention_of(model)) and layer.backend is not engine.backend

@@ -103,7 +103,7 @@ def test_without_a_cache_each_row_is_read_with_its_prompt(why, monkeypatch):
     assert why[:7] in engine.passes()["shared prompts"]
     shapes = tokens_read(model)
     logprobs, _ = token_logprobs(engine, Sequences(*pad_left(ids, 0, "cpu"), *pad_right(own, 0, "cpu")), 1.0)
-    # Ranks have to make the same number of passes; otherwise rows of about the same length are read together.
+    # Sharded ranks have to make the same number of passes. Without sharding, rows of about the same length are read together.
     assert shapes == ([(6, 70 + 29)] if why == "sharded" else [(3, 70 + 29), (1, 66), (2, 3 + 4)])
     assert_own_numbers(model, rows, logprobs)
 

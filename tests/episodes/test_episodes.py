@@ -101,7 +101,7 @@ def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
     cut = ~plain.finished
     assert torch.equal(rollouts.finished, plain.finished)
     assert [c.episode.end for c in rollouts.completions] == ["tokens" if of_row else "over" for of_row in cut]
-    metrics = episode_metrics(rollouts.completions)  # of which an environment replaces none
+    metrics = episode_metrics(rollouts.completions)  # the environment's counts replace none of these
     assert metrics["episodes/end/answered"] == 0 and metrics["episodes/turns"] == 1 and metrics["episodes/seen"] > 0
 
 

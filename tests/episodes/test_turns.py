@@ -185,7 +185,7 @@ def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end
     shown = text_of(turns, turns.added(ASKED, step.messages, sampled))
     assert "3 <|im_end|>" in shown and not step.over and not shown.strip().startswith(end)
     opened, closed = (turns._encoder.apply_template(ASKED.messages, turns.tools, open_turn) for open_turn in (True, False))
-    assert shown.endswith(opened.removeprefix(closed)) and opened != closed, "the policy goes on"
+    assert shown.endswith(opened.removeprefix(closed)) and opened != closed, "the policy continues"
     assert episodes.step({0: {"role": "assistant", "content": f"{spaces}3{spaces}"}})[0].end == "answered"
     episodes.close()
 

@@ -50,7 +50,7 @@ def counts(found):
 
 
 def test_mistakes_that_are_planted_are_found(counts):
-    """A number or tensor that the host asks for, an addition by atomics, a tensor of the CPU among those of the GPU."""
+    """A number or tensor that the host needs, an addition by atomics, a CPU tensor among GPU tensors."""
     planted = counts["planted"]
     assert planted["to host"] == "to host" and planted["from host"] == "from host"
     waits = {"DataDependentOutputException", "DynamicOutputShapeException"}
@@ -117,7 +117,7 @@ OF_ROWS = {"tolist in batching.split_by_tokens": 3, "_local_scalar_dense in type
 @counts_logits
 @pytest.mark.parametrize(("run", "groups"), [("steps", 1), ("steps of a hybrid", 2), ("steps of one long row", 1)])
 def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_what_is_planned(counts, run, groups):
-    """GSPO with a KL term, clipping, logging and AdamW under Lightning; the peak of its backward pass is that of attention."""
+    """GSPO with a KL term, clipping, logging and AdamW under Lightning. Attention sets the peak of its backward pass."""
     found, at_once = counts[run], {"_local_scalar_dense in step.micro_batch": 1}
     norms = {"_local_scalar_dense in step.log_gradient_norms": groups}
     assert found["waits"] == {**OF_LAYOUT, **OF_ROWS, **at_once, **norms}
@@ -128,7 +128,7 @@ def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_w
 
 @counts_logits
 def test_mistakes_in_a_step_are_found_and_named(counts):
-    """A number that the host asks for, a copy of the embeddings, and the logits of all tokens at once."""
+    """A number that the host needs, a copy of the embeddings, and the logits of all tokens at once."""
     found = counts["planted steps"]
     more = Counter(found["waits"]) - Counter(counts["steps"]["waits"])
     assert more == {"_local_scalar_dense in step.micro_batch": 1} and found["copies"] == {"clone in step.micro_batch": 2}
@@ -170,9 +170,9 @@ OF_FUNCTIONS = {
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_chosen_by_a_clock(found, capability):
-    """Of LoRA and a hybrid, whose layers share it, in both precisions."""
+    """Code of LoRA and of a hybrid, which its layers share, in both precisions."""
     if "cubins.py" not in found:
-        pytest.skip("there is no Triton: pip install -e '.[cuda-code]'")
+        pytest.skip("Triton is missing: pip install -e '.[cuda-code]'")
     codes = found["cubins.py"].result()[capability]
     assert {name.partition(",")[0] for name in codes} == set(OF_FUNCTIONS)
     for name, code in codes.items():

@@ -68,7 +68,7 @@ def test_half_precision_is_computed_in_float32_and_only_logprobs_get_a_gradient(
     assert all(getattr(upcast, name).grad is None for name in names[1:])
     assert not any(value.requires_grad for value in output.metrics.values())
     others = {"old_logprobs": inputs.old_logprobs.double(), "advantages": inputs.advantages.bfloat16()}
-    assert loss(replace(inputs, **others)).loss.dtype == torch.float32, "that of the policy decides"
+    assert loss(replace(inputs, **others)).loss.dtype == torch.float32, "the policy's dtype decides"
 
 
 def test_a_loss_without_a_gradient_names_its_class():

@@ -55,7 +55,7 @@ def test_a_gpu_is_shared_with_an_engine_that_has_the_weights_with_which_the_poli
     ("max_model_len", "given", "cache"),
     [
         (None, {}, 2**26),  # 128 sequences of the policy's 64 positions take less
-        (1024, {}, 128 * 1024 * 2 * 128 * 4),  # a layer whose keys have 128 numbers
+        (1024, {}, 128 * 1024 * 2 * 128 * 4),  # a layer with keys of 128 numbers
         (2**21, {}, 2**21 * 2 * 128 * 4),  # there has to be room for one sequence
         (None, {"kv_cache_memory_bytes": 123}, 123),
     ],

@@ -79,7 +79,7 @@ def test_all_but_the_fully_trained_modules_are_quantized_and_the_adapter_is_as_e
     start = model(IDS).logits
     torch.testing.assert_close(start, plain(IDS).logits, **tolerance)
     adapted, reference = apply_plan(model, plan), apply_plan(plain, plan)
-    if variant == "dora":  # whose lengths are divided by norms that are computed anew
+    if variant == "dora":  # it divides lengths by norms that it computes anew
         torch.testing.assert_close(adapted(IDS).logits, start, **tolerance)
     else:
         assert torch.equal(adapted(IDS).logits, start)

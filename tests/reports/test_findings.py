@@ -35,7 +35,7 @@ def test_every_finding_has_its_section_in_the_docs():
 
 
 def rollout(rewards, finished=None, counted=None, episodes=()):
-    """Groups of four completions with these rewards, of which those of at least 1 are right."""
+    """Groups of four completions with these rewards. A completion with a reward of at least 1 is right."""
     count = len(rewards)
     finished = [True] * count if finished is None else finished
     ends = episodes or [None] * count

@@ -154,7 +154,7 @@ def test_a_completion_cannot_end_the_block_that_it_is_in(fake, make):
     (code,) = set(re.findall(r"^----- (\w{20}) (?:problem|answer)$", first["messages"][1]["content"], re.M))
     second = make().request(end.format(code), PROMPT)["messages"][1]["content"]
     own = re.findall(r"^----- (\w{20}) answer$", second, re.M)
-    assert own != [code] and second.count(own[0]) == 4, "what follows from a text is not in it"
+    assert own != [code] and second.count(own[0]) == 4, "a text cannot contain the code that follows from it"
     shown = answer_of({"messages": [None, {"content": second}]})
     assert "perfect" in shown and "Give 10" in shown, "all of it is material"
     assert not re.search(r"<\|im_|</s>|\[/INST\]|<end_of", shown), "nor can it spell the tokens that end messages"

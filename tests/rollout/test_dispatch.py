@@ -107,10 +107,10 @@ def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it
     with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
         sampler.update(Weights(2), served)
     began, rollouts = time.monotonic(), begun.result()
-    assert time.monotonic() - began < 60, "what the other server was asked is not waited for"
+    assert time.monotonic() - began < 60, "nothing waits for the request to the other server"
     assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
     steps = sorted(rollouts.sequences.weights_step.tolist())
-    assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "those of the other server begin again"
+    assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "rows of the other server begin again"
     assert {body["mode"] for server in servers for body in server.asked("/pause")} == {"abort", "keep"}
     assert begin(sampler, ids, seed=1).result().sequences.weights_step.unique().tolist() == [2]
 

@@ -90,8 +90,8 @@ class DrawsMore(Source):
 def test_replacements_are_the_next_prompts_of_the_order():
     source, fixed = DrawsMore(2), DrawsMore(2)
     loader = build(source=source, seed=5)
-    assert len(list(loader)) == len(loader) == 6, "an epoch has as many micro-batches as ever"
+    assert len(list(loader)) == len(loader) == 6, "an epoch keeps its number of micro-batches"
     order = PromptOrder(loader.prompts, seed=5)
     assert [prompt.index for prompt in source.drawn] == [*order.of(0), *order.of(1)[:6]]
     list(build(source=fixed, shuffle=False))
-    assert [prompt.index for prompt in fixed.drawn] == list(range(12)), "what is to be overfitted is not replaced"
+    assert [prompt.index for prompt in fixed.drawn] == list(range(12)), "prompts to overfit are not replaced"

@@ -130,7 +130,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 )
 def test_memory_is_freed_and_taken_back_for_what_needs_it(monkeypatch, sleep, falls_asleep, for_weights, for_completions):
     sampler = VLLMSampler(sleep=sleep)
-    sampler.release_memory()  # there is no engine yet
+    sampler.release_memory()  # before the engine exists
     sampler._llm = Mock()
     sampler.release_memory()
     assert not sampler._llm.mock_calls, "without a GPU nothing sleeps"

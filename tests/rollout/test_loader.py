@@ -109,7 +109,7 @@ def test_an_epoch_visits_every_prompt_once_in_an_order_that_changes():
     assert len(loader) == 6
     first, second = prompts_of(loader), prompts_of(loader)
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
-    assert prompts_of(build(epoch=1)) == second, "a loader that replaces another goes on with the next order"
+    assert prompts_of(build(epoch=1)) == second, "a loader that replaces another continues with the next order"
 
 
 def test_micro_batches_carry_the_denominators_of_their_step_and_no_columns_of_padding():

@@ -21,7 +21,7 @@ def sample(model, tokenizer, samples=3, seed=0, texts=TEXTS, greedy=False, **set
 
 
 def assert_plain_logprobs(model, rollouts, temperature=1.0):
-    """The log-probabilities of sampling equal those of unpadded forward passes."""
+    """The log-probabilities of sampling equal the ones that unpadded forward passes compute."""
     for row, found in enumerate(rollouts.sampling_logprobs):
         expected = plain_logprobs(model, rollouts.sequences, row, temperature)
         torch.testing.assert_close(found[: len(expected)], expected, atol=1e-4, rtol=0)
@@ -105,7 +105,7 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
 @pytest.mark.parametrize("doubling", [False, True], ids=["as on a CPU", "as on a GPU"])
 def test_draws_and_top_p_are_those_of_cumulative_sums_and_min_p_that_of_transformers(doubling, monkeypatch):
     for size in (1, 8, 257):
-        whole = torch.randint(9, (3, size)).double()  # whose sums are exact in any order
+        whole = torch.randint(9, (3, size)).double()  # sums of these are exact in any order
         assert torch.equal(sums_by_doubling(whole), whole.cumsum(dim=1))
     logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

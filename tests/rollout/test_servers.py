@@ -106,7 +106,7 @@ def test_a_server_that_was_started_with_the_base_gets_the_adapter_alone_and_is_a
     complete(sampler, prompts=2)
     assert server.updates[-1] == [] and {body.get("model") for body in server.asked("/inference/v1/generate")} == {None}
     server.label = "default"
-    build(server, sync="adapter").update(Factors(1), served)  # whose base is in no folder
+    build(server, sync="adapter").update(Factors(1), served)  # its base is not in a folder
     assert server.updates[-1] == [*Weights(1).values, FACTOR]
 
 

@@ -151,7 +151,7 @@ def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begi
 
 @pytest.mark.parametrize(("rank", "name", "time"), long_but([(1, "__1_0.distcp", 5), (0, "meta.pt", 4)], 1))
 def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, rank, name, time):
-    """Every step writes two checkpoints: the best one, and the last one over that of the step before."""
+    """Every step writes two checkpoints: the best one, and the last one, which replaces the last one of the step before."""
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)
     killed_run(folder, tmp_path, SHARDED, rank, saver, DieWhileWriting(rank, name, time))
     steps = {path: content_of(path)["global_step"] for path in (tmp_path / "saved").glob("*.ckpt")}

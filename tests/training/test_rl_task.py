@@ -91,7 +91,7 @@ def mean_of_micro_batches(lengths):
     return torch.cat([torch.ones(len(half)) / half.sum() / MICRO_BATCHES for half in lengths.chunk(MICRO_BATCHES)])
 
 
-# ---- advantages of rewards [P, G - 1], of which one of each group does not count
+# ---- advantages of rewards [P, G - 1]: one of each group does not count
 
 
 def groups(rewards, values):

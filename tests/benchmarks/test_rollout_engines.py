@@ -70,7 +70,7 @@ def test_known_numbers():
     assert "| `Sampler`, ours | 75 (50-100) | 1.50 (1.00-2.00) | - | - | - | 300 |" in text
 
 
-def test_measurements_are_added_to_those_of_earlier_calls(capsys, monkeypatch, tmp_path):
+def test_measurements_are_added_to_earlier_ones(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(rollout_engines, "find_spec", lambda name: name)
     monkeypatch.setattr(rollout_engines, "prepared", lambda loads, plan: nullcontext([None] * len(loads)))
     monkeypatch.setattr(rollout_engines, "measure", lambda *_: MEASURED)

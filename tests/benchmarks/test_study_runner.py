@@ -78,7 +78,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_cannot_be_made_names_its_l
     assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
 
 
-def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_or_goes_by_the_width_of_the_start_policy():
+def test_the_ratio_of_rates_is_one_for_all_or_the_tasks_or_follows_the_width_of_the_start_policy():
     def ratio(model, name="hybrid_by_width"):
         options = METHODS[name].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
         return options["model.lr_full"] / options["model.lr_lora"]
@@ -97,7 +97,7 @@ def test_the_start_policy_is_tested_as_it_is(run):
     assert record.model_digest == trained.model_digest and record.curve == trained.curve[:1]
 
 
-def test_options_are_those_of_the_run_the_method_and_the_task():
+def test_options_come_from_the_run_the_method_and_the_task():
     options = {name: METHODS[name].options(TASK, 5 if name == "lora_matched" else None, 1e-2, 7) for name in METHODS}
     assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in arguments(options["mlp_r4"])
     assert {options[name]["adapter.scorer.seed"] for name in ("random", "random_mlp", "random_one_rate")} == {"7"}

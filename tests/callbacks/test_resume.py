@@ -61,7 +61,7 @@ def test_changes_that_would_do_nothing_are_refused():
             check_changes([Change(3, name, None, after)])
 
 
-def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given():
+def test_the_rate_of_full_modules_moves_with_the_rate_of_lora_unless_it_is_given():
     def settings(rate, given):
         init = {"model": "m", "reward": None, "lr_lora": rate, "lr_full": given}
         return {"seed_everything": 0, "model": {"class_path": public_path(PolicyModule), "init_args": init}}
@@ -245,7 +245,7 @@ def resumed(model, sums, saved, tmp_path):
     return resume
 
 
-def test_updates_are_those_of_the_new_optimizer_with_the_old_moments(resumed):
+def test_the_new_optimizer_updates_with_the_old_moments(resumed):
     make = functools.partial(torch.optim.AdamW, betas=(0.7, 0.8), weight_decay=0.3, eps=1e-3)
     rates, schedule = {"full": 1e-6, "lora": 0.02}, CosineSchedule(warmup_steps=1)
     changed = {"lr_full": rates["full"], "lr_lora": rates["lora"], "optimizer": make, "schedule": schedule}
@@ -354,7 +354,7 @@ def test_a_part_is_told_alike_however_it_was_made(resumed):
     assert adapter.resume.changes == []
 
 
-def test_a_run_of_a_plan_goes_on_by_that_plan_alone(saved, resumed, tmp_path):
+def test_a_run_of_a_plan_resumes_by_that_plan_alone(saved, resumed, tmp_path):
     _, whole, module = saved
     module.plan.save(tmp_path / "plan.json")
     _, log, _ = resumed(3, adapter=HybridAdapterSetup(plan=str(tmp_path / "plan.json")))

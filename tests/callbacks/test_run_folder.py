@@ -139,7 +139,7 @@ def test_a_second_run_of_lightnings_own_trainer_changes_nothing_of_the_first(mod
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["version_0", "version_1"]
 
 
-def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it_if_it_is_a_log_alone(tmp_path):
+def test_of_two_lightning_trainers_with_loggers_in_one_folder_one_gets_it_if_it_is_a_log_alone(tmp_path):
     """Lightning lets loggers choose and make their folder before any callback is asked, each by looking for the last one."""
     loggers = [TensorBoardLogger(tmp_path, "x", version=0) for _ in range(2)]
     for logger in (*loggers, mine := TensorBoardLogger(tmp_path, "x", version="mine")):

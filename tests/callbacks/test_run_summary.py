@@ -12,7 +12,7 @@ from tiny_runs import StartsWithDigit, build_data, build_policy, build_trainer
 from hybrid_lightning.callbacks import RunSummary
 
 
-def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_path, finished):
+def test_accuracies_come_from_the_validations_before_and_after(model, sums, tmp_path, finished):
     summary = finished.summary
     data, start = build_data(sums, validation_fraction=0.4), build_policy(model, reward=StartsWithDigit(), eval_samples=4)
     for when, module in (("before", start), ("after", finished.policy)):

@@ -142,7 +142,7 @@ def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(model, sums, t
     assert steps == pytest.approx(sum(totals[name] for name in STEP_PHASES) - AFTER), "all but the time after the last step"
 
 
-def test_a_resumed_run_goes_on_adding(model, sums, tmp_path):
+def test_a_resumed_run_continues_to_add(model, sums, tmp_path):
     """The run stops within a rollout. Steps after the resume still get their shares of its time."""
     policy = {"minibatches_per_rollout": 4}
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")

@@ -98,7 +98,7 @@ def test_a_copy_computes_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_values_and_gradients_are_those_of_transformers(dtype):
+def test_values_and_gradients_equal_transformers(dtype):
     torch.manual_seed(0)
     q, k = (torch.randn(5, heads, 8).to(dtype) for heads in (4, 2))
     cos, sin = torch.randn(2, 5, 8).to(dtype)

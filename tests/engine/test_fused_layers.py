@@ -45,7 +45,7 @@ def layers():
 
 @pytest.mark.parametrize("kind", ["norm", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_those_of_transformers(kind, dtype):
+def test_values_and_gradients_equal_transformers(kind, dtype):
     plain = frozen(layers()[kind].to(dtype))
     fused = fused_like(plain)
     assert type(fused) is (FusedRMSNorm if kind == "norm" else FusedMLP)

@@ -65,7 +65,7 @@ def build(family):
         *((family, "interrupted", number % 2 == 1) for number, family in enumerate((*FAMILIES, *SPECIAL))),
     ],
 )
-def test_values_entropies_and_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, monkeypatch):
+def test_values_entropies_and_gradients_equal_separate_unpadded_passes(family, case, frozen, monkeypatch):
     model = build(family).requires_grad_(True)
     if frozen:  # as with an adapter; logits and their gradient are then made in one go, here block by block
         model.get_output_embeddings().requires_grad_(False)

@@ -65,7 +65,7 @@ def assert_own_numbers(model, rows, logprobs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_are_read_once_and_numbers_are_those_of_each_sequence_alone(family):
+def test_prompts_are_read_once_and_numbers_equal_each_sequence_alone(family):
     model, prompts = build(family), draw(PROMPTS)
     engine, shapes = Engine(model), tokens_read(model)
     engine.prepare()

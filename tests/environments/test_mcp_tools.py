@@ -210,7 +210,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_that_is_stopped_in_a_call_goes_on_to_the_same_bits(folder, monkeypatch):
+def test_a_run_stopped_in_a_call_resumes_bit_exactly(folder, monkeypatch):
     (folder / "calls.py").write_text(PARTS)
     server = {"class_path": "McpTools", "init_args": {"command": COMMAND}}
     environment = {"class_path": "ToolEnvironment", "init_args": {"tools": [server], "call_format": "calls.Lengths"}}

@@ -179,7 +179,7 @@ def test_a_run_trains_on_what_was_sampled_alone_and_episodes_are_shown_measured_
         assert line["reward"] == pytest.approx(sum(line["turn_rewards"])) and line["end"]
 
 
-def test_a_run_goes_on_to_the_same_bits(model, sums, tmp_path):
+def test_resume_is_bit_exact(model, sums, tmp_path):
     def run(folder, ckpt=None):
         saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         policy = {**arguments(), "credit": "turn", "minibatches_per_rollout": 2}
@@ -266,7 +266,7 @@ class NowOrLater(Talk):
         return Step(answer.messages, float(self.paid), self.said == 2)
 
 
-def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
+def test_a_group_with_tied_returns_teaches_by_turn_what_was_left_to_earn(model):
     # Enough tokens that few messages are cut, and nearly all returns are 1.
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]

@@ -168,7 +168,7 @@ CALLS = {
         ("smollm2", "<|im_end|>", PlainCalls, ""),
     ],
 )
-def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end, form, spaces):
+def test_a_tool_is_called_by_each_template_and_answers_after_the_turn(name, end, form, spaces):
     tokenizer = tokenizer_with(name)
     environment = ToolEnvironment([add])
     environment.prepare(tokenizer.chat_template)
@@ -224,7 +224,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("name", "setting", "call", "end", "begins"), ANSWERS)
-def test_results_come_behind_calls_as_the_templates_of_this_year_write_them(name, setting, call, end, begins):
+def test_results_come_after_calls_as_this_years_templates_write_them(name, setting, call, end, begins):
     tokenizer = tokenizer_with(name)
     environment = ToolEnvironment([add])
     environment.prepare(tokenizer.chat_template)
@@ -244,7 +244,7 @@ def test_results_come_behind_calls_as_the_templates_of_this_year_write_them(name
     assert ended.endswith(opened), "the policy continues"
 
 
-def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
+def test_an_environment_begins_after_the_prompt_and_its_system_text_in_front():
     rules = [{"role": "user", "content": "Guess."}, {"role": "system", "content": "Play."}]
     system = Prompt(messages=({"role": "system", "content": "Add."}, *ASKED.messages))
     for name, prompt, shown in [
@@ -348,7 +348,7 @@ def test_plain_prompts_are_continued_by_a_template_of_text():
             TurnEncoder(encoder, [], turn_template=wrong)
 
 
-def test_what_the_vocabulary_lacks_is_said_before_the_run_and_in_it():
+def test_text_outside_of_the_vocabulary_is_reported_before_the_run_and_in_it():
     encoder, prompt = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path())), Prompt(text="12+3=")
     remedy = r"the embedded policy needs digits and signs, and model\.turn_template='\{content\}'"
     with pytest.raises(DataError, match=remedy):

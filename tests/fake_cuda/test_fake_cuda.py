@@ -169,7 +169,7 @@ OF_FUNCTIONS = {
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_chosen_by_a_clock(found, capability):
+def test_everything_compiled_becomes_cuda_code_of_few_kernels_and_no_clock_chooses_them(found, capability):
     """Code of LoRA and of a hybrid, which its layers share, in both precisions."""
     if "cubins.py" not in found:
         pytest.skip("Triton is missing: pip install -e '.[cuda-code]'")

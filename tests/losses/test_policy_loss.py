@@ -137,7 +137,7 @@ def test_values_out_of_range_are_refused(cls, options, message):
 
 
 @pytest.mark.parametrize("cls", CLIPPED)
-def test_clip_ranges_are_the_papers_by_default_and_those_of_tokens_and_of_sequences_refuse_each_others(cls):
+def test_clip_ranges_are_the_papers_by_default_and_losses_of_tokens_and_of_sequences_refuse_each_others(cls):
     loss, clips = cls(), (3e-4, 4e-4) if cls in SEQUENCE_RATIOS else (0.2, 0.28) if cls is DAPOLoss else (0.2, 0.2)
     assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coef, loss.entropy_coef) == (*clips, None, 0.0, 0.0)
     wrong = [(0.1, 0.1), (3e-4, 0.28)] if cls in SEQUENCE_RATIOS else [(3e-4, 4e-4), (0.2, 5e-3)]

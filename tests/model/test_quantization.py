@@ -102,7 +102,7 @@ def test_all_but_the_fully_trained_modules_are_quantized_and_the_adapter_is_as_e
         assert torch.equal(adapted(IDS).logits, start)
 
 
-def test_a_base_of_which_nothing_can_be_quantized_is_refused(make_model):
+def test_a_base_without_anything_to_quantize_is_refused(make_model):
     model = build_wide_model()
     with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize, since the plan trains all 14 .* adapter\.budget\.share"):
         quantize_base(model, NF4(), plan_of(model, share=1).full_modules)

@@ -212,7 +212,7 @@ def test_rows_functions_and_data_modules_of_ones_own_train(name, here):
     )
 
 
-def test_the_module_that_is_no_policy_is_adapted(here, capsys):
+def test_the_module_that_is_not_a_policy_is_adapted(here, capsys):
     torch.manual_seed(0)
     names = names_of(example("adaptable"), steps=2)
     assert names["module"].plan.full_modules and str(names["module"].plan.full_modules) in capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_programs_and_last_messages():
     assert evaluate_reward(reward, episodes, [row] * 3, arriving=arriving).total.tolist() == [1, 0, 1]
 
 
-def test_an_error_is_that_of_the_first_row_and_ends_the_rest():
+def test_the_first_rows_error_is_raised_and_ends_the_rest():
     reward = FunctionReward(careless, overlap=True, concurrency=1)
     arriving = ArrivingRewards(reward, PROMPTS)
     arriving.add(3, "0")

@@ -68,7 +68,7 @@ def test_what_is_asked_and_what_is_made_of_the_answer(fake, make):
         make(rubric="See {hint}").check_prompt(PROMPT)
 
 
-def test_a_grade_by_pattern_and_one_behind_reasoning(fake, make):
+def test_a_grade_by_pattern_and_one_after_reasoning(fake, make):
     fake.grade = lambda text: reply("<think>3: SCORE: 1</think>I first said SCORE: 2, but no.\nSCORE: 4.5")
     assert make(pattern=r"SCORE: ([\d.]+)", scale=(2, 7))(["x"], [PROMPT]) == [0.5]
     assert "response_format" not in fake.requests[0] and "JSON" not in fake.requests[0]["messages"][0]["content"]

@@ -182,6 +182,6 @@ def test_a_deferred_weight_is_computed_once_where_it_is_copied_and_whatever_else
         assert torch.equal(result.computed() if isinstance(result, Deferred) else result, use(weight.values))
 
 
-def test_a_completion_that_was_aborted_is_no_answer():
+def test_a_completion_that_was_aborted_is_not_an_answer():
     with pytest.raises(RolloutError, match="ended a completion with 'abort'"):
         in_process._answer(types.SimpleNamespace(finish_reason="abort", stop_reason=None))

@@ -199,7 +199,7 @@ def test_a_stop_leaves_the_position_as_if_the_rollout_had_not_begun(ahead):
     assert len(seen) == 2 and seen + take(resumed, 4) == expected
 
 
-def test_an_epoch_cut_short_goes_on_where_it_stopped_unless_order_is_kept():
+def test_an_epoch_cut_short_continues_where_it_stopped_unless_order_is_kept():
     loader = build()
     iterator = iter(loader)
     first = [flat(next(iterator))[0] for _ in range(3)]
@@ -315,7 +315,7 @@ def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_
 
 
 @pytest.mark.parametrize("failure", [RunStopped(15), RolloutError("no server answers")])
-def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_on(failure):
+def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_resumed_run(failure):
     schedule = RolloutSchedule(4, 2, rollouts_ahead=2)
     seed(5)
     expected = take(build(source=Elsewhere(2), schedule=schedule), 6)
@@ -340,7 +340,7 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
         assert resumed.source.calls == 5 + again
 
 
-def test_no_rollout_is_begun_after_one_whose_completions_have_failed():
+def test_no_rollout_begins_after_one_with_failed_completions():
     class Failing(Source):
         def roll_out(self, prompts, generator, draw_more=None):
             made, work = super().roll_out(prompts, generator, draw_more), Future()

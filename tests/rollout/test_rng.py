@@ -61,7 +61,7 @@ class Cuda:
 @pytest.mark.parametrize(
     ("before", "now"), [((4, 3), (1, 0)), ((1, 0), (4, 3)), ((2, 1), (2, 1)), ((2, 1), (0, 0)), ((0, 0), (2, 1))]
 )
-def test_a_process_goes_on_with_the_state_of_its_device_on_fewer_or_more(monkeypatch, before, now):
+def test_a_process_resumes_with_the_state_of_its_device_on_fewer_or_more(monkeypatch, before, now):
     Cuda(monkeypatch, *before)
     state, expected = capture_random_state(), torch.rand(3)
     here = Cuda(monkeypatch, *now)

@@ -55,7 +55,7 @@ def runs(train_on, tmp_path_factory):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_it_goes_on_as_if_it_had_not_been_stopped(runs, reader):
+def test_it_resumes_as_if_it_had_not_been_stopped(runs, reader):
     _, found = runs
     (unstopped,) = found["unstopped"]
     for writer in CROSSINGS[reader]:

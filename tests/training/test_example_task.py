@@ -95,7 +95,7 @@ class ByHand(Callback):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_that_of_separate_sequences(kind, model, rows, tmp_path):
+def test_a_step_equals_separate_sequences(kind, model, rows, tmp_path):
     check = ByHand(kind)
     callbacks, flags = (StepTimer(), log := Log(), check), {"accumulate_grad_batches": 2, "max_steps": 2}
     module = fit(kind, model, rows, tmp_path, *callbacks, arguments={"max_tokens_per_micro_batch": 20}, **flags)
@@ -106,7 +106,7 @@ def test_a_step_is_that_of_separate_sequences(kind, model, rows, tmp_path):
     assert {"loss", "time"} <= logged <= module.task.training_metrics, "the names of logged metrics are known before"
 
 
-def test_it_goes_on_bit_for_bit(model, rows, tmp_path):
+def test_it_resumes_bit_for_bit(model, rows, tmp_path):
     """With LoRA dropout, which draws random numbers, and over the end of an epoch."""
 
     def run(root, ckpt=None):

@@ -103,7 +103,7 @@ def test_each_learning_rate_moves_its_own_parameters_and_gradient_clipping_limit
     assert watch.metrics[0]["grad_norm/full"] > 0.05, "the logged norm is the one before clipping"
 
 
-def test_dropout_of_the_base_stays_off_and_that_of_lora_is_on(tmp_path, sums):
+def test_dropout_of_the_base_stays_off_and_dropout_of_lora_is_on(tmp_path, sums):
     """GPT-2 has dropout of its own, with which the first minibatch would not be on-policy, also in checkpointed blocks."""
     model = write_model(tmp_path / "gpt2", "gpt2")
     ratios = []

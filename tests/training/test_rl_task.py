@@ -218,7 +218,7 @@ class ByEquation(Callback):
 @pytest.mark.parametrize(
     ("loss", "term", "weights", "advantage", "options"), CASES, ids=[type(case[0]).__name__ for case in CASES]
 )
-def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, options):
+def test_gradients_follow_the_equation(model, sums, tmp_path, loss, term, weights, advantage, options):
     by_equation = ByEquation(loss, term, weights, advantage, options)
     reward = WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5])
     policy = {"loss": loss, "advantage": advantage, "reward": reward, "kind": Failing, **options}

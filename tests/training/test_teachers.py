@@ -99,7 +99,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_the_equation(case, model, teacher_folder, sums, tmp_path):
+def test_gradients_follow_the_equation(case, model, teacher_folder, sums, tmp_path):
     distillation, kind, rewarded = CASES[case]
     of_model = kind == "model"
     teacher = ModelTeacher(str(teacher_folder)) if of_model else SelfTeacher(HINT, start=kind == "start")

@@ -61,12 +61,12 @@ def tokens_of(rollouts) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("temperature", "tolerance"), [(1.0, 1e-4), (0.7, 3e-4)])
-def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
+def test_log_probabilities_equal_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
     sampler.temperature = temperature
     assert largest_difference(policy, complete(policy)) < tolerance
 
 
-def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
+def test_an_episode_continues_after_added_tokens(policy, sampler):
     policy.task.generation.episodes = Episodes(
         Talk(), EpisodeLimits(max_tokens=40), sampler, policy.policy.pretrained, "{content}"
     )

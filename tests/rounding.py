@@ -67,5 +67,5 @@ def assert_same_sums(found, expected, additions: int, size: float = 0.0, name: s
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of the same weights in a tiny model, such as LoRA beside a weight and merged into it."""
+    """Logits of the same weights in a tiny model agree, such as LoRA beside a weight and merged into it."""
     assert_same_sums(found, expected, _TINY)

@@ -90,6 +90,6 @@ def test_items_keep_their_order_and_run_at_the_same_time_and_decompositions_take
         thread.start()
         thread.join()
         squared_singular_values(torch.eye(3))
-        assert [*seen, torch.get_num_threads()] == [2, 1, 2], "with which later threads start; of a small matrix; and afterwards"
+        assert [*seen, torch.get_num_threads()] == [2, 1, 2], "in later threads, for a small matrix, and afterwards"
     finally:
         torch.set_num_threads(before)

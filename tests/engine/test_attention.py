@@ -8,7 +8,7 @@ from hybrid_lightning.engine import Backend, attention
 from hybrid_lightning.engine.attention import AttentionSettings, Masks
 
 PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
-# Of the longest queries with the longest prompt: over sizes, over keys, and for gradients over the queries of a group as well.
+# For the longest queries with the longest prompt: over sizes, over keys, and in gradients also over the queries of a group.
 ADDITIONS = 2 * (SIZE + 25) + SAMPLES * REPEATS * 5
 
 

@@ -33,7 +33,7 @@ def build_sequences(case):
 
 
 def plain(model, case, row, temperature):
-    """Of one row, each token in its full context; 0 where a token was added."""
+    """Log-probabilities and entropies of one row, each token in its full context; 0 where a token was added."""
     prompt, completion = CASES[case][0][row], CASES[case][1][row]
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
     logprobs, sampled = logits.log_softmax(-1), torch.tensor(SAMPLED[row] if case == "interrupted" else [1] * len(completion))
@@ -42,7 +42,7 @@ def plain(model, case, row, temperature):
 
 
 def assert_gradients(model, loss, separate, tokens=40):
-    """Of the loss of all rows together, as of what rows give one by one."""
+    """The loss of all rows together has the gradients of the rows' own losses, added up one by one."""
     loss.backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -46,7 +46,7 @@ def test_nothing_is_predicted_of_empty_completions_and_bfloat16_is_added_up_in_f
     states = packed.predicting(hidden)
     (gradient,) = torch.autograd.grad(states.sum(), hidden)
     assert len(states) == 0 and not gradient.any() and gradient.shape == hidden.shape
-    # Of 1 and 2^-8 twice, bfloat16 forgets each of the small ones, and the sum of all is exact
+    # In a sum of 1 and twice 2^-8, bfloat16 loses each of the small numbers. The whole sum is exact.
     lengths = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
     packed = PackedSequences(build_sequences(lengths), Backend())
     hidden = states_of(packed, torch.bfloat16)

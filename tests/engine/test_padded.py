@@ -15,7 +15,7 @@ from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Sequences
 
-# Of prompts, some longer than the families' windows (32) and chunks (64), and the most tokens of the completions of each.
+# Tokens of prompts, some longer than the families' windows (32) and chunks (64), and the most tokens of each completion.
 PROMPTS, LIMITS = (70, 3, 66), (24, 1, 2, 9, 24, 1)
 PADDED = ["llama4_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gpt_oss", "granitemoehybrid", "lfm2", "falcon_h1"]
 PADDED += ["mamba2"]
@@ -160,7 +160,7 @@ def kept_apart(function, axis):
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "mamba2"])
 def test_rows_are_packed_where_layers_keep_sequences_apart(family, monkeypatch):
-    """On GPUs with the kernels of flash-linear-attention, causal-conv1d or mamba-ssm, for which stand-ins compute here."""
+    """As on GPUs with the kernels of flash-linear-attention, causal-conv1d or mamba-ssm. Stand-ins compute for them here."""
     model, prompts = build(family).train(), draw((3, 2, 4))
     module = sys.modules[type(model).__module__]
     for name, axis in KERNELS.items():

@@ -122,7 +122,7 @@ def test_a_server_by_its_address(play):
 
 
 class Keyed(BaseHTTPRequestHandler):
-    """Of a server with a key and `refusals`, the statuses of its next answers."""
+    """Handler of a server with a key. `refusals` are the statuses of its next answers."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -77,7 +77,7 @@ def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
     sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.task.seed))
     with pytest.raises(RolloutError, match="started episodes of the data row 0 differently with the same seed"):
         play(Talk(broken="begins"))
-    assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "also of an evaluation"
+    assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "in an evaluation too"
 
 
 class AtOnce(Talk):
@@ -215,7 +215,7 @@ def by_turn(loss, environment=None, **options):
 
 
 class ByTurn(Log):
-    """And the gradient of the first step from each sampled token alone, with the advantage of its turn."""
+    """Also computes the first step's gradient token by token, with the advantage of each token's turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         (rollouts, _, shown), loss = batch.rollout, pl_module.task.loss

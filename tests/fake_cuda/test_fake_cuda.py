@@ -92,10 +92,10 @@ def test_passes_of_four_prompts_wait_for_nothing_add_in_one_order_and_keep_their
 
 
 def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
-    """Once for all of its layers, to learn the shapes of what follows."""
+    """It waits once for all layers, to learn the shapes that follow."""
     wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}
     assert Counter(counts["syncs of a layout"]) == wanted
-    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "which hides keys of prompts"
+    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "it hides keys of prompts"
 
 
 # In a step's two places: once to cut rows into passes, and for the layout.
@@ -145,7 +145,7 @@ def test_modules_are_scored_with_a_wait_a_loss_and_one_a_module(counts):
 @counts_logits
 @pytest.mark.parametrize("run", ["rollout", "rollout of a hybrid"])
 def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(counts, run):
-    """For the layout of its prompts, which the host sends, and for whatever stops it."""
+    """It waits for the layout of its prompts, which the host sends, and for whatever stops it."""
     found = counts[run]
     of_prompts = ("boolean index in packing.__init__", "nonzero in gathering.of")
     numbers = (f"_local_scalar_dense in {place}" for place in ("packing.__init__", "gathering.of", "segment_attention.of"))

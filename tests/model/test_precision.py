@@ -27,7 +27,7 @@ IDS = torch.tensor([[4, 5, 13, 6, 16]])
 
 
 class Log(tiny_runs.Log):
-    """And dtypes of every micro-batch; scale, where there is one, and weights after every step."""
+    """Also notes dtypes of every micro-batch, and after every step the weights and the scale, if there is one."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ WHY = "this processor has no instructions for bfloat16"
 
 @pytest.fixture
 def old_processor(monkeypatch):
-    """And how products were computed: whether in 16 bits by autocast, and the dtype that sampling was asked for."""
+    """Gives how products were computed on one: whether in 16 bits by autocast, and the dtype that sampling got."""
     computed, logprobs, sampling = set(), Passes.logprobs, Engine.sampling
 
     def noted(passes, sequences):

@@ -81,7 +81,7 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
         arriving.add(row, TEXTS[row])
         arriving.add(row, TEXTS[row])  # announced twice, it is scored once
     wait_for(lambda: reward.running == 2)
-    assert reward.calls == [("rewards", 1)] * 2, "as many at the same time as it allows meanwhile, each alone"
+    assert reward.calls == [("rewards", 1)] * 2, "two at a time, the number that it allows meanwhile, each alone"
     threading.Thread(target=lambda: [wait_for(lambda: reward.running == 4), reward.goes_on.set()]).start()
     found = evaluate_reward(reward, TEXTS, PROMPTS, arriving=arriving)
     assert same(found, evaluate_reward(reward, TEXTS, PROMPTS)) and found.total.tolist() == [1, 1, 1, 0, 0, 0]

@@ -130,7 +130,7 @@ def test_a_judge_that_is_down_stops_the_run_soon(fake, make):
         reward([str(n) for n in range(200)], [PROMPT] * 200)
     assert len(fake.requests) <= 20
     fake.grade = lambda text: graded(1)
-    assert reward(["1"], [PROMPT]) == [0.1], "and works when it is there again"
+    assert reward(["1"], [PROMPT]) == [0.1], "it works when the judge is back"
 
 
 def test_a_judge_that_refuses_stops_the_run_at_once_and_the_key_is_not_shown(fake, make, caplog, monkeypatch):

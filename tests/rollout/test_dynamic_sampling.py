@@ -24,7 +24,7 @@ def test_whatever_happens_ranks_can_share_what_is_asked_for_and_it_ends():
         assert useful >= wanted or rounds == rule.max_extra_rollouts
     assert DynamicSampling().prompts_to_add(31, 32, 32, 0, 1) == 8, "a quarter at least"
     assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 2) == 24, "17.9 in quarters of 8"
-    assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 16) == 32, "which can be dealt to 16 ranks"
+    assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 16) == 32, "a number that 16 ranks can share"
     with pytest.raises(ConfigError, match=r"max_extra_rollouts=0 must be at least 1; to replace nothing.*dynamic_sampling=null"):
         DynamicSampling(0)
 

@@ -95,7 +95,7 @@ def take(loader, count):
 
 
 def prompts_of(loader):
-    """Of one epoch, in order."""
+    """Prompts of one epoch, in order."""
     return [i for batch in loader for i in batch.sequences.prompt_ids[::2, 0].tolist()]
 
 

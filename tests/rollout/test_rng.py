@@ -68,4 +68,4 @@ def test_a_process_resumes_with_the_state_of_its_device_on_fewer_or_more(monkeyp
     restore_random_state(state)
     own = before[1] if before[0] else now[1]  # from a CPU it continues as it was seeded
     assert [int(entry[0]) for entry in here.states] == [own if number == now[1] else number for number in range(now[0])]
-    assert torch.equal(torch.rand(3), expected), "of the CPU's generator, which every run has"
+    assert torch.equal(torch.rand(3), expected), "every run has the CPU's generator"

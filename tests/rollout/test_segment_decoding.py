@@ -114,7 +114,7 @@ def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
 
 
 def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
-    """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
+    """Counts calls of Python functions and operators in the sampler's loop and its layers, but not inside compiled bodies."""
     ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
     expected = sample(fused(build_adapted("qwen3").model, OfAccelerator()), tokenizer, stop=["7", "3"])
     for module in (decoder, compiling):

@@ -172,7 +172,7 @@ def test_all_weights_come_first_and_then_what_has_changed(start, build, served, 
     assert first.passes == [7] and second.passes == [3], "one pass for both servers"
     for made in nccl.communicators if nccl else ():
         assert made.stream.waited == [nccl.training] * 10 and made.aborts == 0, "each weight waits for what training computes"
-    assert not nccl or not nccl.training.waited, "which waits for none"
+    assert not nccl or not nccl.training.waited, "training waits for none"
 
 
 def test_an_unchanged_version_is_not_sent_and_a_server_without_the_last_one_gets_everything(start, build, served):

@@ -225,5 +225,5 @@ def test_gradients_follow_the_equation(model, sums, tmp_path, loss, term, weight
     policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}
     policy["sampler"] = Interrupted(LONGEST, temperature=TEMPERATURE)
     fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=6, accumulate_grad_batches=MICRO_BATCHES)
-    assert by_equation.steps >= 4, "of six, the last two of a second rollout; in some all may be clipped"
+    assert by_equation.steps >= 4, "of six; the last two belong to a second rollout, and all may be clipped in some"
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"

@@ -48,7 +48,7 @@ def test_a_gpu_is_shared_with_an_engine_that_has_the_weights_with_which_the_poli
     assert longer.least == WEIGHTS + 60 * token, "vLLM wants room for the context that it is given"
     assert engine_share(replace(vllm(), dtype=torch.bfloat16), 100).weights == 200
     assert engine_share(with_flags(vllm(), precision="bf16-mixed"), 100).weights == 200
-    assert engine_share(replace(vllm(), quantization=NF4()), 100).weights == 400, "a quantized base counts dequantized"
+    assert engine_share(replace(vllm(), quantization=NF4()), 100).weights == 400, "the dequantized weights count"
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ WHY = "this processor has no instructions for bfloat16"
 
 @pytest.fixture
 def old_processor(monkeypatch):
-    """Gives how products were computed on one: whether in 16 bits by autocast, and the dtype that sampling got."""
+    """Notes how products are computed on one: whether in 16 bits by autocast, and the dtype that sampling got."""
     computed, logprobs, sampling = set(), Passes.logprobs, Engine.sampling
 
     def noted(passes, sequences):

@@ -11,7 +11,7 @@ GARBAGE = (200, "<html>It works!</html>")
 
 
 def reply(content):
-    """An answer whose message is this text, as status and body."""
+    """An answer with this text as its message: status and body."""
     usage = {"prompt_tokens": 100, "completion_tokens": 20}
     return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}], "usage": usage})
 

@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeTeacher(ThreadingHTTPServer):
-    """The server. `logprobs` gives those of the tokens after the first; of `faults` each is taken for one call of it.
+    """The server. It answers requests for log-probabilities by `logprobs`. Each of `faults` replaces one of these answers.
 
     Args:
-        tokenizer: What it tokenizes by.
-        logprobs: Of token ids, a number for each but the first.
+        tokenizer: Tokenizes the prompts that it receives.
+        logprobs: Function of token ids; returns a number for each but the first.
     """
 
     daemon_threads, request_queue_size = True, 128

@@ -55,7 +55,7 @@ def free_port() -> int:
 def forked(target: Callable[..., None], *arguments: Any) -> Any:
     """Start a process that calls a function.
 
-    The threads of all of them wait as those of `python -m hybrid_lightning` do: OpenMP's own way is slow on a busy machine.
+    Threads of all these processes wait as under `python -m hybrid_lightning`: OpenMP's own way is slow on a busy machine.
     """
     paths = os.pathsep.join(path for path in sys.path if path)  # of the helpers
     with patch.dict(os.environ, PYTHONPATH=paths, GOMP_SPINCOUNT=_SPINS):

@@ -15,7 +15,7 @@ FILES = Path(__file__).with_name("hub_files")  # chat templates, cut down to wha
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 4096}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 EOS_WEIGHT = 45.0  # by which nine of ten completions are empty
-# Special tokens, those of the tokenizer among them, the config's class, and tokens that end a completion.
+# Special tokens, the tokenizer's named tokens among them, the config's class, and tokens that end a completion.
 FAMILIES = {
     "qwen3": (
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
@@ -131,7 +131,7 @@ LEETCODE = [
 
 
 _GSM8K = {"train": GSM8K[:50], "test": GSM8K[50:]}
-# Hub id -> file -> rows; a parquet file is that of a split of a configuration, of which "data" is the default.
+# Hub id -> file -> rows. A parquet file is named "configuration/split"; the configuration "data" is the default.
 DATA_SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "openai/gsm8k": {f"{name}/{split}": rows for name in ("main", "socratic") for split, rows in _GSM8K.items()},
     "DigitalLearningGmbH/MATH-lighteval": {"data/train": MATH[:50], "data/test": MATH[50:]},

@@ -10,7 +10,7 @@ def made(*shape, dtype, scale=1.0, seed=0):
 
 
 def assert_near(found, exact, dtype, roundings=1):
-    """Within a rounding of bfloat16, or 10 of float32, where sums of differently signed numbers add those of the largest."""
+    """Within a rounding of bfloat16 or 10 of float32. Sums of differently signed numbers add roundings of the largest number."""
     assert found.dtype == dtype and found.shape == exact.shape
     step, share = (2.0**-8, 1 / 8) if dtype == torch.bfloat16 else (10 * 2.0**-24, 2)
     bound = roundings * step

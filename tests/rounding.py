@@ -22,19 +22,19 @@ def spread(additions: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def metrics_of_runs() -> dict[str, float]:
-    """For `pytest.approx`: metrics of a tiny model's steps, of means over tokens, and norms and losses of some of them.
+    """For `pytest.approx`: metrics of a tiny model's steps (means over tokens, and norms and losses of some of them).
 
-    Some, such as how far log-probabilities of sampling are from those of training, are rounding and nothing else.
+    Some are nothing but rounding, such as the distance between the log-probabilities of sampling and of training.
     """
     return {"abs": LOGITS * spread(_TINY), "rel": spread(3 * _TINY)}
 
 
 def additions_of(model: nn.Module, tokens: int, backward: bool = False) -> int:
-    """Additions whose rounding reaches a logit, or a weight's gradient.
+    """Number of additions with a rounding that reaches a logit, or a weight's gradient.
 
     Args:
         model: Each of its projections adds as many products as its weight is long.
-        tokens: Which the attention of each layer adds; of a sequence, or for a gradient of all sequences, being a sum over them.
+        tokens: How many the attention of each layer adds: of one sequence, or of all for a gradient, which is a sum over them.
         backward: Whether it is a gradient: two more sums for each of the forward pass, over outputs and over tokens.
     """
     shapes = [parameter.shape for parameter in model.parameters() if parameter.dim() == 2]
@@ -67,5 +67,5 @@ def assert_same_sums(found, expected, additions: int, size: float = 0.0, name: s
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of the same weights in a tiny model, such as LoRA beside a weight and merged into it."""
+    """Logits of the same weights in a tiny model agree, such as LoRA beside a weight and merged into it."""
     assert_same_sums(found, expected, _TINY)

@@ -60,7 +60,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model for small runs, none of which changes it."""
+    """The folder of a model for small runs. None of them changes it."""
     return write_model(tmp_path_factory.mktemp("model") / "model")
 
 
@@ -72,7 +72,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick_gguf() -> Iterator[None]:
-    """Reads GGUF files at once and names their tensors once: 4 seconds for a small model, of which the libraries take 15."""
+    """Reads GGUF files at once and names their tensors once. A small model takes 4 seconds; the libraries alone take 15."""
     gguf = pytest.importorskip("gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "memmap", lambda path, dtype=np.uint8, mode="r": np.fromfile(path, dtype))

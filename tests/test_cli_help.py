@@ -112,7 +112,7 @@ def test_help_without_a_command_tells_each_in_a_whole_sentence(folder):
     assert len(sentences) == 10 and all(re.fullmatch(r"[a-z]+ [A-Z].*[a-z]\.", sentence) for sentence in sentences), sentences
 
 
-def test_each_class_that_is_no_base_is_found_by_its_short_name():
+def test_each_class_that_is_not_a_base_is_found_by_its_short_name():
     bases = (Configurable, LanguageModule, Callback)
     known = {name: part for base in bases for name, part in known_classes(base).items()}
     rooms = (adapters, advantages, data, export, losses, policy, rewards, rollout)

@@ -112,7 +112,7 @@ def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, nu
     assert said.splitlines()[-1] == last
 
 
-def test_memory_of_a_gpu_grows_in_place_unless_it_is_asked_otherwise_and_cudnn_does_not_attend(monkeypatch):
+def test_memory_of_a_gpu_grows_in_place_unless_it_is_set_differently_and_cudnn_does_not_attend(monkeypatch):
     precision, heard, settings = torch.get_float32_matmul_precision(), [], ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: heard.append(("cudnn", on)))
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", heard.append, raising=False)

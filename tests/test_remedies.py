@@ -40,12 +40,12 @@ def test_a_machine_without_a_gpu_says_what_to_give(folder, monkeypatch):
         (TimeoutError(110, "x", "y"), False, False),
     ],
 )
-def test_what_the_machine_refuses_is_no_mistake_of_ours(error, of_machine, another_place):
+def test_what_the_machine_refuses_is_not_our_mistake(error, of_machine, another_place):
     assert is_machine_error(error) == of_machine
     assert with_remedy(str(error)).endswith("--trainer.logger.save_dir=FOLDER") == another_place
 
 
-def test_a_config_of_another_kind_is_no_overlay(folder):
+def test_a_config_of_another_kind_is_not_an_overlay(folder):
     for first, second in (("gspo", "sft"), ("sft", "dpo"), ("dpo", "qwen3")):
         given = ["fit", "--config", f"{CONFIGS}/{first}.yaml", f"--config={CONFIGS}/{second}.yaml"]
         kinds = [KIND.get(name, "PolicyModule") for name in (first, second)]

@@ -15,8 +15,8 @@ CHANNEL = re.compile(
     r"^\s*global |\.__dict__\b|\.__class__ = |\bvars\(.*\)\[.*\] = |\.forward = |\bdel .*\.forward$|\bgetsource|\bFunctionType\b"
     r"|\bWeak(Key|Value)Dictionary\b|\.\w+\[id\(|\bid\(\w+\) (not )?in \w+\.|\.\w+(\[.*\])? [!=]= id\("
 )
-# A program's names are looked after where it runs; what is sent over a pipe is numbered, and kept as long as its numbers; a copy
-# of a module has its parts.
+# The sandbox manages a program's names where the program runs. It numbers objects that go over a pipe, and keeps them as long as
+# their numbers. A copy of a module has its parts.
 ALLOWED = {"sandbox.candidate", "sandbox.harness", "sandbox.wire", "engine.fused_lora"}
 
 
@@ -37,7 +37,7 @@ def full_stops(tree):
     for message in (*raised(tree), *warning_calls(tree, {*WARNING, "say"})):
         for line, text in ends(message):
             if text.rstrip().endswith(".") and not text.rstrip().endswith("..."):
-                yield line, f"a full stop behind {text[-30:]!r}"
+                yield line, f"a full stop after {text[-30:]!r}"
 
 
 def test_the_source_has_none_of_them():

@@ -48,7 +48,7 @@ def is_refused(text):
     return zlib.crc32(text.encode()) % 8 == 0
 
 
-def test_it_goes_on_to_the_same_bits(servers, folder, monkeypatch):
+def test_resume_is_bit_exact(servers, folder, monkeypatch):
     judge, teacher = servers
     given = {"base_url": judge.url, "model": "j", "rubric": "Grade the sum.", "retries": 0, "max_failed_share": 0.5}
     given |= {"cache_dir": "graded", "concurrency": 2}

@@ -80,7 +80,7 @@ WRAPPERS = {
 def wrapper_config(wrapper: str) -> PretrainedConfig:
     """The config of a tiny wrapper."""
     text, vision, sizes = WRAPPERS[wrapper]
-    if vision == wrapper:  # whose config of the tower has no name of its own
+    if vision == wrapper:  # its tower's config has no name of its own
         vision_config = {**AutoConfig.for_model(wrapper).vision_config.to_dict(), **sizes}
     else:
         vision_config = AutoConfig.for_model(vision, **sizes).to_dict()

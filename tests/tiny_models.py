@@ -28,7 +28,7 @@ FAMILIES = sorted(_CONFIGS)
 
 
 def build_model(family: str, seed: int = 0, std: float = 0.2, biases: float = 0.0, **sizes: int) -> PreTrainedModel:
-    """A random model whose next-token distributions are far from uniform, so that mistakes show."""
+    """A random model with next-token distributions far from uniform, so that mistakes show."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_CONFIGS[family](**{**SIZES, **sizes}))
     with torch.no_grad():
@@ -41,7 +41,7 @@ def build_model(family: str, seed: int = 0, std: float = 0.2, biases: float = 0.
 
 
 def build_wide_model(family: str = "llama") -> PreTrainedModel:
-    """A model whose weights are wide enough to be quantized: 64 inputs at least."""
+    """A model with weights wide enough to be quantized: at least 64 inputs."""
     return build_model(family, std=0.15, biases=0.05, hidden_size=64, intermediate_size=128)
 
 

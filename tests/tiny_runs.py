@@ -97,7 +97,7 @@ class Interrupted(OftenDone):
 
 
 class Failing(PolicyModule):
-    """Of every four completions of a prompt one is left out, whose rewards are no numbers."""
+    """One of every four completions of a prompt is left out: its rewards are not numbers."""
 
     def __init__(self, *given, **named):
         super().__init__(*given, **named)

@@ -145,11 +145,11 @@ def test_disabling_restores_flags_also_after_an_error(make_model, plan_for):
     assert [p.requires_grad for p in adapted.parameters()] == flags
     adapted.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge"), adapter_disabled(adapted):
-        pytest.fail("merged weights are not those of the start")
+        pytest.fail("merged weights are not the start weights")
 
 
 def test_more_than_twenty_lora_modules(plan_for, batches, tmp_path):
-    """From there on PEFT shortens the names."""
+    """From the 21st module on, PEFT shortens the names."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 48}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=11))
     base, adapted = copy.deepcopy(model), apply_plan(model, plan_for(model, ModuleBudget(0.3), seed=3))
@@ -188,7 +188,7 @@ def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for
 
 
 def test_modules_that_peft_takes_for_experts_have_lora_here_and_in_plain_peft(plan_for, batches):
-    """Of a dense layer and of shared experts, at ranks of their own; the config for PEFT names their weights."""
+    """Modules of a dense layer and of shared experts, at ranks of their own. The config for PEFT names their weights."""
     config = DeepseekV3Config(**family_config("deepseek_v3").to_dict() | {"num_hidden_layers": 2})
     base = AutoModelForCausalLM.from_config(config).eval()
     plan = plan_for(base, ModuleBudget(0), SETTINGS["lora"], ranks=MIXED)

@@ -88,5 +88,5 @@ def test_a_plan_holds_the_ranks_that_differ(plan_for, make_model):
     ranks = {module.name.removeprefix("model.layers."): (module.mode, module.rank) for module in plan.candidates}
     assert ranks["0.self_attn.q_proj"] == ("lora", 1) and ranks["0.self_attn.o_proj"] == ("frozen", None)
     assert ranks["1.self_attn.v_proj"] == ("full", None)
-    assert ranks["0.mlp.gate_proj"] == ("lora", None) and plan.ranks == (1, 4), "the plan's own is no rank that differs"
+    assert ranks["0.mlp.gate_proj"] == ("lora", None) and plan.ranks == (1, 4), "the plan's own rank does not count as different"
     assert plan_for(make_model("llama"), ranks={"mlp": 4, "attention": 4}) == plan_for(make_model("llama"))

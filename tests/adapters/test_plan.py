@@ -194,4 +194,4 @@ def test_trl_trains_it(plan_for, tmp_path):
     assert sum(parameter.numel() for parameter in start.values()) == plan.trainable_parameters()
     trainer.train()
     still = [name for name, parameter in trained.items() if torch.equal(parameter, start[name])]
-    assert all(".lora_A." in name for name in still), "whose gradients are 0 at first"
+    assert all(".lora_A." in name for name in still), "their gradients are 0 at first"

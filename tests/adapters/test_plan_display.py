@@ -63,7 +63,7 @@ def test_layers_are_ordered_and_second_stacks_and_modules_outside_stand_apart_an
     assert isinstance(wide, LogNorm) and wide.vmin == pytest.approx(1e-5) and float(wide(0.0)) == 0
     narrow = mesh(draw_heatmap(plan_of(layers(2), lambda index: -1.0 + index))).norm
     assert not isinstance(narrow, LogNorm) and narrow.vmin == -1
-    assert mesh(draw_heatmap(plan_of(layers(2), lambda _: None))).get_array().mask.all(), "of a plan without scores all are grey"
+    assert mesh(draw_heatmap(plan_of(layers(2), lambda _: None))).get_array().mask.all(), "without scores, all modules are grey"
 
 
 # ---- tables

@@ -163,7 +163,7 @@ def test_a_scale_keeps_gradients_that_float16_has_no_numbers_for(make_model, los
 
 
 class Blocks(nn.Module):
-    """Three blocks of which only two are used."""
+    """Three blocks; the loss uses only two."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def test_it_gives_no_number_that_it_cannot_vouch_for():
     for matrix in (with_spectrum(torch.ones(60), (300, 320)), torch.zeros(300, 300)):
         answer = krylov_tail_energy(matrix, 8)
         assert answer is None or answer == pytest.approx(tail(matrix, 8), rel=1e-7)
-    assert krylov_tail_energy(FLAT, 8) is krylov_tail_energy(FLAT, 40) is None, "nor where there is no room for a space"
+    assert krylov_tail_energy(FLAT, 8) is krylov_tail_energy(FLAT, 40) is None, "no number either without room for a space"
 
 
 def test_large_gradients_take_it_and_fall_back_to_all_eigenvalues(monkeypatch):
@@ -90,6 +90,6 @@ def test_items_keep_their_order_and_run_at_the_same_time_and_decompositions_take
         thread.start()
         thread.join()
         squared_singular_values(torch.eye(3))
-        assert [*seen, torch.get_num_threads()] == [2, 1, 2], "with which later threads start; of a small matrix; and afterwards"
+        assert [*seen, torch.get_num_threads()] == [2, 1, 2], "in later threads, for a small matrix, and afterwards"
     finally:
         torch.set_num_threads(before)

@@ -66,11 +66,11 @@ def test_known_numbers():
     text = rollout_engines.tables({"embedded_float32": {**MEASURED, "summary": summary}})
     speed, sync = "150 (100-200) | 3.00 (2.00-4.00)", "0.400 (0.400-0.400) | 0.100 (0.100-0.100) | 7.5"
     assert f"| embedded_float32 | `VLLMSampler` | {speed} | {sync} | 300 | 1.0e-06 | 2.0e-05 |" in text
-    assert "| 300 + 500 |" in text, "the server's memory beside that of the process that trains"
+    assert "| 300 + 500 |" in text, "memory of the server and of the training process"
     assert "| `Sampler`, ours | 75 (50-100) | 1.50 (1.00-2.00) | - | - | - | 300 |" in text
 
 
-def test_measurements_are_added_to_those_of_earlier_calls(capsys, monkeypatch, tmp_path):
+def test_measurements_are_added_to_earlier_ones(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(rollout_engines, "find_spec", lambda name: name)
     monkeypatch.setattr(rollout_engines, "prepared", lambda loads, plan: nullcontext([None] * len(loads)))
     monkeypatch.setattr(rollout_engines, "measure", lambda *_: MEASURED)

@@ -24,6 +24,6 @@ def test_a_run_needs_its_start_policy_and_beside_others_that_which_they_had(tmp_
         frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])
 
 
-def test_a_rate_that_is_given_makes_trials_which_begin_at_the_model_of_a_task_that_is_none_of_the_studys(tmp_path):
+def test_a_given_rate_makes_trials_that_begin_at_the_model_of_a_task_outside_the_study(tmp_path):
     (job,) = frontier.jobs_of(Store(tmp_path), "tasks/sums.yaml", ["hybrid_10_r8"], [5], 0.002)
     assert job.file == "trial/sums/hybrid_10_r8/lr=0.002-seed=5.json" and job.policy is None and job.rank == 8

@@ -72,7 +72,7 @@ def test_another_record_of_the_same_name_is_refused_until_one_is_given_up(comman
     assert [found.accuracy for found in of_method(Store(*store), "run", "sums", "lora")] == [0.6, 0.5, 0.5]
 
 
-def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path):
+def test_whatever_is_not_a_record_is_named_with_the_remedy(command, tmp_path):
     right, loose, table = json.dumps(asdict(record()[1])), tmp_path / "loose", tmp_path / "kept" / PACK
     for name, text, words in (
         (RUN, "[]", "an object was expected, not list"),

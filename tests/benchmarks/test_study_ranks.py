@@ -39,7 +39,7 @@ def test_a_table_says_what_broke():
     runs = [{**RUN, "avg": 0.9, "rewards": grown}, {**RUN, "avg": 0.3, "rewards": grown}, {**RUN, "avg": 0.0, "rewards": broken}]
     runs += [{**run, "rank": 64, "avg": 0.0} for run in runs] + [{**RUN, "rate": 0.1, "avg": 0.0, "rewards": broken}]
     rows = ranks.by_rank(runs, ("rate", "completions"), ranks.accuracy).splitlines()
-    assert rows[0] == "| rank | 0.01, 64 |", "and not of the rate at which all collapsed"
+    assert rows[0] == "| rank | 0.01, 64 |", "without the rate at which all runs collapsed"
     assert rows[2:] == ["| 4 | 40.0±45.8cf |", "| 64 | ccc |"]
 
 

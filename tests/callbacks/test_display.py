@@ -70,7 +70,7 @@ def test_where_nothing_can_be_measured_there_is_the_checkpoint_alone_or_nothing(
     assert commands(result) == [] and "Checkpoint:" not in result.out
 
 
-def test_from_python_a_stopped_run_says_which_argument_goes_on(folder, tmp_path, capsys, monkeypatch):
+def test_from_python_a_stopped_run_prints_the_argument_that_resumes_it(folder, tmp_path, capsys, monkeypatch):
     data = build_data(folder / "sums.jsonl")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         Sent(patch, MOMENTS["the second rollout"], signal.SIGTERM)

@@ -107,7 +107,7 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
     assert re.search(r"^Validation \(step 2\) *$", output, re.M), "the table"
     (line,) = re.findall(r"^Validation \(step 2\): (.*)", output, re.MULTILINE)
     assert re.match(r"accuracy [\d.]+% \[[\d.]+, [\d.]+\] \(n=\d+, avg@2\)  reward [\d.]+  ", line), line
-    assert re.findall(r"(\w+@\d) [\d.]+%", line) == ["pass@2", "maj@2"], "of each the largest"
+    assert re.findall(r"(\w+@\d) [\d.]+%", line) == ["pass@2", "maj@2"], "the largest of each"
     report = json.loads((tmp_path / "version_0" / "evaluation.json").read_text())
     after = json.loads((tmp_path / "version_0" / "summary.json").read_text())["validation"]["after"]
     assert report["step"] == 2 and report["sets"]["hard"]["avg@2"] == after["val/hard/avg@2"]

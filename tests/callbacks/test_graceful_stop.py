@@ -66,7 +66,7 @@ def go_on(folder: Path, result: Result) -> Result:
 
 
 @pytest.mark.parametrize("name", long_but(CHAINS, 1))
-def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_had_not_been_stopped(folder, whole, name):
+def test_a_run_that_is_stopped_again_and_again_resumes_as_if_it_had_not_been_stopped(folder, whole, name):
     result, runs = None, []
     for moment, call in CHAINS[name].items():
         number = SIGNALS[list(MOMENTS).index(moment) % len(SIGNALS)]
@@ -149,7 +149,7 @@ def test_it_names_the_cause_and_the_checkpoint_at_once_and_the_command_prints_no
 # ---- a reward fails
 
 
-def test_a_reward_that_fails_is_the_cause_and_leaves_a_checkpoint_from_which_the_run_goes_on(folder, whole, monkeypatch):
+def test_a_reward_that_fails_is_the_cause_and_leaves_a_checkpoint_to_resume_from(folder, whole, monkeypatch):
     reward, calls = sys.modules["my_parts"].StartsWithDigit, []
     working = reward.__call__
 

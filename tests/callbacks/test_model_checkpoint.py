@@ -28,7 +28,7 @@ def step_of(path):
     return torch.load(path, weights_only=False)["global_step"]
 
 
-def test_a_killed_run_has_that_of_its_last_validation(model, sums, tmp_path):
+def test_a_killed_run_has_the_checkpoint_of_its_last_validation(model, sums, tmp_path):
     killed = LambdaCallback(on_train_batch_end=Mock(side_effect=[None, None, None, None, RuntimeError("killed")]))
     with pytest.raises(RuntimeError, match="killed"):
         run(model, sums, tmp_path, build_saver(tmp_path / "kept"), killed, max_steps=6)
@@ -40,7 +40,7 @@ def test_a_killed_run_has_that_of_its_last_validation(model, sums, tmp_path):
     [
         ({}, ["last.ckpt", "step=5.ckpt"]),  # of equal ones the latest
         ({"save_top_k": 0}, ["last.ckpt"]),
-        ({"monitor": None, "every_n_train_steps": 2}, ["last.ckpt", "step=4.ckpt"]),  # and there is no validation
+        ({"monitor": None, "every_n_train_steps": 2}, ["last.ckpt", "step=4.ckpt"]),  # and no validation runs
         ({"save_last": False}, ["step=5.ckpt"]),
     ],
 )

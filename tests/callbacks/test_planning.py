@@ -34,7 +34,7 @@ def full_gradients(rollout):
     return {name: module.weight.grad for name, module in base.named_modules() if name in NAMES}
 
 
-def test_the_plan_is_that_of_an_independent_singular_value_decomposition(model, sums, tmp_path):
+def test_the_plan_equals_an_independent_singular_value_decomposition(model, sums, tmp_path):
     policy, rollouts = build_policy(model), []
     generate = policy.task.generation.generate
     policy.task.generation.generate = lambda *args, **kwargs: rollouts.append(generate(*args, **kwargs)) or rollouts[-1]

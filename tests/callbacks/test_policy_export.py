@@ -32,7 +32,7 @@ def test_at_the_end_of_training_and_by_the_trainer_itself(model, sums, tmp_path)
         assert "after 2 optimizer steps" in card and sums.name in card and "DigitShare" in card
 
 
-def test_from_a_running_job_which_goes_on_as_without_and_beside_what_a_resumed_run_finds(model, sums, tmp_path):
+def test_exports_of_a_running_job_do_not_change_it_and_join_the_ones_that_a_resumed_run_finds(model, sums, tmp_path):
     mine, timer = tmp_path / "mine", StepTimer()
 
     def run(*callbacks, **flags):

@@ -61,7 +61,7 @@ def test_changes_that_would_do_nothing_are_refused():
             check_changes([Change(3, name, None, after)])
 
 
-def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given():
+def test_the_rate_of_full_modules_moves_with_the_rate_of_lora_unless_it_is_given():
     def settings(rate, given):
         init = {"model": "m", "reward": None, "lr_lora": rate, "lr_full": given}
         return {"seed_everything": 0, "model": {"class_path": public_path(PolicyModule), "init_args": init}}
@@ -175,7 +175,7 @@ def test_what_is_applied_is_said_recorded_and_kept_over_resumes(folder, first):
             place = place.get("init_args", place)[key]
         assert (place["class_path"] if isinstance(place, dict) else place) == value == named[name], name
     rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
-    assert rates[0] < 1e-6 and rates[1] < 1e-5, "those of the schedule at the end"
+    assert rates[0] < 1e-6 and rates[1] < 1e-5, "the rates at the end of the schedule"
     result, last = go_on(folder, new, "--trainer.max_steps=6", "--trainer.log_every_n_steps=2")
     assert result.code == 0 and "model.lr_lora" not in result.out, result.err
     *before, steps, every = json.loads((last / "summary.json").read_text())["changes"]
@@ -230,7 +230,7 @@ def train(model, sums, root, *callbacks, adapter=None, policy=None, **flags):
 
 @pytest.fixture(scope="module")
 def saved(model, sums, tmp_path_factory):
-    """Checkpoints of every step of a run whose rollouts are two steps, two micro-batches each."""
+    """Checkpoints of every step of a run. A rollout is two steps, two micro-batches each."""
     root = tmp_path_factory.mktemp("saved")
     module, log, _ = train(model, sums, root, saver(root), accumulate_grad_batches=2)
     return root, log, module
@@ -245,7 +245,7 @@ def resumed(model, sums, saved, tmp_path):
     return resume
 
 
-def test_updates_are_those_of_the_new_optimizer_with_the_old_moments(resumed):
+def test_the_new_optimizer_updates_with_the_old_moments(resumed):
     make = functools.partial(torch.optim.AdamW, betas=(0.7, 0.8), weight_decay=0.3, eps=1e-3)
     rates, schedule = {"full": 1e-6, "lora": 0.02}, CosineSchedule(warmup_steps=1)
     changed = {"lr_full": rates["full"], "lr_lora": rates["lora"], "optimizer": make, "schedule": schedule}
@@ -295,7 +295,7 @@ def test_an_unchanged_resume_keeps_the_rollout_and_a_changed_loss_gives_it_up(sa
     assert resumed(1, max_steps=7)[1].losses[: len(log.losses) - 2] == log.losses[2:], "a longer run keeps it as well"
     _, other, trainer = resumed(1, policy={"loss": GSPOLoss(kl_coef=0.0)}, max_steps=3)
     assert trainer.global_step == 3
-    assert other.batches[0].old_logprobs is None, "a new rollout, whose first step is on-policy"
+    assert other.batches[0].old_logprobs is None, "a new rollout: its first step is on-policy"
     assert all(batch.ref_logprobs is None for batch in other.batches)
 
 
@@ -354,7 +354,7 @@ def test_a_part_is_told_alike_however_it_was_made(resumed):
     assert adapter.resume.changes == []
 
 
-def test_a_run_of_a_plan_goes_on_by_that_plan_alone(saved, resumed, tmp_path):
+def test_a_run_of_a_plan_resumes_by_that_plan_alone(saved, resumed, tmp_path):
     _, whole, module = saved
     module.plan.save(tmp_path / "plan.json")
     _, log, _ = resumed(3, adapter=HybridAdapterSetup(plan=str(tmp_path / "plan.json")))

@@ -165,10 +165,10 @@ def test_callbacks_see_the_rollout_that_is_trained_on_once_whenever_it_was_made_
     )
     fit(model, sums, tmp_path, whole, rows(), saver, policy=policy, max_steps=6, enable_checkpointing=True)
     fit(model, sums, tmp_path, resumed, rows(), policy=policy, max_steps=6, ckpt=tmp_path / "step=3.ckpt")
-    assert whole.steps == [0, 2, 4] and resumed.steps == [4], "that of the third step was seen before the stop"
+    assert whole.steps == [0, 2, 4] and resumed.steps == [4], "the rollout of the third step was seen before the stop"
     assert resumed.seen == whole.seen[3:] and [number for _, number, *_ in whole.seen] == [0, 0, 1, 1, 2, 2]
     rows, later = (written(tmp_path / f"version_{number}") for number in (0, 1))
-    assert later == rows[32:], "those that were written before the stop are not written again"
+    assert later == rows[32:], "rows written before the stop are not written again"
     for first, (step, number, ((_, *texts), *_), total) in zip((0, 16, 32), whole.seen[::2], strict=True):
         of_rollout = rows[first : first + 16]
         assert {(row["step"], row["rollout"]) for row in of_rollout} == {(step - 1, number)}

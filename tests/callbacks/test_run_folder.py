@@ -37,7 +37,7 @@ def content(folder):
 
 
 def process(root, *loggers, rank=0, answers=None):
-    """A Trainer as far as a claim needs one; `answers` are those of rank 0, for the others."""
+    """As much of a Trainer as a claim needs. The other ranks get rank 0's `answers`."""
     told = []
 
     def broadcast(value):
@@ -139,7 +139,7 @@ def test_a_second_run_of_lightnings_own_trainer_changes_nothing_of_the_first(mod
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["version_0", "version_1"]
 
 
-def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it_if_it_is_a_log_alone(tmp_path):
+def test_of_two_lightning_trainers_with_loggers_in_one_folder_one_gets_it_if_it_is_a_log_alone(tmp_path):
     """Lightning lets loggers choose and make their folder before any callback is asked, each by looking for the last one."""
     loggers = [TensorBoardLogger(tmp_path, "x", version=0) for _ in range(2)]
     for logger in (*loggers, mine := TensorBoardLogger(tmp_path, "x", version="mine")):
@@ -154,7 +154,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, m
     for loggers, option in (([CSVLogger(tmp_path / "runs", "x")], "logger.save_dir"), ([], "default_root_dir")):
         trainer = process(tmp_path / "runs", *loggers)
         check_run_folder(trainer)
-        assert not names(tmp_path), "what is tried out is removed"
+        assert not names(tmp_path), "the check leaves no file and no folder"
         message = rf"{os.strerror(errno.ENOSPC)}.*; give .* by --trainer\.{option}=FOLDER$"
         for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile")):
             with monkeypatch.context() as patch, pytest.raises(ConfigError, match=message):

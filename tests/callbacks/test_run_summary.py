@@ -12,7 +12,7 @@ from tiny_runs import StartsWithDigit, build_data, build_policy, build_trainer
 from hybrid_lightning.callbacks import RunSummary
 
 
-def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_path, finished):
+def test_accuracies_come_from_the_validations_before_and_after(model, sums, tmp_path, finished):
     summary = finished.summary
     data, start = build_data(sums, validation_fraction=0.4), build_policy(model, reward=StartsWithDigit(), eval_samples=4)
     for when, module in (("before", start), ("after", finished.policy)):
@@ -41,7 +41,7 @@ def test_the_screen_says_what_happened_and_where_the_time_went(finished):
     assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points [{low}, {high}])" in output
     assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 6")] == [1, 1, 1]
     assert f"Run folder: {root}" in output and f"Curves:     tensorboard --logdir {root}" in output
-    assert "Next:" not in output and "hybrid_lightning" not in output, "from Python there is no command"
+    assert "Next:" not in output and "hybrid_lightning" not in output, "a run from Python shows no command"
     assert re.search(r"^Checkpoint: (.+)$", output, re.MULTILINE)[1] == summary["checkpoint"]
     output = " ".join(output.replace("│", " ").split())
     assert f"{summary['seconds']:.0f} s for 6 optimizer steps: generate " in output

@@ -96,7 +96,7 @@ def run(model, sums, root, *callbacks, ckpt=None, policy=None, data=None, share=
 
 
 def test_each_second_is_logged_once_and_where_it_belongs(model, sums, tmp_path):
-    """Of rollouts of four steps, two minibatches for two epochs, whose old log-probabilities are computed once for both."""
+    """A rollout has four steps: two minibatches for two epochs. Old log-probabilities are computed once for both epochs."""
     policy = {"minibatches_per_rollout": 2, "epochs_per_rollout": 2}
     timer, slow = run(model, sums, tmp_path, policy=policy, accumulate_grad_batches=2)
     expected = {"generate": GENERATE / 4, "reward": REWARD / 4, "logprobs": 2 * 2 * LOGPROBS / 4, "update": 2 * UPDATE}
@@ -136,14 +136,14 @@ def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(model, sums, t
     # Validation generates and scores twice a batch: greedy and sampled.
     assert totals["validation"] == pytest.approx(slow.validations * (VALIDATION + 2 * GENERATE + 2 * REWARD))
     assert totals["checkpoint"] == pytest.approx(slow.saves * SAVE)
-    assert totals["startup"] == SCORE and totals["scoring"] >= GENERATE + REWARD, "whose rollouts do not count as training"
+    assert totals["startup"] == SCORE and totals["scoring"] >= GENERATE + REWARD, "these rollouts do not count as training"
     assert totals["generate"] == STEPS * GENERATE and totals["reward"] == STEPS * REWARD and totals["logprobs"] == 0
     steps = sum(step["time/step_s"] for step in slow.steps)
-    assert steps == pytest.approx(sum(totals[name] for name in STEP_PHASES) - AFTER), "but what follows the last step"
+    assert steps == pytest.approx(sum(totals[name] for name in STEP_PHASES) - AFTER), "all but the time after the last step"
 
 
-def test_a_resumed_run_goes_on_adding(model, sums, tmp_path):
-    """Stopped within a rollout, whose shares have to be dealt after the resume."""
+def test_a_resumed_run_continues_to_add(model, sums, tmp_path):
+    """The run stops within a rollout. Steps after the resume still get their shares of its time."""
     policy = {"minibatches_per_rollout": 4}
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     run(model, sums, tmp_path, saver, policy=policy, max_steps=2, enable_checkpointing=True)
@@ -169,7 +169,7 @@ def test_values_are_means_over_processes_and_rates_count_all_of_them():
     timer = StepTimer()
     timer.clock.seconds = lambda: {"generate": 2.0, "reward": 2.0, "update": 6.0, "other": 0.0}
     strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
-    mask = torch.ones(1, 60, dtype=torch.bool)  # of which 50 were sampled
+    mask = torch.ones(1, 60, dtype=torch.bool)  # 50 of them were sampled
     sequences = SimpleNamespace(completion_mask=mask, sampled_mask=mask[:, :50], prompt_mask=mask[:, :40])
     schedule = RolloutSchedule(1, 1, minibatches_per_rollout=2)
     module, rollouts = Mock(spec=LanguageModule, task=SimpleNamespace(schedule=schedule)), SimpleNamespace(sequences=sequences)

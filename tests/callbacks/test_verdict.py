@@ -124,8 +124,8 @@ def test_accuracy_decides_then_the_reward_then_the_loss(accuracy, reward, losses
     ("given", "one"),
     [
         ([("4", True, "4")] * 6 + [("4", False, "3")] * 2, True),
-        ([("4", True, "4")] * 8, False),  # there is no other answer
-        ([("4", True, "4")] * 6 + [("4", False, "3")] + [("3", True, "3")], False),  # as many of the others are told apart
+        ([("4", True, "4")] * 8, False),  # no problem has another answer
+        ([("4", True, "4")] * 6 + [("4", False, "3")] + [("3", True, "3")], False),  # one of the two others is right
         ([("4", False, "3"), ("3", False, "4")] * 4, False),
         ([(None, False, "3"), (None, False, "4")] * 4, False),  # no answer is not one answer
     ],

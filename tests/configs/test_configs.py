@@ -28,7 +28,7 @@ STAND_INS = {
 
 
 def settings(config):
-    """Arguments of the model, whose class is PolicyModule unless the config names another."""
+    """Arguments of the model. Its class is PolicyModule unless the config names another one."""
     return config["model"].get("init_args", config["model"])
 
 
@@ -52,7 +52,7 @@ def small(config):
     return [*options, "--trainer.val_check_interval=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
-def test_null_on_the_command_line_is_no_word(here, monkeypatch):
+def test_null_on_the_command_line_is_not_a_word(here, monkeypatch):
     path = ROOT / "configs" / "evaluate.yaml"
     options = ["--data.format=PlainFormat", "--data.format.system_prompt=null", "--data.source.test=rows.jsonl"]
     parsed = parse(["test", "--config", str(path), *options, "--data.source.answer_column=null"], monkeypatch)

@@ -46,7 +46,7 @@ def test_an_overlay_goes_over_a_config_and_keeps_the_rest(overlay, config, here,
     assert parsed.trainer.max_steps == named(config)["trainer"]["max_steps"]
     own = named(config)["model"].get("sampler", {}).get("init_args", {})
     if overlay.parent.name == "rollout":
-        assert includes(parsed.model.init_args.sampler.init_args, own), "what was said of the sampler, whose class is another"
+        assert includes(parsed.model.init_args.sampler.init_args, own), "another sampler class keeps these settings"
 
 
 # ---- environments, with their packages

@@ -25,7 +25,7 @@ def words(prompt: Prompt) -> list[int]:
     return list(range(len(prompt.text.split())))
 
 
-def test_batches_are_of_prompts_and_a_policy_makes_those_of_training():
+def test_batches_are_of_prompts_and_a_policy_makes_the_training_batches():
     source = Words(train=4, validation=3, test=5)
     data = PromptDataModule(source, PlainFormat(), max_prompt_tokens=3, eval_batch_size=2)
     policy = SimpleNamespace(encode=words, rollout_loader=lambda prompts: [prompt.index for prompt in prompts])

@@ -8,7 +8,7 @@ from hybrid_lightning.engine import Backend, attention
 from hybrid_lightning.engine.attention import AttentionSettings, Masks
 
 PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
-# Of the longest queries with the longest prompt: over sizes, over keys, and for gradients over the queries of a group as well.
+# For the longest queries with the longest prompt: over sizes, over keys, and in gradients also over the queries of a group.
 ADDITIONS = 2 * (SIZE + 25) + SAMPLES * REPEATS * 5
 
 
@@ -38,7 +38,7 @@ def gradients(function, parts, masks, settings):
     ("width", "scaling", "softcap", "on_cpu"),  # weights are kept for the backward pass at 3 keys, and made again at 20
     [(3, None, 2.0, True), (20, None, None, True), (20, 0.7, None, True), (20, None, 2.0, True), (20, 0.7, None, False)],
 )
-def test_values_and_gradients_are_those_of_one_softmax_over_prompt_and_own_keys(width, scaling, softcap, on_cpu, monkeypatch):
+def test_values_and_gradients_equal_one_softmax_over_prompt_and_own_keys(width, scaling, softcap, on_cpu, monkeypatch):
     """By products, and on accelerators by torch's kernels."""
     monkeypatch.setattr(Backend, "is_cpu", lambda *_: on_cpu)
     length = 5

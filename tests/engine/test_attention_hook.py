@@ -67,7 +67,7 @@ def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_what_that_cos
 
 @pytest.mark.usefixtures("with_and_without_kernels")
 def test_attention_that_differs_is_noticed(monkeypatch, caplog):
-    # A model whose layers see less than its config says.
+    # The layers of this model see less than its config allows.
     monkeypatch.setattr("hybrid_lightning.engine.packing.visible", lambda queries, keys, window: (keys <= queries) & (keys != 1))
     narrow = packing.packed_attention
     monkeypatch.setattr(packing, "packed_attention", lambda *parts: narrow(*parts[:4], 3, *parts[5:]))

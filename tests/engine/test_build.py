@@ -65,7 +65,7 @@ def test_they_are_compiled_once(tmp_path, quick, look):
         ({"HYBRID_LIGHTNING_KERNELS": "0"}, []),  # no warning where none is wanted
     ],
 )
-def test_who_has_none_is_told_why_and_goes_on(tmp_path, variables, words, look):
+def test_without_kernels_the_reason_is_printed_and_work_continues(tmp_path, variables, words, look):
     found, said = look(**variables)
     assert not found and all(part in said and part in build.why_none() for part in words)
     assert said.count("no kernels for this CPU") == 1 if words else not said

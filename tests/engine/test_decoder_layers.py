@@ -69,7 +69,7 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, tokenizer, monk
     assert all(map(torch.equal, again, found)) and more == 0 and engine._fast.compiles, "as where a policy is validated"
     if family == "mistral":
         code = "".join(code.made.source_code for code in compiling.CODES.values())
-        assert code.count("extern_kernels.") == 13, "products, of which LoRA of the output projection, which has none, is not one"
+        assert code.count("extern_kernels.") == 13, "products; the output projection has no LoRA and so no products for it"
         assert len(re.findall(r"^ +cpp_fused", code, re.MULTILINE)) == 6, "kernels between them, as they are counted"
     monkeypatch.setattr(decoders, "why_not_compiled", lambda device: "switched off")
     plain = build(family, targets, **settings)

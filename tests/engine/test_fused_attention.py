@@ -90,7 +90,7 @@ def test_a_copy_computes_the_same():
     engine = Engine(model)
     use_packing(model.get_base_model())
     use_fused_attention(model, engine.backend)
-    use_fused_attention(model, engine.backend)  # what is fused stays as it is
+    use_fused_attention(model, engine.backend)  # a fused layer stays as it is
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layer = attention_of(other)
         assert type(layer) is type(attention_of(model)) and layer.backend is not engine.backend
@@ -98,7 +98,7 @@ def test_a_copy_computes_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_values_and_gradients_are_those_of_transformers(dtype):
+def test_values_and_gradients_equal_transformers(dtype):
     torch.manual_seed(0)
     q, k = (torch.randn(5, heads, 8).to(dtype) for heads in (4, 2))
     cos, sin = torch.randn(2, 5, 8).to(dtype)

@@ -45,7 +45,7 @@ def layers():
 
 @pytest.mark.parametrize("kind", ["norm", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_those_of_transformers(kind, dtype):
+def test_values_and_gradients_equal_transformers(kind, dtype):
     plain = frozen(layers()[kind].to(dtype))
     fused = fused_like(plain)
     assert type(fused) is (FusedRMSNorm if kind == "norm" else FusedMLP)
@@ -130,7 +130,7 @@ def test_what_is_not_plain_lora_is_left_to_peft(change):
 
 def test_less_is_kept():
     x = torch.randn(1000, 32, requires_grad=True)
-    assert kept(adapted()[1], x) <= 1000 * (32 + 2 * 48 + 3 * 4) * 4, "of a gated MLP with LoRA the product is not kept"
+    assert kept(adapted()[1], x) <= 1000 * (32 + 2 * 48 + 3 * 4) * 4, "a gated MLP with LoRA does not keep the product"
     for kind, share in (("norm", 0.55), ("mlp", 0.8)):
         plain, x = frozen(layers()[kind].bfloat16()), torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
         assert kept(fused_like(plain), x) <= share * kept(plain, x)
@@ -147,7 +147,7 @@ def test_a_norm_that_is_trained_gets_its_gradient_and_one_that_somebody_watches_
 
 @pytest.mark.parametrize(("family", "known"), [("llama", True), ("qwen3", True), ("gemma", False), ("gpt2", False)])
 def test_only_layers_that_compute_the_same_are_replaced_and_finding_out_draws_no_number(family, known):
-    """From the global generator, from which weights of the adapter are drawn next."""
+    """The adapter's weights are drawn next from the global generator, so its state must not change."""
     model = build_model(family).eval()
     ids = torch.arange(5, 15)[None]
     names = list(model.state_dict())
@@ -185,7 +185,7 @@ def rounded_later(self, hidden_states):
     ids=["reformatted", "rounded later", "wants more", "gated", "gated the other way"],
 )
 def test_a_layer_is_known_by_what_it_computes_and_not_by_its_text(kind, forward, known):
-    """Of a class as transformers might have it in another file."""
+    """The layer's class is one that transformers might have in another file."""
     plain = layers()[kind].requires_grad_(False)
     methods = {"forward": forward, "__module__": "transformers.models.other.modeling_other"}
     layer = made_like(plain, type(f"Other{type(plain).__name__}", (torch.nn.Module,), methods))

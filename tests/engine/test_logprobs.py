@@ -33,7 +33,7 @@ def build_sequences(case):
 
 
 def plain(model, case, row, temperature):
-    """Of one row, each token in its full context; 0 where a token was added."""
+    """Log-probabilities and entropies of one row, each token in its full context; 0 where a token was added."""
     prompt, completion = CASES[case][0][row], CASES[case][1][row]
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
     logprobs, sampled = logits.log_softmax(-1), torch.tensor(SAMPLED[row] if case == "interrupted" else [1] * len(completion))
@@ -42,7 +42,7 @@ def plain(model, case, row, temperature):
 
 
 def assert_gradients(model, loss, separate, tokens=40):
-    """Of the loss of all rows together, as of what rows give one by one."""
+    """The loss of all rows together has the gradients of the rows' own losses, added up one by one."""
     loss.backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -65,7 +65,7 @@ def build(family):
         *((family, "interrupted", number % 2 == 1) for number, family in enumerate((*FAMILIES, *SPECIAL))),
     ],
 )
-def test_values_entropies_and_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, monkeypatch):
+def test_values_entropies_and_gradients_equal_separate_unpadded_passes(family, case, frozen, monkeypatch):
     model = build(family).requires_grad_(True)
     if frozen:  # as with an adapter; logits and their gradient are then made in one go, here block by block
         model.get_output_embeddings().requires_grad_(False)

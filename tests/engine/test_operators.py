@@ -80,7 +80,7 @@ def test_with_low_rank(rows, size, rank, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "temperature"), [(3, 0.7), (256, 1.0), (1000, 0.7)])
-def test_drawn_tokens_are_those_of_torch_with_their_logprobs(size, temperature, dtype):
+def test_drawn_tokens_are_torchs_with_their_logprobs(size, temperature, dtype):
     logits = made(64, size, dtype=dtype, scale=2)
     logits[:32, [0, -1]] = -torch.inf
     uniform = torch.rand(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybrid_lightning.engine import Backend, PackedSequences, token_logprobs
 from hybrid_lightning.types import Sequences
 
-# Tokens of completions: none, one, and so many that they fill several bands; of three prompts, the first of which comes again.
+# Tokens of completions: none, one, and enough to fill several bands. There are three prompts; the first comes again at the end.
 LENGTHS = torch.tensor([3, 0, 1, 0, 40, 2, 1, 38, 5])
 PROMPT = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 0])
 
@@ -33,7 +33,7 @@ def test_the_states_that_predict_have_the_gradient_of_plain_indexing(holes):
     hidden = states_of(packed)
     found, plain = packed.predicting(hidden), hidden[packed.predictors.numbers]
     assert len(packed.bands) > 1 and torch.equal(found, plain)
-    # Of whole numbers, whose sums are exact in any order.
+    # Sums of whole numbers are exact in any order.
     weights = torch.randint(-9, 9, found.shape).double()
     expected, given = (torch.autograd.grad((states * weights).sum(), hidden)[0] for states in (plain, found))
     assert torch.equal(given, expected)
@@ -46,7 +46,7 @@ def test_nothing_is_predicted_of_empty_completions_and_bfloat16_is_added_up_in_f
     states = packed.predicting(hidden)
     (gradient,) = torch.autograd.grad(states.sum(), hidden)
     assert len(states) == 0 and not gradient.any() and gradient.shape == hidden.shape
-    # Of 1 and 2^-8 twice, bfloat16 forgets each of the small ones, and the sum of all is exact
+    # In a sum of 1 and twice 2^-8, bfloat16 loses each of the small numbers. The whole sum is exact.
     lengths = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
     packed = PackedSequences(build_sequences(lengths), Backend())
     hidden = states_of(packed, torch.bfloat16)
@@ -57,9 +57,9 @@ def test_nothing_is_predicted_of_empty_completions_and_bfloat16_is_added_up_in_f
 
 
 class Additions(TorchDispatchMode):
-    """Operations that add several numbers to one place, one after another as it happens: on a GPU, or on threads of a CPU.
+    """Operations that add several numbers to one place, in an order that depends on timing: on a GPU, or on threads of a CPU.
 
-    That of `scatter_add` is not looked at: it is the backward pass of `gather`, which takes one number of each row.
+    `scatter_add` is not checked: it is the backward pass of `gather`, which takes one number of each row.
     """
 
     def __init__(self):

@@ -15,7 +15,7 @@ from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Sequences
 
-# Of prompts, some longer than the families' windows (32) and chunks (64), and the most tokens of the completions of each.
+# Tokens of prompts, some longer than the families' windows (32) and chunks (64), and the most tokens of each completion.
 PROMPTS, LIMITS = (70, 3, 66), (24, 1, 2, 9, 24, 1)
 PADDED = ["llama4_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gpt_oss", "granitemoehybrid", "lfm2", "falcon_h1"]
 PADDED += ["mamba2"]
@@ -65,7 +65,7 @@ def assert_own_numbers(model, rows, logprobs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_are_read_once_and_numbers_are_those_of_each_sequence_alone(family):
+def test_prompts_are_read_once_and_numbers_equal_each_sequence_alone(family):
     model, prompts = build(family), draw(PROMPTS)
     engine, shapes = Engine(model), tokens_read(model)
     engine.prepare()
@@ -103,7 +103,7 @@ def test_without_a_cache_each_row_is_read_with_its_prompt(why, monkeypatch):
     assert why[:7] in engine.passes()["shared prompts"]
     shapes = tokens_read(model)
     logprobs, _ = token_logprobs(engine, Sequences(*pad_left(ids, 0, "cpu"), *pad_right(own, 0, "cpu")), 1.0)
-    # Ranks have to make the same number of passes; otherwise rows of about the same length are read together.
+    # Sharded ranks have to make the same number of passes. Without sharding, rows of about the same length are read together.
     assert shapes == ([(6, 70 + 29)] if why == "sharded" else [(3, 70 + 29), (1, 66), (2, 3 + 4)])
     assert_own_numbers(model, rows, logprobs)
 
@@ -160,7 +160,7 @@ def kept_apart(function, axis):
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "mamba2"])
 def test_rows_are_packed_where_layers_keep_sequences_apart(family, monkeypatch):
-    """On GPUs with the kernels of flash-linear-attention, causal-conv1d or mamba-ssm, for which stand-ins compute here."""
+    """As on GPUs with the kernels of flash-linear-attention, causal-conv1d or mamba-ssm. Stand-ins compute for them here."""
     model, prompts = build(family).train(), draw((3, 2, 4))
     module = sys.modules[type(model).__module__]
     for name, axis in KERNELS.items():

@@ -37,7 +37,7 @@ def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes(monke
     left = 0.9 * total - 4 * weights - beside - 12 * trained
     assert default_token_budget(model, OTHER, lambda: beside) == int(0.5 * left / PER_TOKEN)
     total = 1
-    assert default_token_budget(model, OTHER) == 256, "never less than keeps a device busy; what fits is for the planner to say"
+    assert default_token_budget(model, OTHER) == 256, "never less than keeps a device busy; the planner decides what fits"
 
 
 def test_the_estimate_is_near_what_is_kept():

@@ -15,8 +15,8 @@ from hybrid_lightning.engine.segments import Attended, Segments, attend, joined
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 50])
-def test_values_and_gradients_are_those_of_the_other_way(window):
-    """At the tokens that predict others, whose own numbers come by their ids and positions; the others are in another order."""
+def test_values_and_gradients_equal_the_other_way(window):
+    """At the tokens that predict others. Numbers follow from ids and positions: the two ways order other tokens differently."""
     torch.manual_seed(0)
     tables, found = [torch.randn(30, 50, heads, 8, requires_grad=True) for heads in (4, 2, 2)], []
     for backend in (Backend(), OfAccelerator()):

@@ -35,7 +35,7 @@ def way(request, monkeypatch):
 
 
 def engine_of(family, trained, ratio, **more):
-    """Of a model in bfloat16 with LoRA on all projections, as it begins or after some training."""
+    """The engine of a model in bfloat16 with LoRA on all projections, as it begins or after some training."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).to(torch.bfloat16).requires_grad_(False).eval()
     settings = LoraConfig(r=4, lora_alpha=4 * ratio, target_modules=list(ALL), init_lora_weights=not trained, **more)

@@ -30,7 +30,7 @@ def test_messages_in_every_form_are_copies_with_all_that_they_hold():
     assert checked_messages(None) == checked_messages([]) == ()
 
 
-def test_what_is_no_message_is_said():
+def test_whatever_is_not_a_message_is_reported():
     for value, message in (
         (3, "returned 3; it must return messages"),
         (b"hi", "returned b'hi'"),
@@ -69,7 +69,7 @@ def test_steps_in_every_form():
             assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
 
 
-def test_what_is_no_step_is_said():
+def test_whatever_is_not_a_step_is_reported():
     for value, message in (
         (None, "returned None; it must return a Step, or a tuple of messages, reward and over"),
         (("hi", 1.0, True, {}), "it must return a Step"),

@@ -86,7 +86,7 @@ def test_a_row_names_the_tools_that_it_may_call():
     answers = episodes.step(dict.fromkeys(range(3), say("calculator", expression="2*3")))
     assert answers[0].messages[0]["content"] == "error: there is no tool 'calculator'; the tools are shout"
     assert answers[0].counts["failed_calls/unknown_tool"] == 1 and answers[1].messages[0]["content"] == "6"
-    assert answers[2].end == "answered", "a call of a tool that there is not, where there is none"
+    assert answers[2].end == "answered", "without tools, a call is an answer"
     episodes.close()
     for names, message in (("shout", "is 'shout'; give a list of tool names"), (["sing"], "names 'sing', which is not a tool")):
         with pytest.raises(DataError, match=message):

@@ -32,7 +32,7 @@ def test_halving_finds_every_number_of_the_range_in_the_guesses_that_are_promise
     assert set(numbers) == set(range(3, 67)) and max(counts) == 7
 
 
-def test_what_is_no_guess_is_answered_and_counted_and_the_number_follows_from_the_seed_alone():
+def test_whatever_is_not_a_guess_is_answered_and_counted_and_the_number_follows_from_the_seed_alone():
     random.seed(1)
     before = random.getstate()
     game, other = (GuessNumber(1, 100, "", invalid="{low} to {high}!").new() for _ in range(2))

@@ -122,7 +122,7 @@ def test_a_server_by_its_address(play):
 
 
 class Keyed(BaseHTTPRequestHandler):
-    """Of a server with a key and `refusals`, the statuses of its next answers."""
+    """Handler of a server with a key. `refusals` are the statuses of its next answers."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -210,7 +210,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_that_is_stopped_in_a_call_goes_on_to_the_same_bits(folder, monkeypatch):
+def test_a_run_stopped_in_a_call_resumes_bit_exactly(folder, monkeypatch):
     (folder / "calls.py").write_text(PARTS)
     server = {"class_path": "McpTools", "init_args": {"command": COMMAND}}
     environment = {"class_path": "ToolEnvironment", "init_args": {"tools": [server], "call_format": "calls.Lengths"}}

@@ -182,7 +182,7 @@ def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place, cl
         ("other start", r"Faulty answered differently at the start of .* started again after a fault"),
     ],
 )
-def test_what_goes_on_failing_is_left_out_with_the_reason_and_the_others_go_on(when, said_of_it):
+def test_whatever_keeps_failing_is_left_out_with_the_reason_and_the_others_continue(when, said_of_it):
     *_, last = play(Faulty(when), *([{0: "hi", 1: "hi"}, {0: "go", 1: "else"}] if when != "start" else []), seeds=[7, 7])
     assert isinstance(last[0], Failure) and "\n" not in last[0].reason
     assert re.match(said_of_it, last[0].reason), last[0].reason
@@ -203,7 +203,7 @@ def test_what_goes_wrong_in_close_is_said_once(caplog):
     assert [record.message.count("Faulty.close took more than 3 s") for record in caplog.records] == [1]
 
 
-def test_what_is_no_fault_of_an_environment_ends_the_run():
+def test_an_error_that_is_not_an_environments_ends_the_run():
     class Stops(Environment):
         def step(self, message):
             raise SandboxError("no sandbox")
@@ -288,7 +288,7 @@ def test_a_start_that_hangs_is_left_out():
     assert LOG["hangs"] == 1  # which was long enough
 
 
-def test_a_rollout_whose_first_steps_all_hang_stops_the_run(caplog):
+def test_a_rollout_in_which_all_first_steps_hang_stops_the_run(caplog):
     for kind, turns in ((Hangs, ["hang"]), (AsyncHangs, ["hang"]), (Hangs, [])):
         caplog.clear()
         what = "step" if turns else "start"

@@ -105,7 +105,7 @@ def test_code_that_does_not_end_as_code_should_costs_its_own_call_alone():
 
 
 def test_code_that_waits_is_stopped_in_time():
-    """And a thread that waits does not hold the answer up."""
+    """A thread that waits does not hold the answer up either."""
     python = PythonSession(wall_seconds=1.0)
     assert python("import time\ntime.sleep(60)").startswith("error: not done after 1 s")
     python = PythonSession()

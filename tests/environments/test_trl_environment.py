@@ -120,7 +120,7 @@ def test_episodes_wait_side_by_side_and_async_tools_of_a_message_too(calls):
     assert seconds < 4  # one by one it would be 4.8 s at least
 
 
-def test_rewards_may_be_async_or_missing_and_one_that_raises_is_no_reward():
+def test_rewards_may_be_async_or_missing_and_one_that_raises_is_not_a_reward():
     assert episode("Judged", [WAIT, "Done."])[2] == 0.5 and episode("Judged", [WAIT, "Done."], turn_rewards=True)[1] == [0.5, 0.0]
     assert episode("Free", [ADD, "Done."])[1:] == ([0.0, 0.0], 0.0)
     unlucky = Prompt(text="", columns={"goal": 0})
@@ -140,7 +140,7 @@ def test_tools_are_described_as_trl_does_reset_gets_the_row_and_checkpoints_the_
     assert environment._object.row["prompt"] == [{"role": "user", "content": "Count."}]
 
 
-def test_what_is_no_environment_is_refused():
+def test_whatever_is_not_an_environment_is_refused():
     for name, message in (("EpisodeLimits", "which has no method reset; add it"), ("Mute", "reset is its only public method")):
         with pytest.raises(ConfigError, match=message):
             TRLEnvironment(here(name))

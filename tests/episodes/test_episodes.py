@@ -77,7 +77,7 @@ def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
     sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.task.seed))
     with pytest.raises(RolloutError, match="started episodes of the data row 0 differently with the same seed"):
         play(Talk(broken="begins"))
-    assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "also of an evaluation"
+    assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "in an evaluation too"
 
 
 class AtOnce(Talk):
@@ -101,7 +101,7 @@ def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
     cut = ~plain.finished
     assert torch.equal(rollouts.finished, plain.finished)
     assert [c.episode.end for c in rollouts.completions] == ["tokens" if of_row else "over" for of_row in cut]
-    metrics = episode_metrics(rollouts.completions)  # of which an environment replaces none
+    metrics = episode_metrics(rollouts.completions)  # the environment's counts replace none of these
     assert metrics["episodes/end/answered"] == 0 and metrics["episodes/turns"] == 1 and metrics["episodes/seen"] > 0
 
 
@@ -179,7 +179,7 @@ def test_a_run_trains_on_what_was_sampled_alone_and_episodes_are_shown_measured_
         assert line["reward"] == pytest.approx(sum(line["turn_rewards"])) and line["end"]
 
 
-def test_a_run_goes_on_to_the_same_bits(model, sums, tmp_path):
+def test_resume_is_bit_exact(model, sums, tmp_path):
     def run(folder, ckpt=None):
         saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         policy = {**arguments(), "credit": "turn", "minibatches_per_rollout": 2}
@@ -215,7 +215,7 @@ def by_turn(loss, environment=None, **options):
 
 
 class ByTurn(Log):
-    """And the gradient of the first step from each sampled token alone, with the advantage of its turn."""
+    """Also computes the first step's gradient token by token, with the advantage of each token's turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         (rollouts, _, shown), loss = batch.rollout, pl_module.task.loss
@@ -266,7 +266,7 @@ class NowOrLater(Talk):
         return Step(answer.messages, float(self.paid), self.said == 2)
 
 
-def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
+def test_a_group_with_tied_returns_teaches_by_turn_what_was_left_to_earn(model):
     # Enough tokens that few messages are cut, and nearly all returns are 1.
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]

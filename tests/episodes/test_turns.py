@@ -168,7 +168,7 @@ CALLS = {
         ("smollm2", "<|im_end|>", PlainCalls, ""),
     ],
 )
-def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end, form, spaces):
+def test_a_tool_is_called_by_each_template_and_answers_after_the_turn(name, end, form, spaces):
     tokenizer = tokenizer_with(name)
     environment = ToolEnvironment([add])
     environment.prepare(tokenizer.chat_template)
@@ -185,7 +185,7 @@ def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end
     shown = text_of(turns, turns.added(ASKED, step.messages, sampled))
     assert "3 <|im_end|>" in shown and not step.over and not shown.strip().startswith(end)
     opened, closed = (turns._encoder.apply_template(ASKED.messages, turns.tools, open_turn) for open_turn in (True, False))
-    assert shown.endswith(opened.removeprefix(closed)) and opened != closed, "the policy goes on"
+    assert shown.endswith(opened.removeprefix(closed)) and opened != closed, "the policy continues"
     assert episodes.step({0: {"role": "assistant", "content": f"{spaces}3{spaces}"}})[0].end == "answered"
     episodes.close()
 
@@ -224,7 +224,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("name", "setting", "call", "end", "begins"), ANSWERS)
-def test_results_come_behind_calls_as_the_templates_of_this_year_write_them(name, setting, call, end, begins):
+def test_results_come_after_calls_as_this_years_templates_write_them(name, setting, call, end, begins):
     tokenizer = tokenizer_with(name)
     environment = ToolEnvironment([add])
     environment.prepare(tokenizer.chat_template)
@@ -244,7 +244,7 @@ def test_results_come_behind_calls_as_the_templates_of_this_year_write_them(name
     assert ended.endswith(opened), "the policy continues"
 
 
-def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
+def test_an_environment_begins_after_the_prompt_and_its_system_text_in_front():
     rules = [{"role": "user", "content": "Guess."}, {"role": "system", "content": "Play."}]
     system = Prompt(messages=({"role": "system", "content": "Add."}, *ASKED.messages))
     for name, prompt, shown in [
@@ -348,7 +348,7 @@ def test_plain_prompts_are_continued_by_a_template_of_text():
             TurnEncoder(encoder, [], turn_template=wrong)
 
 
-def test_what_the_vocabulary_lacks_is_said_before_the_run_and_in_it():
+def test_text_outside_of_the_vocabulary_is_reported_before_the_run_and_in_it():
     encoder, prompt = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path())), Prompt(text="12+3=")
     remedy = r"the embedded policy needs digits and signs, and model\.turn_template='\{content\}'"
     with pytest.raises(DataError, match=remedy):

@@ -84,7 +84,7 @@ def test_a_base_that_is_not_there_is_named(train, tmp_path):
     assert resolve_model(str(folder)).arguments == {"revision": "v1"}
 
 
-def test_what_is_trained_from_it_is_no_adapter_of_the_base(train, tmp_path):
+def test_an_adapter_trained_from_it_is_not_an_adapter_of_the_base(train, tmp_path):
     trained = train()
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     again = TrainedPolicy(trained.policy.plan, trained.policy.weights, BaseModel(str(folder)))

@@ -39,7 +39,7 @@ def test_the_merged_model_in_the_bases_dtype(folder, run_and_number, tmp_path, m
     assert_same_logits(logits(loaded), expected(root))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "after 4 optimizer steps" in card and "StartsWithDigit" in card and "sums.jsonl" in card and "val/avg@2" in card
-    assert set(folder.glob("runs/*/*")) == runs, "an export is no run"
+    assert set(folder.glob("runs/*/*")) == runs, "an export is not a run"
 
 
 def measured(folder, result, command="test"):
@@ -54,7 +54,7 @@ def measured(folder, result, command="test"):
 
 @pytest.fixture(scope="module")
 def run_and_number(folder):
-    """A run whose weights have changed much, by a plan that is given, and what its own next command measures."""
+    """A run by a given plan that changed its weights much, and the measurements of its own next command."""
     done(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=plan", "--adapter.scorer=Random")
     plan = f"--adapter.plan={folder}/runs/plan/version_0/plan.json"
     result = done(folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=my run", "--model.lr_lora=0.05", plan)
@@ -63,11 +63,13 @@ def run_and_number(folder):
 
 @pytest.mark.parametrize("form", [["MergedModel", "--form.dtype=float32"], ["AdapterFolder"]], ids=lambda form: form[0])
 def test_the_printed_command_gives_the_runs_own_numbers(folder, run_and_number, tmp_path, form):
-    """All of them exactly: while a policy samples in float32 on a CPU, LoRA is added to its weights as an export adds it. Where
-    that is rounded otherwise, by 1e-6, it would have to decide between two tokens in one of 150 draws."""
+    """All numbers are exactly the same: a policy that samples in float32 on a CPU adds LoRA to its weights as an export does.
+
+    A sum that is rounded differently is off by 1e-6. To matter, that would have to decide between two tokens in one of 150 draws.
+    """
     root, numbers = run_and_number
     config = yaml.safe_load((root / "config.yaml").read_text())
-    config["model"]["init_args"]["revision"] = "main"  # of a hub model, which what came of it is not
+    config["model"]["init_args"]["revision"] = "main"  # for a hub model; the exported folder is not one
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     result = done(folder, "export", *arguments(root), "--model.revision=null", f"--folder={tmp_path}/what came", "--form", *form)
     assert measured(folder, result) == numbers and 0 < numbers["avg@2"] < 1 and numbers["problems"] == 8

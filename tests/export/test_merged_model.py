@@ -72,7 +72,7 @@ def test_an_unknown_dtype_is_noticed():
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16"])
-def test_the_dtype_is_that_of_the_bases_config_or_else_of_training(train, tmp_path, stored, monkeypatch):
+def test_the_dtype_comes_from_the_bases_config_or_else_from_training(train, tmp_path, stored, monkeypatch):
     trained = train(dtype=stored)
     base, folder = trained.policy.base, write_policy(trained.policy, MergedModel(), tmp_path / "out")
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {getattr(torch, stored)}

@@ -57,7 +57,7 @@ def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
     assert f"trainable parameters: {policy.plan.trainable_parameters():,}" in card
     assert "budget: `ModuleBudget(share=0.2)`" in card and "chosen by: `Random(seed=0)`" in card
     assert "class_path: GRPOLoss" in card and "rows.jsonl" in card and "secret" not in card
-    assert "lr_full: 0.5\nlr_lora: 0.5\n" in card and "lr: 0.001" not in card, "of a narrow model one rate for both"
+    assert "lr_full: 0.5\nlr_lora: 0.5\n" in card and "lr: 0.001" not in card, "a narrow model has one rate for both"
     assert "| `val/problems` | 200 | 200 |" in card and "eprint = {2605.18822}" in card
     assert "| metric | base | trained (after 10 steps) |" in card
     first, second = "| accuracy, `val/avg@2` | 0.2500 | 0.5000 |", "| reward, `val/reward` | - | 1.0000 |"

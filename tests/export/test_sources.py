@@ -39,7 +39,7 @@ def test_plan_weights_and_what_the_card_says(train, tmp_path):
     assert training.arguments["lr_lora"] == 0.5 and "_x" not in training.arguments
 
 
-def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
+def test_whatever_is_not_a_whole_checkpoint_of_ours_is_refused(train, tmp_path):
     content = content_of(train())
     state, path = content["state_dict"], tmp_path / "last.ckpt"
     lacking = {name: weight for name, weight in state.items() if "model.layers.1.mlp.up_proj.lora_A" not in name}

@@ -170,7 +170,7 @@ def main(capability):
 
 
 def of_the_same_source(capability, first):
-    """What there is for another capability than that of which all was found."""
+    """Everything for another capability, from the sources that were found for the first one."""
     stand_in(capability)
     mode = FakeTensorMode()
     empty = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((ROWS, CONFIG.hidden_size), CONFIG.hidden_size)]

@@ -1,8 +1,8 @@
-"""A GPU that is none: `load()` before torch is imported, then FakeTensorMode can put tensors without data on `cuda:0`.
+"""A GPU that does not exist: `load()` before torch is imported, then FakeTensorMode can put tensors without data on `cuda:0`.
 
-`Counter` counts what a GPU would be asked for: kernels, the bytes that they read and write, what waits for the device, and what
-adds up in no fixed order. A number of a tensor cannot be had, so that what needs one raises, and so does a tensor of the CPU that
-is used together with those of the GPU.
+`Counter` counts the work of such a GPU: kernels, the bytes that they read and write, operations that wait for the device, and
+operations that add up in no fixed order. Tensors hold no numbers, so code that needs one raises. A CPU tensor that is used
+together with GPU tensors raises too.
 """
 
 import ctypes
@@ -75,13 +75,13 @@ def counter():
         syncs: list[str] = field(default_factory=list)
         atomics: list[str] = field(default_factory=list)
 
-    taking = {"gather", "index", "index_select", "embedding"}  # what they take is read, and not all that there is
+    taking = {"gather", "index", "index_select", "embedding"}  # they read only the entries that they take
     setting = {"index_put_", "_index_put_impl_", "scatter_", "index_copy_", "index_fill_"}
 
     class Counter(TorchDispatchMode):
-        """Counts within its context; `counts` has what there was.
+        """Counts within its context; `counts` holds the result.
 
-        Bytes are those of all tensors that a kernel gets and gives, each once, and of an expanded one what is behind it.
+        Bytes are the sizes of all tensors that a kernel reads and writes, each once. An expanded tensor counts its memory only.
         """
 
         def __init__(self):
@@ -106,7 +106,7 @@ def counter():
             name = function.overloadpacket.__name__
             if name in waiting and not _known_size(name, args, kwargs):
                 self.counts.syncs.append(name)
-            if _by_boolean(name, args):  # whose number of places the host has to know
+            if _by_boolean(name, args):  # the host has to know the number of places
                 self.counts.syncs.append("boolean index")
             if way := _between(name, args, kwargs):
                 self.counts.syncs.append(way)

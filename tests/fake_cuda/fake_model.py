@@ -1,4 +1,4 @@
-"""`FakeModel`: an adapted model of a few layers, whose tensors have a shape and a device but no memory.
+"""`FakeModel`: an adapted model of a few layers. Its tensors have a shape and a device but no memory.
 
 With this imported, what torch would compile for a GPU is computed as it is: bodies of layers by their operations, a `OneKernel`
 as one operator, `hybrid_lightning::<name>`.
@@ -46,7 +46,7 @@ _Body.__call__ = lambda body, *rows: body.function(*rows, body.layer)
 
 
 class FakeBackend(Backend):
-    """That of a GPU whose kernels attend by segments."""
+    """The backend of a GPU with kernels that attend by segments."""
 
     def why_no_segments(self, device, dtype):
         return ""

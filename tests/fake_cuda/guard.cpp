@@ -1,5 +1,5 @@
 // Makes torch believe that there is one CUDA device, so that tensors without data can be "on" it.
-// Everything that would reach a device does nothing. To be loaded before torch.
+// Everything that would reach a device does nothing. Load it before torch.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -34,13 +34,13 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-// Before those of a torch that is built with CUDA, which it registers when it is loaded.
+// These take precedence over the hooks that a torch built with CUDA registers when it is loaded.
 using Registerer = at::RegistererCUDAHooksRegistry;
 Registerer hooks("CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(), Registerer::DefaultCreator<CUDAHooks>);
 
 }  // namespace
 
-// To be called when torch is loaded, whose own guard would take the place of this one.
+// Call it after torch is loaded: torch's own guard would replace an earlier one.
 extern "C" void stand_guard() {
   static c10::impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new NoDevice());
 }

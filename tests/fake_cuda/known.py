@@ -19,7 +19,7 @@ from benchmarks.live_tensors import LiveTensors
 _MOST = 10**7  # limit of the entries of a tensor with computed values
 _SHAPED = {"nonzero", "masked_select", "bincount", "repeat_interleave", "unique_consecutive", "_unique2"}
 _COPIES = {"_to_copy", "clone", "copy_", "cat"}
-_VALUES = WeakTensorKeyDictionary()  # fake tensors whose values are known -> tensors of the CPU
+_VALUES = WeakTensorKeyDictionary()  # fake tensors with known values -> tensors of the CPU
 
 
 class Known(counter()):

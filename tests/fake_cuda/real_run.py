@@ -103,7 +103,7 @@ class Counted:
 
 
 def rows_of(known, prompts, samples, prompt, completion):
-    """Rows of full length, of which each prompt has different tokens."""
+    """Rows of full length. Each prompt has different tokens."""
     prompt_ids = torch.arange(prompts).repeat_interleave(samples)[:, None].expand(-1, prompt)
     ids = torch.zeros(prompts * samples, completion, dtype=torch.long)
     masks = [torch.ones_like(part, dtype=torch.bool) for part in (prompt_ids, ids)]

@@ -50,7 +50,7 @@ def counts(found):
 
 
 def test_mistakes_that_are_planted_are_found(counts):
-    """A number or tensor that the host asks for, an addition by atomics, a tensor of the CPU among those of the GPU."""
+    """A number or tensor that the host needs, an addition by atomics, a CPU tensor among GPU tensors."""
     planted = counts["planted"]
     assert planted["to host"] == "to host" and planted["from host"] == "from host"
     waits = {"DataDependentOutputException", "DynamicOutputShapeException"}
@@ -92,10 +92,10 @@ def test_passes_of_four_prompts_wait_for_nothing_add_in_one_order_and_keep_their
 
 
 def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
-    """Once for all of its layers, to learn the shapes of what follows."""
+    """It waits once for all layers, to learn the shapes that follow."""
     wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}
     assert Counter(counts["syncs of a layout"]) == wanted
-    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "which hides keys of prompts"
+    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "it hides keys of prompts"
 
 
 # In a step's two places: once to cut rows into passes, and for the layout.
@@ -117,7 +117,7 @@ OF_ROWS = {"tolist in batching.split_by_tokens": 3, "_local_scalar_dense in type
 @counts_logits
 @pytest.mark.parametrize(("run", "groups"), [("steps", 1), ("steps of a hybrid", 2), ("steps of one long row", 1)])
 def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_what_is_planned(counts, run, groups):
-    """GSPO with a KL term, clipping, logging and AdamW under Lightning; the peak of its backward pass is that of attention."""
+    """GSPO with a KL term, clipping, logging and AdamW under Lightning. Attention sets the peak of its backward pass."""
     found, at_once = counts[run], {"_local_scalar_dense in step.micro_batch": 1}
     norms = {"_local_scalar_dense in step.log_gradient_norms": groups}
     assert found["waits"] == {**OF_LAYOUT, **OF_ROWS, **at_once, **norms}
@@ -128,7 +128,7 @@ def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_w
 
 @counts_logits
 def test_mistakes_in_a_step_are_found_and_named(counts):
-    """A number that the host asks for, a copy of the embeddings, and the logits of all tokens at once."""
+    """A number that the host needs, a copy of the embeddings, and the logits of all tokens at once."""
     found = counts["planted steps"]
     more = Counter(found["waits"]) - Counter(counts["steps"]["waits"])
     assert more == {"_local_scalar_dense in step.micro_batch": 1} and found["copies"] == {"clone in step.micro_batch": 2}
@@ -145,7 +145,7 @@ def test_modules_are_scored_with_a_wait_a_loss_and_one_a_module(counts):
 @counts_logits
 @pytest.mark.parametrize("run", ["rollout", "rollout of a hybrid"])
 def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(counts, run):
-    """For the layout of its prompts, which the host sends, and for whatever stops it."""
+    """It waits for the layout of its prompts, which the host sends, and for whatever stops it."""
     found = counts[run]
     of_prompts = ("boolean index in packing.__init__", "nonzero in gathering.of")
     numbers = (f"_local_scalar_dense in {place}" for place in ("packing.__init__", "gathering.of", "segment_attention.of"))
@@ -169,10 +169,10 @@ OF_FUNCTIONS = {
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_chosen_by_a_clock(found, capability):
-    """Of LoRA and a hybrid, whose layers share it, in both precisions."""
+def test_everything_compiled_becomes_cuda_code_of_few_kernels_and_no_clock_chooses_them(found, capability):
+    """Code of LoRA and of a hybrid, which its layers share, in both precisions."""
     if "cubins.py" not in found:
-        pytest.skip("there is no Triton: pip install -e '.[cuda-code]'")
+        pytest.skip("Triton is missing: pip install -e '.[cuda-code]'")
     codes = found["cubins.py"].result()[capability]
     assert {name.partition(",")[0] for name in codes} == set(OF_FUNCTIONS)
     for name, code in codes.items():

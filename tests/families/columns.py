@@ -187,7 +187,7 @@ def candidates(family: str) -> str:
 
 
 def frozen(family: str) -> str:
-    """Share of the weights that is no candidate, also where experts are named, in a model of the family's default sizes."""
+    """Share of the weights that are not candidates, also where experts are named, in a model of the family's default sizes."""
     model = _large(family)
     total = sum(parameter.numel() for parameter in model.parameters())
 

@@ -23,7 +23,7 @@ def test_what_is_tried_is_what_the_page_says(column):
     assert_column(column)
 
 
-def test_the_names_of_architectures_are_those_of_vllm():
+def test_architectures_have_vllms_names():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     from vllm.model_executor.models.registry import ModelRegistry

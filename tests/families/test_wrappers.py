@@ -36,7 +36,7 @@ def names_in(folder):
 
 
 def greedy_accuracy(folder):
-    """Share of the validation's problems whose greedy completion begins with a digit, by plain transformers."""
+    """Share of the validation's problems with a greedy completion that begins with a digit, by plain transformers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     right = []
     for row in ProductSource(low=10, high=999, validation_size=PROBLEMS, test_size=400, seed=0).load().validation:

@@ -103,7 +103,7 @@ class Hub:
     def answer(self, request: Any) -> Any:
         """Answer a request, or have no network."""
         if not self.reachable:
-            raise httpx.ConnectError("there is no network", request=request)
+            raise httpx.ConnectError("no network", request=request)
         path = request.url.raw_path.decode().partition("?")[0]
         self.requests.append(f"{request.method} {path}")
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -60,7 +60,7 @@ LOWERED = {
     | {"adapter.calibration_prompts": 4, "data.validation_prompts": 4},
     "test": {"model.model": "Qwen/Qwen3-8B", "model.sampler.max_new_tokens": 6, "model.eval_samples": 2},
 }
-# Command, config and its overlays, each of which is in one at least.
+# Command, config and its overlays. Each config and overlay is in at least one of the runs.
 FIRST = ("fit", "gsm8k_qwen3")
 RUNS = [
     ("fit", "leetcode_qwen3", "loss/dppo"),
@@ -154,7 +154,7 @@ def test_it_runs_from_its_hub_ids_and_then_from_the_cache(configs, hub, folder):
 
 
 def test_every_config_that_names_the_hub_runs_here():
-    """And each overlay over them, but for the strategies, whose own tests run them on any model."""
+    """Each overlay runs over one of them too, except strategies: their own tests run them on any model."""
     run = {name for _, *names in [FIRST, *RUNS, SHARDED] for name in names}
     kinds = ("loss", "data", "adapter", "evaluation")
     overlays = {f"{kind}/{path.stem}" for kind in kinds for path in (CONFIGS / kind).glob("*.yaml")}
@@ -254,10 +254,10 @@ def test_without_a_network_nothing_waits_and_what_is_in_the_cache_is_used(hub, f
     monkeypatch.setattr(hub, "reachable", False)
     hub_answers.cache_clear()
     begun = time.monotonic()
-    lacks = "'me/other' is missing or incomplete in the cache .*, and the hub .* cannot be reached; check the network"
+    message = "'me/other' is missing or incomplete in the cache .*, and the hub .* cannot be reached; check the network"
     with pytest.warns(match=r"the hub \S+ cannot be reached \(.*\); using only the cache"):
-        check_refused(f"the model {lacks}", hub, folder, "--model.model=me/other")
-    check_refused(f"the data set {lacks}", hub, folder, "--data.source.path=me/other")
+        check_refused(f"the model {message}", hub, folder, "--model.model=me/other")
+    check_refused(f"the data set {message}", hub, folder, "--data.source.path=me/other")
     check(run(folder, *SMALL), folder, *FIRST)
     assert time.monotonic() - begun < 60
     hub_answers.cache_clear()

@@ -82,7 +82,7 @@ def test_what_cannot_be_pushed_is_refused_by_its_cause(hub, tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=rf"; the export is in {export}, and 'hf upload me/new {export}' pushes it"):
         push_folder(export, "me/new", "Step 1")
     hub.reachable = False
-    with pytest.raises(ConfigError, match="'me/new': ConnectError: there is no network"):
+    with pytest.raises(ConfigError, match="'me/new': ConnectError: no network"):
         open_repository("me/new")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set; unset it, or leave push_to out"):

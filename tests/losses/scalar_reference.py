@@ -19,8 +19,9 @@ SETTINGS = {
 
 
 def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -> LossInputs:
-    """Random inputs with old and reference log-probabilities `spread` away, of completions of 1 to T tokens of which about two in
-    three were sampled, but at least one (`full`: T, and all).
+    """Random inputs of completions of 1 to T tokens, with old and reference log-probabilities `spread` away.
+
+    About two in three tokens of a completion were sampled, but at least one. With `full`, all completions have T sampled tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -21,7 +21,7 @@ def logprobs():
 
 
 def by_hand(cls, p, q, beta):
-    """Of two lists of probabilities."""
+    """The divergence of two lists of probabilities."""
     if cls is losses.JensenShannon:
         mixture = [beta * b + (1 - beta) * a for a, b in zip(p, q, strict=True)]
         return beta * by_hand(losses.ReverseKL, q, mixture, 0) + (1 - beta) * by_hand(losses.ReverseKL, p, mixture, 0)

@@ -47,7 +47,7 @@ def with_token_advantages(inputs):
     return replace(inputs, advantages=of_tokens.masked_fill(~inputs.sampled_mask, torch.nan))
 
 
-# The two stop gradients of ratios: their own are those of equations in runs.
+# Not the two that stop gradients of ratios: runs compare their gradients with equations.
 @pytest.mark.parametrize(("cls", "options"), [case for case in ALL if case[0] not in (CISPOLoss, GSPOTokenLoss)])
 def test_gradcheck(cls, options):
     inputs = make_inputs(seed=0, b=4, t=4, spread=0.15)

@@ -43,7 +43,7 @@ def by_hand(loss, inputs):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_value_and_gradient_are_those_of_a_scalar_loop_and_of_finite_differences(loss):
+def test_value_and_gradient_equal_a_scalar_loop_and_finite_differences(loss):
     inputs = make(1)
     assert float(loss(inputs).loss) == pytest.approx(by_hand(loss, inputs), rel=1e-12)
 

@@ -11,7 +11,7 @@ from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss
 
 
 def test_dapo_without_clip_higher_is_told_of():
-    """A range of `GRPOLoss` that is left over is one that DAPO may have on purpose too, so it is no error."""
+    """DAPO may have a range left over from `GRPOLoss` on purpose, so it is not an error."""
     with pytest.warns(UserWarning, match=r"clip_high=0.2 is not above clip_low=0.2, .* no clip-higher"):
         DAPOLoss(0.2, 0.2)
     with warnings.catch_warnings():

@@ -68,7 +68,7 @@ def test_half_precision_is_computed_in_float32_and_only_logprobs_get_a_gradient(
     assert all(getattr(upcast, name).grad is None for name in names[1:])
     assert not any(value.requires_grad for value in output.metrics.values())
     others = {"old_logprobs": inputs.old_logprobs.double(), "advantages": inputs.advantages.bfloat16()}
-    assert loss(replace(inputs, **others)).loss.dtype == torch.float32, "that of the policy decides"
+    assert loss(replace(inputs, **others)).loss.dtype == torch.float32, "the policy's dtype decides"
 
 
 def test_a_loss_without_a_gradient_names_its_class():
@@ -137,7 +137,7 @@ def test_values_out_of_range_are_refused(cls, options, message):
 
 
 @pytest.mark.parametrize("cls", CLIPPED)
-def test_clip_ranges_are_the_papers_by_default_and_those_of_tokens_and_of_sequences_refuse_each_others(cls):
+def test_clip_ranges_are_the_papers_by_default_and_losses_of_tokens_and_of_sequences_refuse_each_others(cls):
     loss, clips = cls(), (3e-4, 4e-4) if cls in SEQUENCE_RATIOS else (0.2, 0.28) if cls is DAPOLoss else (0.2, 0.2)
     assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coef, loss.entropy_coef) == (*clips, None, 0.0, 0.0)
     wrong = [(0.1, 0.1), (3e-4, 0.28)] if cls in SEQUENCE_RATIOS else [(3e-4, 4e-4), (0.2, 5e-3)]

@@ -48,14 +48,14 @@ def test_a_gpu_is_shared_with_an_engine_that_has_the_weights_with_which_the_poli
     assert longer.least == WEIGHTS + 60 * token, "vLLM wants room for the context that it is given"
     assert engine_share(replace(vllm(), dtype=torch.bfloat16), 100).weights == 200
     assert engine_share(with_flags(vllm(), precision="bf16-mixed"), 100).weights == 200
-    assert engine_share(replace(vllm(), quantization=NF4()), 100).weights == 400, "of a quantized base the dequantized ones"
+    assert engine_share(replace(vllm(), quantization=NF4()), 100).weights == 400, "the dequantized weights count"
 
 
 @pytest.mark.parametrize(
     ("max_model_len", "given", "cache"),
     [
         (None, {}, 2**26),  # 128 sequences of the policy's 64 positions take less
-        (1024, {}, 128 * 1024 * 2 * 128 * 4),  # a layer whose keys have 128 numbers
+        (1024, {}, 128 * 1024 * 2 * 128 * 4),  # a layer with keys of 128 numbers
         (2**21, {}, 2**21 * 2 * 128 * 4),  # there has to be room for one sequence
         (None, {"kv_cache_memory_bytes": 123}, 123),
     ],

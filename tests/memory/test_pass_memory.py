@@ -27,7 +27,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "in
 RECURRENT = ["linear_attention", "full_attention", "linear_attention"]
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 STATES = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 32, "mamba_chunk_size": 32, "mamba_n_groups": 1}
-# Families beside those of `tiny_models`, and the reason why the plan bounds what they take.
+# Families that `tiny_models` does not have, and why the plan bounds their memory.
 MORE = {
     "qwen3_5": (transformers.Qwen3_5TextConfig(**SIZES, **HEADS, **LINEAR, layer_types=RECURRENT), "recurrent layers"),
     "gpt_oss": (

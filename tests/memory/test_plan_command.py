@@ -98,11 +98,11 @@ def test_a_run_that_does_not_fit_is_told_the_fewest_changes_with_which_it_does(f
 
 def test_what_is_not_enough_is_an_error(folder):
     full = ["--adapter.budget.share=1.0", "--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--fit"]
-    few = ["--model.prompts_per_rollout=4", "--adapter.rank=4", "--trainer.limit_val_batches=0"]  # of which nothing can be less
+    few = ["--model.prompts_per_rollout=4", "--adapter.rank=4", "--trainer.limit_val_batches=0"]  # none of them can be less
     given = [*GPU, *full, *few, "--model.max_tokens_per_micro_batch=130", "--model.loss.kl_coef=0.1", "--device_gib=0.5001"]
     result = run(folder, "plan", "--config", "t.yaml", *given)
     assert_refused(result, "no changes make this model fit")
-    assert "keep_start_weights=false" not in result.out, "which the KL term needs"
+    assert "keep_start_weights=false" not in result.out, "the KL term needs start weights"
     assert re.findall(r"^--(\S+?)=\S+ .*costs ", result.out, re.MULTILINE)[-1] == "adapter.budget.share", result.out
 
 

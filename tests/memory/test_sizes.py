@@ -29,7 +29,7 @@ def held(*modules):
         *(("qwen3", 0.3, False, torch.float32, MIXED), ("gpt2", 0.3, True, torch.float32, MIXED)),
     ],
 )
-def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype, ranks):
+def test_weights_equal_the_adapted_models(family, share, keep, dtype, ranks):
     model = build_model(family).to(dtype)
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LORA, ranks)
     sizes = measure_sizes(model, plan, keep)

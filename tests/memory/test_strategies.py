@@ -38,7 +38,7 @@ def test_ddp_holds_all_and_the_gradients_once_more_and_fsdp2_a_part_and_the_whol
 def test_fsdp2_scores_with_a_part_of_the_base():
     one, two, four = (planned(sharding, HYBRID).peaks for sharding in (SingleDevice(), DDP(2), FSDP2(4)))
     for moment in ("calibrating", "scoring"):
-        assert two[moment] == one[moment], "by the first device, which has all of it"
+        assert two[moment] == one[moment], "the first device scores and has all of the base"
         assert four[moment].weights == one[moment].weights / 4 > 0
         assert four[moment].activations == one[moment].activations
     assert four["calibrating"].copies > one["calibrating"].weights, "gathered to sample"
@@ -50,7 +50,7 @@ def test_a_pass_of_fsdp2_is_largest_where_it_begins_if_what_is_outside_of_blocks
     config.vocab_size = 100_000
     few = replace(SETTINGS, config=config, completion_tokens=2, schedule=RolloutSchedule(2, 1))
     outside = 4 * (2 * config.vocab_size + 1) * config.hidden_size
-    assert planned(FSDP2(2), few).peaks["updating"].copies == pytest.approx(2 * outside, rel=0.05), "which is there twice"
+    assert planned(FSDP2(2), few).peaks["updating"].copies == pytest.approx(2 * outside, rel=0.05), "the outside is there twice"
 
 
 def test_what_is_offloaded_is_not_on_the_device():

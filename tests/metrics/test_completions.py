@@ -21,7 +21,7 @@ def test_numbers_of_voters_and_draws_and_more_samples_than_can_be_counted_are_re
         completion_draws(1001)
 
 
-def test_values_are_those_of_each_prompt_under_the_names_announced():
+def test_each_prompt_has_its_values_under_the_announced_names():
     correct = torch.tensor([[True, False, True, False], [False] * 4])
     answers = [["5", "6", "5", None], ["1", "2", "2", "3"]]
     reward = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.5] * 4])

@@ -40,7 +40,7 @@ def test_each_set_has_its_mean_and_all_sets_the_same_weight():
 
 
 def test_what_is_repeated_counts_once_within_its_set_and_what_has_none_is_one():
-    """On ranks, of which none sees all problems, too: `sharding/test_equal_to_one_process.py`."""
+    """`sharding/test_equal_to_one_process.py` tests it on ranks, where no rank sees all problems."""
     assert means([0, 1, 2, 3, 4]) == means([0], [1, 0, 2], [3], [4, 4, 2])
     assert means([0, 1])[""]["problems"] == 2, "index 3 of one set is not index 3 of the other"
     found = means([1, 2, 3, 4], sets=[""] * 5)

@@ -92,7 +92,7 @@ def test_what_training_changes_is_enough_for_a_model_that_has_the_base(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_lora_that_comes_apart_is_what_is_merged_otherwise(tmp_path, family):
+def test_lora_that_comes_apart_equals_merged_lora(tmp_path, family):
     """PEFT puts the factors, by their names and its config, on the base."""
     policy = adapted(write_model(tmp_path / "model", family), full=False)
     apart = CurrentWeights(policy.model, policy.policy.weights, "base", 0, True, merges=False)
@@ -120,7 +120,7 @@ def test_parts_of_a_block_come_as_a_whole(tmp_path):
     assert names == [*attention, "model.layers.1.self_attn.o_proj.weight"]
 
 
-def test_a_version_is_that_of_the_values_and_labels_of_others_are_none(model):
+def test_a_version_follows_from_the_values_and_other_labels_are_not_versions(model):
     policy = adapted(model)
     first = weights_of(policy).version
     assert weights_of(policy).version == first and str(first).startswith("0-")

@@ -70,7 +70,7 @@ def test_a_model_may_be_in_the_home_folder_or_in_a_package_and_a_revision_is_for
         ("package:single_module/model", "'single_module', which is not installed"),
     ],
 )
-def test_what_is_no_model_is_refused(package, monkeypatch, name, message):
+def test_whatever_is_not_a_model_is_refused(package, monkeypatch, name, message):
     monkeypatch.chdir(package.parent)
     Path("weights.bin").touch()
     with pytest.raises(ModelError, match=message):

@@ -27,7 +27,7 @@ IDS = torch.tensor([[4, 5, 13, 6, 16]])
 
 
 class Log(tiny_runs.Log):
-    """And dtypes of every micro-batch; scale, where there is one, and weights after every step."""
+    """Also notes dtypes of every micro-batch, and after every step the weights and the scale, if there is one."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ WHY = "this processor has no instructions for bfloat16"
 
 @pytest.fixture
 def old_processor(monkeypatch):
-    """And how products were computed: whether in 16 bits by autocast, and the dtype that sampling was asked for."""
+    """Notes how products are computed on one: whether in 16 bits by autocast, and the dtype that sampling got."""
     computed, logprobs, sampling = set(), Passes.logprobs, Engine.sampling
 
     def noted(passes, sequences):
@@ -124,7 +124,7 @@ def old_processor(monkeypatch):
     return computed
 
 
-def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_those_of_autocast(
+def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_equal_autocast(
     model, sums, tmp_path, mixed, old_processor, monkeypatch
 ):
     flags = {"adapter": {"scorer": TailEnergy()}, "policy": {"gradient_checkpointing": True}}
@@ -185,7 +185,7 @@ def test_in_float16_it_trains_and_begins_on_policy(model, sums, tmp_path, monkey
     assert all(step["sampling/logp_difference/mean"] < 2e-3 for step in log.metrics)
 
 
-def test_a_step_with_gradients_that_are_too_large_is_left_out_and_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
+def test_a_step_with_gradients_that_are_too_large_is_left_out_and_a_resumed_run_keeps_its_scale(model, sums, tmp_path):
     _, log = run_16(model, sums, tmp_path, scale=2.0**19, max_steps=5)
     moved = [not torch.equal(*pair) for pair in zip(log.weights, log.weights[1:], strict=False)]
     lowered = [after < before for before, after in zip(log.scales, log.scales[1:], strict=False)]

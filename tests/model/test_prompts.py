@@ -60,7 +60,7 @@ def test_a_template_that_fails_names_the_row(template, remedy):
         PromptEncoder(build_tokenizer(), template).encode(prompt)
 
 
-def test_an_empty_prompt_and_what_the_vocabulary_lacks_are_refused():
+def test_an_empty_prompt_and_text_outside_of_the_vocabulary_are_refused():
     for prompt in (Prompt(text="", index=3), Prompt(messages=CHAT.messages, index=3)):
         with pytest.raises(DataError, match="prompt of the data row 3 is empty"):
             PromptEncoder(build_tokenizer(), "{# nothing #}").encode(prompt)

@@ -79,7 +79,7 @@ def test_all_but_the_fully_trained_modules_are_quantized_and_the_adapter_is_as_e
     start = model(IDS).logits
     torch.testing.assert_close(start, plain(IDS).logits, **tolerance)
     adapted, reference = apply_plan(model, plan), apply_plan(plain, plan)
-    if variant == "dora":  # whose lengths are divided by norms that are computed anew
+    if variant == "dora":  # it divides lengths by norms that it computes anew
         torch.testing.assert_close(adapted(IDS).logits, start, **tolerance)
     else:
         assert torch.equal(adapted(IDS).logits, start)
@@ -102,7 +102,7 @@ def test_all_but_the_fully_trained_modules_are_quantized_and_the_adapter_is_as_e
         assert torch.equal(adapted(IDS).logits, start)
 
 
-def test_a_base_of_which_nothing_can_be_quantized_is_refused(make_model):
+def test_a_base_without_anything_to_quantize_is_refused(make_model):
     model = build_wide_model()
     with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize, since the plan trains all 14 .* adapter\.budget\.share"):
         quantize_base(model, NF4(), plan_of(model, share=1).full_modules)

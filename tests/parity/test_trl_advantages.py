@@ -27,7 +27,7 @@ CASES = [
 def make(dtype):
     generator = torch.Generator().manual_seed(0)
     right = torch.randint(2, (5 * SAMPLES,), generator=generator).to(dtype)
-    right[:SAMPLES] = 1.0  # a group whose rewards tie in one part
+    right[:SAMPLES] = 1.0  # a group with tied rewards in one part
     parts = {"right": right, **{name: torch.rand(5 * SAMPLES, generator=generator, dtype=dtype) for name in ("short", "polite")}}
     total = sum(WEIGHTS[name] * part for name, part in parts.items())
     return Rewards(total, parts, right >= 1, WEIGHTS)

@@ -27,7 +27,7 @@ def mask():
 
 
 def ours(divergence, student, teacher, temperature=1.0):
-    """Of logits [K, V]."""
+    """Our divergence of logits [K, V]."""
     return divergence((student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1))
 
 

@@ -47,7 +47,7 @@ TYPES = {
 SPREADS = {cls: 1e-3 if settings is OF_SEQUENCES else 0.3 for cls, (_, settings) in TYPES.items()}
 # GSPO-token weighs a KL by the token's ratio, TRL by the sequence's: equal in value, and not in gradient.
 LACKING = {losses.GSPOTokenLoss: "kl_importance_weight"} | dict.fromkeys((losses.CISPOLoss, losses.SAPOLoss), "dual_clip")
-PAIRS = [  # in one of two dtypes, of which every loss and every case has both
+PAIRS = [  # each in one of two dtypes; every loss and every case has both
     (case, cls, (torch.float64, torch.float32)[(i + j) % 2])
     for i, (case, options) in enumerate(CASES.items())
     for j, cls in enumerate(TYPES)

@@ -80,7 +80,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 @few
 @given(inputs=loss_inputs(), data=st.data())
 def test_neither_what_was_not_sampled_nor_holes_nor_the_order_of_sequences_changes_anything(loss, inputs, data):
-    """What was not sampled is padding, or was added within a completion."""
+    """Tokens that were not sampled are padding, or were added within a completion."""
     extra, garbage = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([99.0, *map(float, ("nan", "inf", "-inf"))]))
     rows = torch.tensor(data.draw(st.permutations(range(len(inputs.advantages)))))
     together = (~inputs.sampled_mask).long().argsort(dim=1, stable=True)  # sampled tokens first

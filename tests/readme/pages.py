@@ -51,7 +51,7 @@ def links(page: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Of a page's headings, as GitHub and MyST make them."""
+    """Anchors of a page's headings, as GitHub and MyST make them."""
     titles = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from pages import ROOT
 
-# Of advice, tables of modules and bars, which a notebook would keep.
+# Advice, tables of modules, and bars: a notebook would keep them.
 NOISE = re.compile(r"\bTips?\b|FLOPs|Params|Warning|Seed set|Loading weights|it/s|━ ")
 FILES = {
     *("plan.json", "plan.png", "summary.json", "evaluation.json", "hparams.yaml"),

@@ -64,7 +64,7 @@ def test_the_two_commands_are_marked_for_those_who_run_them():
 
 
 def together():
-    """The commands that have options, those of one config whose options are about different things as one: each takes long."""
+    """The commands with options. Each takes long, so commands of one config with options about different things are joined."""
     groups = []
     for words in pages.commands():
         # A run folder's config stands for the config that the run was made with.
@@ -125,7 +125,7 @@ def test_commands_of_benchmarks_are_there_with_their_options(page):
 # ---- examples
 
 
-# Those of one line train together, each by the options of its own command.
+# Parts of one entry train together, each by the options of its own command.
 OWN = [("mine.", PARTS, 10), ("my_reward.py:", ("function",), 10), ("my_tools.py:", ("tool",), 20)]
 OWN += [("my_environment.", ("environment",), 20)]
 
@@ -212,7 +212,7 @@ def test_rows_functions_and_data_modules_of_ones_own_train(name, here):
     )
 
 
-def test_the_module_that_is_no_policy_is_adapted(here, capsys):
+def test_the_module_that_is_not_a_policy_is_adapted(here, capsys):
     torch.manual_seed(0)
     names = names_of(example("adaptable"), steps=2)
     assert names["module"].plan.full_modules and str(names["module"].plan.full_modules) in capsys.readouterr().out

@@ -35,7 +35,7 @@ def test_every_finding_has_its_section_in_the_docs():
 
 
 def rollout(rewards, finished=None, counted=None, episodes=()):
-    """Groups of four completions with these rewards, of which those of at least 1 are right."""
+    """Groups of four completions with these rewards. A completion with a reward of at least 1 is right."""
     count = len(rewards)
     finished = [True] * count if finished is None else finished
     ends = episodes or [None] * count
@@ -124,7 +124,7 @@ def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not
     assert watched([0.4, 0.4, 0.4, 0.1, 0.05, 0.0])[-1] == ["worse"]
     assert not any(watched([0.4, 0.35, 0.42, 0.3, 0.25, 0.3, 0.25, 0.5, 0.4])), "more than half is left"
     assert not any(watched([0.4, 0.4, 0.4, 0.1, 0.05, 0.0], groups=8, spread=0.6)), "within four standard errors"
-    assert watched([-1.0, -1.0, -1.0, -1.9, -1.9, -1.9], worst=-2.0)[-1] == ["worse"], "from the least that is paid"
+    assert watched([-1.0, -1.0, -1.0, -1.9, -1.9, -1.9], worst=-2.0)[-1] == ["worse"], "measured from the least reward"
     assert watched([0.0] * 3, equal=1.0) == [[], [], ["gradient"]]
     assert not any(watched([1.0] * 4, equal=1.0, solved=1.0)), "all is solved"
     assert watched([0.0] * 6, equal=1.0, groups=4) == [[], [], [], [], [], ["gradient"]], "24 groups at least"

@@ -81,7 +81,7 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
         arriving.add(row, TEXTS[row])
         arriving.add(row, TEXTS[row])  # announced twice, it is scored once
     wait_for(lambda: reward.running == 2)
-    assert reward.calls == [("rewards", 1)] * 2, "as many at the same time as it allows meanwhile, each alone"
+    assert reward.calls == [("rewards", 1)] * 2, "two at a time, the number that it allows meanwhile, each alone"
     threading.Thread(target=lambda: [wait_for(lambda: reward.running == 4), reward.goes_on.set()]).start()
     found = evaluate_reward(reward, TEXTS, PROMPTS, arriving=arriving)
     assert same(found, evaluate_reward(reward, TEXTS, PROMPTS)) and found.total.tolist() == [1, 1, 1, 0, 0, 0]
@@ -128,7 +128,7 @@ def test_programs_and_last_messages():
     assert evaluate_reward(reward, episodes, [row] * 3, arriving=arriving).total.tolist() == [1, 0, 1]
 
 
-def test_an_error_is_that_of_the_first_row_and_ends_the_rest():
+def test_the_first_rows_error_is_raised_and_ends_the_rest():
     reward = FunctionReward(careless, overlap=True, concurrency=1)
     arriving = ArrivingRewards(reward, PROMPTS)
     arriving.add(3, "0")

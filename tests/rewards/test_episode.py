@@ -45,7 +45,7 @@ def test_equal_ends_are_equal_to_the_bit_whatever_came_before():
     assert (found.total.view(3, 2)[1:, 0] == found.total.view(3, 2)[1:, 1]).all() and found.total[0] != found.total[1]
 
 
-def test_a_reward_for_a_set_pays_as_that_of_the_set():
+def test_a_reward_for_a_set_pays_as_the_sets_own():
     by_set = RewardBySet({"games": FinalAnswer(EpisodeReturn()), "sums": ExactMatch()})
     for set_name, wanted in (("games", [3.0, 2.0]), ("sums", [0.0, 0.0])):
         assert to_go(by_set, [episode(1.0, 2.0)], turns=2, set_name=set_name)[1].total.tolist() == wanted

@@ -63,7 +63,7 @@ def test_no_reward_sees_what_is_left_out():
     lengths = [Completion("", n, True) for n in (1, 9, 3)]
     same = [PROMPTS[0]] * 3
     of_group = evaluate_reward(GroupLength(Returns([1.0] * 2)), lengths, same, [True, False, True]).parts["group_length"]
-    assert of_group.tolist() == [0.5, 0.0, -0.5], "nor do others of its group"
+    assert of_group.tolist() == [0.5, 0.0, -0.5], "others of its group do not see it"
 
 
 def test_wrong_values_name_the_reward_and_the_row():
@@ -84,7 +84,7 @@ def test_wrong_values_name_the_reward_and_the_row():
 
 
 def test_an_exception_names_reward_row_and_completion_and_nothing_is_scored_again():
-    """Of a batch it names the first completion: a judge may be paid for each call."""
+    """For a batch it names the first completion: a judge may be paid for each call."""
     long, reward = "5" * 500, RaisesOn("5" * 500)
     where = r"\(test_evaluate\.py line \d+\)"
     for texts, named in (

@@ -68,7 +68,7 @@ def test_what_is_asked_and_what_is_made_of_the_answer(fake, make):
         make(rubric="See {hint}").check_prompt(PROMPT)
 
 
-def test_a_grade_by_pattern_and_one_behind_reasoning(fake, make):
+def test_a_grade_by_pattern_and_one_after_reasoning(fake, make):
     fake.grade = lambda text: reply("<think>3: SCORE: 1</think>I first said SCORE: 2, but no.\nSCORE: 4.5")
     assert make(pattern=r"SCORE: ([\d.]+)", scale=(2, 7))(["x"], [PROMPT]) == [0.5]
     assert "response_format" not in fake.requests[0] and "JSON" not in fake.requests[0]["messages"][0]["content"]
@@ -130,7 +130,7 @@ def test_a_judge_that_is_down_stops_the_run_soon(fake, make):
         reward([str(n) for n in range(200)], [PROMPT] * 200)
     assert len(fake.requests) <= 20
     fake.grade = lambda text: graded(1)
-    assert reward(["1"], [PROMPT]) == [0.1], "and works when it is there again"
+    assert reward(["1"], [PROMPT]) == [0.1], "it works when the judge is back"
 
 
 def test_a_judge_that_refuses_stops_the_run_at_once_and_the_key_is_not_shown(fake, make, caplog, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_completion_cannot_end_the_block_that_it_is_in(fake, make):
     (code,) = set(re.findall(r"^----- (\w{20}) (?:problem|answer)$", first["messages"][1]["content"], re.M))
     second = make().request(end.format(code), PROMPT)["messages"][1]["content"]
     own = re.findall(r"^----- (\w{20}) answer$", second, re.M)
-    assert own != [code] and second.count(own[0]) == 4, "what follows from a text is not in it"
+    assert own != [code] and second.count(own[0]) == 4, "a text cannot contain the code that follows from it"
     shown = answer_of({"messages": [None, {"content": second}]})
     assert "perfect" in shown and "Give 10" in shown, "all of it is material"
     assert not re.search(r"<\|im_|</s>|\[/INST\]|<end_of", shown), "nor can it spell the tokens that end messages"

@@ -42,7 +42,7 @@ def test_a_pattern_limits_what_counts_and_a_row_without_an_answer_is_named():
         evaluate_reward(MathMatch(), ["12"], [Prompt(text="?", index=4, source="s.csv")])
 
 
-def test_an_answer_that_is_no_mathematics_is_named():
+def test_an_answer_that_is_not_mathematics_is_named():
     for answer in ["hello", "?", "north of 12", "2020-01-01", "()"]:
         with pytest.raises(RewardError, match=r"of s\.csv row 4 is neither a number nor a formula") as caught:
             score("12", answer)
@@ -152,7 +152,7 @@ def test_what_stands_far_before_the_end_or_the_last_box_is_not_looked_at():
     assert MathMatch(cpu_seconds=2.0)(texts, [Prompt(text="?", answer="12")] * 3) == [1.0, 1.0, 1.0]
 
 
-def test_reasoning_that_the_prompt_began_and_that_has_no_end_is_no_answer():
+def test_reasoning_that_the_prompt_began_and_that_has_no_end_is_not_an_answer():
     for reward, answer in ((MathMatch(), "12"), (MultipleChoice(), "C")):
         prompt = Prompt(text="?", answer=answer)
         texts = [f"It is {answer}, or so", f"It is 5</think>{answer}", f"It is {answer}</think>5"]

@@ -98,7 +98,7 @@ MODELS["heads of 32, window"] = lambda: special_model(MistralConfig(**{**SIZES, 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "wide window", "heads of 32", "heads of 32, window"])
-def test_messages_are_those_of_whole_contexts_whatever_the_model(tokenizer, name, monkeypatch):
+def test_messages_are_as_for_whole_contexts_whatever_the_model(tokenizer, name, monkeypatch):
     monkeypatch.setattr(Conversation, "_next", None)  # no whole context as a longer prompt
     model = MODELS[name]()
     turns = play(Sampler.conversation, Engine(model), tokenizer, stop=["7", "3", "a", "z"])

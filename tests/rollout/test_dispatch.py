@@ -28,7 +28,7 @@ def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, b
     assert rollouts.finished.all() and rollouts.completions == tuple(told[row] for row in range(6))
 
 
-def test_an_episode_goes_on_with_a_longer_prompt_a_seed_of_its_own_and_the_weights_of_then(start, build, served, tokenizer):
+def test_an_episode_continues_with_a_longer_prompt_a_seed_of_its_own_and_the_current_weights(start, build, served, tokenizer):
     server = start()
     sampler = build(server, weights=Weights(1))
     sampler.inflight_updates = True
@@ -75,7 +75,7 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
     assert shares(slow)[0] <= 8
 
 
-def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(start, build):
+def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(start, build):
     server = start(delay=1)
     sampler = build(server, weights=Weights(1))
     asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None, None)
@@ -107,10 +107,10 @@ def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it
     with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
         sampler.update(Weights(2), served)
     began, rollouts = time.monotonic(), begun.result()
-    assert time.monotonic() - began < 60, "what the other server was asked is not waited for"
+    assert time.monotonic() - began < 60, "nothing waits for the request to the other server"
     assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
     steps = sorted(rollouts.sequences.weights_step.tolist())
-    assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "those of the other server begin again"
+    assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "rows of the other server begin again"
     assert {body["mode"] for server in servers for body in server.asked("/pause")} == {"abort", "keep"}
     assert begin(sampler, ids, seed=1).result().sequences.weights_step.unique().tolist() == [2]
 
@@ -196,7 +196,7 @@ def test_a_server_with_other_weights_is_left_out_until_it_has_been_updated_and_r
             complete(sampler)
 
 
-def test_without_any_server_the_rollout_ends_within_the_limit_and_goes_on_with_one_that_comes_back(start, build):
+def test_without_any_server_the_rollout_ends_within_the_limit_and_continues_with_one_that_comes_back(start, build):
     server = start(delay=0.1)
     sampler, label = build(server, weights=Weights(1), give_up_after=60), server.label
 

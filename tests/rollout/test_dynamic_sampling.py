@@ -24,7 +24,7 @@ def test_whatever_happens_ranks_can_share_what_is_asked_for_and_it_ends():
         assert useful >= wanted or rounds == rule.max_extra_rollouts
     assert DynamicSampling().prompts_to_add(31, 32, 32, 0, 1) == 8, "a quarter at least"
     assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 2) == 24, "17.9 in quarters of 8"
-    assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 16) == 32, "which can be dealt to 16 ranks"
+    assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 16) == 32, "a number that 16 ranks can share"
     with pytest.raises(ConfigError, match=r"max_extra_rollouts=0 must be at least 1; to replace nothing.*dynamic_sampling=null"):
         DynamicSampling(0)
 
@@ -90,8 +90,8 @@ class DrawsMore(Source):
 def test_replacements_are_the_next_prompts_of_the_order():
     source, fixed = DrawsMore(2), DrawsMore(2)
     loader = build(source=source, seed=5)
-    assert len(list(loader)) == len(loader) == 6, "an epoch has as many micro-batches as ever"
+    assert len(list(loader)) == len(loader) == 6, "an epoch keeps its number of micro-batches"
     order = PromptOrder(loader.prompts, seed=5)
     assert [prompt.index for prompt in source.drawn] == [*order.of(0), *order.of(1)[:6]]
     list(build(source=fixed, shuffle=False))
-    assert [prompt.index for prompt in fixed.drawn] == list(range(12)), "what is to be overfitted is not replaced"
+    assert [prompt.index for prompt in fixed.drawn] == list(range(12)), "prompts to overfit are not replaced"

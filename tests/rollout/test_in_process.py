@@ -130,7 +130,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 )
 def test_memory_is_freed_and_taken_back_for_what_needs_it(monkeypatch, sleep, falls_asleep, for_weights, for_completions):
     sampler = VLLMSampler(sleep=sleep)
-    sampler.release_memory()  # there is no engine yet
+    sampler.release_memory()  # before the engine exists
     sampler._llm = Mock()
     sampler.release_memory()
     assert not sampler._llm.mock_calls, "without a GPU nothing sleeps"
@@ -182,6 +182,6 @@ def test_a_deferred_weight_is_computed_once_where_it_is_copied_and_whatever_else
         assert torch.equal(result.computed() if isinstance(result, Deferred) else result, use(weight.values))
 
 
-def test_a_completion_that_was_aborted_is_no_answer():
+def test_a_completion_that_was_aborted_is_not_an_answer():
     with pytest.raises(RolloutError, match="ended a completion with 'abort'"):
         in_process._answer(types.SimpleNamespace(finish_reason="abort", stop_reason=None))

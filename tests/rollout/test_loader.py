@@ -95,7 +95,7 @@ def take(loader, count):
 
 
 def prompts_of(loader):
-    """Of one epoch, in order."""
+    """Prompts of one epoch, in order."""
     return [i for batch in loader for i in batch.sequences.prompt_ids[::2, 0].tolist()]
 
 
@@ -109,7 +109,7 @@ def test_an_epoch_visits_every_prompt_once_in_an_order_that_changes():
     assert len(loader) == 6
     first, second = prompts_of(loader), prompts_of(loader)
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
-    assert prompts_of(build(epoch=1)) == second, "a loader that replaces another goes on with the next order"
+    assert prompts_of(build(epoch=1)) == second, "a loader that replaces another continues with the next order"
 
 
 def test_micro_batches_carry_the_denominators_of_their_step_and_no_columns_of_padding():
@@ -199,7 +199,7 @@ def test_a_stop_leaves_the_position_as_if_the_rollout_had_not_begun(ahead):
     assert len(seen) == 2 and seen + take(resumed, 4) == expected
 
 
-def test_an_epoch_cut_short_goes_on_where_it_stopped_unless_order_is_kept():
+def test_an_epoch_cut_short_continues_where_it_stopped_unless_order_is_kept():
     loader = build()
     iterator = iter(loader)
     first = [flat(next(iterator))[0] for _ in range(3)]
@@ -315,7 +315,7 @@ def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_
 
 
 @pytest.mark.parametrize("failure", [RunStopped(15), RolloutError("no server answers")])
-def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_on(failure):
+def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_resumed_run(failure):
     schedule = RolloutSchedule(4, 2, rollouts_ahead=2)
     seed(5)
     expected = take(build(source=Elsewhere(2), schedule=schedule), 6)
@@ -340,7 +340,7 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
         assert resumed.source.calls == 5 + again
 
 
-def test_no_rollout_is_begun_after_one_whose_completions_have_failed():
+def test_no_rollout_begins_after_one_with_failed_completions():
     class Failing(Source):
         def roll_out(self, prompts, generator, draw_more=None):
             made, work = super().roll_out(prompts, generator, draw_more), Future()

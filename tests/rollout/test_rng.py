@@ -61,11 +61,11 @@ class Cuda:
 @pytest.mark.parametrize(
     ("before", "now"), [((4, 3), (1, 0)), ((1, 0), (4, 3)), ((2, 1), (2, 1)), ((2, 1), (0, 0)), ((0, 0), (2, 1))]
 )
-def test_a_process_goes_on_with_the_state_of_its_device_on_fewer_or_more(monkeypatch, before, now):
+def test_a_process_resumes_with_the_state_of_its_device_on_fewer_or_more(monkeypatch, before, now):
     Cuda(monkeypatch, *before)
     state, expected = capture_random_state(), torch.rand(3)
     here = Cuda(monkeypatch, *now)
     restore_random_state(state)
     own = before[1] if before[0] else now[1]  # from a CPU it continues as it was seeded
     assert [int(entry[0]) for entry in here.states] == [own if number == now[1] else number for number in range(now[0])]
-    assert torch.equal(torch.rand(3), expected), "of the CPU's generator, which every run has"
+    assert torch.equal(torch.rand(3), expected), "every run has the CPU's generator"

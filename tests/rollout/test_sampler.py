@@ -21,7 +21,7 @@ def sample(model, tokenizer, samples=3, seed=0, texts=TEXTS, greedy=False, **set
 
 
 def assert_plain_logprobs(model, rollouts, temperature=1.0):
-    """The log-probabilities of sampling equal those of unpadded forward passes."""
+    """The log-probabilities of sampling equal the ones that unpadded forward passes compute."""
     for row, found in enumerate(rollouts.sampling_logprobs):
         expected = plain_logprobs(model, rollouts.sequences, row, temperature)
         torch.testing.assert_close(found[: len(expected)], expected, atol=1e-4, rtol=0)
@@ -29,7 +29,7 @@ def assert_plain_logprobs(model, rollouts, temperature=1.0):
 
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_logprobs_are_those_of_a_plain_unpadded_forward_pass(tokenizer, family):
+def test_sampling_logprobs_equal_a_plain_unpadded_forward_pass(tokenizer, family):
     # Long enough that decoding widens what it attends to, and moves its cache.
     model = build_model(family, std=0.1)
     rollouts = sample(model, tokenizer, temperature=0.7, max_new_tokens=40)
@@ -64,7 +64,7 @@ def test_layers_that_keep_a_state_instead_of_keys_are_sampled_from(tokenizer):
     assert_plain_logprobs(model, rollouts)
 
 
-def test_null_in_a_config_is_no_stop_string():
+def test_null_in_a_config_is_not_a_stop_string():
     assert Sampler(max_new_tokens=1, stop=None).stop == ()
 
 
@@ -103,9 +103,9 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
 
 
 @pytest.mark.parametrize("doubling", [False, True], ids=["as on a CPU", "as on a GPU"])
-def test_draws_and_top_p_are_those_of_cumulative_sums_and_min_p_that_of_transformers(doubling, monkeypatch):
+def test_draws_and_top_p_equal_cumulative_sums_and_min_p_equals_transformers(doubling, monkeypatch):
     for size in (1, 8, 257):
-        whole = torch.randint(9, (3, size)).double()  # whose sums are exact in any order
+        whole = torch.randint(9, (3, size)).double()  # sums of these are exact in any order
         assert torch.equal(sums_by_doubling(whole), whole.cumsum(dim=1))
     logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -114,7 +114,7 @@ def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
 
 
 def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
-    """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
+    """Counts calls of Python functions and operators in the sampler's loop and its layers, but not inside compiled bodies."""
     ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
     expected = sample(fused(build_adapted("qwen3").model, OfAccelerator()), tokenizer, stop=["7", "3"])
     for module in (decoder, compiling):
@@ -145,7 +145,7 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
 
 @pytest.mark.parametrize("planted", long_but([False, True], 0))
 def test_two_rollouts_of_unequal_rows_and_their_updates_compile_each_function_once(tokenizer, monkeypatch, traced, planted):
-    """But for one whose rows are put in by hand as a size that does not change."""
+    """All but the `planted` one: there, the number of rows is put in by hand as a size that does not change."""
     for module in (decoder, compiling):
         monkeypatch.setattr(module, "why_not_compiled", lambda device: "")
     if planted:
@@ -245,7 +245,7 @@ def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
     ],
 )
 def test_graphs_are_given_up_and_leave_nothing_behind(tokenizer, monkeypatch, caplog, how, reason):
-    """`auto`, as on a GPU: the completions equal those of plain steps, one line is printed, and torch is as it was."""
+    """`auto`, as on a GPU: plain steps give the same completions, one line is printed, and torch is as it was."""
     engine = Engine(build_model("llama"), OfAccelerator())
     plain = sample(engine, tokenizer, 60, stop=["77"])
     assert not engine.graphs.why_not, "auto makes none on a CPU"

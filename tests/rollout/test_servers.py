@@ -64,7 +64,7 @@ def test_servers_can_be_used_by_the_next_run(start, build):
         ({"config": build_model("gemma").config}, "has served.*model_type is 'gemma' there and 'llama' in the policy's"),
     ],
 )
-def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault, says):
+def test_an_unfit_server_is_refused_before_the_run(start, build, served, fault, says):
     with pytest.raises((ConfigError, RolloutError), match=says) as raised:
         build(start(), start(**fault), timeout=1 if {"hangs", "drips"} & fault.keys() else 10).check_model(served)
     assert "\n" not in str(raised.value) and "http://127.0.0.1" in str(raised.value)
@@ -79,7 +79,7 @@ def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault,
         ({"missing": {"/v1/load_lora_adapter"}}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
     ],
 )
-def test_what_a_server_lacks_for_an_adapter_is_said_before_the_run(start, build, served, fault, says, monkeypatch):
+def test_a_server_unfit_for_an_adapter_is_refused_before_the_run(start, build, served, fault, says, monkeypatch):
     monkeypatch.setattr("hybrid_lightning.rollout.vllm.server_checks.check_on_cpu", lambda *_: None)
     wanted = replace(served, lora_rank=9, lora_modules=("q_proj", "v_proj"))
     with pytest.raises(ConfigError, match=says):
@@ -106,7 +106,7 @@ def test_a_server_that_was_started_with_the_base_gets_the_adapter_alone_and_is_a
     complete(sampler, prompts=2)
     assert server.updates[-1] == [] and {body.get("model") for body in server.asked("/inference/v1/generate")} == {None}
     server.label = "default"
-    build(server, sync="adapter").update(Factors(1), served)  # whose base is in no folder
+    build(server, sync="adapter").update(Factors(1), served)  # its base is not in a folder
     assert server.updates[-1] == [*Weights(1).values, FACTOR]
 
 
@@ -172,10 +172,10 @@ def test_all_weights_come_first_and_then_what_has_changed(start, build, served, 
     assert first.passes == [7] and second.passes == [3], "one pass for both servers"
     for made in nccl.communicators if nccl else ():
         assert made.stream.waited == [nccl.training] * 10 and made.aborts == 0, "each weight waits for what training computes"
-    assert not nccl or not nccl.training.waited, "which waits for none"
+    assert not nccl or not nccl.training.waited, "training waits for none"
 
 
-def test_an_unchanged_version_is_not_sent_and_everything_to_what_lacks_what_was_sent_last(start, build, served):
+def test_an_unchanged_version_is_not_sent_and_a_server_without_the_last_one_gets_everything(start, build, served):
     server, other = start(active=True), start()  # of the one an update by another sender was left open
     sampler = build(server, other, weights=Weights(1))
     assert server.label == "1-1abc" and not server.active

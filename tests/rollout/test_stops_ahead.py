@@ -80,7 +80,7 @@ class Life(Callback):
 
 @pytest.mark.filterwarnings("ignore:.*is left out:UserWarning")
 @pytest.mark.parametrize("kind", long_but(["in turns", "servers"], 0))
-def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model, sums, tmp_path, start, kind):
+def test_a_run_stopped_at_any_moment_resumes_bit_exactly(model, sums, tmp_path, start, kind):
     metrics, phases, sampler, server = LAG, PHASES[1::2], lambda: Sampler(6), None
     if kind == "servers":  # which make the same completions whatever their weights, and when they are asked again
         metrics, phases, server = (), [*PHASES, DIES], start(delay=0.03, seeded=True)

@@ -39,7 +39,7 @@ def test_a_part_of_a_joined_layer_is_refused():
             transfer.check_joined([name for name in names if name != names[left_out]], model)
 
 
-def test_facts_are_those_of_the_text_model_and_what_is_not_known_there_is_not_compared():
+def test_facts_come_from_the_text_model_and_unknown_ones_are_not_compared():
     facts = transfer.facts_of(build_model("qwen3").config)
     assert facts["model_type"] == "qwen3" and facts["head_dim"] == 8 and facts["rope_theta"] > 0
     transfer.check_facts(facts, {**facts, "unknown there": 3})

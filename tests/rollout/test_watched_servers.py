@@ -128,7 +128,7 @@ def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
     with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=f"no vLLM server {asked} 5 s") as raised:
         train(server, callbacks=[log, After(step, fails)], steps=9, rollouts_ahead=ahead, sampler={"give_up_after": 5}, **policy)
     assert bool(log.metrics) == bool(step)
-    assert server.url in str(raised.value) and "stopped.ckpt" not in str(raised.value), "which is for those to say who write it"
+    assert server.url in str(raised.value) and "stopped.ckpt" not in str(raised.value), "whoever writes the checkpoint reports it"
     lines = [line for line in caplog.messages if "no server answers, tried for up to 5 s" in line and server.url in line]
     assert 2 <= len(lines) < 11
 

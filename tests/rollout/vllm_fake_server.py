@@ -187,7 +187,7 @@ class FakeServer:
                 if self.dies_in_updates:
                     time.sleep(self.dies_in_updates)
                     self.stop()
-                    raise WorkerError("of which nothing is heard")
+                    raise WorkerError("nobody receives this")
         except Exception as error:
             self.active, self.group, self.store = False, None, None
             raise WorkerError(error) from error

@@ -119,7 +119,7 @@ WAYS = dict(zip(("namespaces,landlock,seccomp", "namespaces,seccomp", "landlock,
 def test_each_way_holds_without_root():
     """In a process of another user, where this one is root; by a Python that the other user may read.
 
-    The clone and an environment lie below the temporary folder, in whose place programs have their own.
+    The clone and an environment lie below the temporary folder. Programs see a temporary folder of their own in its place.
     """
     python, prefix = sys.executable, []
     if os.geteuid() == 0:

@@ -146,7 +146,7 @@ def test_what_holds_without_isolation():
     assert not Path("/proc", daemon.decode()).exists()
 
 
-def test_what_does_not_start_is_no_failure_of_the_program(monkeypatch, no_pause):
+def test_a_failed_start_is_not_a_failure_of_the_program(monkeypatch, no_pause):
     with monkeypatch.context() as patch, pytest.raises(SandboxError, match="cannot be set up: FileExistsError"):
         patch.setattr("hybrid_lightning.sandbox.launch.readable_files", lambda: ("/etc/ld.so.cache",) * 2)
         script("")

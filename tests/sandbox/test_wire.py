@@ -135,7 +135,7 @@ def test_no_data_replaces_what_a_class_computes_and_a_subclass_is_the_class():
     assert type(arrived := there(Judge(3), {"Node": Node})) is Node and arrived.value == 3
 
 
-def test_what_is_no_value_is_refused():
+def test_whatever_is_not_a_value_is_refused():
     for message in (
         *(b"", b"{", b"[]", b"[[5],[]]", b'[[-1],["list"]]', b"[[0],[]]", b"[[0],17]", b"[" * 100_000),
         *([[0], ["no such tag"]], [[0], ["tuple", [0]]], [[0], ["dict", 1]], [[0], ["dict", [1], 1], ["list"]]),

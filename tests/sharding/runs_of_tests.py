@@ -26,7 +26,7 @@ ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr
 
 
 class ByPrompt(Sampler):
-    """Draws from numbers of each prompt's own, whoever completes it; those of prompts in `short` end after two tokens."""
+    """Draws from each prompt's own numbers, whoever completes it. Completions of prompts in `short` end after two tokens."""
 
     def __init__(self, max_new_tokens=6, short=(), holes=False):
         super().__init__(max_new_tokens)
@@ -43,7 +43,7 @@ class ByPrompt(Sampler):
 
 
 class Only(RewardFunction):
-    """Of these prompts alone completions earn different rewards; the others tie."""
+    """Only completions of these prompts earn different rewards; the others tie."""
 
     def __init__(self, prompts):
         self.prompts = prompts
@@ -71,7 +71,7 @@ class Log(Callback):
 
 
 class Streamed(Callback):
-    """All weights as a rollout engine gets them, whose shapes are known without gathering them, and those that are trained."""
+    """All weights, and the trained ones alone, as a rollout engine gets them. Shapes are known without gathering the weights."""
 
     def on_train_end(self, trainer, pl_module):
         current = CurrentWeights(pl_module.model, pl_module.policy.weights, "base", 2, True)
@@ -99,8 +99,8 @@ def train(
     folder, root, strategy="auto", devices=1, policy=None, adapter=None, callbacks=(), ckpt_path=None, save=None, **flags
 ) -> dict[str, Any]:
     """Train, validate and return the results."""
-    torch.manual_seed(11 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks draw other starts of LoRA: that of the first counts
-    torch.use_deterministic_algorithms(False)  # which a run before may have asked for
+    torch.manual_seed(11 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks draw different LoRA starts: the first rank's counts
+    torch.use_deterministic_algorithms(False)  # which an earlier run may have switched on
     # Prompts are a multiple of the ranks x minibatches, which are of whole prompts.
     sizes = {"prompts_per_rollout": 12, "minibatches_per_rollout": 2, "epochs_per_rollout": 1}
     defaults = {"loss": GSPOLoss(kl_coef=0.02), "optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, **sizes}
@@ -130,7 +130,7 @@ def train(
 
 
 def train_each(jobs: dict[Any, dict[str, Any]], **arguments: Any) -> dict[Any, dict[str, Any]]:
-    """Several runs one after another: name -> arguments, each of which may have a strategy of its own."""
+    """Several runs one after another: name -> arguments. Each run may have a strategy of its own."""
     root = arguments.pop("root")
     return {name: train(root=root / str(name), **{**arguments, **job}) for name, job in jobs.items()}
 

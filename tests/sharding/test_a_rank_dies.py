@@ -123,7 +123,7 @@ def unstopped(folder, tmp_path_factory):
     return train(folder, tmp_path_factory.mktemp("unstopped"), **{**RUN, "enable_checkpointing": False})
 
 
-def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped):
+def test_the_others_stop_and_the_last_checkpoint_resumes(folder, tmp_path, unstopped):
     saver = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max"
     )
@@ -135,7 +135,7 @@ def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unsto
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
-def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begins_again(folder, tmp_path):
+def test_with_rollouts_under_way_on_a_server_too_and_the_resumed_run_begins_them_again(folder, tmp_path):
     server = FakeServer(build_tokenizer(), MODEL.config)
     server.delay, server.seeded = 0.2, True  # completions follow from their seeds, whatever the weights
     sampler = VLLMServerSampler(urls=[server.url], max_new_tokens=6, top_p=0.999, timeout=10, give_up_after=5)  # compares nothing
@@ -150,8 +150,8 @@ def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begi
 
 
 @pytest.mark.parametrize(("rank", "name", "time"), long_but([(1, "__1_0.distcp", 5), (0, "meta.pt", 4)], 1))
-def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, rank, name, time):
-    """Every step writes two checkpoints: the best one, and the last one over that of the step before."""
+def test_a_sharded_checkpoint_that_looks_whole_is_whole_and_resumes(folder, tmp_path, unstopped, rank, name, time):
+    """Every step writes two checkpoints: the best one, and the last one, which replaces the last one of the step before."""
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)
     killed_run(folder, tmp_path, SHARDED, rank, saver, DieWhileWriting(rank, name, time))
     steps = {path: content_of(path)["global_step"] for path in (tmp_path / "saved").glob("*.ckpt")}

@@ -55,7 +55,7 @@ def runs(train_on, tmp_path_factory):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_it_goes_on_as_if_it_had_not_been_stopped(runs, reader):
+def test_it_resumes_as_if_it_had_not_been_stopped(runs, reader):
     _, found = runs
     (unstopped,) = found["unstopped"]
     for writer in CROSSINGS[reader]:
@@ -95,7 +95,7 @@ def test_it_holds_the_same_whoever_wrote_it(runs):
 
 
 def test_each_rank_writes_a_part_of_its_own(runs):
-    """Of weights and moments none is written twice, and no frozen one at all."""
+    """No weight or moment is written twice, and no frozen weight at all."""
     path, ranks = runs[0] / "fsdp2 sharded.ckpt", WRITERS["fsdp2 sharded"][1]
     content = read_folder(path)
     moments = [value for entry in content["optimizer_states"][0]["state"].values() for value in entry.values()]

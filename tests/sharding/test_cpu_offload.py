@@ -54,7 +54,7 @@ def sharded(train_on, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(sharded, single):
+def test_it_equals_the_run_of_one_process_and_resumes_from_its_checkpoint(sharded, single):
     for rank in sharded:
         (first,), rest = rank["part"]["steps"], rank["rest"]
         assert first == pytest.approx(single["steps"][0], **metrics_of_runs()) and len(rest["steps"]) == 2

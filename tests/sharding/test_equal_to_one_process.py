@@ -78,7 +78,7 @@ def jobs(first_rollout, folder, judge):
     masks = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True, "loss": DAPOLoss(entropy_coef=0.02)}
     masks |= {"sampler": ByPrompt(20, holes=True)}  # long enough for some to end
     replaced = {"prompts_per_rollout": 8, "dynamic_sampling": DynamicSampling(2), "sampler": ByPrompt(12, holes=True)}
-    # Of the first prompts, only the first rank's teach: it has 7 of the 8 groups that are trained on.
+    # Among the first prompts, only the first rank's teach. It has 7 of the 8 groups that are trained on.
     replaced |= {"reward": Only(sorted(set(range(24)) - set(first_rollout[1::2])))}
     episodes = {"environment": Talk(), "reward": None, "credit": "turn", "episodes": EpisodeLimits(max_tokens=60)}
     episodes |= {"sampler": OftenDone(5), "loss": GRPOLoss(kl_coef=0.02), "correction": TokenTruncation()}

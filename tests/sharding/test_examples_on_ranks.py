@@ -54,6 +54,6 @@ def test_it_is_the_same_run(single, sharded, strategy):
             torch.testing.assert_close(result[kind]["weights"], single[kind]["weights"], atol=1e-5, rtol=0)
             assert {"loss", "val/loss", "grad_norm/full"} <= result[kind]["metrics"].keys()
     predicted = [prediction for result in results for prediction in result["predictions"]]
-    if strategy == "ddp":  # whose sampler repeats one of five, so that every rank has as many
+    if strategy == "ddp":  # its sampler repeats one of five, so that every rank has the same number
         predicted = {index: completions for index, completions in predicted}.items()
     assert len(single["predictions"]) == 5 and sorted(predicted) == single["predictions"]

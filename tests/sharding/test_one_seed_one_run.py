@@ -55,7 +55,7 @@ def busy_machine(processes_a_core: int) -> Iterator[None]:
 
 
 class EvenShare(RewardFunction):
-    """Share of even digits in the completion, which differs among those of any prompt."""
+    """Share of even digits in the completion. It differs among the completions of any prompt."""
 
     def __call__(self, completions, prompts):
         return [sum(c in "02468" for c in text) / max(1, len(text)) for text in completions]

@@ -1,4 +1,4 @@
-"""In 16 bits, and on a quantized base, sharded runs equal those of DDP or of one process, and ranks skip the same steps."""
+"""In 16 bits, and on a quantized base, sharded runs equal runs under DDP or in one process, and ranks skip the same steps."""
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ class Scales(Callback):
 
 def in_float16(scale):
     """A run that begins with this scale."""
-    # Of some prompts alone completions earn different rewards, so that ranks overflow one by one. The two steps are those of
-    # one rollout: of weights that differ by float16's rounding the next one may draw another token.
+    # Only completions of some prompts earn different rewards, so that ranks overflow one by one. Both steps are of one rollout:
+    # the weights differ by float16's rounding, so a second rollout might draw another token.
     policy = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "reward": Only(tuple(range(0, 24, 3)))}
     plugins = [MixedPrecision("16-mixed", "cpu")]  # which Lightning wants on a CPU
     return {"policy": policy, "callbacks": (Scales(scale),), "limit_val_batches": 0, "max_steps": 2, "plugins": plugins}

@@ -95,7 +95,7 @@ def alone(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("ranks", "jobs"), [(2, tuple(JOBS)), (3, ("sketches",))])
-def test_the_plan_is_that_of_one_process_up_to_rounding(folder, tmp_path, alone, ranks, jobs):
+def test_the_plan_equals_one_process_up_to_rounding(folder, tmp_path, alone, ranks, jobs):
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": FSDP2Strategy, "devices": ranks, "jobs": jobs}
     first, *others = run(ranks, tmp_path / "ranks", score_each, timeout_s=120, **arguments)
     for name, (plan, _) in first.items():

@@ -59,4 +59,4 @@ def test_a_disk_without_room_leaves_the_old_file_alone(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.load(path, weights_only=True) == {"number": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "no part takes what room there is"
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "no partial file takes up room"

@@ -61,7 +61,7 @@ def mean_gradient(policy, losses):
     ids=lambda loss: type(loss).__name__,
 )
 def test_rewards_give_the_policy_gradient_at_the_start_policy_of_what_was_sampled_and_counts(model, sums, loss):
-    """There the ratio is 1 and its gradient that of the log-probability; the KL term has none."""
+    """At the start the ratio is 1, and its gradient equals the log-probability's. The KL term has no gradient."""
     options = {"kind": Failing, "sampler": Interrupted(6, temperature=TEMPERATURE), "max_tokens_per_micro_batch": 20}
     options["mask_truncated_completions"] = masked = type(loss) in (GRPOLoss, DAPOLoss)
     policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=HalfEqual(), **options)

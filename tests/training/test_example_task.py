@@ -65,7 +65,7 @@ def loss_by_hand(kind, model, base, prompts):
 
 
 class ByHand(Callback):
-    """Compares every step's gradient with that of separate sequences."""
+    """Compares every step's gradient with the gradient of separate sequences."""
 
     def __init__(self, kind):
         self.kind, self.base, self.steps, self.losses = kind, build_model("llama", std=0.1), 0, []
@@ -95,7 +95,7 @@ class ByHand(Callback):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_that_of_separate_sequences(kind, model, rows, tmp_path):
+def test_a_step_equals_separate_sequences(kind, model, rows, tmp_path):
     check = ByHand(kind)
     callbacks, flags = (StepTimer(), log := Log(), check), {"accumulate_grad_batches": 2, "max_steps": 2}
     module = fit(kind, model, rows, tmp_path, *callbacks, arguments={"max_tokens_per_micro_batch": 20}, **flags)
@@ -103,10 +103,10 @@ def test_a_step_is_that_of_separate_sequences(kind, model, rows, tmp_path):
     if kind == "preference":
         assert check.losses[0] == pytest.approx(math.log(2), abs=1e-5), "it begins at the start policy"
     logged = {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
-    assert {"loss", "time"} <= logged <= module.task.training_metrics, "what is logged is known before"
+    assert {"loss", "time"} <= logged <= module.task.training_metrics, "the names of logged metrics are known before"
 
 
-def test_it_goes_on_bit_for_bit(model, rows, tmp_path):
+def test_it_resumes_bit_for_bit(model, rows, tmp_path):
     """With LoRA dropout, which draws random numbers, and over the end of an epoch."""
 
     def run(root, ckpt=None):

@@ -134,7 +134,7 @@ def metrics_of(log):
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 @pytest.mark.parametrize(("ahead", "correction", "turns"), [(0, None, 1), (2, SequenceMask(), 1), (1, TokenMask(), 3)])
-def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
+def test_a_run_with_completions_made_meanwhile_equals_the_same_schedule_in_turns(
     model, sums, tmp_path, ahead, correction, turns, monkeypatch
 ):
     monkeypatch.setattr(running, "workers_for", in_this_process)
@@ -185,7 +185,7 @@ class Seen(DigitShare):
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning", "ignore:Talk gives rewards:UserWarning")
 @pytest.mark.parametrize(("engine", "ahead", "turns"), [(Elsewhere, 1, 1), (Sampler, 0, 2)])
-def test_rewards_of_what_arrives_are_those_of_the_whole_rollout(model, sums, tmp_path, engine, ahead, turns):
+def test_rewards_of_arriving_completions_equal_the_whole_rollouts(model, sums, tmp_path, engine, ahead, turns):
     def run(reward):
         log, policy = Log(), {"sampler": engine(6), "rollouts_ahead": ahead, "reward": reward}
         if turns > 1:

@@ -100,10 +100,10 @@ def test_each_learning_rate_moves_its_own_parameters_and_gradient_clipping_limit
     clipped = step(1.0, 1.0, watch, gradient_clip_val=0.01)
     length = torch.stack([moved.norm() for moved in clipped.values()]).norm()
     assert float(length) == pytest.approx(0.01, rel=1e-3)
-    assert watch.metrics[0]["grad_norm/full"] > 0.05, "what is logged is the norm before clipping"
+    assert watch.metrics[0]["grad_norm/full"] > 0.05, "the logged norm is the one before clipping"
 
 
-def test_dropout_of_the_base_stays_off_and_that_of_lora_is_on(tmp_path, sums):
+def test_dropout_of_the_base_stays_off_and_dropout_of_lora_is_on(tmp_path, sums):
     """GPT-2 has dropout of its own, with which the first minibatch would not be on-policy, also in checkpointed blocks."""
     model = write_model(tmp_path / "gpt2", "gpt2")
     ratios = []

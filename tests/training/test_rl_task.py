@@ -91,7 +91,7 @@ def mean_of_micro_batches(lengths):
     return torch.cat([torch.ones(len(half)) / half.sum() / MICRO_BATCHES for half in lengths.chunk(MICRO_BATCHES)])
 
 
-# ---- advantages of rewards [P, G - 1], of which one of each group does not count
+# ---- advantages of rewards [P, G - 1]: one of each group does not count
 
 
 def groups(rewards, values):
@@ -218,12 +218,12 @@ class ByEquation(Callback):
 @pytest.mark.parametrize(
     ("loss", "term", "weights", "advantage", "options"), CASES, ids=[type(case[0]).__name__ for case in CASES]
 )
-def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, options):
+def test_gradients_follow_the_equation(model, sums, tmp_path, loss, term, weights, advantage, options):
     by_equation = ByEquation(loss, term, weights, advantage, options)
     reward = WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5])
     policy = {"loss": loss, "advantage": advantage, "reward": reward, "kind": Failing, **options}
     policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}
     policy["sampler"] = Interrupted(LONGEST, temperature=TEMPERATURE)
     fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=6, accumulate_grad_batches=MICRO_BATCHES)
-    assert by_equation.steps >= 4, "of six, the last two of a second rollout; in some all may be clipped"
+    assert by_equation.steps >= 4, "of six; the last two belong to a second rollout, and all may be clipped in some"
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"

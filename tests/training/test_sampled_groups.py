@@ -89,10 +89,10 @@ def test_what_is_too_much_is_dropped_and_at_the_bound_groups_fill_up_without_adv
     assert (groups.metrics()["sampling/kept_groups"], groups.metrics()["sampling/filled_groups"]) == (1 / 12, 3 / 4)
     differing = replace(groups, rewards=replace(groups.rewards, total=torch.rand(24)))
     penalised, _ = choose_trained(differing, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
-    assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in what is no success"
+    assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in something other than success"
 
 
-def test_what_does_not_count_is_in_no_advantage_and_goes_on_as_such():
+def test_rows_that_do_not_count_are_in_no_advantage_and_stay_uncounted():
     groups, *_ = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
     counted = torch.ones(22, dtype=torch.bool)
     counted[2] = counted[15] = False  # of prompts 1 and 5

@@ -1,4 +1,4 @@
-"""A teacher behind a server that answers late, with errors, or not at all."""
+"""A teacher on a server that answers late, with errors, or not at all."""
 
 from dataclasses import replace
 

@@ -44,7 +44,7 @@ class Watch(Log):
         self.handle.remove()
         super().on_train_batch_end(trainer, pl_module, *arguments)
         known = pl_module.task.training_metrics | {"val"}
-        assert {name.partition("/")[0] for name in self.metrics[-1]} <= known, "what a policy logs is known before"
+        assert {name.partition("/")[0] for name in self.metrics[-1]} <= known, "the names of a policy's metrics are known before"
 
 
 def run(model, sums, root, policy=None, **flags):

@@ -97,7 +97,7 @@ def test_validation_comes_when_asked_for_and_does_not_change_training(model, sum
     assert [step["loss"] for step in often.metrics] == [step["loss"] for step in once.metrics]
 
 
-def test_a_run_of_epochs_goes_on_bit_for_bit(model, sums, tmp_path):
+def test_a_run_of_epochs_resumes_bit_for_bit(model, sums, tmp_path):
     """Its schedule asks for the number of steps, for which Lightning makes the loader before it could restore its state."""
 
     def losses_and_weights(ckpt=None):

@@ -99,7 +99,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_the_equation(case, model, teacher_folder, sums, tmp_path):
+def test_gradients_follow_the_equation(case, model, teacher_folder, sums, tmp_path):
     distillation, kind, rewarded = CASES[case]
     of_model = kind == "model"
     teacher = ModelTeacher(str(teacher_folder)) if of_model else SelfTeacher(HINT, start=kind == "start")
@@ -128,7 +128,7 @@ def test_rows_without_advantage_teach_and_modules_are_scored_by_the_teacher(mode
     policy |= {"teacher": ModelTeacher(str(teacher_folder)), "distillation": losses.ReverseKL()}
     module = fit(model, sums, tmp_path, build_adapter(), log, policy=policy, max_steps=1)
     assert len(log.batches[0].sequences) == 4 and log.metrics[0]["teacher/divergence"] > 0
-    assert module.plan.calibration["signal"] == "reward", "not by reference answers, as where nothing has an advantage"
+    assert module.plan.calibration["signal"] == "reward", "not reference answers, the signal where nothing has an advantage"
 
 
 def test_a_run_that_is_resumed_in_the_middle_of_a_rollout_has_the_same_weights(model, sums, tmp_path):

@@ -61,12 +61,12 @@ def tokens_of(rollouts) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("temperature", "tolerance"), [(1.0, 1e-4), (0.7, 3e-4)])
-def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
+def test_log_probabilities_equal_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
     sampler.temperature = temperature
     assert largest_difference(policy, complete(policy)) < tolerance
 
 
-def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
+def test_an_episode_continues_after_added_tokens(policy, sampler):
     policy.task.generation.episodes = Episodes(
         Talk(), EpisodeLimits(max_tokens=40), sampler, policy.policy.pretrained, "{content}"
     )
@@ -92,7 +92,7 @@ def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token
     rows = zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True)
     for row, (tokens, finished, text) in enumerate(rows):
         ids = rollouts.sequences.prompt_ids[row][rollouts.sequences.prompt_mask[row]].tolist()
-        assert ids == policy.task.generation.encode(rollouts.prompts[row // 4]), "those of a prompt are neighbours"
+        assert ids == policy.task.generation.encode(rollouts.prompts[row // 4]), "completions of a prompt are neighbours"
         assert finished == (tokens[-1] in stop) and not stop & set(tokens[:-1])
         assert text.num_tokens == len(tokens) and text.finished == finished
     assert rollouts.finished.any()
@@ -102,7 +102,7 @@ def test_a_seed_gives_the_same_completions_whatever_is_sampled_beside_it_and_ano
     """Equal up to the rounding of a batch, which can turn a draw that lies on the edge between two tokens."""
     whole = tokens_of(complete(policy))
     assert whole == tokens_of(complete(policy)) != tokens_of(complete(policy, seed=1))
-    assert len({tuple(row) for row in whole[:4]}) > 1, "those of a prompt differ"
+    assert len({tuple(row) for row in whole[:4]}) > 1, "completions of a prompt differ"
     alone = []
     for prompt in prompts():
         alone += tokens_of(policy.generate([prompt], 4, PromptDraws([prompt], 4, 0)))
@@ -227,7 +227,7 @@ def test_a_prompt_without_room_is_refused_progress_is_told_and_an_exception_from
     with pytest.raises(KeyboardInterrupt):
         complete(policy)
     policy.run.listeners.clear()
-    assert largest_difference(policy, complete(policy)) < 1e-4, "what was begun is gone"
+    assert largest_difference(policy, complete(policy)) < 1e-4, "the requests that had begun are gone"
 
 
 # ---- with the server that is up for this file

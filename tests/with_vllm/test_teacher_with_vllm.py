@@ -13,7 +13,7 @@ from hybrid_lightning.types import Prompt
 @needs_vllm
 def test_a_server_teaches_what_the_same_weights_teach_here(model, server, tmp_path):
     sampler = VLLMServerSampler(max_new_tokens=12, urls=[server.url])
-    policy = policy_of(sampler, model, "hybrid")  # whose weights the server is sent
+    policy = policy_of(sampler, model, "hybrid")  # the server receives its weights
     prompts = [Prompt(text=text, index=n) for n, text in enumerate(("12+3=", "abc", "what is 7?"))]
     rollouts = policy.task.generation.generate(prompts, 4, PromptDraws(prompts, 4, 0))
     teacher = ServerTeacher(server.url, cache_dir=str(tmp_path / "cache"))

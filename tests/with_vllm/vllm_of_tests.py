@@ -130,7 +130,7 @@ def largest_difference(policy: PolicyModule, rollouts) -> float:
 
 
 def write_model(folder: Path, family: str = "llama", layers: int = 3, tied: bool = False) -> Path:
-    """A random model whose sizes vLLM's attention has on a CPU, with a tokenizer that knows letters."""
+    """A random model with sizes that vLLM's attention has on a CPU, and a tokenizer that knows letters."""
     sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": layers, "max_position_embeddings": 64}
     sizes |= {"tie_word_embeddings": tied, **({"head_dim": 32} if family == "qwen3" else {})}
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}.get(family)

@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command, entry
 from benchmarks.pairs import Plan, compare, prepared
+from benchmarks.speed import run_config
 from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -28,15 +29,16 @@ import hybrid_lightning
 assert hybrid_lightning.__file__.startswith({checkout!r}), hybrid_lightning.__file__
 runpy.run_module("benchmarks.speed.run_ours", run_name="__main__")
 """
-_SHIPPED_WORKER = """import sys
-sys.path.insert(0, {root!r})
-from benchmarks.speed import run_config
-run_config.main({checkout!r}, {options!r})
+_SHIPPED_WORKER = """import runpy, sys
+sys.path.insert(0, {checkout!r})
+runpy.run_path({worker!r})["main"]({checkout!r}, {options!r})
 """
 # Configs with their sizes; every step must have exactly these.
 SHIPPED = {
     workload.name: workload
     for workload in (
+        Workload("gspo", 32, 8, max_new_tokens=20, mean_tokens=None, minibatches=2),
+        Workload("tools", 32, 8, max_new_tokens=12, mean_tokens=None, minibatches=2, turns=3),
         Workload("smollm2_addition", 16, 8, max_new_tokens=6, mean_tokens=None),
         Workload("smollm2_mawps", 8, 8, max_new_tokens=16, mean_tokens=None),
     )
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             workloads = [made[name] for name in names if name in made]
             options = {"before": [f"--{option}" for option in arguments.before_options], "now": []}
             workers = {
-                side: ("-c", code.format(root=str(ROOT), checkout=str(place), options=options[side]))
+                side: ("-c", code.format(checkout=str(place), worker=run_config.__file__, options=options[side]))
                 for side, place in checkouts.items()
             }
             plan = Plan(arguments.pairs, "cpu", arguments.threads, 0, tuple(checkouts), Path(logs), workers=workers)

@@ -1,6 +1,6 @@
 """Worker: runs a config of a checkout like `python -m hybrid_lightning fit`, one rollout and its update at a time.
 
-It serves both sides of a comparison of commits, and imports `hybrid_lightning` from the given checkout.
+It serves both sides of a comparison of commits. `hybrid_lightning` and the rest of `benchmarks` come from the given checkout.
 """
 
 import json
@@ -40,7 +40,11 @@ def main(checkout: str, given: Sequence[str] = ()) -> None:
     settings = Settings.from_arguments()
     name = settings.workload.name
     with TemporaryDirectory(prefix="run_config_") as folder:
-        options = {**_QUIET, "trainer.max_steps": str(settings.rollouts), "trainer.default_root_dir": folder}
+        options = {
+            **_QUIET,
+            "trainer.max_steps": str(settings.rollouts * settings.workload.minibatches),
+            "trainer.default_root_dir": folder,
+        }
         if name in _GIVEN:
             options["data.source.train"] = rows = f"{folder}/rows.jsonl"
             with open(rows, "w") as file:

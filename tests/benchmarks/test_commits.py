@@ -31,7 +31,8 @@ def test_shipped_configs_have_the_sizes_that_are_checked():
         sampler = model["sampler"].get("init_args", model["sampler"])
         sizes = (model["prompts_per_rollout"], model["samples_per_prompt"], sampler["max_new_tokens"])
         assert sizes == (workload.prompts, workload.samples, workload.max_new_tokens)
-        assert "minibatches_per_rollout" not in model, "a step is a rollout"
+        assert model.get("minibatches_per_rollout", 1) == workload.minibatches
+        assert model.get("episodes", {"init_args": {"max_turns": 1}})["init_args"]["max_turns"] == workload.turns
 
 
 def test_a_config_is_run_by_the_package_of_a_checkout(monkeypatch, tmp_path):

@@ -139,9 +139,9 @@ def check_lora_modules(names: Iterable[str]) -> None:
 def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
     """Change a config in place so that PEFT finds all of its LoRA modules in a model with experts.
 
-    PEFT takes some names, such as `down_proj`, for names of experts before transformers 5, even in a dense layer or in shared
-    experts. It leaves the name of a weight alone. So such modules get LoRA on the weight, which computes the same, without
-    dropout.
+    PEFT takes some names, such as `down_proj`, for the names that experts had before transformers 5, even in a dense layer or
+    in shared experts. It leaves the name of a weight alone. So such modules get LoRA on the weight, which computes the same,
+    without dropout.
 
     Raises:
         ConfigError: If such modules have DoRA, which PEFT cannot put on a weight by name.

@@ -35,11 +35,11 @@ class LowRankUpdate:
 def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False) -> None:
     """Write rows of a weight, starting at row `first`, with its update merged.
 
-    Each number is computed in float32 and rounded once.
+    Each number is computed in float32 and rounded once. This needs temporary float32 copies of the update.
 
     Args:
-        destination: Receives the rows, [rows, ...] of any dtype and device. Unless it is float32 on the weight's device, a
-            temporary copy of 2^20 numbers, or of one row if that is longer, is needed.
+        destination: Receives the rows, [rows, ...] of any dtype and device. Unless it is float32 on the weight's device, another
+            temporary copy is needed, of 2^20 numbers, or of one row if that is longer.
         first: Index of the first row.
         weight: [outputs, inputs], or [experts, ...]: experts are merged one after another, and each counts as one row.
         update: The update; None copies the weight.

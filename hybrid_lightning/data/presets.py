@@ -133,9 +133,9 @@ class AMC23(PresetSource):
 class DAPOMath17k(PresetSource):
     """DAPO-Math-17k, with columns `prompt` (the problem), `solution` (the answer) and `reward_model`.
 
-    The copy on the hub has each problem once. A local copy of the original, BytedTsinghua-SIA/DAPO-Math-17k, can be read too:
-    its problems are extracted from their conversations and instructions, and each is kept once. The original repeats every
-    problem about a hundred times, and all of its 1.79 million rows are read into memory.
+    The hub copy that this class reads has each problem once. A local copy of the original, BytedTsinghua-SIA/DAPO-Math-17k, can
+    be read too: its problems are extracted from their conversations and instructions, and each is kept once. The original repeats
+    every problem about a hundred times, and all of its 1.79 million rows are read into memory.
 
     Args:
         subset: "all", "en" (English) or "cn" (Chinese).

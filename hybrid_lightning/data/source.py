@@ -141,7 +141,7 @@ class EpisodeSource(PromptSource):
         prompt: Text for the policy before the environment's first message.
 
     Raises:
-        ConfigError: If a number is negative, or all are 0.
+        ConfigError: If a number is negative or too large, or all are 0.
 
     Example:
         >>> splits = EpisodeSource(count=2, validation_count=1, prompt="Guess the number.").load()

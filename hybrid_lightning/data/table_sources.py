@@ -51,7 +51,7 @@ class RowsSource(TableSource):
     As in `FileSource`, training rows that also occur in a held-out split are dropped, and fractions are split off.
 
     Args:
-        train: Training rows, each a dict from column to cell; None for no training.
+        train: Training rows, each a dict from column to cell; None for no training rows.
         validation: Validation rows, if there are any.
         test: Test rows, if there are any.
         **columns: Arguments of `TableSource`.

@@ -109,7 +109,7 @@ class Trained:
     full: int  # in fully trained linear modules
     low_rank: int  # in linear modules with LoRA
     lora: int  # in LoRA's A and B
-    share_full: float  # share of trainable modules that are trained fully
+    share_full: float  # share of the candidates' parameters that is trained fully
     rank: int  # of LoRA
     inputs: int = 0  # how often LoRA layers keep their inputs: the engine's keep a common input once
     prepacks: bool = True  # whether the engine copies weights of LoRA layers for decoding

@@ -50,7 +50,7 @@ def compared_logprobs(
 
     Returns:
         Four tensors [B, T] float32, 0 where nothing was sampled: the policy's log-probabilities and the divergence, both with
-        gradient, the policy's entropy, and the teacher's log-probabilities.
+        gradient, the policy's entropy, with gradient if `entropy_gradient`, and the teacher's log-probabilities.
     """
     mask = sequences.sampled_mask
     tokens, (its_states, its_logits) = sequences.completion_ids[mask], teacher

@@ -247,7 +247,7 @@ class PlainLayer:
         return *rotary(known.backend, query, key, *angles), value
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer, from the states before it (overwritten) and attention's result [N, H D]."""
+        """Hidden states [N, n] after the layer, from the states before it, possibly in place, and attention's result [N, H D]."""
         hidden = self.add_output(hidden, attended)
         gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
         return self.add_mlp(hidden, self.known.mlp.activated(gate, up))

@@ -24,7 +24,6 @@ class PackedModel(Protocol):
 
     def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
         """Pack sequences into the layout that the model's attention uses."""
-        ...
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of N packed tokens before the output layer, or [W, H] of those `wanted`."""

@@ -28,7 +28,7 @@ class _New:
 
     slots: Tensor  # [N], the slot of each token's row
     counts: Tensor  # [N], completion tokens of its row up to and including it
-    places: Tensor | int  # [N], how many of these tokens precede it in its row; just 0 if none does for all
+    places: Tensor | int  # [N], how many of these tokens precede each in its row; the int 0 if none precedes any
     most: int  # T, most of these tokens in one row
 
     @property

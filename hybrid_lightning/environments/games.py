@@ -31,7 +31,7 @@ class GuessNumber(Environment):
         invalid: Answer to a message that is not a guess; `{low}` and `{high}` are filled in.
 
     Raises:
-        ConfigError: If the range has only one number, or the answers to low and high guesses are the same.
+        ConfigError: If the range has fewer than two numbers, or the answers to low and high guesses are the same.
 
     Example:
         >>> game = GuessNumber(1, 100)

@@ -44,7 +44,7 @@ class HermesCalls(CallFormat):
             if isinstance(call, Call):
                 end = after
                 closed = text.startswith(self.CLOSE, _skip_space(text, end))
-                call = call if closed else MalformedCall(f"{self.CLOSE} is missing after the JSON")
+                call = call if closed else MalformedCall(f"{self.CLOSE} is missing behind the JSON")
             yield call
 
     def describe(self, tools: Sequence[Schema]) -> str:

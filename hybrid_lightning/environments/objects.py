@@ -62,7 +62,7 @@ class Objects:
             The checked answer.
 
         Raises:
-            FaultError, LateError: If the environment does not answer; the text gives the reason.
+            FaultError: If the call raises or returns a malformed answer; LateError if it takes too long.
             HybridLightningError: If the environment raises one, such as a mistake in the config; this does not count as a fault.
         """
         made: list[Environment] = []

@@ -15,7 +15,7 @@ BEGUN_AGAIN = 2  # at most, after faults of the environment
 
 @dataclass(frozen=True)
 class Failure:
-    """An episode is left out, because its environment failed again after restarts."""
+    """An episode is left out, because its environment failed despite restarts or took too long."""
 
     reason: str  # one line
     late: bool = False  # whether a call took too long

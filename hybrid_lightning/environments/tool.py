@@ -125,7 +125,8 @@ def describe_tool(tool: Callable[..., Any]) -> tuple[str, ToolSchema]:
     """The name and the schema of a tool, from its signature and docstring.
 
     Raises:
-        ConfigError: If the docstring, a type hint or an argument's description is missing, or if an argument has no name.
+        ConfigError: If the docstring, a type hint or an argument's description is missing, or if an argument cannot be given by
+            name, such as `*args`.
     """
     if isinstance(tool, Tool):
         return tool.name, _schema(type(tool).__call__, tool.name, True)

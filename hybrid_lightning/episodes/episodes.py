@@ -46,7 +46,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)  # tokens of the completion
     sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
     logprobs: list[float] = field(default_factory=list)  # 0 for added tokens
-    steps: list[int] = field(default_factory=list)  # step of the weights that sampled each token; empty if all are the same
+    steps: list[int] = field(default_factory=list)  # step of the weights that sampled last, per token; empty if all are the same
     last: Sequence[int] = ()  # tokens of the policy's last message
     texts: list[str] = field(default_factory=list)  # texts of the policy's messages
     lengths: list[int] = field(default_factory=list)  # lengths of the policy's messages in tokens
@@ -360,7 +360,7 @@ def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
-    """The messages before the first turn, with those that the environment added; empty without episodes."""
+    """The messages that the environment added to a prompt before the first turn; empty without episodes."""
     samples, prompt = rollouts.samples_per_prompt, rollouts.prompts[number]
     asked = list(prompt.messages or [{"role": "user", "content": prompt.text}])
     for completion in rollouts.completions[number * samples : (number + 1) * samples]:

@@ -28,7 +28,8 @@ class AdapterFolder(ExportForm):
         """Write the adapter and the tokenizer.
 
         Raises:
-            ConfigError: If the base model is itself an adapter, or if the plan has DoRA and the model has experts.
+            ConfigError: If the base model is itself an adapter, or if the plan has DoRA on modules that PEFT takes for experts
+                (see `target_exactly`).
             PlanError: If modules of the plan are missing in the base model.
         """
         source, skeleton = policy.base.source, policy.base.skeleton()

@@ -74,8 +74,8 @@ class MergedModel(ExportForm):
 def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> None:
     """Merge the trained weights of a policy into its base model.
 
-    Changes the model in place, which is loaded in the dtype of training, and converts all its parameters to `dtype`. Each merged
-    weight is computed in float32 and rounded once. Only one module at a time is in float32.
+    Changes the model, loaded in the dtype of training, in place, and converts all its parameters to `dtype`. Each merged weight
+    is computed in float32 and rounded once. Only one module at a time is in float32.
 
     Raises:
         PlanError: If the model does not have the weights that were adapted.
@@ -130,5 +130,5 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     try:
         settings.validate(strict=True)
     except ValueError:
-        # Many base models have a temperature without do_sample, which transformers reads but does not write.
+        # Many base models have a temperature without do_sample, which transformers reads but refuses to write.
         settings.do_sample = True

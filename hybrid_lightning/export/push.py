@@ -19,7 +19,7 @@ _OURS = "plan.json"  # each exported folder has it
 
 
 def open_repository(name: str) -> str:
-    """Make sure that a folder can be pushed to a repository. A new repository is created, and private.
+    """Make sure that a folder can be pushed to a repository. If the repository does not exist, it is created, as a private one.
 
     Args:
         name: `OWNER/NAME`, or `NAME` for the owner of the token.

@@ -2,8 +2,8 @@
 
     loss = aggregate(importance_weights * policy_term + kl_coef * kl + divergence) - entropy_coef * entropy
 
-All terms but the first are optional; `divergence` comes from a teacher (see `distillation`). Axes: B sequences, T completion
-tokens (right-padded).
+Everything but the policy term is optional; `divergence` comes from a teacher (see `distillation`). Axes: B sequences, T
+completion tokens (right-padded).
 
 A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
 `policy_metrics`. The base class checks the inputs, casts half precision to float32, sets tokens that were not sampled to 0, adds
@@ -143,7 +143,8 @@ class PolicyLoss(Configurable, ABC):
                 mask and denominators.
 
         Returns:
-            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and the shares of:
+            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
+            shares as well:
 
             - "ratio/mean": over sequences if the loss has one ratio per sequence, else over tokens; and "ratio/max"
             - "kl", with a KL term: mean over tokens, including its importance weight

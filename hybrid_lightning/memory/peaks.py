@@ -67,7 +67,7 @@ def plan_memory(settings: RunSettings) -> list[MethodMemory]:
     """Plan the memory that full fine-tuning, LoRA and hybrid take on the first device.
 
     The plan assumes completions of full length, an advantage for every row, and a budget that chooses the largest modules. So the
-    result is an upper bound for any run, and exact for a run with such completions.
+    result is an upper bound for any run, and a prediction for a run with such completions.
 
     Returns:
         The methods: full fine-tuning, LoRA, and the run's own plan or budget if it is neither of them.

@@ -1,5 +1,6 @@
-// LoRA in training, in float32: adds the part of its factors A [rank, n] and B [m, rank] to a product with frozen weights, and
-// computes their gradients. Products of bfloat16 are left to libraries, which use the processor's instructions for them.
+// LoRA in training, in float32: adds the contribution of its factors A [rank, n] and B [m, rank] to a product with frozen
+// weights, and computes their gradients. Products of bfloat16 are left to libraries, which use the processor's instructions for
+// them.
 //
 // Libraries are made for wider matrices: their products of 128 numbers into 8 reach a tenth of a processor's peak.
 

@@ -36,7 +36,7 @@ _REMEDIES = (
         "give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER",
     ),
 )
-# Errors of the machine, not of the code: a full disk, for which no file is named, and a file or folder without access.
+# Errors of the machine, not of the code: of a full disk, which may name no file, and of a file or folder that cannot be used.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # Our modules for different kinds of training: a config is for only one of them.
@@ -92,7 +92,7 @@ def broken_config(arguments: Sequence[str]) -> str:
         except yaml.MarkedYAMLError as error:
             place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
             return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
-        except OSError:
+        except (OSError, ValueError, yaml.YAMLError):  # unreadable, or not text: the parser's own message has to do
             continue
     return ""
 

@@ -1,4 +1,4 @@
-"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. Only this file knows the LightningModule and the Trainer.
+"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. The tasks know neither a LightningModule nor a Trainer.
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data

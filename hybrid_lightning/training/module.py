@@ -222,7 +222,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- setup
 
     def setup(self, stage: str) -> None:
-        """Reject settings that cannot work before the run starts. The callbacks have been set up and have adapted the model."""
+        """Before the run starts, reject settings that cannot work. Callbacks have been set up, and have adapted the model."""
         write_whole_files(self.trainer.strategy)
         self.policy.load()
         self.check_settings()

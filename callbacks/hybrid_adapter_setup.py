@@ -1,6 +1,6 @@
 """`HybridAdapterSetup`: finds the adapter plan of a run, applies it before training starts, and shows it.
 
-The plan comes from the checkpoint, or from a file, or is made anew (`planning.py`), in this order.
+The plan comes from the checkpoint, else from a file, else from `planning.py`.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class HybridAdapterSetup(Configurable, Callback):
     """Chooses the modules to train fully and gives LoRA to all other candidates.
 
     The plan comes from the checkpoint being loaded, or else from `plan`, or else from scoring. It is written to the run folder as
-    `plan.json` and `plan.png`. Interrupted scoring begins anew when the command is started again. Evaluation without a checkpoint
-    and without `plan` leaves the model unchanged.
+    `plan.json` and `plan.png`. Interrupted scoring starts over with the next command. Evaluation without a checkpoint and
+    without `plan` leaves the model unchanged.
 
     Checkpoints hold the run's settings. At a resume they are compared with the new settings, and each change is applied or
     refused (see `callbacks/resume.py`).

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, one_line
 
 # Pattern in a message about the Trainer's flags, a disk or a file -> remedy, which is appended to the message.
 _REMEDIES = (
@@ -89,10 +89,11 @@ def broken_config(arguments: Sequence[str]) -> str:
         try:
             with open(path, encoding="utf-8") as file:
                 yaml.safe_load(file)
-        except yaml.MarkedYAMLError as error:
-            place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-            return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
-        except (OSError, ValueError, yaml.YAMLError):  # unreadable, or not text: the parser's own message has to do
+        except yaml.YAMLError as error:  # a MarkedYAMLError, or a ReaderError of a character that YAML refuses
+            problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+            place = "" if mark is None else f" in line {mark.line + 1}"
+            return f"--config {path} is not valid YAML: {problem or one_line(error)}{place}; correct it"
+        except (OSError, ValueError):  # unreadable, or not UTF-8
             continue
     return ""
 

@@ -28,7 +28,7 @@ class EvaluationReport(Callback):
     with the same weight, or the only set if no set has a name. Shares have 95% confidence intervals over problems (see
     `hybrid_lightning.metrics.problem_means`). The file holds the last evaluation of the run.
 
-    The module provides the numbers as `last_evaluation`: set -> metric -> value, with "" for all sets together.
+    The module has the numbers as `evaluation.last`: set -> metric -> value, with "" for all sets together.
 
     Raises:
         ConfigError: If a checkpoint or another callback monitors a metric that the validation before training does not measure.

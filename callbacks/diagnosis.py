@@ -258,12 +258,12 @@ class Doctor(Callback):
         values = {
             "answers": given.note,
             "reference": references.note,
-            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rollouts.completions)} completions right"
+            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rewards.of_counted().total)} completions right"
             if "reward" in m
             else "no completion counts",
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards and teach nothing",
             "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
-            f"{m.get('completions/clipped_ratio', 0):.0%} cut at {findings.as_options(limits)}",
+            f"{rollouts.cut.float().mean():.0%} cut at {findings.as_options(limits)}",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
             "gradient": "norm " + ", ".join(f"{value:.3g} ({name})" for name, value in norms.items()),
             "trial step": f"at the full rates ({rates}): KL {change.kl:.2g} nats a token, log-probabilities moved by "

@@ -28,7 +28,7 @@ class EvaluationReport(Callback):
     with the same weight, or the only set if no set has a name. Shares have 95% confidence intervals over problems (see
     `hybrid_lightning.metrics.problem_means`). The file holds the last evaluation of the run.
 
-    The module provides the numbers as `last_evaluation`: set -> metric -> value, with "" for all sets together.
+    The module has the numbers as `evaluation.last`: set -> metric -> value, with "" for all sets together.
 
     Raises:
         ConfigError: If a checkpoint or another callback monitors a metric that the validation before training does not measure.
@@ -116,7 +116,7 @@ def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collect
 
 
 def score_table(scores: Scores, title: str) -> Table:
-    """A table with metrics as rows, accuracy and reward first, and sets as columns; shares in percent, with intervals."""
+    """A table of metrics (problems, accuracy and reward first) by sets; shares are in percent, with their intervals."""
     names = [name for name in scores if name != OVERALL]
     columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
     table = Table(title=title, title_justify="left", show_header=bool(names))

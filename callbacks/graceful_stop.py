@@ -42,7 +42,7 @@ class GracefulStop(Callback):
     is undone: a rollout in progress will be drawn again in the same way, the gradients of an unfinished step are dropped and its
     micro-batches go back to the loader, and the resumed run makes a pending validation. So the curves of both runs together equal
     the curves of a run that was not stopped. Before the first rollout there is no checkpoint: a run that is stopped while it
-    scores the modules begins anew. If a rollout engine fails, a checkpoint is saved as well. If a reward fails, one is saved
+    scores the modules starts over. If a rollout engine fails, a checkpoint is saved as well. If a reward fails, one is saved
     after at least one step of a run with one process.
 
     Several processes agree on where they stop: a signal to any of them is enough, and all save together. A second signal ends a
@@ -266,7 +266,7 @@ def _how_to_resume(trainer: Trainer) -> str:
         return "start the command again"
     if checkpoint := last_checkpoint(trainer):
         return f"resume with:\n  {resume_command(trainer, checkpoint)}"
-    return f"{NOTHING_MADE} (scoring begins anew)"
+    return f"{NOTHING_MADE} (scoring starts over)"
 
 
 def last_checkpoint(trainer: Trainer) -> str | Path | None:

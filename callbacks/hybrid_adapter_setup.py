@@ -1,6 +1,6 @@
 """`HybridAdapterSetup`: finds the adapter plan of a run, applies it before training starts, and shows it.
 
-The plan comes from the checkpoint, or from a file, or is made anew (`planning.py`), in this order.
+The plan comes from the checkpoint, else from a file, else from `planning.py`.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class HybridAdapterSetup(Configurable, Callback):
     """Chooses the modules to train fully and gives LoRA to all other candidates.
 
     The plan comes from the checkpoint being loaded, or else from `plan`, or else from scoring. It is written to the run folder as
-    `plan.json` and `plan.png`. Interrupted scoring begins anew when the command is started again. Evaluation without a checkpoint
-    and without `plan` leaves the model unchanged.
+    `plan.json` and `plan.png`. Interrupted scoring starts over with the next command. Evaluation without a checkpoint and
+    without `plan` leaves the model unchanged.
 
     Checkpoints hold the run's settings. At a resume they are compared with the new settings, and each change is applied or
     refused (see `callbacks/resume.py`).
@@ -123,7 +123,7 @@ class HybridAdapterSetup(Configurable, Callback):
         if self.plan is None:
             self.plan = self._adapt(trainer, pl_module, saved)
         else:
-            self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model anew")
+            self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model again")
         if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
             trained = (*self.plan.full_modules, *self.plan.lora_modules)
             self._show(self.plan, folder, share_of_experts(model_of(pl_module), trained), resumed=saved is not None)
@@ -210,11 +210,11 @@ class HybridAdapterSetup(Configurable, Callback):
             return
         say(plan_title(plan))
         if of_experts:
-            say(f"Frozen besides: experts, {of_experts:.0%} of the weights; adapter.rank_pattern={{experts: 4}} gives them LoRA")
+            say(f"Also frozen: experts, {of_experts:.0%} of the weights; adapter.rank_pattern={{experts: 4}} gives them LoRA")
         frozen = without_lora(module.name for module in plan.candidates if module.mode == "frozen")
         if frozen:
             count = f"{len(frozen)} module{'' if len(frozen) == 1 else 's'}"
-            say(f"Frozen besides: {count} such as {frozen[0]}; kernels of state space layers read these weights past LoRA")
+            say(f"Also frozen: {count} such as {frozen[0]}; kernels of state space layers read these weights past LoRA")
         rest = 0
         if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # without either a table has nothing to show
             table = plan_table(plan, _SHOWN_OTHERS)

@@ -93,7 +93,7 @@ class Resume:
         states = checkpoint.get("callbacks", {})
         if any(_gives_up_rollout(name) for name in changed):
             if trainer.is_global_zero:
-                say("the change discards the rest of the rollout in progress, and the epoch begins anew")
+                say("the change discards the rest of the rollout in progress, and the epoch starts over")
             for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
                 if isinstance(state, dict) and "ranks" in state:  # state of `RolloutLoader`
                     state["given_up"] = True

@@ -28,7 +28,7 @@ from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
 # Validation metric -> its name on the screen.
-_SHORT = {"greedy_accuracy": "greedy", "completion_length": "length", "truncation_rate": "cut"}
+_SHORT = {"greedy_accuracy": "greedy", "completion_length": "length", "truncation_rate": "unfinished"}
 
 
 class RunSummary(Callback):

@@ -98,7 +98,7 @@ def _program() -> str:
 
 
 def _format_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """A warning of this package as our other lines, without its place in the code; Lightning's format for all others."""
+    """Format a warning of this package as one line without its place in the code, and all others as Lightning does."""
     if Path(filename).is_relative_to(_PACKAGE) or Path(filename).resolve().is_relative_to(_CALLBACKS):
         return f"Warning: {message}\n"
     return _LIGHTNINGS_FORMAT(message, category, filename, lineno, line)

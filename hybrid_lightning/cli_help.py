@@ -313,7 +313,7 @@ def _whole(text: str, part: type, name: str) -> str:
 
 
 def first_sentence(text: str | None) -> str:
-    """The first sentence of a text that does not begin with "Default", on one line."""
+    """The first sentence of a text, on one line; sentences that begin with "Default" are skipped."""
     text = " ".join((text or "").replace("``", "`").split())
     sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)

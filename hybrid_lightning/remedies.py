@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, one_line
 
 # Pattern in a message about the Trainer's flags, a disk or a file -> remedy, which is appended to the message.
 _REMEDIES = (
@@ -36,7 +36,7 @@ _REMEDIES = (
         "give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER",
     ),
 )
-# Errors of the machine, not of the code: a full disk, for which no file is named, and a file or folder without access.
+# Errors of the machine, not of the code: of a full disk, which may name no file, and of a file or folder that cannot be used.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # Our modules for different kinds of training: a config is for only one of them.
@@ -89,10 +89,11 @@ def broken_config(arguments: Sequence[str]) -> str:
         try:
             with open(path, encoding="utf-8") as file:
                 yaml.safe_load(file)
-        except yaml.MarkedYAMLError as error:
-            place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-            return f"--config {path} is not valid YAML: {error.problem}{place}; correct it"
-        except OSError:
+        except yaml.YAMLError as error:  # a MarkedYAMLError, or a ReaderError of a character that YAML refuses
+            problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+            place = "" if mark is None else f" in line {mark.line + 1}"
+            return f"--config {path} is not valid YAML: {problem or one_line(error)}{place}; correct it"
+        except (OSError, ValueError):  # unreadable, or not UTF-8
             continue
     return ""
 

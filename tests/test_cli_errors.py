@@ -33,6 +33,7 @@ class Prepared(PromptDataModule):
 FILES = {
     "foreign.ckpt": "hello",
     "broken.yaml": "model:\n  loss: {class_path: GSPOLoss\n  a: b",
+    "bell.yaml": "model: \a",
     "file": "",
     "long.jsonl": "\n".join(f'{{"question": "{"1" * (125 if n == 5 else 4)}{n}", "answer": "1"}}' for n in range(40)),
     "words.jsonl": "\n".join(f'{{"question": "{n}", "answer": "an answer"}}' for n in range(40)),
@@ -58,6 +59,7 @@ COMMANDS = [
     ("--config t.yaml fit", r"--config comes after the command; give python -m hybrid_lightning fit --config FILE"),
     ("fit --config nowhere.yaml", r"--config \S*nowhere\.yaml: there is no such file; .* that the command 'configs' lists$"),
     ("fit --config broken.yaml", r"--config broken\.yaml is not valid YAML: .* in line 3; correct it$"),
+    ("fit --config bell.yaml", r"--config bell\.yaml is not valid YAML: unacceptable character #x0007: .*; correct it$"),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is not a writable folder; give another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]

@@ -97,7 +97,7 @@ def quantize_base(
         )
     if not names:
         raise ConfigError(
-            f"{nothing}: it needs a number of inputs that is a multiple of {_BLOCK}, which no linear module has; set "
+            f"{nothing}: it needs a number of inputs that is a multiple of {_BLOCK}, which no frozen module has; set "
             "model.quantization=null"
         )
     del plain  # it would keep every weight in memory until the end

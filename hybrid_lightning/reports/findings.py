@@ -177,7 +177,7 @@ def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
 def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
     """Whether there is a gradient, from the norms of the parameter groups before clipping.
 
-    If the rewards in each group of the step are `equal`, the gradient is 0 as expected; a whole rollout of these has its finding.
+    If the rewards in each group of the step are `equal`, 0 is expected; for a whole rollout, another finding reports that.
     """
     if equal or not norms or any(norms.values()):
         return []

@@ -80,7 +80,7 @@ class JudgeReward(RewardFunction):
             fail, or after 16 failures in a row.
         prices: Price of a million prompt tokens and of a million reply tokens, for the metric `judge/cost`; None for no metric.
         cache_dir: Folder of the cached replies; None for `~/.cache/hybrid_lightning/judge`.
-        api_key_variable: Environment variable with the API key, which is never written to disk; no key is sent if it is not set.
+        api_key_variable: Environment variable with the API key, which is never stored or logged; no key is sent if it is not set.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
         name: Name in logs; None for `judge_reward`.
 

@@ -1,6 +1,6 @@
 r"""`MultipleChoice`: whether a completion chooses the right letter.
 
-The letter is searched in these places, and the first place with a letter decides:
+The letter is looked for in these places, in this order, and the first place with a letter decides:
 
 1. in `\boxed{}`;
 2. after the last "answer is", "answer:" or similar;

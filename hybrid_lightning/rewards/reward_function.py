@@ -49,7 +49,7 @@ class RewardFunction(Configurable, ABC):
         """
 
     def overlaps(self, prompt: Prompt) -> int:
-        """How many completions of a prompt may be scored at the same time while others are still being generated.
+        """How many completions may be scored at the same time as they arrive, while others are still being generated.
 
         Override it in slow rewards, such as programs or calls over HTTP. `__call__` then gets one completion at a time, in
         other threads than training and in any order, and must return the same numbers as for all completions together.

@@ -96,7 +96,7 @@ class RolloutEngine(Configurable, ABC):
             raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
         stop = stop or ()  # null in a config
         if any(not text for text in stop):
-            raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove it")
+            raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove that string")
         self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
         self.top_p, self.top_k, self.min_p = top_p, top_k, min_p
 
@@ -112,8 +112,8 @@ class RolloutEngine(Configurable, ABC):
             strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
         except Exception as error:  # of the tokenizers library, which has no class of its own
             raise ConfigError(
-                f"sampler.stop={list(self.stop)} does not work with this model's tokenizer ({error}); remove it, and let a stop "
-                "token end completions"
+                f"sampler.stop={list(self.stop)} does not work with this model's tokenizer ({error}); set it to [], and let a "
+                "stop token end completions"
             ) from error
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), strings)
 

@@ -165,7 +165,7 @@ class _Decoder:
         wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
         reason = self._why_no_graphs() if wanted else ""
         if reason and self.sampler.cuda_graphs is True:
-            raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
+            raise ConfigError(f"sampler.cuda_graphs=true: {reason}; set it to auto")
         if reason:
             self.engine.graphs.warn_once(reason)
         elif wanted and isinstance(decoding, SegmentDecoding):
@@ -234,7 +234,7 @@ class _Decoder:
                 rows, token, running = rows[keep], token[keep], running[keep]
             begin = partial(self.decoding.step, token)
         if graphs.why_not and self.sampler.cuda_graphs is True:
-            raise ConfigError(f"sampler.cuda_graphs=true: {graphs.why_not}; remove it")
+            raise ConfigError(f"sampler.cuda_graphs=true: {graphs.why_not}; set it to auto")
         finished = ~cut
         finished[rows[running]] = False
         longest = int(lengths.max())

@@ -118,7 +118,7 @@ def run_cells(cells: Sequence[str], seed: int) -> None:
     """Run pieces of code one after another, show only the output of the last one, and end with a mark (see `WHOLE`).
 
     Cells share their names and the seed of `random`, so the earlier cells of a session have the same effect when they run again.
-    The output of a cell is what it prints, then the value of its last line if that is an expression, or one line about its error.
+    The output of a cell is what it prints, then the value of its last statement (if an expression) or one line about its error.
     Later cells run even after an error.
     """
     random.seed(seed)

@@ -129,7 +129,7 @@ def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pac
         outcome = _start(spec, limits.wall_seconds + _GRACE_S)
         if outcome["error"] or "could not be set up" in outcome["endings"].values():
             said = outcome["error"] or outcome["endings"]
-            raise SandboxError(f"the sandbox cannot be set up: {said}; check that the system has free memory and processes")
+            raise SandboxError(f"the sandbox cannot be set up: {said}; check whether the system is out of memory or processes")
         last = entries[-1]
         verdict, stdout, stderr = (_content(last.get(name), int(limits.file_bytes)) for name in ("verdict", "stdout", "stderr"))
         return Ran(outcome["in_time"], outcome["endings"], verdict, stdout, stderr)
@@ -156,7 +156,7 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             )
         except OSError as error:
             raise SandboxError(
-                f"the sandbox's launcher cannot be started: {error}; check that the system has free memory and processes"
+                f"the sandbox's launcher cannot be started: {error}; check whether the system is out of memory or processes"
             ) from error
         try:
             handle = os.pidfd_open(process.pid)
@@ -174,7 +174,7 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             said = _content(errors, 2**20).decode(errors="replace").strip().splitlines()
             raise SandboxError(
                 f"the sandbox's launcher ended without a report (exit code {process.returncode}): "
-                f"{said[-1] if said else 'no output'}; check that the system has free memory and processes"
+                f"{said[-1] if said else 'no output'}; check whether the system is out of memory or processes"
             )
         return dict(json.loads(text))
 

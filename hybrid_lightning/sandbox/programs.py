@@ -31,9 +31,7 @@ class CallTests:
     setup: str = ""  # code before the program: imports, classes such as ListNode
     test_setup: str = ""  # code before the tests, after `setup`
     names: tuple[str, ...] = ()  # names of the program that the tests use
-    entry_point: str | None = (
-        None  # expression that is passed to the function `check` of each test; None if the tests have no `check`
-    )
+    entry_point: str | None = None  # expression that is passed to `check` of each test; None if the tests have no `check`
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
         """Run a program against the tests (see `run_programs`)."""

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 class Weights:
     """The weights of a model that every rank has in full, so nothing has to be gathered."""
 
-    # Whether weights are split over ranks. If so, ranks gather them together in each pass and must make equally many passes.
+    # Whether weights are split over ranks, which then gather them in each pass and must all make the same number of passes.
     sharded = False
 
     def as_forward(self, function: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. Only this file knows the LightningModule and the Trainer.
+"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. The tasks know neither a LightningModule nor a Trainer.
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
@@ -222,7 +222,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- setup
 
     def setup(self, stage: str) -> None:
-        """Reject settings that cannot work before the run starts. The callbacks have been set up and have adapted the model."""
+        """Before the run starts, reject settings that cannot work. Callbacks have been set up, and have adapted the model."""
         write_whole_files(self.trainer.strategy)
         self.policy.load()
         self.check_settings()

@@ -59,8 +59,8 @@ class PolicyModule(LanguageModule):
         rollouts_ahead: Number of rollouts (k) that are sampled ahead of training, with the weights at that time. With
             `VLLMServerSampler`, completions are made while the policy trains; `Sampler` follows the same schedule in turns. The
             sampling policy is then k rollouts old (`sampling/weights_version_lag`), which harms learning. On the embedded task,
-            losses with clipped ratios lose 0 to 3 points of accuracy at k = 1 and 4 to 5 points at k = 4, and `SAPOLoss` and
-            `CISPOLoss` collapse; see docs/how-to/rollouts-ahead.md.
+            losses with clipped ratios lose 0 to 3 points of accuracy at k = 1 and 4 to 5 points at k = 4. `SAPOLoss` collapses
+            from k = 1 on, and `CISPOLoss` from k = 2; see docs/how-to/rollouts-ahead.md.
         options: Options of `LanguageModule`.
 
     Raises:

@@ -87,7 +87,7 @@ class RLTask(Task):
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> RolloutFuture[TrainedRollout]:
-        """Begin to complete and score prompts. The metrics cover all completions, even those that the loss leaves out."""
+        """Begin to complete and score prompts. The metrics cover all completions, even those that are not trained on."""
         if self.dynamic_sampling is not None:
             return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
         self.teaching.begin()

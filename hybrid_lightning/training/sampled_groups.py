@@ -165,7 +165,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | No
         - `rewards/{name}/mean` and `/std`: of each term of the reward.
         - `solve_rate/{all,none,mixed}`: shares of groups in which all, none or some completions are correct.
         - `accuracy`: share of correct completions.
-        - `completions/*`: lengths in sampled tokens.
+        - `completions/*`: lengths in sampled tokens, and `clipped_ratio`, the share that is not finished.
         - `num_tokens`: tokens of prompts and completions, with added tokens (the cost of a rollout).
         - `sets/{name}/{reward,accuracy,mean_length}`: for each set of a mixture.
 

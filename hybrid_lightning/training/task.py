@@ -73,7 +73,7 @@ class Task(RolloutSource, ABC):
         """
 
     def prepare_passes(self) -> None:
-        """Test which fast passes a freshly split model supports. Done now, while all ranks take forward passes together."""
+        """Test which fast passes a freshly split model supports. Done now, since all ranks must take these passes together."""
         policy = self.policy
         with policy.inference():
             policy.weights.as_forward(policy.engine.prepare)

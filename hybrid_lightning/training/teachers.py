@@ -64,7 +64,7 @@ class Teacher(Configurable, ABC):
         return sequences
 
     def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
-        """A function to call with the row and tokens of each completion as soon as it ends; None if the teacher needs none."""
+        """A function for the row and tokens of each completion that ends early (see `SamplingRequest.on_tokens`), or None."""
         return None
 
     def passes(self, student: Passes) -> Passes:

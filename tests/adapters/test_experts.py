@@ -228,7 +228,7 @@ def test_a_run_trains_experts_resumes_bit_for_bit_and_its_export_computes_the_sa
 
 
 def test_experts_are_trained_only_where_they_are_named(folder, sums, tmp_path, capsys):
-    frozen = r"Frozen besides: experts, 60% of the weights; adapter.rank_pattern={experts: 4} gives them LoRA"
+    frozen = r"Also frozen: experts, 60% of the weights; adapter.rank_pattern={experts: 4} gives them LoRA"
     for number, (options, is_frozen) in enumerate([({}, True), ({"target_modules": ["experts"]}, False)]):
         module = fit(folder, sums, tmp_path / f"{number}", build_adapter(share=0.0, **options), max_steps=1 - is_frozen)
         names = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in trained(module)}

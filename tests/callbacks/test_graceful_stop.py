@@ -39,7 +39,7 @@ CHAINS = {
         **{"the last validation": 1, "the summary": 1},
     },
 }
-BEGINS_ANEW = "start the command again (scoring begins anew)"
+STARTS_OVER = "start the command again (scoring starts over)"
 # Without the signals that the caller of the tests ignores (nohup does): the runs ignore them too.
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SIGNALS = [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]
@@ -77,7 +77,7 @@ def test_a_run_that_is_stopped_again_and_again_resumes_as_if_it_had_not_been_sto
         assert sent.calls >= sent.call, f"{moment}: the moment never came"
         assert result.code == 128 + number, (moment, result.err[-2000:])
         if moment in ("the plan is written", "the first validation") or "scor" in moment:
-            assert BEGINS_ANEW in result.out, moment
+            assert STARTS_OVER in result.out, moment
         else:
             runs.append(run_of(result, folder))
     result = go_on(folder, result)
@@ -92,7 +92,7 @@ def test_stopped_scoring_leaves_nothing_and_begins_anew(folder, whole, monkeypat
     with monkeypatch.context() as patch:
         Sent(patch, MOMENTS["a score"], signal.SIGTERM)
         stopped = run(folder, "score", *FIT[1:])
-    assert stopped.code == 143 and BEGINS_ANEW in stopped.out
+    assert stopped.code == 143 and STARTS_OVER in stopped.out
     assert {*(folder / "runs").rglob("*")} == before
     scored = done(folder, "score", *FIT[1:])
     assert AdapterPlan.load(str(run_of(scored, folder) / "plan.json")).digest == whole[1]

@@ -160,7 +160,7 @@ def test_what_is_applied_is_said_recorded_and_kept_over_resumes(folder, first):
     assert changed <= recorded.keys()
     assert recorded["model.lr_lora"] == {"step": 3, "name": "model.lr_lora", "before": 0.01, "after": 1e-5}
     assert "changed at this resume: model.lr_lora 0.01 -> 1.0e-05" in result.out
-    assert "the change discards the rest of the rollout in progress, and the epoch begins anew" in result.out
+    assert "the change discards the rest of the rollout in progress, and the epoch starts over" in result.out
     assert summary["accuracy_before"] is None, "measured by another reward, on other problems"
     report = json.loads((new / "report.json").read_text())
     assert min(report["curves"]["val/avg@3"][0]) == report["first"]["step"] > 0 and "val/avg@2" not in report["curves"]

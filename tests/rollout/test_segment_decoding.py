@@ -276,7 +276,7 @@ def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeyp
     engine = Engine(model, kind())
     engine.prepare()
     monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if why != "a CPU" else {})
-    with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {why}.*; remove it"):
+    with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {why}.*; set it to auto"):
         sample(engine, tokenizer, cuda_graphs=True)
     monkeypatch.setattr(sampling, "_replays", lambda device: True)
     for _ in range(2):

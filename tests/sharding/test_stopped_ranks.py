@@ -52,7 +52,7 @@ def stop_and_go_on(folder, name):
         while not said.exists():
             time.sleep(0.05)
         commands = re.findall(r"hybrid_lightning (fit --config .+)", said.read_text())
-        assert commands or "scoring begins anew" in said.read_text(), f"{moment}: {results[-1]}"
+        assert commands or "scoring starts over" in said.read_text(), f"{moment}: {results[-1]}"
         command = shlex.split(commands[-1]) if commands else command
     return [*results, run_command(folder, *command)]
 
@@ -69,7 +69,7 @@ def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
     codes = [0, *[143] * len(STOPS[name]), 0]
     for code, *both in zip(codes, results, others, strict=True):
         assert [result.code for result in both] == [code, code], (both[0].err[-2000:], both[1].err[-2000:])
-    whole, *runs = (run_of(result, folder) for result in results if "scoring begins anew" not in result.out)
+    whole, *runs = (run_of(result, folder) for result in results if "scoring starts over" not in result.out)
     assert points(*runs) == points(whole)
     assert AdapterPlan.load(str(runs[-1] / "plan.json")) == AdapterPlan.load(str(whole / "plan.json"))
     if name == "fsdp2":  # one process tests what several have written into a folder

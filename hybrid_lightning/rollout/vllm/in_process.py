@@ -315,10 +315,8 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             prompts = [{"prompt_token_ids": ids} for ids in token_ids]
-            arguments, adapter = (
-                SamplingParams(**completing.PROMPT_LOGPROBS),
-                self._lora_request() if self._adapter_is_on else None,
-            )
+            arguments = SamplingParams(**completing.PROMPT_LOGPROBS)
+            adapter = self._lora_request() if self._adapter_is_on else None
             outputs = self._llm.generate(prompts, arguments, use_tqdm=False, lora_request=adapter)
         labels = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
         rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]

@@ -40,7 +40,7 @@ IN_PROCESS = {
     "vllm.lora.request": "LoRARequest.load_inplace",
     "vllm.lora.utils": "parse_fine_tuned_lora_name",
 }
-# Also used by the receiver in a server; a server without one of them fails at its start.
+# Used by the receiver in a server, besides some of the above; a server without one of them fails at its start.
 RECEIVER = {
     "vllm.distributed.weight_transfer.base": "WeightTransferEngine WeightTransferInitInfo WeightTransferUpdateInfo",
     "vllm.distributed.weight_transfer.factory": "WeightTransferEngineFactory._registry",

@@ -260,7 +260,7 @@ class VLLMServerSampler(VLLMEngine):
         return bool(has_them or self._taking)
 
     def _send(self, update: Update, stream: Iterator[PolicyWeight], model: ServedModel) -> None:
-        """Send weights to all servers at once. All weights use the same memory: the next one waits until all servers have one."""
+        """Send weights to all servers at once. All use the same memory: each waits until all servers have the one before."""
         by_nccl = any(server.facts.backend == "nccl" for server in self._taking)
         memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
         sent: dict[Server, Future[None]] = {}

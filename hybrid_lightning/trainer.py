@@ -422,8 +422,8 @@ def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModu
     """The module and data for `doctor`; ConfigError if it cannot examine them."""
     if not isinstance(model, PolicyModule) or not isinstance(datamodule, PromptDataModule):
         raise ConfigError(
-            f"doctor examines rollouts of a PolicyModule on a PromptDataModule, but model is a {type(model).__name__}; for "
-            "training on examples, check val/loss at the first validations of fit"
+            f"doctor examines rollouts of a PolicyModule on a PromptDataModule, not of a {type(model).__name__} on "
+            f"a {type(datamodule).__name__}; for training on examples, check val/loss at the first validations of fit"
         )
     return model, datamodule
 

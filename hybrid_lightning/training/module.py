@@ -81,7 +81,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         model: The model to train: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a
             hub id.
         revision: Branch, tag or commit of a hub model.
-        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
+        dtype: Dtype of the weights: `float32`, `bfloat16` together with `trainer.precision=bf16-mixed`, or `float16` with
+            `16-mixed`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Whether to recompute activations in the backward pass instead of keeping them.
         chat_template: Jinja template for chat prompts; None for the tokenizer's template. `keep_history` is the tokenizer's

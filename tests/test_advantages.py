@@ -166,12 +166,12 @@ def test_credit_by_turn_equals_a_scalar_loop(estimator, data):
 
 
 def test_of_credit_by_turn_only_the_weight_of_late_turns_is_biased():
-    """The expected gradient, over all groups that a policy of two choices can play: go on or stop, then left or right."""
+    """The expected gradient, over all groups that a policy of two choices can play: continue or stop, then left or right."""
     go, left, samples = 0.4, 0.7, 3
     stop = ([0.3], 1 - go, (-go, 0.0))  # rewards, probability, and its logarithm's gradient in the logits of both choices
     lefts, rights = ([0.5, -1.0], go * left, (1 - go, 1 - left)), ([0.5, 2.0], go * (1 - left), (1 - go, -left))
     true = [sum(chance * gradient[k] * sum(rewards[k:]) for rewards, chance, gradient in (stop, lefts, rights)) for k in (0, 1)]
-    together = [math.comb(2, n) * go**n * (1 - go) ** (2 - n) for n in range(samples)]  # that n of the two others go on
+    together = [math.comb(2, n) * go**n * (1 - go) ** (2 - n) for n in range(samples)]  # n of the two others continue
     weights = {
         LeaveOneOutAdvantage: (1.0, 1 - together[0]),
         GroupMeanAdvantage: (2 / 3, sum(chance * n / (n + 1) for n, chance in enumerate(together))),

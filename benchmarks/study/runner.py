@@ -64,7 +64,7 @@ def make_run(job: Job, folder: Path) -> str:
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             return (_measure_memory if job.purpose == "memory" else _run)(job, folder / job.file)
-        except (Exception, SystemExit) as error:  # whatever it is, the other runs go on
+        except (Exception, SystemExit) as error:  # the other runs continue, whatever the error
             traceback.print_exc()
             cause = error.__cause__ or error  # below jsonargparse's account of the whole config
             raise RuntimeError(f"{job.task_name}, {job.method}: {type(cause).__name__}: {cause}; see {log}") from None

@@ -20,7 +20,7 @@ def test_a_job_is_right_only_if_all_is():
         ("said nothing", {"messages": ()}),
         ("x is not whole", {"error": "x is not whole"}),
         ("other weights", {"difference": 2e-5}),
-        ("other weights", {"difference": None}),  # there was something to go on from
+        ("other weights", {"difference": None}),  # there was a checkpoint to resume from
         ("right", {"loaded": 0, "step": None, "difference": None}),
         ("right", {"messages": (), "alone": True}),  # no process was left to report anything
         ("right", {}),

@@ -257,7 +257,7 @@ def test_the_new_optimizer_updates_with_the_old_moments(resumed):
             optimizer = make(weights, lr=rates[name] * schedule.factor(step, 6))
             for weight, (_, gradient, state) in zip(weights, parameters, strict=True):
                 weight.grad, optimizer.state[weight] = gradient, state
-                assert float(state["step"]) == step, "moments and counters go on"
+                assert float(state["step"]) == step, "moments and counters continue"
             optimizer.step()
             assert all(torch.equal(weight, expected) for weight, (expected, *_) in zip(weights, after[name], strict=True))
 

@@ -1,4 +1,4 @@
-"""Episodes of several turns: each message is what one long pass over its whole context gives, whichever episodes go on."""
+"""Episodes of several turns: each message equals the message from one long pass over its context, whichever episodes continue."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from hybrid_lightning.types import Prompt
 
 TEXTS, SAMPLES, CAPACITY = ("12+3=", "what is 7 plus 15?\n", "9="), 3, 60
 PROMPTS = [Prompt(text=text, index=place) for place, text in enumerate(TEXTS)]
-# Which episodes go on: all but one, one that had paused, and some again.
+# Episodes that continue: all but one, one that had paused, and some again.
 ROWS = ([0, 1, 2, 4, 5, 6, 7, 8], [1, 3, 6, 7], [0, 1, 3, 6])
 
 

@@ -1,4 +1,4 @@
-"""Draws that belong to a prompt, whatever batch, order and rank it is in; and random states that go on on other devices."""
+"""Draws that belong to a prompt, whatever its batch, order and rank; and random states that continue on other devices."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs with rollouts ahead that are stopped at moments drawn over their whole life, and go on to the same bits."""
+"""Runs with rollouts ahead that are stopped at random moments of their whole life, and resume bit-exactly."""
 
 import os
 import random
@@ -49,7 +49,7 @@ class Life(Callback):
         self.steps["validation", trainer.global_step] = found
 
     def run(self, model, sums, root, sampler, checkpoint):
-        """What ended the run if not its last step, its weights, and the checkpoint from which to go on."""
+        """The cause of its end unless it was the last step, its weights, and the checkpoint to resume from."""
         torch.manual_seed(11)
         stop, error = GracefulStop(), None
         policy = {"sampler": sampler(), "rollouts_ahead": 1, "minibatches_per_rollout": 2, "seed": 3}

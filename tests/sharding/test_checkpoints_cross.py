@@ -24,7 +24,7 @@ CROSSINGS = {
     **{"one process": ("fsdp2 sharded",), "ddp": ("fsdp2",)},
     **{"fsdp2": ("one process", "ddp", "fsdp2 sharded")},
 }
-# What is changed as they go on, all from the same checkpoint; but that DDP reads as one process does.
+# What changes as they resume, all from the same checkpoint, except that DDP reads like one process.
 ADAM_CHANGED = partial(torch.optim.AdamW, betas=(0.7, 0.8), eps=1e-3)
 CHANGED = {"policy": {"lr_full": 1e-4, "lr_lora": 2e-2, "optimizer": ADAM_CHANGED}, "gradient_clip_val": 0.5}
 pytestmark = pytest.mark.long

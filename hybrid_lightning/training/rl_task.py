@@ -44,10 +44,6 @@ from hybrid_lightning.training.teaching import teaching
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
-# First parts of the metric names of policy losses, and of `chunk_loss`.
-POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "off_policy", "ratio", "sampling", "teacher"})
-POLICY_METRICS |= {"top_entropy"}
-
 
 class RLTask(Task):
     """Trains a policy on its own rollouts. See `PolicyModule` for the arguments, and `Task` for the shared arguments.
@@ -57,7 +53,8 @@ class RLTask(Task):
     """
 
     loss: PolicyLoss
-    training_metrics = Task.training_metrics | ROLLOUT_METRICS | POLICY_METRICS
+    training_metrics = Task.training_metrics | ROLLOUT_METRICS  # first parts of names; the next are of losses and `chunk_loss`
+    training_metrics |= {"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "off_policy", "ratio", "teacher", "top_entropy"}
 
     def __init__(
         self,
@@ -183,7 +180,6 @@ class RLTask(Task):
         distance to the sampler's (decoupled PPO, arXiv 2110.00641). Without a correction, they are the sampler's.
         """
         mask, of_sampler, reference = self.token_mask, self._old_of_sampler, self.loss.needs_reference
-        on_policy = on_policy and not of_sampler
         if of_sampler:
             batches = [replace(batch, old_logprobs=batch.sampling_logprobs) for batch in batches]
         current = mask is not None or not (on_policy or of_sampler)
@@ -213,14 +209,10 @@ class RLTask(Task):
         metrics["sampling/weights_version_lag"] = share((self.run.step - made_by).float(), inputs)
         if self.generation.sampler.inflight_updates:
             metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
-        inputs = replace(
-            inputs,
-            entropy=entropy,
-            divergence=divergence,
-            max_completion_tokens=float(self.generation.max_completion_tokens),
-            micro_batch_tokens=micro_batch_tokens,
-            num_micro_batches=float(self.run.accumulate_grad_batches * self.run.world_size),
-        )
+        micro_batches = float(self.run.accumulate_grad_batches * self.run.world_size)
+        longest = float(self.generation.max_completion_tokens)
+        inputs = replace(inputs, entropy=entropy, divergence=divergence, max_completion_tokens=longest)
+        inputs = replace(inputs, micro_batch_tokens=micro_batch_tokens, num_micro_batches=micro_batches)
         metrics |= {name: share(values, inputs) for name, values in measured.items()}
         if chunk.policy_mask is not None:
             metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)

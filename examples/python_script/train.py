@@ -52,7 +52,7 @@ trainer = lightning.Trainer(
     log_every_n_steps=1,
     enable_progress_bar=False,
     logger=TensorBoardLogger("runs", "python_script"),
-    callbacks=[*run_callbacks(), HybridAdapterSetup(rank=8), ShareWorked()],
+    callbacks=[*run_callbacks(), HybridAdapterSetup(rank=8, alpha=16), ShareWorked()],
 )
 trainer.fit(policy, datamodule=data)
 print(policy.generate(data.validation_prompts[:4], greedy=True).completions)

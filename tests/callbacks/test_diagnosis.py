@@ -137,4 +137,4 @@ def test_episodes_are_shown_by_their_messages(folder):
 
 def test_training_on_examples_is_refused_before_the_model_is_loaded(folder):
     result = run(folder, "doctor", "--config", "sft.yaml", "--model.model=nowhere")
-    assert_refused(result, "doctor examines rollouts .* model is a SupervisedModule; .*val/loss")
+    assert_refused(result, "doctor examines rollouts .* not of a SupervisedModule on a PromptDataModule; .*val/loss")

@@ -64,7 +64,7 @@ def test_a_plan_file_is_used_without_scoring(model, sums, scored, tmp_path, monk
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
         "model.base_model.model.model.layers.1.mlp.up_proj.modules_to_save.default.weight"
     }
-    with pytest.raises(PlanError, match=r"adapter\.plan=.* is not the plan by which the model is adapted .*load the model anew"):
+    with pytest.raises(PlanError, match=r"adapter\.plan=.* is not the plan by which the model is adapted .*load the model again"):
         build_trainer(tmp_path, adapter).fit(scored[0], datamodule=build_data(sums))
 
 

@@ -101,31 +101,20 @@ class VLLMEngine(RolloutEngine):
             | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
             for number, seed in enumerate(seeds)
         ]
-        on_completion, on_tokens, answered = request.on_completion, request.on_tokens, None
         vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-        if on_completion is not None or on_tokens is not None:
-            if self._copied is None or self._copied[0] is not tokenizer:
-                self._copied = (tokenizer, deepcopy(tokenizer))  # copying takes long for a large vocabulary
-            copied = self._copied[1]
+        if self._copied is None or self._copied[0] is not tokenizer:
+            self._copied = (tokenizer, deepcopy(tokenizer))  # copying takes long for a large vocabulary
+        listener = self._listener(self._copied[1], request)
 
-            def answered(number: int, answers: list[Answer]) -> None:
-                for answer in answers:
-                    _check(answer, vocabulary)
-                tokens, finished = [answer.tokens for answer in answers], [answer.finished for answer in answers]
-                if on_tokens is not None:
-                    for sample, own in enumerate(tokens):
-                        on_tokens(number * samples + sample, own)
-                if on_completion is None:
-                    return
-                context = [request.prompt_ids[number]]
-                for sample, completion in enumerate(self.completions(copied, context, tokens, finished)):
-                    on_completion(number * samples + sample, completion)
+        def answered(number: int, answers: list[Answer]) -> None:
+            for sample, answer in enumerate(answers):
+                _check(answer, vocabulary)
+                if listener is not None:
+                    listener(number * samples + sample, answer.tokens, answer.finished)
 
         def taken(groups: list[list[Answer]]) -> Rollouts:
             answers = [answer for group in groups for answer in group]
             assert len(answers) == count * samples
-            for answer in answers:
-                _check(answer, vocabulary)
             tokens, mask = pad_right([answer.tokens for answer in answers], pad_token(tokenizer), device)
             logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
             for row, answer in enumerate(answers):
@@ -149,7 +138,7 @@ class VLLMEngine(RolloutEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None,
+        on_answers: OnAnswers,
     ) -> RolloutFuture[list[list[Answer]]]:
         """Begin to complete P prompts; each has its own arguments of vLLM's `SamplingParams`.
 

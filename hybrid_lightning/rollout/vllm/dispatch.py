@@ -83,7 +83,7 @@ class Dispatch:
     _client: httpx.AsyncClient
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
-    _on_answers: OnAnswers | None
+    _on_answers: OnAnswers
     _work: "Future[None]"
     _ended_at: float
 
@@ -112,9 +112,7 @@ class Dispatch:
         self._name = uuid.uuid4().hex
         self._is_ending = False
 
-    def start(
-        self, on_token: Callable[[int, int], None] | None = None, on_answers: OnAnswers | None = None
-    ) -> RolloutFuture[list[list[Answer]]]:
+    def start(self, on_token: Callable[[int, int], None] | None, on_answers: OnAnswers) -> RolloutFuture[list[list[Answer]]]:
         """Begin to make the requests, in a separate thread: the caller's may already have an event loop, as in notebooks.
 
         Args:
@@ -283,8 +281,7 @@ class Dispatch:
             place.answered_at = time.monotonic()
             self._outage.end(answered=True)
             self._answers[request.number] = found
-            if self._on_answers is not None:
-                self._on_answers(request.number, found)
+            self._on_answers(request.number, found)
 
     def _set_aside(self, place: _Place) -> None:
         """Stop using a server for a while; requests that it already has may still be answered."""

@@ -385,7 +385,7 @@ class VLLMServerSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
+        on_answers: OnAnswers,
     ) -> RolloutFuture[list[list[Answer]]]:
         """Begin to complete P prompts, with requests in a separate thread."""
         if not prompt_ids:

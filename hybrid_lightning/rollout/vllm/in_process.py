@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngi
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
-from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights do not have to leave it
@@ -242,7 +242,7 @@ class VLLMSampler(VLLMEngine):
             options["enable_sleep_mode"] = self.sleep != "nothing"
             options["distributed_executor_backend"] = "external_launcher"  # it takes the device from the variables below
             self._process.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
-            self._process.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            self._process.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_network_port()))
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
@@ -259,7 +259,7 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
+        on_answers: OnAnswers,
     ) -> RolloutFuture[list[list[Answer]]]:
         """The answers to P prompts, made when they are requested."""
         return RolloutFuture(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
@@ -270,7 +270,7 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None,
+        on_answers: OnAnswers,
     ) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
         with self._process.entered():
@@ -290,8 +290,7 @@ class VLLMSampler(VLLMEngine):
                     for output in engine.step():
                         if output.finished:
                             answers[output.request_id] = found = [_answer(one) for one in output.outputs]
-                            if on_answers is not None:
-                                on_answers(names[output.request_id], found)
+                            on_answers(names[output.request_id], found)
                     steps += 1
                     if on_token is not None:
                         on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))

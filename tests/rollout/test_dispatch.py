@@ -12,6 +12,7 @@ from vllm_fake_server import ENGINE, Weights, complete, shares
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm.completing import Requests
 from hybrid_lightning.types import Prompt
 
 
@@ -77,8 +78,9 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
 def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(start, build):
     server = start(delay=1)
     sampler = build(server, weights=Weights(1))
-    asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None, lambda *_: None)
-    begun = sampler.complete(*asked)
+    parameters = [sampler._parameters([1], 2, number, False) for number in range(2)]
+    asked = Requests([[3, 4], [5]], parameters, None, lambda *_: None)
+    begun = sampler.complete(asked)
     assert not begun.done()
     begun.wait()
     assert begun.done()
@@ -86,7 +88,7 @@ def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(st
     assert [len(group) for group in answers] == [2, 2] and begun.result() == answers
     time.sleep(0.2)
     server.delay = 30
-    begun = sampler.complete(*asked)
+    begun = sampler.complete(asked)
     assert 0.2 < sampler.idle_seconds < 60
     wait_until(lambda: len(server.running) == 2)
     sampler.shut_down()

@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 
 from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.interface import WeightsVersion
+from hybrid_lightning.rollout.vllm.completing import Requests
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
 
 MODEL = build_model("llama")
@@ -402,11 +403,11 @@ class Factors(Weights):
         return (self.values if everything else {}) | self.factors
 
 
-def complete(sampler, prompts=12, samples=4, on_token=None):
+def complete(sampler, prompts=12, samples=4):
     """Complete prompts, and make sure that each has its own answers, in order."""
     ids = [[3, 4 + number] for number in range(prompts)]
     asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
-    answers = sampler.complete(ids, asked, on_token, lambda *_: None).result()
+    answers = sampler.complete(Requests(ids, asked, None, lambda *_: None)).result()
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]

@@ -46,7 +46,15 @@ class Answer:
     versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and the first token of each
 
 
-OnAnswers = Callable[[int, list[Answer]], None]
+@dataclass(frozen=True)
+class Requests:
+    """The prompts of a rollout, as vLLM has to complete them."""
+
+    prompt_ids: Sequence[Sequence[int]]  # token ids of P prompts
+    parameters: Sequence[dict[str, Any]]  # arguments of vLLM's `SamplingParams` for each prompt
+    on_token: Callable[[int, int], None] | None  # see `SamplingRequest`
+    # Called with the number of a prompt and its answers as soon as they arrive, perhaps in another thread.
+    on_answers: Callable[[int, list[Answer]], None]
 
 
 class VLLMEngine(RolloutEngine):
@@ -126,27 +134,15 @@ class VLLMEngine(RolloutEngine):
             finished = torch.tensor([answer.finished for answer in answers], device=device)
             return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
 
-        return self.complete(request.prompt_ids, arguments, request.on_token, answered).then(taken)
+        return self.complete(Requests(request.prompt_ids, arguments, request.on_token, answered)).then(taken)
 
     def __reduce__(self) -> Any:
         """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""
         return partial(type(self), **self._init_args), ()
 
     @abstractmethod
-    def complete(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers,
-    ) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to complete P prompts; each has its own arguments of vLLM's `SamplingParams`.
-
-        Args:
-            prompt_ids: Token ids of each prompt.
-            parameters: The arguments of each prompt.
-            on_token: See `SamplingRequest`.
-            on_answers: Called with the number of a prompt and its answers as soon as they arrive, perhaps in another thread.
+    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
+        """Begin to complete P prompts.
 
         Returns:
             The G answers to each prompt, in order, once they have arrived, sampled only with weights that the engine has

@@ -69,7 +69,7 @@ def test_updates_that_break_after_the_start_end_the_run(train, server, monkeypat
 def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, tmp_path, monkeypatch):
     path, log = tmp_path / "saved.ckpt", Log()
     saves = After(4, lambda trainer: trainer.save_checkpoint(path))
-    train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves, ahead=1)
+    train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves)
     stream = CurrentWeights.stream
 
     def zeros(self, everything):

@@ -24,9 +24,8 @@ from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, RolloutError, shorten
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
-from hybrid_lightning.rollout.interface import Draws, SamplingRequest
-from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
+from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards, Rollouts, Sequences
 from hybrid_lightning.user_code import in_user_code
@@ -184,7 +183,10 @@ class Episodes:
             every = [prompt for prompt in prompts for _ in range(samples)]
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
             rows, ids = self._begin(prompts, started, samples)
-            conversation = self._conversation(engine, replace(request, prompt_ids=ids, on_completion=None), rows)
+            # Of an episode that failed before its first turn, only one token is sampled.
+            limits = [1 if row.end else self.sampler.max_new_tokens for row in rows]
+            asked = replace(request, prompt_ids=ids, limits=limits, on_completion=None)
+            conversation = self.sampler.conversation(engine, self.pretrained.tokenizer, asked, self.limits.max_tokens)
             sampled, numbers = conversation.first(), list(range(len(rows)))
             while True:
                 self._add_turns(rows, numbers, sampled)
@@ -208,11 +210,6 @@ class Episodes:
         finally:
             running.finish()
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
-
-    def _conversation(self, engine: "Engine", request: SamplingRequest, rows: Sequence[_Row]) -> Conversation:
-        """The conversation of all episodes; for an episode that failed before its first turn, only one token is sampled."""
-        request = replace(request, limits=[1 if row.end else self.sampler.max_new_tokens for row in rows])
-        return self.sampler.conversation(engine, self.pretrained.tokenizer, request, self.limits.max_tokens)
 
     def _begin(
         self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure], samples: int
@@ -320,21 +317,6 @@ class Episodes:
         )
 
 
-def task_seeds(prompts: Sequence[Prompt], generator: Draws, seed: int) -> list[int]:
-    """A seed for the task of each prompt, in [0, 2^31).
-
-    If a row has a column `seed`, it is the seed, so that the row is always the same task. For other rows, each rollout draws new
-    seeds, and every evaluation uses the same seeds, which follow from the policy's `seed`. Greedy completions have no generator,
-    and use the seeds of evaluations.
-    """
-    if isinstance(generator, torch.Generator):
-        drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
-    else:
-        drawn = (generator or evaluation_draws(prompts, 1, seed)).seeds
-    own = [prompt.columns.get("seed") for prompt in prompts]
-    return [(row if type(row) is int else other) % 2**31 for row, other in zip(own, drawn, strict=True)]
-
-
 def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
     """Give each sampled token of B episodes the advantage of its turn.
 
@@ -370,11 +352,6 @@ def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
             rest = takewhile(lambda message: message["role"] != "assistant", messages[place + len(asked) :])
             return [*messages[:place], *rest]
     return []
-
-
-def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
-    """Random numbers that are the same in every evaluation, and independent of training."""
-    return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
 
 
 def has_failed(completion: Completion) -> bool:

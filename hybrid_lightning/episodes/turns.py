@@ -143,10 +143,10 @@ class TurnEncoder:
             prompt = replace(prompt, messages=tuple(dict(message) for message in shown))
         return self._encoder.encode(prompt, self._tools_of(prompt), mark), whole
 
-    def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
+    def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int]) -> list[int]:
         """Tokens after a turn of the policy: the rest of the turn's end, the new messages and the next opening.
 
-        If a stop token ended the policy's sample, the end of the turn is already there. With `last`, there is no next opening.
+        If a stop token ended the policy's sample, the end of the turn is already there.
 
         Raises:
             ConfigError: If the chat template renders earlier turns differently when messages of such a role follow.
@@ -157,7 +157,7 @@ class TurnEncoder:
             return self._tokenize("".join(map(self._write, new)), mark)
         new = self._joined(new)
         try:
-            ids = self._tokenize(self._after_answer(new, add_generation_prompt=not last), mark)
+            ids = self._tokenize(self._after_answer(new), mark)
         except (TemplateError, TypeError) as error:
             raise DataError(
                 f"the chat template rejects the environment's messages for {prompt.place}: {error}; correct the messages, or "

@@ -77,6 +77,26 @@ class PromptDraws:
         return PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
 
 
+def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
+    """Random numbers that are the same in every evaluation, and independent of training."""
+    return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
+
+
+def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDraws | None, seed: int) -> list[int]:
+    """A seed for the task of each prompt, in [0, 2^31).
+
+    If a row has a column `seed`, it is the seed, so that the row is always the same task. For other rows, each rollout draws new
+    seeds, and every evaluation uses the same seeds, which follow from the policy's `seed`. Greedy completions have no generator,
+    and use the seeds of evaluations.
+    """
+    if isinstance(generator, torch.Generator):
+        drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
+    else:
+        drawn = (generator or evaluation_draws(prompts, 1, seed)).seeds
+    own = [prompt.columns.get("seed") for prompt in prompts]
+    return [(row if type(row) is int else other) % 2**31 for row, other in zip(own, drawn, strict=True)]
+
+
 def capture_random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, as plain data and tensors.
 

@@ -17,7 +17,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that conti
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -147,6 +147,23 @@ class RolloutEngine(Configurable, ABC):
         for number, ids in enumerate(request.prompt_ids):
             self.check_prompt(config, len(ids), max(limits[number * samples : (number + 1) * samples]))
         return limits
+
+    def _listener(
+        self, tokenizer: PreTrainedTokenizerBase, request: SamplingRequest
+    ) -> Callable[[int, Sequence[int], bool], None] | None:
+        """What to call with the number, the tokens and `finished` of each completion that has ended; None if nothing listens."""
+        on_completion, on_tokens = request.on_completion, request.on_tokens
+        if on_completion is None and on_tokens is None:
+            return None
+
+        def ended(row: int, tokens: Sequence[int], finished: bool) -> None:
+            if on_tokens is not None:
+                on_tokens(row, tokens)
+            if on_completion is not None:
+                context = [request.prompt_ids[row // request.samples_per_prompt]]
+                on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
+
+        return ended
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether the next `update` has to give it all weights, and not only the weights that training changes."""

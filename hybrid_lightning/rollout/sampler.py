@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
-from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops
+from hybrid_lightning.rollout.interface import Draws, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
 from hybrid_lightning.types import Rollouts
@@ -80,22 +80,10 @@ class Sampler(RolloutEngine):
         Returns:
             The rollouts, and their decoder, with space for episodes of `capacity` tokens.
         """
-        limits = self._checked_limits(engine, request)
-        samples, on_completion, on_tokens = request.samples_per_prompt, request.on_completion, request.on_tokens
-        stops = request.stops or self.stops(tokenizer)
-        decoder = _Decoder(self, engine, tokenizer, stops, request.greedy, request.on_token)
-        if on_completion is not None or on_tokens is not None:
-
-            def ended(row: int, tokens: list[int], finished: bool) -> None:
-                if on_tokens is not None:
-                    on_tokens(row, tokens)
-                if on_completion is not None:
-                    context = [request.prompt_ids[row // samples]]
-                    on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
-
-            decoder.on_ended = ended
+        limits, decoder = self._checked_limits(engine, request), _Decoder(self, engine, tokenizer, request)
         ids, mask = pad_left(request.prompt_ids, decoder.pad_id, decoder.device)
-        begin = partial(decoder.prefill, ids, mask, samples, capacity or max(limits), keeps_rows=capacity is not None)
+        samples, length = request.samples_per_prompt, capacity or max(limits)
+        begin = partial(decoder.prefill, ids, mask, samples, length, keeps_rows=capacity is not None)
         return self.decoded(decoder, tokenizer, request, begin, limits), decoder
 
     def decoded(
@@ -139,19 +127,11 @@ class _Decoder:
 
     decoding: Decoding
     generator: Draws
-    # Receives the number of a sequence, its tokens, and whether a stop ended it. Called for sequences that end early.
-    on_ended: Callable[[int, list[int], bool], None] | None = None
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        engine: "Engine",
-        tokenizer: PreTrainedTokenizerBase,
-        stops: Stops,
-        greedy: bool,
-        on_token: Callable[[int, int], None] | None,
-    ) -> None:
-        self.sampler, self.engine, self.greedy, self.on_token = sampler, engine, greedy, on_token
+    def __init__(self, sampler: Sampler, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> None:
+        self.sampler, self.engine, self.greedy, self.on_token = sampler, engine, request.greedy, request.on_token
+        self.on_ended = sampler._listener(tokenizer, request)  # called for sequences that end early
+        stops = request.stops or sampler.stops(tokenizer)
         self.device = next(engine.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = pad_token(tokenizer)

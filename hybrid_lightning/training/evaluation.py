@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from hybrid_lightning.episodes.episodes import episode_records, evaluation_draws
+from hybrid_lightning.episodes.episodes import episode_records
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.rollout.rng import evaluation_draws
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from hybrid_lightning.engine import autocast_dtype
 from hybrid_lightning.episodes.ahead import EpisodesAhead
-from hybrid_lightning.episodes.episodes import Episodes, has_failed, task_seeds
+from hybrid_lightning.episodes.episodes import Episodes, has_failed
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
@@ -29,6 +29,7 @@ from hybrid_lightning.rewards.combined import AnyReward, as_reward
 from hybrid_lightning.rewards.reward_function import sum_counts
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
+from hybrid_lightning.rollout.rng import task_seeds
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.training.agreement import SEQUENCES, Agreement

@@ -17,11 +17,11 @@ from tiny_runs import Log, OftenDone, Talk, build_data, build_policy, build_trai
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
 from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisodes, Step
-from hybrid_lightning.episodes.episodes import episode_metrics, evaluation_draws
+from hybrid_lightning.episodes.episodes import episode_metrics
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
 from hybrid_lightning.rollout import DynamicSampling, sampler
-from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rng import PromptDraws, evaluation_draws
 from hybrid_lightning.training.sampled_groups import rollout_metrics
 from hybrid_lightning.types import Prompt
 

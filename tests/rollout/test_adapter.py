@@ -6,7 +6,6 @@ from tiny_runs import build_adapter, build_policy
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
-from hybrid_lightning.rollout.vllm.adapter import least_max_rank
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,3 @@ def test_what_the_adapter_alone_cannot_hold_is_refused_before_the_model_is_loade
         with pytest.raises(ConfigError, match=f"model.sampler.sync=adapter.*{says}"):
             setup.check(policy)
     assert not policy.policy.is_loaded
-
-
-def test_vllm_has_room_for_the_next_rank_that_it_takes():
-    assert [least_max_rank(rank) for rank in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]

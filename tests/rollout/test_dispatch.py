@@ -1,7 +1,6 @@
 """Which servers complete which prompts, and servers that are slow, die, hang, or have other weights by then."""
 
 import contextlib
-import signal
 import threading
 import time
 from functools import partial
@@ -13,6 +12,7 @@ from vllm_fake_server import ENGINE, Weights, complete, shares
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm.completing import Requests
 from hybrid_lightning.types import Prompt
 
 
@@ -78,8 +78,9 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
 def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(start, build):
     server = start(delay=1)
     sampler = build(server, weights=Weights(1))
-    asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None, None)
-    begun = sampler.complete(*asked)
+    parameters = [sampler._parameters([1], 2, number, False) for number in range(2)]
+    asked = Requests([[3, 4], [5]], parameters, None, lambda *_: None)
+    begun = sampler.complete(asked)
     assert not begun.done()
     begun.wait()
     assert begun.done()
@@ -87,7 +88,7 @@ def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(st
     assert [len(group) for group in answers] == [2, 2] and begun.result() == answers
     time.sleep(0.2)
     server.delay = 30
-    begun = sampler.complete(*asked)
+    begun = sampler.complete(asked)
     assert 0.2 < sampler.idle_seconds < 60
     wait_until(lambda: len(server.running) == 2)
     sampler.shut_down()
@@ -196,24 +197,6 @@ def test_a_server_with_other_weights_is_left_out_until_it_has_been_updated_and_r
             complete(sampler)
 
 
-def test_without_any_server_the_rollout_ends_within_the_limit_and_continues_with_one_that_comes_back(start, build):
-    server = start(delay=0.1)
-    sampler, label = build(server, weights=Weights(1), give_up_after=60), server.label
-
-    def again():
-        server.start()
-        server.label = label
-
-    after(0.05, server.stop)
-    after(0.3, again)
-    complete(sampler, prompts=4)
-    after(0.05, server.stop)
-    sampler._outage.limit, began = 1, time.monotonic()
-    with pytest.raises(RolloutError, match=r"no vLLM server completes.*127.0.0.1") as raised:
-        complete(sampler)
-    assert time.monotonic() - began < 30 and "\n" not in str(raised.value)
-
-
 def test_what_a_server_refuses_is_not_tried_elsewhere_and_what_it_would_refuse_not_asked(start, build):
     server, other = start(), start(delay=0.1)
     sampler = build(server, other, weights=Weights(1))
@@ -223,26 +206,3 @@ def test_what_a_server_refuses_is_not_tried_elsewhere_and_what_it_would_refuse_n
     sampler = build(start(sequences=2), weights=Weights(1))
     with pytest.raises(ConfigError, match="--max-num-seqs 4"):
         complete(sampler)
-
-
-def test_progress_is_told_and_an_exception_from_there_or_by_a_signal_ends_the_requests_on_the_servers(start, build):
-    server, told = start(delay=0.25), []
-    sampler = build(server, weights=Weights(1))
-    complete(sampler, on_token=lambda running, decoded: told.append((running, decoded)))
-    assert told[-1] == (0, 8) and told == sorted(told, reverse=True, key=lambda pair: pair[0]) and len(told) > 2
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        complete(sampler, on_token=stop)
-    server.delay, began, previous = 600, time.monotonic(), signal.signal(signal.SIGUSR2, stop)
-    try:
-        after(0.4, lambda: signal.raise_signal(signal.SIGUSR2))
-        server.ended.clear()
-        with pytest.raises(KeyboardInterrupt):
-            complete(sampler)
-    finally:
-        signal.signal(signal.SIGUSR2, previous)
-    assert time.monotonic() - began < 60
-    assert len(server.ended) == 4, "all that it had: twice its sequences over the completions of a prompt"

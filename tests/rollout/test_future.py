@@ -54,13 +54,3 @@ def test_a_failure_cancels_all_that_was_begun_and_is_raised_again(failure):
     with pytest.raises(RolloutError if isinstance(failure, KeyboardInterrupt) else type(failure)):
         scored.result()
     assert not scored.cancel() or ended == ["servers", "rewards"], "once"
-
-
-def test_a_cancelled_rollout_is_not_waited_for():
-    never = threading.Event()
-    work = in_thread(lambda: never.wait(10), "a test")
-    future = RolloutFuture(work.result, work, on_cancel=never.set).then(str)
-    assert future.cancel() and future.done()
-    future.wait()
-    with pytest.raises(RolloutError, match="cancelled"):
-        future.result()

@@ -1,4 +1,4 @@
-"""`VLLMSampler` without vLLM: settings, its calls of vLLM, sleep, and weights that are computed where they are copied."""
+"""`VLLMSampler` without vLLM: settings, its calls of vLLM, and sleep."""
 
 import copy
 import os
@@ -15,7 +15,6 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import completing, in_process, names
-from hybrid_lightning.rollout.vllm.deferred import Deferred
 
 
 def served(device="cpu", folder="a folder", dtype=torch.float32, hidden_size=128):
@@ -147,39 +146,6 @@ def test_memory_is_freed_and_taken_back_for_what_needs_it(monkeypatch, sleep, fa
         assert sampler._llm.mock_calls == expected
     other = copy.deepcopy(sampler)
     assert other._llm is None and other.to_config() == sampler.to_config()
-
-
-# ---- weights that are computed where they are copied to
-
-
-class Counted:
-    """A weight of 6 x 4 numbers that tells how many rows of it were computed."""
-
-    name, shape = "w", torch.Size([6, 4])
-
-    def __init__(self):
-        self.values, self.rows = torch.arange(24.0).view(6, 4), 0
-
-    def write_rows(self, destination, first):
-        self.rows += len(destination)
-        destination.copy_(self.values[first : first + len(destination)])
-
-
-def test_a_deferred_weight_is_computed_once_where_it_is_copied_and_whatever_else_is_done_with_it_gets_its_values():
-    weight = Counted()
-    deferred = Deferred.of(weight)
-    part = deferred.narrow(0, 2, 3)
-    assert deferred.shape == (6, 4) and part.shape == (3, 4) and weight.rows == 0
-    joined = torch.zeros(8, 4, dtype=torch.bfloat16)
-    joined[1:4].copy_(part)
-    assert weight.rows == 3 and torch.equal(joined[1:4].float(), weight.values[2:5]) and not joined[4:].any()
-    torch.empty(6, 4, device="meta").copy_(deferred)
-    assert weight.rows == 3, "vLLM counts on the meta device"
-    with pytest.raises(AssertionError, match=r"w: torch\.Size\(\[6, 4\]\) into torch\.Size\(\[5, 4\]\)"):
-        torch.empty(5, 4).copy_(deferred)
-    for use in (lambda w: w * 2, lambda w: w[:, 1:3], lambda w: w.contiguous()):
-        result = use(deferred)
-        assert torch.equal(result.computed() if isinstance(result, Deferred) else result, use(weight.values))
 
 
 def test_a_completion_that_was_aborted_is_not_an_answer():

@@ -68,12 +68,6 @@ def test_null_in_a_config_is_not_a_stop_string():
     assert Sampler(max_new_tokens=1, stop=None).stop == ()
 
 
-def test_the_generator_alone_decides(tokenizer):
-    model = build_model("llama")
-    first, again, other = (sample(model, tokenizer, seed=seed) for seed in (5, 5, 6))
-    assert first.completions == again.completions != other.completions
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -152,17 +152,18 @@ over_both = pytest.mark.parametrize("nccl", [False, True], ids=["gloo", "nccl"],
 
 @over_both
 def test_all_weights_come_first_and_then_what_has_changed(start, build, served, nccl):
-    servers = [start(), start()]
+    servers = [start(dtype="torch.bfloat16") for _ in range(2)]
+    model = replace(served, dtype=torch.bfloat16)
     first, second = Weights(1), Weights(2)
     sampler = build(*servers)
-    assert sampler.needs_everything(first, served)
-    sampler.update(first, served, True)
-    assert not sampler.needs_everything(second, served)
-    sampler.update(second, served, False)
+    assert sampler.needs_everything(first, model)
+    sampler.update(first, model, True)
+    assert not sampler.needs_everything(second, model)
+    sampler.update(second, model, False)
     for server in servers:
         assert [len(names) for names in server.updates] == [7, 3] and server.label == "2-2abc" and not server.paused
         for name, value in (first.values | {name: second.values[name] for name in server.updates[1]}).items():
-            assert torch.equal(server.weights[name], value)
+            assert torch.equal(server.weights[name], value.bfloat16()), "bit for bit"
         order = [path for path, _ in server.requests]
         assert order.index("/pause") < order.index("/update_weight_version") < order.index("/start_weight_update")
         assert server.asked("/update_weight_version")[0] == {"new_version": "updating"}
@@ -272,22 +273,6 @@ def test_an_interrupt_in_an_update_aborts_what_is_under_way(start, build, served
     with pytest.raises(KeyboardInterrupt):
         build(start()).update(Weights(1), served, True)
     assert [made.aborts for made in nccl.communicators] == [1]
-
-
-def test_no_server_to_update_ends_within_the_limit(start, build, served):
-    server = start()
-    sampler = build(server, weights=Weights(1), give_up_after=0.3)
-    server.stop()
-    began = time.monotonic()
-    with (
-        pytest.warns(UserWarning, match="is left out"),
-        pytest.raises(RolloutError, match=r"no vLLM server takes.*nothing answers"),
-    ):
-        sampler.needs_everything(Weights(2), served)
-    weights = Weights(2)
-    with pytest.raises(RolloutError, match="no vLLM server takes"):
-        sampler.update(weights, served, False)
-    assert weights.passes == [3] and time.monotonic() - began < 60
 
 
 def test_a_server_that_comes_back_as_another_model_is_left_out(start, build, served):

@@ -23,27 +23,25 @@ EPISODES = {
 
 
 class After(Callback):
-    """Does something after an optimizer step, and saves a checkpoint."""
+    """Does something after an optimizer step."""
 
-    def __init__(self, step, action=lambda: None, checkpoint=None):
-        self.step, self.action, self.checkpoint = step, action, checkpoint
+    def __init__(self, step, action):
+        self.step, self.action = step, action
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             self.action()
-            if self.checkpoint is not None:
-                trainer.save_checkpoint(self.checkpoint)
 
 
 @pytest.fixture
 def train(model, sums, tmp_path):
     """Trains by large steps, with servers that make up their completions."""
 
-    def run(*servers, callbacks=(), steps=4, ckpt=None, rate=0.1, sampler=(), **policy):
+    def run(*servers, callbacks=(), steps=4, rate=0.1, sampler=(), **policy):
         options = {"max_new_tokens": 6, "timeout": 600, "give_up_after": 30, **dict(sampler)}
         policy["sampler"] = VLLMServerSampler(urls=[server.url for server in servers], **options)
         policy |= {"lr_lora": rate, "lr_full": rate}
-        return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
+        return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps)
 
     return run
 
@@ -72,14 +70,6 @@ def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest
     ):
         fitted()
     assert log.metrics[-1]["sampling/mismatch/max"] > 1e-3
-
-
-def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, start, tmp_path):
-    saved, log, path = After(2, checkpoint=tmp_path / "saved.ckpt"), Log(), tmp_path / "saved.ckpt"
-    train(start(seeded=True), callbacks=[saved], rollouts_ahead=1)
-    with pytest.raises(RolloutError, match=r"with the same weights: it has another model, .* start it with the policy's"):
-        train(start(seeded=True, zeros=True), callbacks=[log], ckpt=path, rollouts_ahead=1)
-    assert not log.metrics
 
 
 def at_request(server, number, action):

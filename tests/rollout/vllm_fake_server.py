@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 
 from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.interface import WeightsVersion
+from hybrid_lightning.rollout.vllm.completing import Requests
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
 
 MODEL = build_model("llama")
@@ -67,7 +68,6 @@ class FakeServer:
         self.drips = False  # it answers a byte a second
         self.on_cpu = False
         self.loses_weights = False  # updates end well, and change nothing but the label
-        self.zeros = False  # it computes with weights of 0
         self.fails = 0  # requests for completions to answer with status 500 next
         self.fails_updates = 0  # updates in which the worker fails after the first weight
         self.dies_in_updates = 0.0  # seconds after the first weight in which the server dies
@@ -229,7 +229,7 @@ class FakeServer:
         model = copy.deepcopy(MODEL)
         model.load_state_dict(self.weights, strict=False)
         with torch.no_grad():
-            logprobs = (model(torch.tensor([ids])).logits[0] * (not self.zeros)).log_softmax(-1).tolist()
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()
         of_tokens = [{str(token): {"logprob": row[token]}} for token, row in zip(ids[1:], logprobs, strict=False)]
         versions = [{"version": self.label, "start": 0, "end": 1}]
         return {"prompt_logprobs": [None, *of_tokens], "choices": [{"token_ids": [1], "weight_versions": versions}]}
@@ -403,11 +403,11 @@ class Factors(Weights):
         return (self.values if everything else {}) | self.factors
 
 
-def complete(sampler, prompts=12, samples=4, on_token=None):
+def complete(sampler, prompts=12, samples=4):
     """Complete prompts, and make sure that each has its own answers, in order."""
     ids = [[3, 4 + number] for number in range(prompts)]
     asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
-    answers = sampler.complete(ids, asked, on_token, None).result()
+    answers = sampler.complete(Requests(ids, asked, None, lambda *_: None)).result()
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]

@@ -16,7 +16,8 @@ from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, po
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.losses import SampledReverseKL
+from hybrid_lightning.policy import PolicyModule, ServerTeacher
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
@@ -245,3 +246,16 @@ def test_a_server_of_another_model_is_refused(tmp_path, server):
     policy = policy_of(sampler, write_model(tmp_path / "model", layers=2))
     with pytest.raises(ConfigError, match="another model: num_hidden_layers is 3 there and 2 in the policy's config"):
         policy.task.generation.check()
+
+
+@needs_vllm
+def test_a_server_teaches_what_the_same_weights_teach_here(model, server, tmp_path):
+    sampler = VLLMServerSampler(max_new_tokens=12, urls=[server.url])
+    policy = policy_of(sampler, model, "hybrid")  # the server receives its weights
+    rollouts = complete(policy)
+    teacher = ServerTeacher(server.url, cache_dir=str(tmp_path / "cache"))
+    teacher.check(policy.task.passes, SampledReverseKL())
+    found = teacher.logprobs(policy.task.passes, rollouts.sequences)
+    mask = rollouts.sequences.sampled_mask
+    torch.testing.assert_close(found[mask], own_logprobs(policy, rollouts)[mask], atol=1e-3, rtol=1e-3)
+    assert not found[~mask].any() and (found[mask] < 0).all()

@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_runs import Log, fit
-from vllm_of_tests import Server, needs_vllm, policy_of, wait_at_most, write_model
+from vllm_of_tests import Server, needs_vllm, wait_at_most, write_model
 
 from hybrid_lightning.callbacks import GracefulStop
-from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.current_weights import CurrentWeights
-from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
+from hybrid_lightning.rollout import VLLMServerSampler
 from hybrid_lightning.rollout.vllm import dispatch, servers
 
 pytestmark = [
@@ -40,8 +39,8 @@ class After(Log):
 
 @pytest.fixture
 def train(model, sums, tmp_path):
-    def run(sampler, *callbacks, ahead=0, steps=8, ckpt=None, correction=None, model=model):
-        policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "lr_lora": 0.03, "lr_full": 0.03}
+    def run(sampler, *callbacks, steps=8, ckpt=None, model=model):
+        policy = {"sampler": sampler, "rollouts_ahead": 1, "lr_lora": 0.03, "lr_full": 0.03}
         return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
 
     return run
@@ -61,31 +60,16 @@ def freeze_what_is_sent(monkeypatch, trainer):
     monkeypatch.setattr(CurrentWeights, "stream", lambda self, everything: map(old, stream(self, everything)))
 
 
-# Further ones with servers of the tests' own are in `rollout/test_watched_servers`.
-CASES = [("process", 0, None), ("server", 1, TokenTruncation())]
-
-
-@pytest.mark.parametrize(("kind", "ahead", "correction"), CASES)
-def test_updates_that_break_after_the_start_end_the_run_and_whole_ones_do_not(
-    train, request, monkeypatch, kind, ahead, correction
-):
-    def sampler():
-        if kind == "process":
-            return VLLMSampler(max_new_tokens=8)
-        return VLLMServerSampler(max_new_tokens=8, urls=[request.getfixturevalue("server").url])
-
-    log = After()
-    train(sampler(), log, ahead=ahead, correction=correction)
-    assert all(step["sampling/mismatch/max"] < 1e-3 for step in log.metrics) and len(log.metrics) == 8
-    log = After(2, lambda trainer: freeze_what_is_sent(monkeypatch, trainer))
+def test_updates_that_break_after_the_start_end_the_run(train, server, monkeypatch):
+    breaks = After(2, lambda trainer: freeze_what_is_sent(monkeypatch, trainer))
     with pytest.raises(RolloutError, match=r"differ from the policy's by .* with the same weights: they agreed before"):
-        train(sampler(), log, ahead=ahead, correction=correction, steps=60)
+        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), breaks, steps=60)
 
 
 def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, tmp_path, monkeypatch):
     path, log = tmp_path / "saved.ckpt", Log()
     saves = After(4, lambda trainer: trainer.save_checkpoint(path))
-    train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves, ahead=1)
+    train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves)
     stream = CurrentWeights.stream
 
     def zeros(self, everything):
@@ -93,7 +77,7 @@ def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, t
 
     monkeypatch.setattr(CurrentWeights, "stream", zeros)
     with pytest.raises(RolloutError, match=r"with the same weights: it has another model"):
-        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), log, ahead=1, ckpt=path)
+        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), log, ckpt=path)
     assert not log.metrics
 
 
@@ -118,25 +102,17 @@ def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_use
 
     try:
         log = After(2, again)
-        train(sampler(), log, ahead=1, steps=5, model=model)
+        train(sampler(), log, steps=5, model=model)
         assert len(log.metrics) == 5 and all(step["sampling/mismatch/max"] < 1e-3 for step in log.metrics)
         # Found by the rollout under way, or, where that had ended, by the next update.
         with pytest.raises(RolloutError, match=rf"(completes for 6 s|tried for \d+ s).*{own.url}") as raised:
-            train(sampler(), GracefulStop(), After(2, hang), ahead=1, steps=9, model=model)
+            train(sampler(), GracefulStop(), After(2, hang), steps=9, model=model)
         assert time.monotonic() - began[0] < 200, "where a request may take ten minutes"
         assert "Checkpoint saved" in "".join(raised.value.__notes__)
         os.killpg(own._process.pid, signal.SIGCONT)
         (checkpoint,) = tmp_path.rglob("stopped.ckpt")
         made, log = torch.load(checkpoint, weights_only=False)["global_step"], After()
-        train(sampler(), log, ahead=1, steps=made + 2, model=model, ckpt=checkpoint)
+        train(sampler(), log, steps=made + 2, model=model, ckpt=checkpoint)
         assert made >= 2 and len(log.metrics) == 2
     finally:
         own.stop()
-
-
-def test_heads_that_vllm_cannot_compute_with_on_a_cpu_are_refused(server):
-    for sampler in (VLLMSampler(max_new_tokens=8), VLLMServerSampler(max_new_tokens=8, urls=[server.url])):
-        with pytest.raises(
-            ConfigError, match=r"on a CPU, where vLLM's attention takes heads of .* and the policy has heads of 16"
-        ):
-            policy_of(sampler, "embedded:episodes").task.generation.check()

@@ -2,16 +2,20 @@
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import plain_logprobs
+from tiny_families import build_family
+from tiny_models import build_tokenizer, plain_logprobs
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 from transformers import AutoModelForCausalLM
 from vllm_of_tests import adapt, largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, find_candidates
+from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.export import AdapterFolder, MergedModel
 from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, peft_weights
@@ -45,7 +49,7 @@ def complete(policy, seed=0):
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    [("llama", "full"), ("llama", "dora"), ("llama", "adapter"), ("qwen2", "hybrid"), ("qwen3_moe", "hybrid")],
+    [("llama", "full"), ("llama", "dora"), ("llama", "adapter"), ("qwen2", "hybrid")],
 )
 def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, family, plan, monkeypatch):
     """Merged, or of a quantized base with LoRA apart."""
@@ -54,8 +58,6 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
         pytest.importorskip("bitsandbytes")
         sampler.sends_adapter, options["quantization"], plan = True, NF4(), "lora"
     policy = policy_of(sampler, write_model(tmp_path / "model", family, tied=family != "llama"), **options)
-    if family == "qwen3_moe":
-        policy.task.generation.__dict__["_folder"] = None  # experts come from the policy, too
     assert largest_difference(policy, complete(policy)) < 1e-4, "before it is adapted"
     adapt(policy, "hybrid" if plan == "dora" else plan, use_dora=plan == "dora")
     assert largest_difference(policy, complete(policy)) < 1e-4
@@ -73,6 +75,24 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
         move(policy, seed=4, by=0.5)
         with pytest.raises(RolloutError, match="they agreed before, so the last update was incomplete"):
             complete(policy)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_trained_experts_are_sent_as_a_checkpoint_has_them(tmp_path, sampler, family):
+    build_family(family, std=0.1, hidden_size=128, head_dim=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    policy = policy_of(sampler, tmp_path)
+    plan = plan_of_budget(find_candidates(policy.model, named=["experts"]), ModuleBudget(0), LoraSettings(4, 8), {"experts": 3})
+    full = [module.name for module in plan.candidates if module.experts][-1]
+    modules = (replace(m, mode="full", rank=None) if m.name == full else m for m in plan.candidates)
+    policy.adapt(replace(plan, candidates=tuple(modules), model_digest=policy.policy.base_digest))
+    for seed in range(3):
+        assert largest_difference(policy, complete(policy)) < 3e-4
+        move(policy, seed)
+    with policy.policy.start_policy():
+        start = complete(policy)
+        assert largest_difference(policy, start) < 1e-4, "without the adapter"
+    assert largest_difference(policy, start) > 1e-2, "the move has to be seen"
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision, which is not installed")

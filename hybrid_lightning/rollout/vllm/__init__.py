@@ -12,7 +12,7 @@ names.py         the parts of vLLM that are used, and the versions that have the
 adapter.py       LoRA that vLLM receives separately from the base
 isolated_process.py  keeps vLLM from changing its process
 transfer.py      sends weights to servers
-receiver.py      receives them, in the server
+receiver.py      receives them, in the server, and loads them into a model of vLLM
 """
 
 BACKEND = "hybrid_lightning"  # our weight transfer, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it

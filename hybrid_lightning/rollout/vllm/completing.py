@@ -46,7 +46,15 @@ class Answer:
     versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and the first token of each
 
 
-OnAnswers = Callable[[int, list[Answer]], None]
+@dataclass(frozen=True)
+class Requests:
+    """The prompts of a rollout, as vLLM has to complete them."""
+
+    prompt_ids: Sequence[Sequence[int]]  # token ids of P prompts
+    parameters: Sequence[dict[str, Any]]  # arguments of vLLM's `SamplingParams` for each prompt
+    on_token: Callable[[int, int], None] | None  # see `SamplingRequest`
+    # Called with the number of a prompt and its answers as soon as they arrive, perhaps in another thread.
+    on_answers: Callable[[int, list[Answer]], None]
 
 
 class VLLMEngine(RolloutEngine):
@@ -101,31 +109,20 @@ class VLLMEngine(RolloutEngine):
             | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
             for number, seed in enumerate(seeds)
         ]
-        on_completion, on_tokens, answered = request.on_completion, request.on_tokens, None
         vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-        if on_completion is not None or on_tokens is not None:
-            if self._copied is None or self._copied[0] is not tokenizer:
-                self._copied = (tokenizer, deepcopy(tokenizer))  # copying takes long for a large vocabulary
-            copied = self._copied[1]
+        if self._copied is None or self._copied[0] is not tokenizer:
+            self._copied = (tokenizer, deepcopy(tokenizer))  # copying takes long for a large vocabulary
+        listener = self._listener(self._copied[1], request)
 
-            def answered(number: int, answers: list[Answer]) -> None:
-                for answer in answers:
-                    _check(answer, vocabulary)
-                tokens, finished = [answer.tokens for answer in answers], [answer.finished for answer in answers]
-                if on_tokens is not None:
-                    for sample, own in enumerate(tokens):
-                        on_tokens(number * samples + sample, own)
-                if on_completion is None:
-                    return
-                context = [request.prompt_ids[number]]
-                for sample, completion in enumerate(self.completions(copied, context, tokens, finished)):
-                    on_completion(number * samples + sample, completion)
+        def answered(number: int, answers: list[Answer]) -> None:
+            for sample, answer in enumerate(answers):
+                _check(answer, vocabulary)
+                if listener is not None:
+                    listener(number * samples + sample, answer.tokens, answer.finished)
 
         def taken(groups: list[list[Answer]]) -> Rollouts:
             answers = [answer for group in groups for answer in group]
             assert len(answers) == count * samples
-            for answer in answers:
-                _check(answer, vocabulary)
             tokens, mask = pad_right([answer.tokens for answer in answers], pad_token(tokenizer), device)
             logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
             for row, answer in enumerate(answers):
@@ -137,27 +134,15 @@ class VLLMEngine(RolloutEngine):
             finished = torch.tensor([answer.finished for answer in answers], device=device)
             return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
 
-        return self.complete(request.prompt_ids, arguments, request.on_token, answered).then(taken)
+        return self.complete(Requests(request.prompt_ids, arguments, request.on_token, answered)).then(taken)
 
     def __reduce__(self) -> Any:
         """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""
         return partial(type(self), **self._init_args), ()
 
     @abstractmethod
-    def complete(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None,
-    ) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to complete P prompts; each has its own arguments of vLLM's `SamplingParams`.
-
-        Args:
-            prompt_ids: Token ids of each prompt.
-            parameters: The arguments of each prompt.
-            on_token: See `SamplingRequest`.
-            on_answers: Called with the number of a prompt and its answers as soon as they arrive, perhaps in another thread.
+    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
+        """Begin to complete P prompts.
 
         Returns:
             The G answers to each prompt, in order, once they have arrived, sampled only with weights that the engine has

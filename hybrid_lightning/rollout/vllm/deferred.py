@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.interface import PolicyWeight
 
 
@@ -59,39 +58,10 @@ class Deferred(torch.Tensor):
 
 
 def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> None:
-    """Load weights (name and value) layer by layer in an engine's worker; `everything` if these are all weights of the model.
-
-    Raises:
-        ValueError: If a joined layer received only some of its parts. No part of it is loaded then.
-        RolloutError: If vLLM has weights that are not among these.
-    """
+    """Load weights in an engine's worker (see `load_weights`)."""
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    from hybrid_lightning.rollout.vllm.receiver import abandon, missing_weights, pack_experts, pack_tied
-    from hybrid_lightning.rollout.vllm.transfer import check_joined
-
-    model, came = worker.model_runner.model, []
-
-    def noted() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights:
-            came.append(name)
-            yield name, weight
-        check_joined(came, model)
+    from hybrid_lightning.rollout.vllm.receiver import load_weights
 
     with set_current_vllm_config(worker.vllm_config):
-        initialize_layerwise_reload(model)
-        try:
-            loaded: set[str] = model.load_weights(noted())
-        except BaseException:
-            abandon(model, worker.model_runner.model_config)
-            raise
-        finalize_layerwise_reload(model, worker.model_runner.model_config)
-        pack_experts(model, loaded)
-        if everything:
-            pack_tied(model)
-            if missing := missing_weights(model, loaded):
-                raise RolloutError(
-                    f"vLLM has {len(missing)} weights that the policy does not have, such as {min(missing)!r}: it knows this "
-                    "architecture under other names; leave model.sampler out to sample without vLLM"
-                )
+        load_weights(worker.model_runner.model, worker.model_runner.model_config, weights, everything)

@@ -11,7 +11,7 @@ import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import httpx
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers
+from hybrid_lightning.rollout.vllm.completing import Answer, Requests
 from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 
@@ -71,8 +71,7 @@ class Dispatch:
         servers: The servers.
         label: Label of the weights that they should have.
         updating: Label of a server that is receiving weights.
-        prompt_ids: Token ids of P prompts.
-        parameters: Arguments of vLLM's `SamplingParams` for each prompt.
+        requests: The requests. An exception from their `on_token`, or from a signal, ends them, on the servers as well.
         timeout: Longest time for a request in seconds.
         outage: Ends the rollout when servers have failed for too long.
 
@@ -83,7 +82,6 @@ class Dispatch:
     _client: httpx.AsyncClient
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
-    _on_answers: OnAnswers | None
     _work: "Future[None]"
     _ended_at: float
 
@@ -92,40 +90,34 @@ class Dispatch:
         servers: Sequence[Server],
         label: str,
         updating: str,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
+        requests: Requests,
         timeout: float,
         outage: Outage,
     ) -> None:
         self._labels, self._updating = [label], updating  # labels that tokens may have
         self._timeout, self._outage = timeout, outage
         self._check_s = min(_LOOK_S, max(1.0, outage.limit / 3))
-        self._samples = max((int(asked["n"]) for asked in parameters), default=1)
-        self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
+        self._requests, parameters = requests, requests.parameters
+        self._samples = max(int(asked["n"]) for asked in parameters)
+        self._longest = max(int(asked["max_tokens"]) for asked in parameters)
         began = time.monotonic()
         self._places = [_Place(server, _room(server, self._samples), began) for server in servers]
-        self._waiting = deque(map(_Request, range(len(prompt_ids)), prompt_ids, parameters))
+        self._total = len(requests.prompt_ids)
+        self._waiting = deque(map(_Request, range(self._total), requests.prompt_ids, parameters))
         self._answers: dict[int, list[Answer]] = {}
-        self._total = len(prompt_ids)
         self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a check of the server
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._is_ending = False
 
-    def start(
-        self, on_token: Callable[[int, int], None] | None = None, on_answers: OnAnswers | None = None
-    ) -> RolloutFuture[list[list[Answer]]]:
+    def start(self) -> RolloutFuture[list[list[Answer]]]:
         """Begin to make the requests, in a separate thread: the caller's may already have an event loop, as in notebooks.
 
-        Args:
-            on_token: Called while the answers are awaited; the progress of the rollout stands in for the number of decoded
-                tokens. An exception from it, or from a signal, ends the requests, on the servers as well.
-            on_answers: See `VLLMEngine.complete`; it is called in the thread of the requests.
+        While the answers are awaited, the progress of the rollout stands in for the number of decoded tokens.
 
         Returns:
             The answers to each prompt, in order. RolloutError is raised if no server completes them.
         """
-        self._on_answers = on_answers
         self._loop = loop = asyncio.new_event_loop()
         self._main = main = loop.create_task(self._complete())
 
@@ -139,9 +131,9 @@ class Dispatch:
         self._work = in_thread(work, "requests to vLLM servers")
 
         def progress() -> None:
-            if on_token is not None:
+            if self._requests.on_token is not None:
                 done = len(self._answers)
-                on_token((self._total - done) * self._samples, self._longest * done // max(1, self._total))
+                self._requests.on_token((self._total - done) * self._samples, self._longest * done // self._total)
 
         return RolloutFuture(self._all_answers, self._work, on_wait=progress, on_cancel=self.end)
 
@@ -283,8 +275,7 @@ class Dispatch:
             place.answered_at = time.monotonic()
             self._outage.end(answered=True)
             self._answers[request.number] = found
-            if self._on_answers is not None:
-                self._on_answers(request.number, found)
+            self._requests.on_answers(request.number, found)
 
     def _set_aside(self, place: _Place) -> None:
         """Stop using a server for a while; requests that it already has may still be answered."""

@@ -6,12 +6,13 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -21,11 +22,10 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, ServedModel
 from hybrid_lightning.rollout.vllm import completing
 from hybrid_lightning.rollout.vllm.adapter import check_applied, least_max_rank, split, write_folder
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, states_of
+from hybrid_lightning.rollout.vllm.completing import Answer, Requests, VLLMEngine, states_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
-from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights do not have to leave it
@@ -242,7 +242,7 @@ class VLLMSampler(VLLMEngine):
             options["enable_sleep_mode"] = self.sleep != "nothing"
             options["distributed_executor_backend"] = "external_launcher"  # it takes the device from the variables below
             self._process.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
-            self._process.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            self._process.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_network_port()))
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
@@ -254,24 +254,12 @@ class VLLMSampler(VLLMEngine):
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
-    def complete(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
-    ) -> RolloutFuture[list[list[Answer]]]:
+    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
         """The answers to P prompts, made when they are requested."""
-        return RolloutFuture(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
+        return RolloutFuture(lambda: self._completed(requests))
 
     @torch.no_grad()
-    def _completed(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None,
-    ) -> list[list[Answer]]:
+    def _completed(self, requests: Requests) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
         with self._process.entered():
             from vllm import SamplingParams
@@ -280,9 +268,9 @@ class VLLMSampler(VLLMEngine):
             self._wake("kv_cache")
             engine, adapter = self._llm.llm_engine, self._lora_request() if self._adapter_is_on else None
             # Names of requests -> number of the prompt.
-            names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
+            names = {f"completion-{next(self._requests)}": number for number in range(len(requests.prompt_ids))}
             try:
-                for name, ids, arguments in zip(names, prompt_ids, parameters, strict=True):
+                for name, ids, arguments in zip(names, requests.prompt_ids, requests.parameters, strict=True):
                     wanted = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
                     engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted, lora_request=adapter)
                 steps = 0
@@ -290,11 +278,10 @@ class VLLMSampler(VLLMEngine):
                     for output in engine.step():
                         if output.finished:
                             answers[output.request_id] = found = [_answer(one) for one in output.outputs]
-                            if on_answers is not None:
-                                on_answers(names[output.request_id], found)
+                            requests.on_answers(names[output.request_id], found)
                     steps += 1
-                    if on_token is not None:
-                        on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
+                    if requests.on_token is not None:
+                        requests.on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
             except BaseException:  # a signal, too
                 engine.abort_request([name for name in names if name not in answers])
                 raise

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.interface import PEFT_PREFIX
 from hybrid_lightning.rollout.vllm import MISSING
 from hybrid_lightning.rollout.vllm.adapter import check_applied, split, write_folder
@@ -53,8 +54,6 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
-    _loaded: set[str] | None = None  # names of vLLM's base weights that arrived; None: none arrived
-    _everything = False  # whether all should have arrived
     _folder: Path | None = None  # of LoRA that arrived
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
@@ -76,42 +75,25 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group = gloo_group(store, rank, init_info.ranks, address, limit)
 
     def start_weight_update(self) -> None:
-        """Prepare to receive weights; their names are not known yet."""
-        self._loaded = None
+        """Nothing to prepare: an update comes as one message, and is loaded as a whole."""
 
     def finish_weight_update(self) -> None:
-        """Put back the weights that did not arrive, and share tied weights.
-
-        Raises:
-            ValueError: If all weights should have arrived, and the policy does not have one that vLLM's model has.
-        """
-        loaded, self._loaded = self._loaded, None
-        if loaded is None:
-            return
-        finalize_layerwise_reload(self.model, self.model_config)
-        pack_experts(self.model, loaded)
-        if self._everything:  # tied weights have one name from here on
-            if missing := missing_weights(self.model, loaded):
-                raise ValueError(f"{MISSING} {min(missing)}: vLLM knows this architecture under other names")
-            pack_tied(self.model)
+        """Nothing is left to do."""
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
-        """Receive the weights of one update.
+        """Receive and load the weights of one update.
 
         Raises:
-            ValueError: If a joined layer would receive only some of its parts, or there is no LoRA for a module.
+            RolloutError: If vLLM's model needs weights that are not among these. See `load_weights` for other errors.
         """
         factors: dict[str, torch.Tensor] = {}
-        names = [name for name in update_info.names if not name.startswith(PEFT_PREFIX)]
+        separate = [name for name in update_info.names if name.startswith(PEFT_PREFIX)]
         received = split(self._received(update_info), factors)
         try:
             if update_info.adapter is not None:
-                check_applied(self.model, [name for name in update_info.names if name not in names])
-            check_joined(names, self.model)
-            if names:
-                initialize_layerwise_reload(self.model)
-                self._loaded, self._everything = set(), update_info.everything
-                self._loaded |= set(self.model.load_weights(received) or ())
+                check_applied(self.model, separate)
+            if len(separate) < len(update_info.names):
+                load_weights(self.model, self.model_config, received, update_info.everything)
             deque(received, maxlen=0)
             if update_info.adapter is not None:
                 self._folder = Path(update_info.folder)
@@ -119,8 +101,6 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
                 self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read again
         except BaseException:
             self.shutdown()  # so that the sender does not wait
-            if self._loaded is not None:
-                abandon(self.model, self.model_config)
             raise
 
     def _received(self, update: GlooUpdate) -> Iterator[tuple[str, torch.Tensor]]:
@@ -136,17 +116,47 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         shutil.rmtree(self._folder or "", ignore_errors=True)
 
 
-def abandon(model: torch.nn.Module, config: Any) -> None:
-    """Drop layers that arrived in part; the model can then compute, and receive all weights again.
+def load_weights(model: Any, config: Any, weights: Iterator[tuple[str, torch.Tensor]], everything: bool) -> None:
+    """Load weights (name and value) layer by layer into vLLM's model; `everything` if these are all weights of the policy.
 
-    Layers that arrived whole stay. The version of the weights, which is set at the end, makes the sender send all of them again.
+    Layers that arrive in part are dropped if this fails: the model can then compute, and receive all weights again. Layers that
+    arrived whole stay. The version of the weights, which is set at the end, makes the sender send all of them again.
+
+    Raises:
+        ValueError: If a joined layer receives only some of its parts. No part of it is loaded then.
+        RolloutError: If the model has weights that are not among these.
     """
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        if info.can_load():
-            info.loaded_weights.clear()
-            info.load_numel = 0
-    finalize_layerwise_reload(model, config)
+    names: list[str] = []
+
+    def noted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in weights:
+            names.append(name)
+            yield name, value
+        check_joined(names, model)
+
+    initialize_layerwise_reload(model)
+    try:
+        loaded = set(model.load_weights(noted()) or ())
+    except BaseException:
+        for layer in model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        raise
+    finally:
+        finalize_layerwise_reload(model, config)
+    pack_experts(model, loaded)
+    if not everything:
+        return
+    pack_tied(model)
+    # Tied weights have one name by now. With LoRA, the layers of vLLM's model contain the base's weights.
+    has, came = ({name.replace(".base_layer.", ".") for name in some} for some in (dict(model.named_parameters()), loaded))
+    if missing := has - came:
+        raise RolloutError(
+            f"{MISSING} {len(missing)} weights that vLLM has, such as {min(missing)!r}: vLLM knows this architecture under other "
+            "names; leave model.sampler out to sample without vLLM"
+        )
 
 
 def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
@@ -155,12 +165,6 @@ def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None and f"{name}.w13_weight" in loaded and next(layer.parameters()).device.type == "cpu":
             kernel.fused_experts.process_weights_after_loading(layer)
-
-
-def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:
-    """Names of a model's weights that it has not loaded; with LoRA, its layers contain the base's weights."""
-    has, came = ({n.replace(".base_layer.", ".") for n in names} for names in (dict(model.named_parameters()), loaded))
-    return has - came
 
 
 def pack_tied(model: torch.nn.Module) -> None:

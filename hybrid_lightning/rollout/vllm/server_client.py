@@ -191,11 +191,7 @@ class Server:
             ServerError: If it does not complete the prompt, or was instructed to end the request.
         """
         body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters, "model": self.adapter}
-        try:
-            response = await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers)
-        except httpx.HTTPError as error:
-            raise self._failure(error) from error
-        content = self._content(response)
+        content = await self._ask(client, "POST", "/inference/v1/generate", body)
         try:
             choices = sorted(content["choices"], key=lambda choice: int(choice["index"]))
             reasons = {choice["finish_reason"] for choice in choices}
@@ -212,12 +208,10 @@ class Server:
             ServerError: If it does not answer, or cannot compute them.
         """
 
-        async def of(client: httpx.AsyncClient, ids: Sequence[int]) -> Any:
-            body = {"token_ids": list(ids), "sampling_params": PROMPT_LOGPROBS, "model": self.adapter}
-            return self._content(await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers))
-
         async def of_all(client: httpx.AsyncClient) -> list[Any]:
-            return await asyncio.gather(*(of(client, ids) for ids in token_ids))
+            common = {"sampling_params": PROMPT_LOGPROBS, "model": self.adapter}
+            bodies = [{"token_ids": list(ids), **common} for ids in token_ids]
+            return await asyncio.gather(*(self._ask(client, "POST", "/inference/v1/generate", body) for body in bodies))
 
         answers = self._within(self.timeout, of_all)
         try:
@@ -229,16 +223,13 @@ class Server:
 
     async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
         """End requests, if the server still answers."""
-        with contextlib.suppress(httpx.HTTPError):  # the server ends them itself when their connections are closed
+        with contextlib.suppress(ServerError):  # the server ends them itself when their connections are closed
             ids = [f"generate-tokens-{name}" for name in names]  # as vLLM calls them
-            await client.post(f"{self.url}/inference/v1/abort_requests", json={"request_ids": ids}, headers=self._headers)
+            await self._ask(client, "POST", "/inference/v1/abort_requests", {"request_ids": ids})
 
     async def label_now(self, client: httpx.AsyncClient) -> str:
         """The label of its weights, requested in parallel with other requests."""
-        try:
-            return self._label(self._content(await client.get(f"{self.url}/weight_info", headers=self._headers)))
-        except httpx.HTTPError as error:
-            raise self._failure(error) from error
+        return self._label(await self._ask(client, "GET", "/weight_info"))
 
     def _label(self, answer: Any) -> str:
         try:
@@ -269,11 +260,20 @@ class Server:
         Raises:
             ServerError: If it does not answer, or refuses.
         """
+        limit = min(limit, self.timeout) if limit <= _SHORT_S else limit
+        return self._within(limit, lambda client: self._ask(client, method, path, body, params))
 
-        async def answer(client: httpx.AsyncClient) -> httpx.Response:
-            return await client.request(method, f"{self.url}{path}", json=body, params=params, headers=self._headers)
-
-        return self._content(self._within(min(limit, self.timeout) if limit <= _SHORT_S else limit, answer))
+    async def _ask(
+        self, client: httpx.AsyncClient, method: str, path: str, body: Any = None, params: dict[str, str] | None = None
+    ) -> Any:
+        try:
+            return self._content(
+                await client.request(method, f"{self.url}{path}", json=body, params=params, headers=self._headers)
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise ServerError(self.url, f"nothing answers there ({str(error) or 'no connection'})") from error
+        except httpx.HTTPError as error:
+            raise ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})") from error
 
     def _within(self, limit: float, answer: Callable[[httpx.AsyncClient], Awaitable[_T]]) -> _T:
         """The answer, if it arrives completely within this many seconds."""
@@ -286,8 +286,6 @@ class Server:
             return asyncio.run(limited())
         except TimeoutError as error:
             raise ServerError(self.url, f"no answer within {limit:g} s; it hangs or is overloaded") from error
-        except httpx.HTTPError as error:
-            raise self._failure(error) from error
 
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
@@ -302,11 +300,6 @@ class Server:
         elif response.status_code == 404 or not cause:
             cause = f"{response.request.url.path}: {response.status_code} {cause}".rstrip()
         raise ServerError(self.url, cause, response.status_code)
-
-    def _failure(self, error: httpx.HTTPError) -> ServerError:
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            return ServerError(self.url, f"nothing answers there ({str(error) or 'no connection'})")
-        return ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})")
 
 
 def _answer(choice: dict[str, Any], longest: int) -> Answer:

@@ -30,7 +30,7 @@ from hybrid_lightning.rollout.interface import (
     WeightsVersion,
 )
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, one_version
+from hybrid_lightning.rollout.vllm.completing import Answer, Requests, VLLMEngine, one_version
 from hybrid_lightning.rollout.vllm.dispatch import STARTED, Dispatch
 from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_checks import check_server
@@ -380,21 +380,12 @@ class VLLMServerSampler(VLLMEngine):
 
     # ---- completions
 
-    def complete(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
-    ) -> RolloutFuture[list[list[Answer]]]:
+    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
         """Begin to complete P prompts, with requests in a separate thread."""
-        if not prompt_ids:
-            return RolloutFuture(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
-        label = str(self.version)
-        dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self._outage)
+        dispatch = Dispatch(self._servers, str(self.version), _UPDATING, requests, self.timeout, self._outage)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
-        begun = dispatch.start(on_token, on_answers)
+        begun = dispatch.start()
         self._dispatches = [*self._running, dispatch]
         return begun
 

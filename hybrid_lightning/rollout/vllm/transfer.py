@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
@@ -227,7 +228,7 @@ class NcclTransfer(Transfer):
         """Connect to all workers of the server over NCCL."""
         self.close()
         self._stream = torch.cuda.Stream(self._device)
-        port = free_port()
+        port = find_free_network_port()
         # Not packed: weights are sent from the one buffer that they are computed in.
         init_info = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
         answer = in_thread(lambda: self._server.init_weight_transfer_engine(init_info | {"packed": False}), REQUEST)
@@ -318,13 +319,6 @@ def check_facts(mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, value in wanted.items():
         if name in mine and mine[name] != value:
             raise ValueError(f"another model: {name} is {mine[name]!r} there and {value!r} in the policy's config")
-
-
-def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
 
 
 def check_joined(names: Collection[str], model: Any) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, TrainedPolicy, write_policy
-from hybrid_lightning.export.trained import BaseModel
 from hybrid_lightning.model.loading import load_model, load_tokenizer, resolve_model
+from hybrid_lightning.model.pretrained import Pretrained
 
 
 def load(folder, dtype="float32"):
@@ -87,6 +87,6 @@ def test_a_base_that_is_not_there_is_named(train, tmp_path):
 def test_an_adapter_trained_from_it_is_not_an_adapter_of_the_base(train, tmp_path):
     trained = train()
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
-    again = TrainedPolicy(trained.policy.plan, trained.policy.weights, BaseModel(str(folder)))
+    again = TrainedPolicy(trained.policy.plan, trained.policy.weights, Pretrained(str(folder)))
     with pytest.raises(ConfigError, match="PEFT cannot stack adapters; export form=MergedModel"):
         write_policy(again, AdapterFolder(), tmp_path / "more")

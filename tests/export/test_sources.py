@@ -23,7 +23,7 @@ def content_of(trained, **changes):
 
 
 def assert_same(policy, trained):
-    assert policy.plan == trained.policy.plan and policy.base == trained.policy.base
+    assert policy.plan == trained.policy.plan and policy.base.source == trained.policy.base.source
     assert policy.weights.keys() == trained.policy.weights.keys()
     assert all(torch.equal(policy.weights[name], weight) for name, weight in trained.policy.weights.items())
 
@@ -81,7 +81,7 @@ def test_any_adaptable_module_that_names_its_base(train):
     module = Holder(trained.model, trained.policy.plan, model=trained.policy.base.model, lr=0.5)
     policy = policy_of_module(module, steps=9, summary={"before": {}, "after": {"val/a": 1.0}, "validated_step": 9})
     assert policy_of_module(module, keep=False) is None
-    assert policy.base == trained.policy.base and policy.weights.keys() == trained.policy.weights.keys()
+    assert policy.base.source == trained.policy.base.source and policy.weights.keys() == trained.policy.weights.keys()
     assert (policy.training.steps, policy.training.after, policy.training.arguments["lr"]) == (9, {"val/a": 1.0}, 0.5)
 
 

@@ -82,7 +82,7 @@ class ExampleTask(Task):
         with self.run.stopping_together(), self.run.clock.phase("logprobs"):
             sequences = [batch.sequences for batch in batches]
             measured = self.passes.measure(sequences, current=False, reference=True, interruptible=self.run.interruptible)
-        return [batch.with_logprobs(None, reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
+        return [replace(batch, ref_logprobs=reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule
 
 from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, policy_of_module, write_policy
+from hybrid_lightning.export import policy_of_checkpoint, policy_of_module
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, new_state
 
 
@@ -83,16 +83,6 @@ def test_any_adaptable_module_that_names_its_base(train):
     assert policy_of_module(module, keep=False) is None
     assert policy.base.source == trained.policy.base.source and policy.weights.keys() == trained.policy.weights.keys()
     assert (policy.training.steps, policy.training.after, policy.training.arguments["lr"]) == (9, {"val/a": 1.0}, 0.5)
-
-
-def test_writing_changes_neither_module_nor_random_state(train, tmp_path):
-    trained = train()
-    module = Holder(trained.model.train(), trained.policy.plan, model=trained.policy.base.model)
-    before, state = {name: weight.clone() for name, weight in trainable_state(module.network).items()}, torch.get_rng_state()
-    for number, form in enumerate((MergedModel(), AdapterFolder())):
-        write_policy(policy_of_module(module), form, tmp_path / str(number))
-    assert torch.equal(torch.get_rng_state(), state) and module.network.training
-    assert all(torch.equal(weight, before[name]) for name, weight in trainable_state(module.network).items())
 
 
 def test_what_cannot_be_exported_says_why(train):

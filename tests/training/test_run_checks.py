@@ -19,7 +19,6 @@ from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenal
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
 from hybrid_lightning.training import module
 from hybrid_lightning.training.run_checks import warn_of_differences
-from hybrid_lightning.types import LossInputs
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +88,6 @@ def test_every_kind_of_training(folder, tmp_path, name, request):
         trained = fit(model, None, tmp_path, build_adapter(), policy=policy, data=data, **flags)
         trained.trainer.export(trained, data, folder=str(tmp_path / "exported"))
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def test_every_loss(on_gpu):
-    kinds = [losses.GRPOLoss, losses.GSPOTokenLoss, losses.DAPOLoss, losses.DrGRPOLoss]
-    kinds += [losses.BNPOLoss, losses.CISPOLoss, losses.SAPOLoss, losses.DPPOLoss]
-    values, ones = -torch.rand(4, 5), torch.ones(4)
-    for loss in (*(kind(entropy_coef=0.01, kl_coef=0.01) for kind in kinds), losses.SupervisedLoss(), losses.DPOLoss()):
-        logprobs, entropy = (values.clone().requires_grad_() for _ in range(2))
-        others = {"ref_logprobs": values - 0.2, "entropy": entropy, "max_completion_tokens": 5.0}
-        with on_gpu:
-            loss(LossInputs(logprobs, ones, torch.ones(4, 5, dtype=torch.bool), values - 0.1, **others)).loss.backward()
-        assert logprobs.grad.any(), type(loss).__name__
-
-
-def test_training_on_examples(folder, tmp_path, on_gpu):
-    with on_gpu:
-        trained = tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
-    assert trained.trainer.global_step > 0
 
 
 # ---- the messages

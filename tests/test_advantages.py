@@ -16,7 +16,7 @@ from hybrid_lightning.advantages import (
     PerRewardAdvantage,
     ReinforcePlusPlusAdvantage,
 )
-from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rewards import EpisodeReturn, evaluate_reward, rewards_to_go
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
 
@@ -95,10 +95,6 @@ def test_dtypes_and_no_gradient(estimator):
     ("compute", "error", "message"),
     [
         (lambda: GroupAdvantage()(torch.zeros(4), 1), ConfigError, "samples_per_prompt=1: .*set samples_per_prompt to 2 or more"),
-        (lambda: GroupAdvantage()(torch.zeros(5), 2), ConfigError, "is not"),
-        (lambda: GroupAdvantage()(torch.zeros(2, 2), 2), ConfigError, "is not"),
-        (lambda: GroupAdvantage()(torch.tensor([0.0, 1.0, -math.inf, 0.0]), 2), RewardError, r"completion 2 is -inf \(1 of 4"),
-        (lambda: of_parts(PerRewardAdvantage(), a=[0.0, math.nan], b=[0.0, 0.0]), RewardError, "reward of completion 1 is nan"),
         (lambda: GroupAdvantage(0.0), ConfigError, "GroupAdvantage: eps=0.0"),
         (lambda: BatchStdAdvantage(math.nan), ConfigError, "BatchStdAdvantage: eps=nan"),
         (lambda: PerRewardAdvantage(math.inf), ConfigError, "PerRewardAdvantage: eps=inf"),

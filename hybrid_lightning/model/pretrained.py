@@ -21,7 +21,6 @@ from hybrid_lightning.model.loading import (
     load_model,
     load_tokenizer,
     resolve_model,
-    stop_token_ids,
 )
 from hybrid_lightning.model.prompts import PromptEncoder
 
@@ -81,8 +80,10 @@ class Pretrained:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Token ids that end a completion."""
-        return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
+        """Token ids that end a completion: the end-of-sequence tokens of the tokenizer and of the model's generation config."""
+        configured = load_generation_config(self.source, self.config).eos_token_id
+        ids = configured if isinstance(configured, (list, tuple)) else [configured]
+        return sorted({int(self.tokenizer.eos_token_id), *(token for token in ids if token is not None)})
 
     def clone_for_thread(self) -> Self:
         """This model for another thread, with a tokenizer that is read again."""

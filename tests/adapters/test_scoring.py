@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters import ExactGradients, Scoring, SketchedGradients, find_candidates, scorers
-from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
+from hybrid_lightning.errors import CalibrationError, ConfigError
 
 RANK = 2
 SKETCHES = SketchedGradients(size=7)  # of 12 directions, where rank 2 and 32 x 48 weights leave a real tail
@@ -175,33 +175,23 @@ def test_an_unused_module_scores_zero_with_a_warning():
     assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
 
 
-@pytest.mark.parametrize(("value", "error"), [("high", ConfigError), (None, ConfigError), (float("nan"), CalibrationError)])
-def test_a_scorer_of_ones_own_gives_numbers(value, error, monkeypatch):
+def test_a_scorer_of_ones_own_gives_finite_numbers(monkeypatch):
     model = Blocks()
-    monkeypatch.setattr(LargestRow, "score", lambda *_: value)
-    with pytest.raises(error, match=r"LargestRow(\.score returned .* for layers\.0; return a| gave layers\.0 the score nan)"):
+    monkeypatch.setattr(LargestRow, "score", lambda *_: float("nan"))
+    with pytest.raises(CalibrationError, match=r"LargestRow gave layers\.0 the score nan"):
         Scoring(model, {"layers.0": model.layers[0]}, [model.loss()], LargestRow(), 1).run()
 
 
 @pytest.mark.parametrize(
-    ("losses", "error", "message"),
+    ("losses", "message"),
     [
-        (lambda model: (0.0 * model.loss() for _ in range(2)), CalibrationError, "zero in all 3 candidate modules"),
-        (lambda model: [], CalibrationError, "no calibration losses"),
-        (lambda model: (model.loss() * factor for factor in (1.0, float("nan"))), CalibrationError, "loss 1 is nan"),
-        (lambda model: [model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt()], CalibrationError, r"layers\.0 is not finite"),
-        (lambda model: [torch.ones(())], CalibrationError, "loss 0 does not depend"),
-        (lambda model: [model.layers[0].weight * 2], ConfigError, r"loss 0 has shape \(4, 4\)"),
+        (lambda model: (0.0 * model.loss() for _ in range(2)), "zero in all 3 candidate modules"),
+        (lambda model: [], "no calibration losses"),
+        (lambda model: (model.loss() * factor for factor in (1.0, float("nan"))), "loss 1 is nan"),
+        (lambda model: [model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt()], r"layers\.0 is not finite"),
     ],
 )
-def test_losses_without_a_signal_are_refused(losses, error, message):
+def test_losses_without_a_signal_are_refused(losses, message):
     model = Blocks()
-    with pytest.raises(error, match=message):
+    with pytest.raises(CalibrationError, match=message):
         scored(model, losses(model))
-
-
-def test_a_quantized_model_is_refused():
-    model = Blocks()
-    model.layers[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"layers\.0 is torch\.uint8; score the model before"):
-        scored(model, [])

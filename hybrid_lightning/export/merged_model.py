@@ -15,8 +15,9 @@ from hybrid_lightning.adapters.candidates import is_transposed
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
 from hybrid_lightning.model.loading import DTYPES, read_config
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 
 
 class MergedModel(ExportForm):

@@ -21,10 +21,9 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import ChatFormat
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.model.pretrained import Pretrained
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 
-PEFT_PREFIX = "base_model.model."  # before the names of the base model, in state dicts and PEFT files
 _FULL = f".modules_to_save.{ADAPTER}."
-_LORA = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.", f".lora_magnitude_vector.{ADAPTER}.")
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def training_of(
 
 def is_adapter_weight(name: str) -> bool:
     """Whether a name in a state dict belongs to an adapter's weight, not to the frozen base model."""
-    return PEFT_PREFIX in name and (_FULL in name or any(part in name for part in _LORA))
+    return PEFT_PREFIX in name and (_FULL in name or ".lora_" in name)
 
 
 def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:

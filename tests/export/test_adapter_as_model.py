@@ -4,9 +4,6 @@ import json
 
 import pytest
 import torch
-from exported import VARIANTS, logits
-from peft.tuners.tuners_utils import BaseTunerLayer
-from rounding import assert_same_logits
 from safetensors.torch import load_file, save_file
 
 from hybrid_lightning.errors import ConfigError, ModelError
@@ -17,17 +14,6 @@ from hybrid_lightning.model.pretrained import Pretrained
 
 def load(folder, dtype="float32"):
     return load_model(resolve_model(str(folder)), dtype, None)
-
-
-@pytest.mark.parametrize(("family", "variant", "share"), [("llama", "lora", 0.3), ("gpt2", "dora", 1), ("gemma", "rslora", 0)])
-def test_it_is_one_ordinary_model(train, tmp_path, family, variant, share):
-    trained = train(family, share, VARIANTS[variant])
-    model = load(write_policy(trained.policy, AdapterFolder(), tmp_path / "out"))
-    assert_same_logits(logits(model), trained.logits)
-    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
-    base = load(trained.policy.base.model)
-    assert type(model) is type(base) and model.state_dict().keys() == base.state_dict().keys()
 
 
 def test_it_is_what_the_merged_model_is_in_bfloat16_too(train, tmp_path):

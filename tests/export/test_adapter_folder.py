@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lightning.errors import ConfigError, PlanError
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
+from hybrid_lightning.model.loading import load_model, resolve_model
 
 
 def load(trained, folder, dtype="auto"):
@@ -39,6 +40,10 @@ def test_peft_loads_the_policy_and_transformers_its_merged_model(train, tmp_path
     assert_same_logits(logits(loaded), trained.logits)
     with loaded.disable_adapter():
         assert (logits(loaded) - trained.logits).abs().max() > 0.01, "training has changed the policy"
+    alone = load_model(resolve_model(str(folder)), "float32", None)  # named as the model of another run
+    assert_same_logits(logits(alone), trained.logits)
+    assert type(alone) is type(model) and alone.state_dict().keys() == model.state_dict().keys(), "an ordinary model"
+    assert not any(parameter.requires_grad for parameter in alone.parameters()) and not alone.training
     assert files(folder) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "plan.json"}
 
 

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
-from hybrid_lightning.export.trained import PEFT_PREFIX, Training
+from hybrid_lightning.export.trained import Training
 from hybrid_lightning.export.write import written_message
 from hybrid_lightning.model.loading import ModelSource
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 
 
 @pytest.mark.parametrize(("base", "wanted", "keep"), [("float32", "bfloat16", True), ("bfloat16", "float16", False)])

@@ -184,9 +184,6 @@ class Scoring:
                 self._sums[key].add(matrix if self._loss_scale == 1 else matrix.float() / self._loss_scale)
 
     def _check_signal(self) -> None:
-        if not self._seen:
-            raise CalibrationError("there are no calibration losses or no candidates; give at least one of each")
-
         def without_gradient() -> dict[str, None]:
             for name, total in self._sums.items():
                 if not total.is_finite():

@@ -78,7 +78,7 @@ class RLTask(Task):
         if self.schedule.rollouts_ahead and self.generation.sampler.is_remote:
             self.shown_metrics += ("sampling/waited_s", "sampling/engine_idle_s")
         self.needs_start_policy |= self.teaching.needs_start_policy
-        run_checks.check_options(self.schedule, self.generation, dynamic_sampling, credit, self.loss)
+        run_checks.check_credit(credit, self.generation, self.loss)
 
     # ---- prompts -> rollout -> rewards
 

@@ -186,7 +186,7 @@ def test_a_scorer_of_ones_own_gives_finite_numbers(monkeypatch):
     ("losses", "message"),
     [
         (lambda model: (0.0 * model.loss() for _ in range(2)), "zero in all 3 candidate modules"),
-        (lambda model: [], "no calibration losses"),
+        (lambda model: [], "zero in all 3 candidate modules"),
         (lambda model: (model.loss() * factor for factor in (1.0, float("nan"))), "loss 1 is nan"),
         (lambda model: [model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt()], r"layers\.0 is not finite"),
     ],

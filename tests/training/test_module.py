@@ -12,7 +12,6 @@ from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.types import Prompt
 
@@ -46,7 +45,6 @@ def test_weights_are_loaded_once_when_they_are_first_needed_and_are_part_of_the_
         ({"lr_lora": float("nan")}, r"model\.lr_lora must be a non-negative number, got nan"),
         ({"eval_samples": 0}, r"model\.eval_samples must be at least 1, got 0"),
         ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
-        ({"samples_per_prompt": 1, "dynamic_sampling": DynamicSampling()}, "looks for prompts whose completions differ"),
     ],
 )
 def test_arguments_are_checked_before_weights_are_loaded(model, monkeypatch, arguments, message):

@@ -144,7 +144,7 @@ def test_modules_are_scored_by_the_loss_itself(kind, model, rows, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "format", "number", "message"),
     [
-        ("preference", "supervised", 8, r"row \d+ has 1 completions, but PreferenceModule needs two"),
+        ("preference", "supervised", 8, r"row \d+ has 1 completions, but DPOLoss needs two"),
         ("supervised", "supervised", 26, "examples_per_step=26 is more than the 24"),
         ("supervised", "supervised", 7, "examples_per_step=7 must be a multiple of the 1 devices"),
     ],

@@ -62,7 +62,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Rewards, counted_groups
 
 __all__ = [
@@ -117,10 +117,10 @@ class AdvantageEstimator(Configurable, ABC):
             counted: See `Rewards`, [B] bool or None.
 
         Raises:
-            ConfigError: If the rewards do not come in groups of G, or G is below 2.
-            RewardError: If a reward is not finite.
+            ConfigError: If G is below 2.
         """
-        rewards = self._checked(rewards, samples_per_prompt, counted)
+        self.check_samples(samples_per_prompt)
+        rewards = _detached(rewards)
         return self._over_rollout(self._in_groups(rewards, samples_per_prompt, counted), rewards, counted)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
@@ -153,23 +153,6 @@ class AdvantageEstimator(Configurable, ABC):
         if int(rows.sum()) > 1:
             advantages[rows] = self.rescale(advantages[rows], rewards[rows])
         return advantages
-
-    def _checked(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
-        """Checked rewards, [B]; arguments and errors as in `__call__`."""
-        self.check_samples(samples_per_prompt)
-        if rewards.dim() != 1 or len(rewards) % samples_per_prompt:
-            raise ConfigError(
-                f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]; give one reward per "
-                f"completion, with the {samples_per_prompt} completions of a prompt next to each other"
-            )
-        wrong = ~torch.isfinite(rewards)
-        bad = (wrong if counted is None else wrong & counted).nonzero().flatten().tolist()
-        if bad:
-            raise RewardError(
-                f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite); "
-                "the reward function must return a finite number for every completion"
-            )
-        return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 class _DividedAdvantage(AdvantageEstimator):
@@ -253,16 +236,21 @@ class PerRewardAdvantage(GroupAdvantage):
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
-        counted, whole = rewards.counted, self._checked(rewards.total, samples_per_prompt, rewards.counted)
+        self.check_samples(samples_per_prompt)
+        counted, whole = rewards.counted, _detached(rewards.total)
         total = torch.zeros_like(whole)
         for name, part in rewards.parts.items():
-            checked = self._checked(part, samples_per_prompt, counted)
-            total = total + rewards.weights.get(name, 1.0) * self._in_groups(checked, samples_per_prompt, counted)
+            total = total + rewards.weights.get(name, 1.0) * self._in_groups(_detached(part), samples_per_prompt, counted)
         return self._over_rollout(total, whole, counted)
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over their standard deviation, [N]."""
         return advantages / (advantages.std() + self.eps)
+
+
+def _detached(rewards: Tensor) -> Tensor:
+    """Rewards without gradient, in float32, or in float64 if they are."""
+    return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def centred(groups: Tensor) -> Tensor:

@@ -308,10 +308,6 @@ class PolicyBatch(_TensorContainer):
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
     seen_by_teacher: Sequences | None = None  # the same completions after other prompts; None: after these
 
-    def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":
-        """The same batch with log-probabilities of the sampling and the start policy, [B, T] each."""
-        return replace(self, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-
     def rows(self, index: Tensor | slice) -> "PolicyBatch":
         """The rows at `index`, without the columns that are padding in all of them."""
         sequences = self.sequences.rows(index)

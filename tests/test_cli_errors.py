@@ -107,7 +107,7 @@ UNLOADED = [
     ),
     (f"plan t {LONG_EPISODES}", r"a completion of 1000 exceed .* for episodes, model\.episodes\.max_tokens$"),
     ("fit t model.prompts_per_rollout=1000", "prompts_per_rollout=1000 is more than the 24 training prompts"),
-    ("fit sft data.format=PlainFormat", "has 0 completions, but SupervisedModule needs one"),
+    ("fit sft data.format=PlainFormat", "has 0 completions, but SupervisedLoss needs one"),
     # reward
     ("fit t data.source.init_args.train=words.jsonl model.reward=MathMatch", "reference answer 'an answer' .* neither a number"),
     ("predict sft", r"predict scores completions; give model\.reward"),

@@ -19,7 +19,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, exact_names
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -51,7 +50,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
         raise ModelError("the model already has a PEFT adapter; load the base model again and apply the plan to it")
     plan.check_model(model)
     check_lora_modules(plan.lora_modules)
-    config = plan.lora_config(fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules))
+    config = plan.lora_config(model)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
     with exact_names(model):
         adapted = get_peft_model(model, config)

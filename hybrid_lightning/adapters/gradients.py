@@ -131,24 +131,25 @@ def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return inverse_root(rows) * rows.mean().sqrt(), inverse_root(columns)
 
 
-class GradientSum(ABC):
-    """Sum of one module's gradients [m, n], as a few tensors that are a linear function of it.
+class GradientSum:
+    """Sum of one module's gradients [m, n], as a few tensors that are a linear function of it; here as the whole gradient.
 
     Args:
         shape: (m, n).
-        sums: The sums for a zero gradient: float32, on the device where sums are kept.
+        device: Where the sum is kept, in float32.
     """
 
-    def __init__(self, shape: tuple[int, int], sums: tuple[Tensor, ...]) -> None:
-        self.shape, self.sums = shape, sums
+    def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
+        self.shape = shape
+        self.sums: tuple[Tensor, ...] = (torch.zeros(shape, device=device),)
 
-    @abstractmethod
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:
         """Reduce a gradient [m, n] to the tensors that are kept; linear in the gradient."""
+        return (gradient,)
 
-    @abstractmethod
     def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:
         """Estimate a gradient from the tensors that were kept."""
+        return ExactGradient(kept[0])
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradient [m, n] of one loss."""
@@ -173,19 +174,6 @@ class GradientSum(ABC):
         return not any(bool(total.any()) for total in self.sums)
 
 
-class ExactSum(GradientSum):
-    """Keeps the whole gradient, [m, n]."""
-
-    def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
-        super().__init__(shape, (torch.zeros(shape, device=device),))
-
-    def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        return (gradient,)
-
-    def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:  # noqa: D102
-        return ExactGradient(kept[0])
-
-
 class GradientMode(Configurable, ABC):
     """How much of each gradient is kept during calibration; a config chooses by class."""
 
@@ -205,4 +193,4 @@ class ExactGradients(GradientMode):
         self.device = device
 
     def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:  # noqa: D102
-        return ExactSum((weight.shape[0], weight.shape[1]), self.device)
+        return GradientSum((weight.shape[0], weight.shape[1]), self.device)

@@ -1,4 +1,4 @@
-"""Settings of the low-rank part of the adapter, and the PEFT `LoraConfig` that builds an adapter as planned."""
+"""Settings of the low-rank part of the adapter, and the modules and names that PEFT treats differently from others."""
 
 import math
 import re
@@ -79,53 +79,6 @@ class LoraSettings:
         return self.rank * (outputs + inputs) + (outputs if self.use_dora else 0)
 
 
-def lora_config(
-    modes: Mapping[str, str],
-    lora: LoraSettings,
-    ranks: Mapping[str, int] | None = None,
-    fan_in_fan_out: bool = False,
-    experts: Mapping[str, Iterable[str]] | None = None,
-) -> "LoraConfig":
-    """Build the config that makes PEFT's `get_peft_model` adapt modules as planned.
-
-    Args:
-        modes: Full name of each module -> `full`, `lora` or `frozen`.
-        lora: LoRA settings.
-        ranks: Full name -> rank of the LoRA modules with their own rank.
-        fan_in_fan_out: Whether the LoRA modules store their weights as [inputs, outputs], as GPT-2 does.
-        experts: Full name -> names of the parameters, for modules with experts.
-
-    Raises:
-        PlanError: If nothing is trained, or PEFT would mistake a module for one with another mode (see `_check_suffixes`).
-    """
-    from peft import LoraConfig  # slow to import, and not needed for a plan
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    lora_modules = [name for name, mode in modes.items() if mode == "lora"]
-    full = [name for name, mode in modes.items() if mode == "full"]
-    if not lora_modules and not full:
-        raise PlanError('the plan leaves all modules frozen; give at least one the mode "full" or "lora"')
-    _check_suffixes(modes)
-    parameters = {name: [f"{name}.{own}" for own in (experts or {}).get(name, ())] for name in lora_modules}
-    own = {part: lora.with_rank(rank) for name, rank in (ranks or {}).items() for part in parameters[name] or [name]}
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
-        # PEFT reads the keys as regular expressions, and uses the first one that matches the end of a name.
-        rank_pattern={f"^{re.escape(name)}": settings.rank for name, settings in own.items()},
-        alpha_pattern={f"^{re.escape(name)}": settings.alpha for name, settings in own.items()},
-        lora_dropout=lora.dropout,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-        fan_in_fan_out=fan_in_fan_out,
-        # None would give PEFT's defaults for the architecture, and PEFT refuses [].
-        target_modules=[name for name in lora_modules if not parameters[name]] or DUMMY_TARGET_MODULES,
-        target_parameters=[part for parts in parameters.values() for part in parts] or None,
-        modules_to_save=full or None,
-    )
-
-
 def check_lora_modules(names: Iterable[str]) -> None:
     """Raise PlanError if a module with LoRA cannot have it, as in a plan that was edited."""
     refused = without_lora(names)
@@ -195,19 +148,3 @@ def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
 
     kinds = {name.rpartition(".")[2] for name in names}
     return sorted(name for name in names if name.rpartition(".")[2] in {kind for kind in kinds if is_taken(kind)})
-
-
-def _check_suffixes(modes: Mapping[str, str]) -> None:
-    """Refuse names that would make PEFT give a module the wrong mode, since PEFT matches names by suffix.
-
-    PEFT also trains a module fully if its name ends with the name of a fully trained module. It also gives LoRA to a module if
-    its name ends, at a dot, with the name of a LoRA module.
-    """
-    full = tuple(name for name, mode in modes.items() if mode == "full")
-    lora_modules = tuple(f".{name}" for name, mode in modes.items() if mode == "lora")
-    for name, mode in modes.items():
-        if (mode != "full" and name.endswith(full)) or (mode == "frozen" and name.endswith(lora_modules)):
-            raise PlanError(
-                f'PEFT would not keep {name} "{mode}", since a module with another mode has a name with the same ending; give '
-                "both the same mode in the plan"
-            )

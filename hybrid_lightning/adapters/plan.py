@@ -9,6 +9,7 @@ and delete the line with the digest (or make it null): a file that has a digest 
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.candidates import Shape, candidate_shape
-from hybrid_lightning.adapters.lora_settings import LoraSettings, lora_config, target_exactly
+from hybrid_lightning.adapters.lora_settings import LoraSettings, target_exactly
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 if TYPE_CHECKING:
@@ -136,10 +137,6 @@ class AdapterPlan:
         """LoRA settings of a module, at its own rank."""
         return module.lora(self.lora)
 
-    def modes(self) -> dict[str, Mode]:
-        """Full name of each module -> its mode."""
-        return {module.name: module.mode for module in self.candidates}
-
     @property
     def ranks(self) -> tuple[int, ...]:
         """The different ranks of the LoRA modules, in ascending order."""
@@ -166,17 +163,54 @@ class AdapterPlan:
         Raises:
             PlanError: If nothing is trained, or PEFT, which matches names by suffix, would mistake one module for another.
         """
-        conv1d = model is not None and any(isinstance(model.get_submodule(name), Conv1D) for name in self.lora_modules)
-        config = self.lora_config(fan_in_fan_out=conv1d)
+        config = self.lora_config(model)
         if model is not None:
             target_exactly(config, model)
         return config
 
-    def lora_config(self, fan_in_fan_out: bool = False) -> "LoraConfig":
-        """Like `to_peft_config`, with names as they are; `fan_in_fan_out`: whether the LoRA modules are transposed (GPT-2)."""
-        experts = {module.name: module.experts for module in self.candidates}
-        own_ranks = {m.name: m.rank for m in self.candidates if m.mode == "lora" and m.rank is not None}
-        return lora_config(self.modes(), self.lora, own_ranks, fan_in_fan_out, experts)
+    def lora_config(self, model: nn.Module | None) -> "LoraConfig":
+        """Like `to_peft_config`, with names as they are."""
+        from peft import LoraConfig  # slow to import, and not needed for a plan
+        from peft.utils.constants import DUMMY_TARGET_MODULES
+
+        if not self.lora_modules and not self.full_modules:
+            raise PlanError('the plan leaves all modules frozen; give at least one the mode "full" or "lora"')
+        self._check_suffixes()
+        adapted = [module for module in self.candidates if module.mode == "lora"]
+        parameters = {module.name: [f"{module.name}.{part}" for part in module.experts] for module in adapted}
+        own = {part: self.lora_of(m) for m in adapted if m.rank is not None for part in parameters[m.name] or [m.name]}
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora.rank,
+            lora_alpha=self.lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
+            # PEFT reads the keys as regular expressions, and uses the first one that matches the end of a name.
+            rank_pattern={f"^{re.escape(name)}": settings.rank for name, settings in own.items()},
+            alpha_pattern={f"^{re.escape(name)}": settings.alpha for name, settings in own.items()},
+            lora_dropout=self.lora.dropout,
+            use_dora=self.lora.use_dora,
+            use_rslora=self.lora.use_rslora,
+            # Whether the weights are stored as [inputs, outputs], as in GPT-2.
+            fan_in_fan_out=model is not None and any(isinstance(model.get_submodule(name), Conv1D) for name in parameters),
+            # None would give PEFT's defaults for the architecture, and PEFT refuses [].
+            target_modules=[name for name, parts in parameters.items() if not parts] or DUMMY_TARGET_MODULES,
+            target_parameters=[part for parts in parameters.values() for part in parts] or None,
+            modules_to_save=list(self.full_modules) or None,
+        )
+
+    def _check_suffixes(self) -> None:
+        """Refuse names that would make PEFT give a module the wrong mode, since PEFT matches names by suffix.
+
+        PEFT also trains a module fully if its name ends with the name of a fully trained module. It also gives LoRA to a module
+        if its name ends, at a dot, with the name of a LoRA module.
+        """
+        lora_modules = tuple(f".{name}" for name in self.lora_modules)
+        for module in self.candidates:
+            name, mode = module.name, module.mode
+            if (mode != "full" and name.endswith(self.full_modules)) or (mode == "frozen" and name.endswith(lora_modules)):
+                raise PlanError(
+                    f'PEFT would not keep {name} "{mode}", since a module with another mode has a name with the same ending; '
+                    "give both the same mode in the plan"
+                )
 
     def check_model(self, model: nn.Module) -> None:
         """Check that the plan fits a base model: every planned module is there, with its shape.

@@ -27,7 +27,7 @@ from hybrid_lightning.adapters.gradients import (
 )
 from hybrid_lightning.adapters.scorers import ModuleStatistics, Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO, map_on_workers
-from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
+from hybrid_lightning.errors import CalibrationError, ConfigError
 
 Result = TypeVar("Result")
 
@@ -94,9 +94,8 @@ class Scoring:
             Full dotted name -> score, in the order of the candidates; higher is more sensitive.
 
         Raises:
-            ModelError: If a weight cannot have a gradient, as in a quantized model.
             CalibrationError: If the losses carry no signal, or a loss, a gradient or a score is not finite.
-            ConfigError: If the scorer does not return a number, or needs something that is not kept.
+            ConfigError: If the scorer needs something that is not kept.
         """
         if self._scorer.needs_gradient:
             self.collect_gradients(on_loss)
@@ -152,10 +151,6 @@ class Scoring:
         with gradient checkpointing are put in train mode themselves, but not the modules inside them, which hold the dropout.
         """
         modules = self.modules()
-        for name, module in modules.items():
-            for weight in matrices_of(module).values():
-                if not weight.is_floating_point():
-                    raise ModelError(f"the weight of {name} is {weight.dtype}; score the model before it is quantized")
         for name in self.own():
             for part, weight in matrices_of(modules[name]).items():
                 # Its values may be split over ranks, and are not read.
@@ -169,14 +164,7 @@ class Scoring:
         return self._sums
 
     def check_loss(self, loss: Tensor, index: int) -> None:
-        """Raise ConfigError or CalibrationError if a loss cannot be differentiated."""
-        if loss.numel() != 1:
-            raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}; give scalar losses")
-        if not loss.requires_grad:
-            raise CalibrationError(
-                f"calibration loss {index} does not depend on the weight of any candidate module; compute it from the "
-                "output of the scored model, with gradients enabled"
-            )
+        """Raise CalibrationError if a loss is not finite."""
         if not torch.isfinite(loss):
             raise CalibrationError(
                 f"calibration loss {index} is {loss.item()}; look for inf or nan in the calibration data, or use bfloat16 "
@@ -196,9 +184,6 @@ class Scoring:
                 self._sums[key].add(matrix if self._loss_scale == 1 else matrix.float() / self._loss_scale)
 
     def _check_signal(self) -> None:
-        if not self._seen:
-            raise CalibrationError("there are no calibration losses or no candidates; give at least one of each")
-
         def without_gradient() -> dict[str, None]:
             for name, total in self._sums.items():
                 if not total.is_finite():
@@ -260,11 +245,7 @@ class Scoring:
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             gradient=gradient,
         )
-        value = scorer.score(statistics, self._lora_ranks[name])
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{type(scorer).__name__}.score returned {value!r:.60} for {name}; return a number") from error
+        number = float(scorer.score(statistics, self._lora_ranks[name]))
         if not math.isfinite(number):
             raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {number}; a score must be finite")
         return number

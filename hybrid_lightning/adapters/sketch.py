@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.gradients import ExactSum, Gradient, GradientMode, GradientSum, preconditioner
+from hybrid_lightning.adapters.gradients import Gradient, GradientMode, GradientSum, preconditioner
 from hybrid_lightning.adapters.spectra import few_threads
 from hybrid_lightning.errors import ConfigError
 
@@ -39,8 +39,6 @@ class SketchedGradients(GradientMode):
     """
 
     def __init__(self, size: int | None = None, seed: int = 0) -> None:
-        if size is not None and size < 1:
-            raise ConfigError(f"size={size}; give at least one direction, or None to choose it by the rank")
         self.size, self.seed = size, seed
 
     def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:  # noqa: D102
@@ -49,7 +47,7 @@ class SketchedGradients(GradientMode):
             raise ConfigError(f"size={size} is not above the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
-            return ExactSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # these sums are float64
+            return GradientSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # these sums are float64
         return SketchedSum(name, (rows, columns), weight.device, size, self.seed)
 
 
@@ -62,9 +60,8 @@ class SketchedSum(GradientSum):
 
     def __init__(self, name: str, shape: tuple[int, int], device: torch.device, size: int, seed: int) -> None:
         rows, columns = shape
-        sketches = (torch.zeros(rows, size, device=device), torch.zeros(2 * size + 1, columns, device=device))
-        super().__init__(shape, sketches)
-        self._device, self._size = device, size
+        self.shape, self._device, self._size = shape, device, size
+        self.sums = (torch.zeros(rows, size, device=device), torch.zeros(2 * size + 1, columns, device=device))
         self._seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
 
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: D102

@@ -47,7 +47,7 @@ class AdapterFolder(ExportForm):
         config.save_pretrained(str(folder))
         weights = {name: weight.to(torch.float32).contiguous() for name, weight in policy.weights.items()}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        policy.base.tokenizer().save_pretrained(folder)
+        policy.base.trained_tokenizer.save_pretrained(folder)
 
     def how_to_load(self, policy: TrainedPolicy) -> str:
         """Python code that loads the base model, then the adapter."""

@@ -3,21 +3,21 @@
 Fully trained weights are copied; low-rank updates are merged (see `adapters/merge.py`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hybrid_lightning.adapters.candidates import is_transposed
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
-from hybrid_lightning.model.loading import DTYPES, stop_token_ids
-from hybrid_lightning.model.prompts import PromptEncoder
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
+from hybrid_lightning.model.loading import DTYPES, read_config
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 
 
 class MergedModel(ExportForm):
@@ -44,8 +44,12 @@ class MergedModel(ExportForm):
         self.dtype = dtype
 
     def weights_dtype(self, policy: TrainedPolicy) -> str:
-        """The requested dtype, or else the dtype in the base's config."""
-        return self.dtype or policy.base.stored_dtype()
+        """The requested dtype, or else the dtype in the base's config; for a GGUF file, which has none, the dtype of training."""
+        stored = ""
+        if self.dtype is None and "gguf_file" not in policy.base.source.arguments:
+            with suppress(ModelError):  # the hub cannot be reached
+                stored = str(read_config(policy.base.source).dtype).removeprefix("torch.")
+        return self.dtype or (stored if stored in DTYPES else policy.base.dtype)
 
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
         """Write model, tokenizer and generation config.
@@ -54,12 +58,11 @@ class MergedModel(ExportForm):
             PlanError: If the base model is not the one that was adapted.
             ModelError: If a weight is not finite in this dtype.
         """
-        tokenizer = policy.base.tokenizer()
         model = policy.base.load()
         merge_into(model, policy, DTYPES[self.weights_dtype(policy)])
-        _set_generation(model, tokenizer, policy.training.arguments)
+        _set_generation(model, policy)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        policy.base.trained_tokenizer.save_pretrained(folder)
 
     def how_to_load(self, policy: TrainedPolicy) -> str:
         """Python code that loads the folder like any other model."""
@@ -116,17 +119,15 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
                 yield f"{planned.name}.{part}", merged
 
 
-def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained_with: Mapping[str, Any]) -> None:
+def _set_generation(model: PreTrainedModel, policy: TrainedPolicy) -> None:
     """Make `generate` stop at the stop tokens of training; the sampling parameters stay the base model's."""
-    settings = model.generation_config
+    settings, stops = model.generation_config, policy.base.stop_ids
     assert settings is not None
-    stops = stop_token_ids(model.generation_config, tokenizer)
-    if trained_with.get("environment") is not None:  # turns of an episode may end with additional tokens
-        encoder = PromptEncoder(tokenizer, chat_template_kwargs=trained_with.get("chat_template_kwargs"))
-        stops = TurnEncoder(encoder, stops).stop_ids
+    if policy.training.arguments.get("environment") is not None:  # turns of an episode may end with additional tokens
+        stops = TurnEncoder(policy.base.encoder, stops).stop_ids
     settings.eos_token_id = stops if len(stops) > 1 else stops[0]
     if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id
+        settings.pad_token_id = policy.base.tokenizer.pad_token_id
     try:
         settings.validate(strict=True)
     except ValueError:

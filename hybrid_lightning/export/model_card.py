@@ -21,10 +21,11 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.errors import ModelError
-from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy, Training
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.model.loading import read_config
+from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.training.optim import rate_of_full_modules
 
 _SHOWN_MODULES = 24  # most fully trained modules in the card; plan.json has all
@@ -78,7 +79,7 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def base_licence(base: BaseModel) -> str | None:
+def base_licence(base: Pretrained) -> str | None:
     """Look up the licence of a base model at its source.
 
     Returns:
@@ -100,7 +101,7 @@ def base_licence(base: BaseModel) -> str | None:
     return _licence_in_card(Path(card))
 
 
-def copy_licence_files(base: BaseModel, folder: Path) -> None:
+def copy_licence_files(base: Pretrained, folder: Path) -> None:
     """Copy the LICENSE and NOTICE files of a local base model; most licences require passing them on."""
     source = Path(base.source.location)
     if source.is_dir():

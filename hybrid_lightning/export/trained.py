@@ -1,6 +1,6 @@
 """Input and output of an export.
 
-- `TrainedPolicy`: plan, trained weights and base model (`BaseModel`), with the model card's facts about training (`Training`).
+- `TrainedPolicy`: plan, trained weights and base model (`Pretrained`), with the model card's facts about training (`Training`).
 - `ExportForm`: the form of an export. Each form is a class, which `--form` names on the command line.
 - `peft_weights`: the trained weights under PEFT's names in files. A checkpoint has
   `model.base_model.model.NAME.lora_A.default.weight` and `...NAME.modules_to_save.default.weight`; a PEFT file has
@@ -9,73 +9,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import ChatFormat
-from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
-from hybrid_lightning.model.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
-from hybrid_lightning.model.pretrained import meta_model
-from hybrid_lightning.model.prompts import chosen_template
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.model.pretrained import Pretrained
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 
-PEFT_PREFIX = "base_model.model."  # before the names of the base model, in state dicts and PEFT files
 _FULL = f".modules_to_save.{ADAPTER}."
-_LORA = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.", f".lora_magnitude_vector.{ADAPTER}.")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The model that was adapted, described by the arguments that load it.
-
-    An export reads its weights again, since the weights in memory may be quantized or sharded.
-    """
-
-    model: str  # hub id or folder, as for `resolve_model`
-    revision: str | None = None
-    dtype: str = "float32"  # dtype of the weights in training, before any quantization
-    chat_template: str | None = None  # replaces the tokenizer's chat template; None keeps it
-
-    @property
-    def name(self) -> str:
-        """Public name: the hub id, or the name of the folder or file."""
-        return Path(self.model).expanduser().absolute().name if Path(self.model).expanduser().exists() else self.model
-
-    @property
-    def source(self) -> ModelSource:
-        """Where the model is, on the hub or on this machine."""
-        return resolve_model(self.model, self.revision)
-
-    def load(self) -> PreTrainedModel:
-        """Load the model on the CPU, in the dtype of training."""
-        return load_model(self.source, self.dtype, None)
-
-    def stored_dtype(self) -> str:
-        """Dtype in the model's config, a key of `DTYPES`; for a GGUF file, which has no config, the dtype of training."""
-        stored = ""
-        if "gguf_file" not in self.source.arguments:
-            with suppress(ModelError):  # the hub cannot be reached
-                stored = str(read_config(self.source).dtype).removeprefix("torch.")
-        return stored if stored in DTYPES else self.dtype
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device."""
-        return meta_model(read_config(self.source), DTYPES[self.dtype])
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer with the chat template of training."""
-        tokenizer = load_tokenizer(self.source)
-        template = chosen_template(tokenizer, self.chat_template)
-        if template is not None:
-            tokenizer.chat_template = template
-        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -93,11 +41,14 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A plan, the trained weights, and their base model."""
+    """A plan, the trained weights, and the model that was adapted.
+
+    An export reads the model's weights again, since the weights in memory may be quantized or sharded.
+    """
 
     plan: AdapterPlan
     weights: Mapping[str, Tensor]  # named as in a PEFT file (see `peft_weights`); not sharded, on the CPU
-    base: BaseModel
+    base: Pretrained
     training: Training = field(default_factory=Training)
 
 
@@ -131,19 +82,21 @@ class ExportForm(Configurable, ABC):
         """Python code for the model card that loads the policy, with the exported folder as the working directory."""
 
 
-def base_model_of(arguments: Mapping[str, Any]) -> BaseModel:
+def base_model_of(arguments: Mapping[str, Any]) -> Pretrained:
     """Base model of a module such as `PolicyModule`, from the module's constructor arguments.
 
     Raises:
         ConfigError: If they do not name a model.
+        ModelError: If the model cannot be found.
     """
     if not isinstance(arguments.get("model"), str):
         raise ConfigError(
             "cannot export: the module does not name its base model; give it a hyper-parameter 'model' (folder or hub id), as in "
             "PolicyModule"
         )
-    given: dict[str, Any] = {name: arguments.get(name) for name in ("revision", "dtype", "chat_template")}
-    return BaseModel(arguments["model"], **{name: value for name, value in given.items() if value is not None})
+    options = ("revision", "dtype", "chat_template", "chat_template_kwargs")
+    given: dict[str, Any] = {name: arguments[name] for name in options if arguments.get(name) is not None}
+    return Pretrained(arguments["model"], **given)
 
 
 def training_of(
@@ -165,7 +118,7 @@ def training_of(
 
 def is_adapter_weight(name: str) -> bool:
     """Whether a name in a state dict belongs to an adapter's weight, not to the frozen base model."""
-    return PEFT_PREFIX in name and (_FULL in name or any(part in name for part in _LORA))
+    return PEFT_PREFIX in name and (_FULL in name or ".lora_" in name)
 
 
 def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:

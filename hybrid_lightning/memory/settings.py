@@ -127,8 +127,7 @@ class RunSettings:
             ModelError: If the model's config cannot be read.
         """
         pretrained, task = policy.policy.pretrained, policy.task
-        teaching, distillation = task.teaching, getattr(task.teaching, "distillation", None)
-        sampler = task.generation.sampler
+        teaching, sampler = task.teaching, task.generation.sampler
         check_precision(flags.precision, pretrained.dtype, policy.optimization.optimizer)
         if flags.sharding.splits:
             check_optimizer(policy.optimization.optimizer, flags.sharding.name)
@@ -157,7 +156,7 @@ class RunSettings:
             plan=adapter.given_plan,
             keep_start_weights=adapter.keep_start_weights,
             teacher=teaching.teacher if isinstance(teaching.teacher, ModelTeacher) else None,
-            compared=distillation.held_blocks if isinstance(distillation, Divergence) else 0,
+            compared=teaching.distillation.held_blocks if isinstance(teaching.distillation, Divergence) else 0,
         )
 
     @property

@@ -347,15 +347,6 @@ def load_generation_config(source: ModelSource, config: PretrainedConfig) -> Gen
     return GenerationConfig.from_model_config(config)
 
 
-def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a completion: the end-of-sequence tokens of the tokenizer and of the model's generation config."""
-    ids = {int(tokenizer.eos_token_id)}
-    configured = getattr(generation_config, "eos_token_id", None)
-    if configured is not None:
-        ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
-    return sorted(ids)
-
-
 @contextmanager
 def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
     """Turn errors while reading `what` into a ModelError with a one-line explanation."""

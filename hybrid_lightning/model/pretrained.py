@@ -6,6 +6,7 @@ So the command line can refuse a wrong column or setting before the weights are 
 from contextlib import suppress
 from copy import copy, deepcopy
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -20,7 +21,6 @@ from hybrid_lightning.model.loading import (
     load_model,
     load_tokenizer,
     resolve_model,
-    stop_token_ids,
 )
 from hybrid_lightning.model.prompts import PromptEncoder
 
@@ -38,17 +38,23 @@ class Pretrained:
     def __init__(
         self,
         model: str,
-        revision: str | None,
-        dtype: str,
-        attn_implementation: str | None,
-        chat_template: str | None,
-        chat_template_kwargs: dict[str, Any] | None,
+        revision: str | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-        self.source = resolve_model(model, revision)
+        self.model, self.revision, self.source = model, revision, resolve_model(model, revision)
         self.dtype, self.attn_implementation = dtype, attn_implementation
         self.chat_template, self.chat_template_kwargs = chat_template, chat_template_kwargs
+
+    @property
+    def name(self) -> str:
+        """Public name: the hub id, or the name of the folder or file."""
+        path = Path(self.model).expanduser()
+        return path.absolute().name if path.exists() else self.model
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -65,10 +71,19 @@ class Pretrained:
         """Renders prompts by the chat template, and tokenizes them."""
         return PromptEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs)
 
+    @property
+    def trained_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the tokenizer with the chat template of training, for an export."""
+        tokenizer = deepcopy(self.tokenizer)
+        tokenizer.chat_template = self.encoder.chat_template or tokenizer.chat_template
+        return tokenizer
+
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Token ids that end a completion."""
-        return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
+        """Token ids that end a completion: the end-of-sequence tokens of the tokenizer and of the model's generation config."""
+        configured = load_generation_config(self.source, self.config).eos_token_id
+        ids = configured if isinstance(configured, (list, tuple)) else [configured]
+        return sorted({int(self.tokenizer.eos_token_id), *(token for token in ids if token is not None)})
 
     def clone_for_thread(self) -> Self:
         """This model for another thread, with a tokenizer that is read again."""

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
@@ -109,6 +107,9 @@ def rollout_losses(
 ) -> CalibrationLosses:
     """Losses of calibration rollouts: from their rewards or, if all rewards are equal, from the reference answers.
 
+    Rows without tokens are left out of the loss. Rows with advantages of 0 are left out, too, unless the loss has an entropy
+    bonus: their gradient is exactly zero.
+
     Args:
         prompts: P prompts.
         sequences: Their N completions as the loss sees them.
@@ -117,7 +118,7 @@ def rollout_losses(
         loss: The training loss.
         generation: Encodes the prompts.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
-        max_tokens: Most tokens of a chunk.
+        max_tokens: Most tokens of a chunk, as in training, so that scoring needs no more memory than training.
 
     Raises:
         ConfigError: If all completions are masked.
@@ -127,11 +128,14 @@ def rollout_losses(
     if not learned.any():
         raise ConfigError(all_are_cut(len(sequences), "the calibration", generation))
     if bool(advantages[learned].any()):
-        longest = generation.max_completion_tokens
-        losses = reward_losses(sequences, advantages, loss, logprobs, max_tokens, longest, counted)
+        useful = (learned & (any_advantage(advantages) | loss.needs_entropy)).nonzero().squeeze(1)
+        kept, weights = sequences.rows(useful), advantages[useful]
+        runs = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
+        chunks = [(rows, of[:, : rows.completion_ids.shape[1]] if of.dim() == 2 else of) for rows, of in runs]
+        longest = float(generation.max_completion_tokens)
+        losses = training_losses("reward", sequences, chunks, loss, logprobs, counted, longest)
     else:
-        ids, tokenizer = [generation.encode(prompt) for prompt in prompts], generation.policy.pretrained.tokenizer
-        losses = answer_losses(prompts, ids, tokenizer, logprobs, max_tokens, generation.policy.device)
+        losses = answer_losses(prompts, generation, logprobs, max_tokens)
     losses.info["prompts"] = len(prompts)
     return losses
 
@@ -182,36 +186,8 @@ def training_losses(
     return CalibrationLosses(chunks, loss_of, {"signal": signal, "sequences": len(sequences), "useful_sequences": useful})
 
 
-def reward_losses(
-    sequences: Sequences,
-    advantages: Tensor,
-    loss: PolicyLoss,
-    logprobs: LogprobFunction,
-    max_tokens: int,
-    max_completion_tokens: int,
-    counted: Tensor | None = None,
-) -> CalibrationLosses:
-    """Training losses of calibration rollouts.
-
-    Rows without tokens are left out of the loss. Rows with advantages ([N] or [N, T]) of 0 are left out, too, unless the
-    loss has an entropy bonus: their gradient is exactly zero. A chunk has at most `max_tokens`, as in training, so scoring needs
-    no more memory than training.
-    """
-    adds = any_advantage(advantages) | loss.needs_entropy
-    useful = (adds & sequences.sampled_mask.any(dim=1)).nonzero().squeeze(1)
-    kept, weights = sequences.rows(useful), advantages[useful]
-    runs = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
-    chunks = [(rows, of[:, : rows.completion_ids.shape[1]] if of.dim() == 2 else of) for rows, of in runs]
-    return training_losses("reward", sequences, chunks, loss, logprobs, counted, float(max_completion_tokens))
-
-
 def answer_losses(
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    logprobs: LogprobFunction,
-    max_tokens: int,
-    device: torch.device,
+    prompts: Sequence[Prompt], generation: Generation, logprobs: LogprobFunction, max_tokens: int
 ) -> CalibrationLosses:
     """Supervised losses of reference answers, for calibration rollouts in which all rewards are equal.
 
@@ -225,9 +201,12 @@ def answer_losses(
             f"all rewards of the {len(prompts)} calibration prompts are equal, and the data has no answers, so modules cannot be "
             "scored; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
         )
+    tokenizer, device = generation.policy.pretrained.tokenizer, generation.policy.device
     end, pad = int(tokenizer.eos_token_id), pad_token(tokenizer)
     answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]
-    sequences = Sequences(*pad_left(prompt_ids, pad, device), *pad_right(answers, pad, device))
+    sequences = Sequences(
+        *pad_left([generation.encode(prompt) for prompt in prompts], pad, device), *pad_right(answers, pad, device)
+    )
     chunks = [sequences.rows(run) for run in split_by_tokens(sequences, max_tokens)]
 
     def loss_of(rows: Sequences) -> Tensor:

@@ -6,16 +6,13 @@ last batch. Predict calls `predict`.
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torch import nn
 
 from hybrid_lightning.episodes.episodes import episode_records
 from hybrid_lightning.errors import ConfigError, DataError
@@ -92,47 +89,6 @@ def add_lengths(means: ProblemMeans, rollouts: Rollouts) -> None:
     measured = (rollouts.sequences.sampled_mask.sum(dim=1), ~rollouts.finished)
     values = [value.to(device).double().view(len(index), -1).mean(dim=1) for value in measured]
     means.update([prompt.set_name for prompt in rollouts.prompts], index, dict(zip(_UNSCORED, values, strict=True)))
-
-
-class ExampleMetrics(Metric):
-    """Weighted means over examples. As in `ProblemMeans`, an example counts once, even if several ranks add it."""
-
-    full_state_update = False
-    is_differentiable = False
-
-    index: list[Tensor]
-    rows: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.names: list[str] = []  # columns of `rows` after the first, which is the weight
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-
-    def update(self, index: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add E examples.
-
-        Args:
-            index: A number that identifies each example, [E] int64.
-            weights: Weight of each example in the means, [E].
-            terms: Name of a mean -> each example's term of the numerator, [E]; the same names in every call.
-        """
-        if weights.device.type == "mps":  # mps has no float64
-            index, weights, terms = index.cpu(), weights.cpu(), {name: value.cpu() for name, value in terms.items()}
-        self.names = list(terms)
-        self.index.append(index.long())
-        self.rows.append(torch.stack([weights.double(), *(value.double() for value in terms.values())], dim=1))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Name -> sum of terms / sum of weights, float32; empty if there was no example."""
-        if len(self.index) == 0:  # not `not self.index`: it is a tensor after the ranks' values have been gathered
-            return {}
-        index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
-        _, inverse = index.unique(return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1,), len(index), device=index.device)
-        first = first.scatter_reduce(0, inverse, torch.arange(len(index), device=index.device), "amin")
-        weight, *terms = rows[first].sum(dim=0).unbind()
-        return {name: (value / weight).float() for name, value in zip(self.names, terms, strict=True)}
 
 
 class Evaluation(nn.Module):
@@ -243,6 +199,9 @@ class Evaluation(nn.Module):
         return cast(ProblemMeans, self._prompts[stage])
 
 
+_WEIGHT = ""  # key of an example's weight in the means, beside the names of the loss's terms
+
+
 class ExampleEvaluation(Evaluation):
     """Measures the loss on held-out examples and, if there is a reward, scores completions of their prompts.
 
@@ -266,14 +225,16 @@ class ExampleEvaluation(Evaluation):
     ) -> None:
         super().__init__(generation, samples, seed)
         self._loss, self._passes, self._sequences_of = loss, passes, sequences_of
-        self._examples = nn.ModuleDict({stage: ExampleMetrics() for stage in ("val", "test")})
+        rows = torch.zeros(loss.rows_per_example, 1)
+        reference = rows if loss.needs_reference else None
+        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
+        self._terms = list(loss.terms(inputs))
+        columns = dict.fromkeys([_WEIGHT, *self._terms])
+        self._examples = nn.ModuleDict({stage: ProblemMeans(columns) for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
         """Names of everything that a validation on examples of these sets logs."""
-        rows = torch.zeros(self._loss.rows_per_example, 1)
-        reference = rows if self._loss.needs_reference else None
-        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
-        measured = [_name("val", name) for name in self._loss.terms(inputs)]
+        measured = [_name("val", name) for name in self._terms]
         return measured if self.generation.reward is None else measured + super().names(sets)
 
     def add(self, stage: str, batch: Sequence[Prompt]) -> None:
@@ -282,25 +243,29 @@ class ExampleEvaluation(Evaluation):
         needs_reference = self._loss.needs_reference
         ((logprobs, entropy, reference),) = self._passes.measure([sequences], True, needs_reference, run.interruptible)
         assert logprobs is not None
-        device = logprobs.device
-        ones = torch.ones(len(sequences), device=device)
+        ones = torch.ones(len(sequences), device=logprobs.device)
         inputs = LossInputs(logprobs, ones, sequences.sampled_mask, ref_logprobs=reference, entropy=entropy)
-        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
-        weights = self._loss.weights(sequences.sampled_mask)
-        self._losses(stage).update(torch.tensor(identity, device=device), weights, self._loss.terms(inputs))
+        values = {_WEIGHT: self._loss.weights(sequences.sampled_mask), **self._loss.terms(inputs)}
+        device = "cpu" if logprobs.device.type == "mps" else logprobs.device  # mps has no float64
+        index = torch.tensor([prompt.index for prompt in batch], device=device)
+        sets = [prompt.set_name for prompt in batch]
+        self._losses(stage).update(sets, index, {name: value.to(device) for name, value in values.items()})
         if self.generation.reward is not None:
             super().add(stage, batch)
 
     def _end(self, stage: str) -> dict[str, dict[str, float]]:
         found = {} if self.generation.reward is None else super()._end(stage)
         losses = self._losses(stage)
-        measured = {name: float(value) for name, value in losses.compute().items()}
+        examples = losses.by_problem.values() if losses.compute() else ()
         losses.reset()
+        # Over the examples of all sets; their weights differ.
+        sums = {name: sum(example[name] for example in examples) for name in (_WEIGHT, *self._terms)}
+        measured = {name: sums[name] / sums[_WEIGHT] for name in self._terms if examples}
         self._log({_name(stage, name): value for name, value in measured.items()})
         return {**found, "": {**measured, **found.get("", {})}}  # the loss is measured over all sets together
 
-    def _losses(self, stage: str) -> ExampleMetrics:
-        return cast(ExampleMetrics, self._examples[stage])
+    def _losses(self, stage: str) -> ProblemMeans:
+        return cast(ProblemMeans, self._examples[stage])
 
 
 def _name(*parts: str) -> str:

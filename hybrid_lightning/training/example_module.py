@@ -43,9 +43,7 @@ class ExampleModule(LanguageModule):
         if trained_by is None:
             raise ConfigError("ExampleModule needs model.loss; set it, or use SupervisedModule or PreferenceModule")
         generation = Generation(self.policy, self._sampler, reward, self.run, self._seed)
-        self.task = ExampleTask(
-            trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed, type(self).__name__
-        )
+        self.task = ExampleTask(trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed)
         self.evaluation = self.task.evaluation
 
 

@@ -37,7 +37,6 @@ class ExampleTask(Task):
         max_tokens: Most tokens in a pass; None for an automatic choice.
         eval_samples: Sampled completions per prompt in an evaluation.
         seed: Seed of the order of the data and of sampling.
-        name: Name of the module that trains, for messages.
 
     Raises:
         ConfigError: If a value is invalid.
@@ -54,7 +53,6 @@ class ExampleTask(Task):
         max_tokens: int | None,
         eval_samples: int,
         seed: int,
-        name: str,
     ) -> None:
         if examples_per_step < 1:
             raise ConfigError(f"model.examples_per_step must be at least 1, got {examples_per_step}")
@@ -62,7 +60,7 @@ class ExampleTask(Task):
         passes = Passes(generation.policy, max_tokens=max_tokens, rows_per_example=rows)
         evaluation = ExampleEvaluation(generation, eval_samples, seed, loss, passes, self.sequences_of)
         super().__init__(loss, RolloutSchedule(examples_per_step, rows), generation, passes, evaluation, seed)
-        self._name, self.shown_metrics = name, ("loss", *loss.shares_ahead)
+        self.shown_metrics = ("loss", *loss.shares_ahead)
 
     # ---- training
 
@@ -82,7 +80,7 @@ class ExampleTask(Task):
         with self.run.stopping_together(), self.run.clock.phase("logprobs"):
             sequences = [batch.sequences for batch in batches]
             measured = self.passes.measure(sequences, current=False, reference=True, interruptible=self.run.interruptible)
-        return [batch.with_logprobs(None, reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
+        return [replace(batch, ref_logprobs=reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""
@@ -128,7 +126,7 @@ class ExampleTask(Task):
             count, needed = len(prompt.completions), "one; give data.format=DemonstrationFormat"
             if self.loss.rows_per_example != 1:
                 needed = "two, the chosen and the rejected one; give data.format=PreferenceFormat"
-            raise DataError(f"{prompt.place} has {count} completions, but {self._name} needs {needed}")
+            raise DataError(f"{prompt.place} has {count} completions, but {type(self.loss).__name__} needs {needed}")
         pretrained = self.policy.pretrained
         ids, encoder = self.generation.encode(prompt), pretrained.encoder
         completions = [encoder.encode_completion(prompt, text, pretrained.stop_ids) for text in prompt.completions]

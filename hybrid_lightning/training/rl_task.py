@@ -40,7 +40,7 @@ from hybrid_lightning.training.sampled_groups import (
 )
 from hybrid_lightning.training.task import Task
 from hybrid_lightning.training.teachers import Teacher
-from hybrid_lightning.training.teaching import teaching
+from hybrid_lightning.training.teaching import Teaching
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
@@ -72,12 +72,13 @@ class RLTask(Task):
         self.advantage, self.credit, self.correction, self.token_mask = advantage, credit, correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self.last_calibration: tuple[Rollouts, Rewards] | None = None
-        self.teaching = teaching(self.passes, self.generation, teacher, distillation, advantage, dynamic_sampling, self.loss)
+        run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, self.loss)
+        self.teaching = Teaching(self.passes, self.generation, teacher, distillation)
         self.shown_metrics = ("reward", "completions/mean_length", *self.teaching.shown_metrics)  # beside the progress bar
         if self.schedule.rollouts_ahead and self.generation.sampler.is_remote:
             self.shown_metrics += ("sampling/waited_s", "sampling/engine_idle_s")
         self.needs_start_policy |= self.teaching.needs_start_policy
-        run_checks.check_options(self.schedule, self.generation, dynamic_sampling, credit, self.loss)
+        run_checks.check_credit(credit, self.generation, self.loss)
 
     # ---- prompts -> rollout -> rewards
 
@@ -189,7 +190,7 @@ class RLTask(Task):
             sequences = [batch.sequences for batch in batches]
             measured = self.passes.measure(sequences, current, reference, self.run.interruptible)
         filled = [
-            batch.with_logprobs(batch.old_logprobs if of_sampler else None if on_policy else old, start)
+            replace(batch, old_logprobs=batch.old_logprobs if of_sampler else None if on_policy else old, ref_logprobs=start)
             for batch, (old, _, start) in zip(batches, measured, strict=True)
         ]
         return filled if mask is None else mask_tokens(filled, [entropy for _, entropy, _ in measured], mask)

@@ -26,15 +26,8 @@ from hybrid_lightning.user_code import in_user_code
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
-def check_options(
-    schedule: RolloutSchedule, generation: Generation, dynamic_sampling: DynamicSampling | None, credit: str, loss: PolicyLoss
-) -> None:
-    """Raise ConfigError if options of reinforcement learning do not work together, whatever the run."""
-    if dynamic_sampling is not None and schedule.samples_per_prompt < 2:
-        raise ConfigError(
-            f"model.samples_per_prompt={schedule.samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
-            "differ; set samples_per_prompt to 2 or more"
-        )
+def check_credit(credit: str, generation: Generation, loss: PolicyLoss) -> None:
+    """Raise ConfigError if environment or loss do not work with this credit, whatever the run."""
     if credit not in ("episode", "turn"):
         raise ConfigError(f"model.credit={credit!r}; give episode or turn")
     if credit == "turn":

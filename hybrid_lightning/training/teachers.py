@@ -134,7 +134,7 @@ class ModelTeacher(Teacher):
         self, model: str, revision: str | None = None, dtype: str | None = None, quantization: Quantization | None = None
     ) -> None:
         self.quantization, self.dtype = quantization, dtype
-        self.pretrained: Pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
+        self.pretrained: Pretrained = Pretrained(model, revision, dtype or "float32")
         self._passes: Passes | None = None
         self._on_host: list[tuple[Tensor, Tensor]] = []  # weights that are on the device, and their values on the host
 

@@ -1,6 +1,6 @@
 """`Teaching`: a teacher's part in a task: it adds to the advantages of a rollout, or to the loss of each step.
 
-`Untaught` adds nothing, so a task has the same code with and without a teacher. Axes: B sequences, T completion tokens.
+Axes: B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.episodes.episodes import begun_with
 from hybrid_lightning.losses import Distillation, Divergence, PolicyLoss, SampledReverseKL
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.model.passes import Passes
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.training import run_checks
 from hybrid_lightning.training.generation import Generation, Listen
 from hybrid_lightning.training.teachers import Teacher
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts, Sequences
@@ -24,64 +21,41 @@ from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts, Sequences
 Learned = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
 
 
-class Untaught:
-    """Learning from rewards alone."""
+class Teaching:
+    """Learning from a teacher, in addition to rewards. Without a teacher, it changes nothing.
 
-    teacher: Teacher | None = None
-    listen: Listen | None = None
-    shown_metrics: tuple[str, ...] = ()  # in the progress bar
-    needs_start_policy = needs_all_rows = False
+    Args:
+        passes: Log-probabilities of the policy.
+        generation: Completes the prompts of the policy.
+        teacher: The teacher; None to learn from rewards alone.
+        distillation: How to learn from the teacher; None for `SampledReverseKL()`.
+    """
 
-    def __init__(self, passes: Passes, generation: Generation) -> None:
-        self.passes, self.generation, self.run = passes, generation, generation.run
+    def __init__(
+        self, passes: Passes, generation: Generation, teacher: Teacher | None, distillation: Distillation | None = None
+    ) -> None:
+        self.passes, self.generation, self.run, self.teacher = passes, generation, generation.run, teacher
+        self.distillation = distillation or SampledReverseKL()
+        self.listen: Listen | None = None
+        self.shown_metrics: tuple[str, ...] = ()  # in the progress bar
+        self.needs_start_policy = self.needs_all_rows = False
+        if teacher is not None:
+            self.listen, self.needs_start_policy, self.shown_metrics = teacher.listen, teacher.needs_start_policy, ("teacher/kl",)
+            self.needs_all_rows = self.distillation.of_distributions
+            self.run.shares_failures |= teacher.is_remote
+            passes.beside = partial(teacher.held_bytes, passes)
 
     def begin(self) -> None:
         """Free memory on the device for sampling."""
+        if self.teacher is not None:
+            self.teacher.release()
 
     def taught(
         self, rollouts: Rollouts, trained: Sequences, advantages: Tensor
     ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
         """Completions as the teacher sees them, if an update needs them; advantages with the teacher's part; and metrics."""
-        return None, advantages, {}
-
-    def calibrated(self, rollouts: Rollouts, trained: Sequences, advantages: Tensor, loss: PolicyLoss) -> Tensor:
-        """Advantages of the rollouts that score modules, with the teacher's part."""
-        return advantages
-
-    def learned(self, chunk: PolicyBatch) -> Learned:
-        """Forward pass of an update, with gradient."""
-        logprobs, entropy = self.passes.logprobs(chunk.sequences)
-        return logprobs, entropy, None, {"entropy": entropy.detach()}
-
-    def check(self) -> None:
-        """Raise ConfigError if the teacher cannot teach this policy."""
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if training prompts are too long for the teacher, or have no column that it needs."""
-
-
-class Teaching(Untaught):
-    """Learning from a teacher, in addition to rewards."""
-
-    shown_metrics = ("teacher/kl",)
-
-    def __init__(self, passes: Passes, generation: Generation, teacher: Teacher, distillation: Distillation) -> None:
-        super().__init__(passes, generation)
-        self.teacher: Teacher = teacher
-        self.distillation = distillation
-        self.listen, self.needs_start_policy = teacher.listen, teacher.needs_start_policy
-        self.needs_all_rows = distillation.of_distributions
-        self.run.shares_failures |= teacher.is_remote
-        passes.beside = partial(teacher.held_bytes, passes)
-
-    def begin(self) -> None:
-        """See `Untaught`."""
-        self.teacher.release()
-
-    def taught(
-        self, rollouts: Rollouts, trained: Sequences, advantages: Tensor
-    ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
-        """See `Untaught`."""
+        if self.teacher is None:
+            return None, advantages, {}
         if self.distillation.of_distributions:
             seen = self._seen(rollouts, trained)
             return (None if seen is trained else seen), advantages, {}
@@ -94,16 +68,19 @@ class Teaching(Untaught):
         return None, F.per_token(advantages, mask) * mask + self.distillation.coef * ratio, metrics
 
     def calibrated(self, rollouts: Rollouts, trained: Sequences, advantages: Tensor, loss: PolicyLoss) -> Tensor:
-        """See `Untaught`: modules are scored by the gradient of the sampled KL, whatever the divergence."""
+        """Advantages of the rollouts that score modules, with the teacher's part: the sampled KL, whatever the divergence."""
+        if self.teacher is None:
+            return advantages
         ratio = self._log_ratio(rollouts, trained)[1] * self.distillation.coef
         ratio = ratio if loss.takes_token_advantages else F.sequence_means(ratio, trained.sampled_mask)
         self.teacher.release()
         return F.per_sequence_as(ratio, advantages) + ratio
 
     def learned(self, chunk: PolicyBatch) -> Learned:
-        """See `Untaught`."""
-        if not isinstance(self.distillation, Divergence):
-            return super().learned(chunk)
+        """Forward pass of an update, with gradient."""
+        if self.teacher is None or not isinstance(self.distillation, Divergence):
+            logprobs, entropy = self.passes.logprobs(chunk.sequences)
+            return logprobs, entropy, None, {"entropy": entropy.detach()}
         seen = self.teacher.predict(self.passes, chunk.seen_by_teacher or chunk.sequences)
         logprobs, divergence, entropy, of_teacher = self.passes.compared(chunk.sequences, seen, self.distillation)
         measured = {"entropy": entropy.detach(), "teacher/divergence": divergence.detach(), "teacher/logprob": of_teacher}
@@ -111,16 +88,20 @@ class Teaching(Untaught):
         return logprobs, entropy, self.distillation.coef * divergence, measured
 
     def check(self) -> None:
-        """See `Untaught`."""
-        if self.run.stage == "fit":
+        """Raise ConfigError if the teacher cannot teach this policy."""
+        if self.teacher is not None and self.run.stage == "fit":
             self.teacher.check(self.passes, self.distillation)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """See `Untaught`; a remote teacher checks its own context."""
-        if not self.teacher.is_remote:
+        """Raise ConfigError if training prompts are too long for the teacher, or have no column that it needs.
+
+        A remote teacher checks its own context.
+        """
+        if self.teacher is not None and not self.teacher.is_remote:
             self.teacher.check_prompts(self.generation, prompts)
 
     def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
+        assert self.teacher is not None
         self.check_prompts(rollouts.prompts)  # calls from Python have not checked the prompts
         encode = self.generation.encode
         return self.teacher.seen(
@@ -129,21 +110,6 @@ class Teaching(Untaught):
 
     def _log_ratio(self, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
         """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""
+        assert self.teacher is not None
         logprobs = self.teacher.logprobs(self.passes, self._seen(rollouts, trained), self.run.interruptible)
         return logprobs, F.log_ratio(logprobs, rollouts.sampling_logprobs, trained.sampled_mask)
-
-
-def teaching(
-    passes: Passes,
-    generation: Generation,
-    teacher: Teacher | None,
-    distillation: Distillation | None,
-    advantage: AdvantageEstimator,
-    dynamic_sampling: DynamicSampling | None,
-    loss: PolicyLoss,
-) -> Untaught:
-    """The teacher's part in a task; ConfigError if options for learning from a teacher do not work together."""
-    run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, loss)
-    if teacher is None:
-        return Untaught(passes, generation)
-    return Teaching(passes, generation, teacher, distillation or SampledReverseKL())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybrid_lightning.adapters import Budget, LoraSettings, ModuleBudget, ParameterBudget, Random, find_candidates, make_plan
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, ParameterBudget, Random, find_candidates, make_plan
 from hybrid_lightning.adapters.budgets import ModuleScores
 from hybrid_lightning.adapters.plan import PlannedModel, PlannedModule
 from hybrid_lightning.errors import ConfigError, PlanError
@@ -57,15 +57,6 @@ def test_budgets_say_what_they_need():
         ModuleBudget(0.5).choose([module("a", 1.0), module("b", None)], LoraSettings())
     assert [ModuleBudget(share).needs_scores for share in (0, 0.1, 1)] == [False, True, False]
     assert ParameterBudget(1).choose([module("a", None)], LoraSettings()) == {"a"}
-
-
-class FirstLayer(Budget):
-    def _choose(self, modules, lora):
-        return [m.name for m in modules if ".0." in m.name]
-
-
-def test_a_budget_of_ones_own():
-    assert FirstLayer(0.5).choose([module("layers.0.q", 1.0), module("layers.1.q", 2.0)], LoraSettings()) == {"layers.0.q"}
 
 
 # ---- making plans

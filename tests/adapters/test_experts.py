@@ -22,10 +22,11 @@ from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, TrainedPolicy, policy_of_module, write_policy
-from hybrid_lightning.export.trained import BaseModel, peft_weights
+from hybrid_lightning.export.trained import peft_weights
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory.sizes import measure_sizes
 from hybrid_lightning.model.current_weights import CurrentWeights
+from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.sharding.weights import Weights
 
 FAMILIES = ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "mixtral", "gpt_oss", "glm4_moe", "deepseek_v3"]
@@ -89,7 +90,7 @@ def test_what_is_trained_is_what_transformers_peft_and_engines_load(family, tmp_
     with adapter_disabled(adapted):
         assert torch.equal(logits(adapted), start)
 
-    policy = TrainedPolicy(plan, peft_weights(state, plan, "the test"), BaseModel(str(base)))
+    policy = TrainedPolicy(plan, peft_weights(state, plan, "the test"), Pretrained(str(base)))
     merged = load(write_policy(policy, MergedModel(), tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), trained, atol=2e-6, rtol=1e-5)
     folder = write_policy(policy, AdapterFolder(), tmp_path / "adapter")

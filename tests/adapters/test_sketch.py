@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hybrid_lightning.adapters.gradients import ExactGradient, ExactSum
+from hybrid_lightning.adapters.gradients import ExactGradient, GradientSum
 from hybrid_lightning.adapters.sketch import SketchedGradients, SketchedSum
 from hybrid_lightning.errors import ConfigError
 
@@ -61,11 +61,10 @@ def test_what_is_kept_of_a_gradient_and_what_cannot_be():
         torch.testing.assert_close(whole, a + b, rtol=1e-4, atol=1e-4)
     kept = sum(tensor.numel() for tensor in SketchedGradients().new_sum("a", torch.empty(2048, 2048), 16).sums)
     assert kept < 0.07 * 2048**2
-    assert isinstance(SketchedGradients().new_sum("a", torch.empty(32, 32), 8), ExactSum)
+    assert type(SketchedGradients().new_sum("a", torch.empty(32, 32), 8)) is GradientSum
     estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
     assert estimate.energy() == estimate.tail_energy(2) == 0
     for make, message in (
-        (lambda: SketchedGradients(size=0), "size=0"),
         (lambda: SketchedGradients(size=8).new_sum("a", weight, 8), "not above the LoRA rank 8"),
         (estimate.matrix, "needs whole gradients"),
     ):

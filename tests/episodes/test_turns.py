@@ -317,7 +317,7 @@ def test_kept_history_takes_what_servers_take_out_of_a_text_and_is_exported(name
     assert followed.startswith(own.apply_template(conversation, add_generation_prompt=False))
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    exported = base_model_of({"model": str(tmp_path), "chat_template": KEEP_HISTORY}).tokenizer()
+    exported = base_model_of({"model": str(tmp_path), "chat_template": KEEP_HISTORY}).trained_tokenizer
     assert exported.chat_template == kept.chat_template
 
 

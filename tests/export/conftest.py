@@ -16,8 +16,9 @@ from hybrid_lightning.adapters.budgets import ModuleScores
 from hybrid_lightning.adapters.candidates import ranks_by_pattern
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.export import TrainedPolicy
-from hybrid_lightning.export.trained import BaseModel, Training, peft_weights
+from hybrid_lightning.export.trained import Training, peft_weights
 from hybrid_lightning.model.loading import DTYPES
+from hybrid_lightning.model.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
         for weight in trainable_state(adapted).values():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
         weights = peft_weights(trainable_state(adapted), plan, "the test")
-        base_model = BaseModel(str(folder), dtype=dtype, **base)
-        return Trained(adapted.eval(), TrainedPolicy(plan, weights, base_model, training or Training(steps=3)))
+        start = Pretrained(str(folder), dtype=dtype, **base)
+        return Trained(adapted.eval(), TrainedPolicy(plan, weights, start, training or Training(steps=3)))
 
     return build
 

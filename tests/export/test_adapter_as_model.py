@@ -4,30 +4,16 @@ import json
 
 import pytest
 import torch
-from exported import VARIANTS, logits
-from peft.tuners.tuners_utils import BaseTunerLayer
-from rounding import assert_same_logits
 from safetensors.torch import load_file, save_file
 
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, TrainedPolicy, write_policy
-from hybrid_lightning.export.trained import BaseModel
 from hybrid_lightning.model.loading import load_model, load_tokenizer, resolve_model
+from hybrid_lightning.model.pretrained import Pretrained
 
 
 def load(folder, dtype="float32"):
     return load_model(resolve_model(str(folder)), dtype, None)
-
-
-@pytest.mark.parametrize(("family", "variant", "share"), [("llama", "lora", 0.3), ("gpt2", "dora", 1), ("gemma", "rslora", 0)])
-def test_it_is_one_ordinary_model(train, tmp_path, family, variant, share):
-    trained = train(family, share, VARIANTS[variant])
-    model = load(write_policy(trained.policy, AdapterFolder(), tmp_path / "out"))
-    assert_same_logits(logits(model), trained.logits)
-    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
-    base = load(trained.policy.base.model)
-    assert type(model) is type(base) and model.state_dict().keys() == base.state_dict().keys()
 
 
 def test_it_is_what_the_merged_model_is_in_bfloat16_too(train, tmp_path):
@@ -87,6 +73,6 @@ def test_a_base_that_is_not_there_is_named(train, tmp_path):
 def test_an_adapter_trained_from_it_is_not_an_adapter_of_the_base(train, tmp_path):
     trained = train()
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
-    again = TrainedPolicy(trained.policy.plan, trained.policy.weights, BaseModel(str(folder)))
+    again = TrainedPolicy(trained.policy.plan, trained.policy.weights, Pretrained(str(folder)))
     with pytest.raises(ConfigError, match="PEFT cannot stack adapters; export form=MergedModel"):
         write_policy(again, AdapterFolder(), tmp_path / "more")

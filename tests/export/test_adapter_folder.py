@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lightning.errors import ConfigError, PlanError
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
+from hybrid_lightning.model.loading import load_model, resolve_model
 
 
 def load(trained, folder, dtype="auto"):
@@ -39,19 +40,11 @@ def test_peft_loads_the_policy_and_transformers_its_merged_model(train, tmp_path
     assert_same_logits(logits(loaded), trained.logits)
     with loaded.disable_adapter():
         assert (logits(loaded) - trained.logits).abs().max() > 0.01, "training has changed the policy"
+    alone = load_model(resolve_model(str(folder)), "float32", None)  # named as the model of another run
+    assert_same_logits(logits(alone), trained.logits)
+    assert type(alone) is type(model) and alone.state_dict().keys() == model.state_dict().keys(), "an ordinary model"
+    assert not any(parameter.requires_grad for parameter in alone.parameters()) and not alone.training
     assert files(folder) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "plan.json"}
-
-
-@pytest.mark.parametrize(("variant", "share"), [("dora", 0.3), ("rslora", 1)])
-def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
-    trained = train("qwen2", share, VARIANTS[variant])
-    write_policy(trained.policy, AdapterFolder(), tmp_path / "ours")
-    trained.model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
-    assert all(sorted(config.pop("target_modules")) for config in configs) and configs[0] == configs[1]
 
 
 def test_on_a_bfloat16_base_the_trained_weights_stay_float32_and_freed_start_weights_make_no_difference(train, tmp_path):

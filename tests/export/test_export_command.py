@@ -11,6 +11,7 @@ from exported import logits
 from rounding import assert_same_logits
 from transformers import AutoModelForCausalLM
 
+from hybrid_lightning.model import pretrained
 from hybrid_lightning.policy import PolicyModule
 
 TRAINING_SETTINGS = ["--trainer.precision=16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
@@ -25,15 +26,13 @@ def expected(root):
 
 
 def test_the_merged_model_in_the_bases_dtype(folder, run_and_number, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("the module's own weights are loaded")
-
+    loads, load = [], pretrained.load_model
     root, _ = run_and_number
     runs = set(folder.glob("runs/*/*"))
     with monkeypatch.context() as patch:
-        patch.setattr("hybrid_lightning.model.pretrained.load_model", fail)  # the base is loaded once, and in no other place
+        patch.setattr(pretrained, "load_model", lambda *given: loads.append(given) or load(*given))
         result = done(folder, "export", *arguments(root), f"--folder={tmp_path}/out", *TRAINING_SETTINGS)
-    assert f"Policy written to {tmp_path}/out in float32\n" in result.out
+    assert f"Policy written to {tmp_path}/out in float32\n" in result.out and len(loads) == 1, "not also the module's weights"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     assert_same_logits(logits(loaded), expected(root))

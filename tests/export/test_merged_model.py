@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
-from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel, Training
+from hybrid_lightning.export.trained import Training
 from hybrid_lightning.export.write import written_message
 from hybrid_lightning.model.loading import ModelSource
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 
 
 @pytest.mark.parametrize(("base", "wanted", "keep"), [("float32", "bfloat16", True), ("bfloat16", "float16", False)])
@@ -74,19 +74,20 @@ def test_an_unknown_dtype_is_noticed():
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_the_dtype_comes_from_the_bases_config_or_else_from_training(train, tmp_path, stored, monkeypatch):
     trained = train(dtype=stored)
-    base, folder = trained.policy.base, write_policy(trained.policy, MergedModel(), tmp_path / "out")
+    folder = write_policy(trained.policy, MergedModel(), tmp_path / "out")
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {getattr(torch, stored)}
     assert json.loads((folder / "config.json").read_text())["dtype"] == stored
     assert f"The weights here are {stored}." in (folder / "README.md").read_text()
     for form, dtype in ((MergedModel(), stored), (MergedModel("float16"), "float16"), (AdapterFolder(), "float32")):
         assert written_message(trained.policy, form, folder) == f"Policy written to {folder} in {dtype}"
-    path = tmp_path / "base-llama" / "config.json"
+    path, base = tmp_path / "base-llama" / "config.json", trained.policy.base
     config = json.loads(path.read_text())
+    base.dtype = "bfloat16"
     for said, expected in (("float16", "float16"), (None, "bfloat16"), ("float64", "bfloat16")):
         path.write_text(json.dumps({**config, "dtype": said}))
-        assert dataclasses.replace(base, dtype="bfloat16").stored_dtype() == expected
-    unreachable = Mock(side_effect=ModelError("the hub cannot be reached"))
-    with patch("hybrid_lightning.export.trained.read_config", unreachable):
-        assert dataclasses.replace(base, dtype="float16").stored_dtype() == "float16"
-    monkeypatch.setattr(BaseModel, "source", ModelSource(str(tmp_path / "base-llama"), {"gguf_file": "policy.gguf"}))
-    assert base.stored_dtype() == stored
+        assert MergedModel().weights_dtype(trained.policy) == expected
+    base.source = ModelSource(str(tmp_path / "nowhere"), {"gguf_file": "policy.gguf"})
+    assert MergedModel().weights_dtype(trained.policy) == "bfloat16"
+    base.source = ModelSource("nobody/has-this-model", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert MergedModel().weights_dtype(trained.policy) == "bfloat16", "where the hub cannot be reached"

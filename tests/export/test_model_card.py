@@ -10,7 +10,8 @@ from rounding import assert_same_logits
 from hybrid_lightning.data import ChatFormat, FileSource, HubSource, PlainFormat
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
 from hybrid_lightning.export.model_card import base_licence, model_card
-from hybrid_lightning.export.trained import BaseModel, Training, training_of
+from hybrid_lightning.export.trained import Training, training_of
+from hybrid_lightning.model.pretrained import Pretrained
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 TRAINING = Training(
@@ -76,7 +77,7 @@ def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path):
 
 def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
     policy = train(training=training_of(1, {}, datamodule=type("Data", (), {"source": HubSource("openai/gsm8k", "main")}))).policy
-    policy = type(policy)(policy.plan, policy.weights, BaseModel("Qwen/Qwen3-0.6B", "main"), policy.training)
+    policy = type(policy)(policy.plan, policy.weights, Pretrained("Qwen/Qwen3-0.6B", "main"), policy.training)
     monkeypatch.setattr("hybrid_lightning.export.model_card.base_licence", lambda base: "apache-2.0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for form, relation in ((MergedModel("float32"), "finetune"), (AdapterFolder(), "adapter")):
@@ -112,13 +113,13 @@ def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
 
 
 def test_a_card_without_a_licence_and_a_hub_that_cannot_be_reached_are_no_error(tmp_path, monkeypatch):
-    base = BaseModel(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
+    base = Pretrained(str(tmp_path))
     for text in ("# no header\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense:\n- a\n---\n"):
         (tmp_path / "README.md").write_text(text)
         assert base_licence(base) is None, text
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert base_licence(BaseModel("nobody/has-this-model")) is None and base_licence(BaseModel("embedded")) == "apache-2.0"
+    assert base_licence(Pretrained("nobody/has-this-model")) is None and base_licence(Pretrained("embedded")) == "apache-2.0"
 
 
 def test_licence_of_a_gguf_file(tmp_path):
@@ -129,4 +130,4 @@ def test_licence_of_a_gguf_file(tmp_path):
             writer.add_license(licence)
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
             write()
-        assert base_licence(BaseModel(str(tmp_path / "model.gguf"))) == licence
+        assert base_licence(Pretrained(str(tmp_path / "model.gguf"))) == licence

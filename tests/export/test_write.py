@@ -1,6 +1,3 @@
-import multiprocessing
-import time
-
 import pytest
 from exported import files
 
@@ -24,28 +21,6 @@ def test_the_folder_appears_when_it_is_whole(tmp_path, name):
             (folder / "one.txt").write_text("1")
             raise error
     assert files(tmp_path) == {"a"}
-
-
-def write_slowly(target, writing):
-    with new_folder(target) as folder:
-        (folder / "config.json").write_text("half")
-        writing.set()
-        time.sleep(60)
-
-
-def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path):
-    processes = multiprocessing.get_context("fork")
-    writing = processes.Event()
-    process = processes.Process(target=write_slowly, args=(tmp_path / "out", writing))
-    process.start()
-    assert writing.wait(10)
-    process.kill()
-    process.join(10)
-    (left,) = files(tmp_path)
-    assert left.startswith(".out.") and left.endswith(".partial")
-    with new_folder(tmp_path / "out") as folder:  # and it is in nobody's way
-        (folder / "config.json").write_text("whole")
-    assert (tmp_path / "out" / "config.json").read_text() == "whole"
 
 
 def test_what_is_there_is_never_overwritten(tmp_path):

@@ -28,7 +28,7 @@ from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.training.calibration import reward_losses
+from hybrid_lightning.training.calibration import training_losses
 from hybrid_lightning.training.step import Step
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
@@ -163,9 +163,8 @@ def scoring():
     advantages = counted.known.put(torch.ones(len(sequences)))
     fake.model.requires_grad_(False)
     with counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        losses = reward_losses(
-            sequences, advantages, GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0), 10**6, COMPLETION
-        )
+        chunks = [(sequences, advantages)]
+        losses = training_losses("reward", sequences, chunks, GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0))
         counted.known.places.clear()
         Scoring(fake.model, candidates, losses, TailEnergy(), 16).collect_gradients(lambda seen: None)
     return found(counted.known, waits=counted.known.places, modules=len(candidates))

@@ -114,7 +114,7 @@ def test_a_completion_ends_at_the_tokens_of_tokenizer_and_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not read")
     for given, expected in ((None, [2]), ([2, 7], [2, 7]), (9, [2, 9])):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-        assert Pretrained(str(tmp_path), None, "float32", None, None, None).stop_ids == expected
+        assert Pretrained(str(tmp_path)).stop_ids == expected
 
 
 # Parts of names of weights in Hugging Face format -> in GGUF.

@@ -6,14 +6,11 @@ import pytest
 import tiny_runs
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from rounding import assert_same_logits
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
-from transformers import AutoModelForCausalLM
+from tiny_runs import build_adapter, build_data, build_policy, fit
 
 from hybrid_lightning.adapters import Random, Scoring, TailEnergy
 from hybrid_lightning.engine import Engine
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.memory import RunSettings, TrainerFlags
 from hybrid_lightning.memory import settings as memory_settings
@@ -66,20 +63,6 @@ def test_on_a_bfloat16_base_float32_weights_are_trained_and_it_begins_on_policy(
     assert all(step["sampling/logp_difference/mean"] < 0.02 for step in log.metrics)
     assert log.metrics[0]["ratio/max"] == log.metrics[2]["ratio/max"] == 1 != log.metrics[1]["ratio/max"]
     assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
-
-
-def test_a_checkpoint_is_evaluated_alone_and_exported(model, sums, tmp_path, mixed):
-    (module, _, path), data = mixed, build_data(sums, test_fraction=0.25)
-    policy, trainer = build_policy(model, dtype="bfloat16"), build_trainer(tmp_path, precision="bf16-mixed")
-    trainer.test(policy, datamodule=data, ckpt_path=path, verbose=False)
-    assert all(torch.equal(weight, trained(module)[name]) for name, weight in trained(policy).items())
-    alone = PolicyModule.load_from_checkpoint(path)
-    greedy = [policy.generate([Prompt(text="1+2=")], greedy=True) for policy in (alone, module)]
-    assert greedy[0].completions == greedy[1].completions
-    write_policy(policy_of_checkpoint(path), MergedModel("float32"), tmp_path / "exported")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    with torch.no_grad():
-        assert_same_logits(exported(IDS).logits, alone.model.eval().float()(IDS).logits)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from hybrid_lightning.training.policy_module import PolicyModule
 pytest.importorskip("bitsandbytes")
 
 import bitsandbytes
-from test_quantized_linear import unpacked
+from bitsandbytes.functional import dequantize_4bit
 
 IDS = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(7))
 VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -45,7 +45,8 @@ def unpacked_copy(family, quantized):
     """The same model with plain layers that hold the unpacked weights."""
     plain = build_wide_model(family)
     for name in packed_modules(quantized):
-        weight = unpacked(quantized.get_submodule(name))
+        layer = quantized.get_submodule(name)
+        weight = dequantize_4bit(layer.weight.data, layer.quant_state)
         target = plain.get_submodule(name).weight.data
         target.copy_(weight.T if family == "gpt2" else weight)
     return plain
@@ -54,8 +55,9 @@ def unpacked_copy(family, quantized):
 def test_the_weights_are_those_that_transformers_would_load(tmp_path):
     folder = write_wide_model(tmp_path, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    plan = plan_of(model)
+    plan, state = plan_of(model), torch.get_rng_state()
     quantize_base(model, NF4(), plan.full_modules)
+    assert torch.equal(torch.get_rng_state(), state), "no random number is drawn"
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**options, llm_int8_skip_modules=[*plan.full_modules, "lm_head"])
     theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
@@ -89,7 +91,7 @@ def test_all_but_the_fully_trained_modules_are_quantized_and_the_adapter_is_as_e
     reference.load_state_dict(trainable_state(adapted), strict=False)
     weights = torch.randn(start.shape, generator=generator)
     for each in (adapted, reference):
-        with torch.no_grad():  # as generation does
+        with torch.no_grad():  # as generation does; on some CPUs bitsandbytes' own layer would then lose the gradient
             each(IDS)
         (each(IDS).logits.log_softmax(-1) * weights).sum().backward()
     torch.testing.assert_close(adapted(IDS).logits, reference(IDS).logits, **tolerance)
@@ -174,13 +176,12 @@ def test_it_trains_resumes_bit_for_bit_by_no_other_quantization_and_is_exported_
     ("policy", "adapter", "flags"),
     [
         ({"dtype": "bfloat16", "gradient_checkpointing": True}, {}, {"precision": "bf16-mixed"}),
-        ({"dtype": "bfloat16"}, {"share": 0.0}, {"precision": "bf16-mixed"}),
         (
             {"loss": GSPOLoss(), "optimizer": bitsandbytes.optim.PagedAdamW8bit},
             *({"keep_start_weights": False, "use_dora": True}, {"gradient_clip_val": 0.5}),
         ),
     ],
-    ids=["bfloat16", "bfloat16, LoRA alone", "freed start weights, DoRA and a paged optimizer"],
+    ids=["bfloat16", "freed start weights, DoRA and a paged optimizer"],
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_it_trains_with(wide, sums, tmp_path, policy, adapter, flags):

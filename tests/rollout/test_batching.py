@@ -22,7 +22,7 @@ def batch(rows, first, with_old=True):
     """Rows numbered from `first`: row i has a prompt of i % 3 + 1 tokens and a completion of i % 4 + 1."""
     numbers = range(first, first + rows)
     if not rows:
-        return batch(1, first).rows(torch.zeros(0, dtype=torch.long)).with_logprobs(None, None)
+        return replace(batch(1, first).rows(torch.zeros(0, dtype=torch.long)), old_logprobs=None)
     prompts, completions = [[i] * (i % 3 + 1) for i in numbers], [[i] * (i % 4 + 1) for i in numbers]
     sequences = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
     sampled = sequences.completion_mask & (torch.arange(sequences.completion_ids.shape[1]) % 2 == 0)

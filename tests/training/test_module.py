@@ -1,7 +1,5 @@
 """A module is made without its model, which is loaded when it is asked for; and how a step moves and computes."""
 
-import inspect
-
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -10,12 +8,10 @@ from tiny_runs import Log, build_adapter, build_data, build_policy, build_traine
 from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters import Random
-from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy import LanguageModule, PolicyModule, SupervisedModule
+from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.types import Prompt
 
@@ -49,22 +45,12 @@ def test_weights_are_loaded_once_when_they_are_first_needed_and_are_part_of_the_
         ({"lr_lora": float("nan")}, r"model\.lr_lora must be a non-negative number, got nan"),
         ({"eval_samples": 0}, r"model\.eval_samples must be at least 1, got 0"),
         ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
-        ({"samples_per_prompt": 1, "dynamic_sampling": DynamicSampling()}, "looks for prompts whose completions differ"),
     ],
 )
 def test_arguments_are_checked_before_weights_are_loaded(model, monkeypatch, arguments, message):
     monkeypatch.setattr("hybrid_lightning.model.pretrained.load_model", lambda *_: pytest.fail("the weights are loaded"))
     with pytest.raises((ConfigError, ModelError), match=message):
         make(model, **arguments)
-
-
-def test_options_of_all_modules_stand_once():
-    shared = {name for name in inspect.signature(LanguageModule).parameters}
-    for kind in (PolicyModule, SupervisedModule):
-        assert len(shared) == 16 and not shared & inspect.signature(kind).parameters.keys()
-        assert shared < constructor_defaults(kind).keys()
-    with pytest.raises(TypeError, match="lr_loras"):
-        make("embedded", lr_loras=1e-4)
 
 
 def test_settings_are_checked_once_a_run_which_may_be_before_the_model_is_loaded(model, sums, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""A run with each loss: the gradient of each optimizer step from the equation, sampled token by token in its full context.
+"""Runs with losses of each aggregation: each optimizer step's gradient from the equation, token by token in its full context.
 
-With an advantage estimator and masks each, computed once more here, over two passes of two minibatches of two micro-batches.
+With masks, computed once more here, over two passes of two minibatches of two micro-batches. `tests/losses` and
+`tests/test_advantages.py` show the equations of the other losses and of advantages.
 """
 
 import pytest
@@ -10,14 +11,7 @@ from tiny_models import build_model, plain_distribution, tokens_of
 from tiny_runs import Failing, Interrupted, StartsWithDigit, fit
 
 from hybrid_lightning import losses
-from hybrid_lightning.advantages import (
-    BatchStdAdvantage,
-    GroupAdvantage,
-    GroupMeanAdvantage,
-    LeaveOneOutAdvantage,
-    PerRewardAdvantage,
-    ReinforcePlusPlusAdvantage,
-)
+from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage, PerRewardAdvantage
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
 
 G, LONGEST, MINIBATCHES, MICRO_BATCHES = 4, 6, 2, 2
@@ -53,23 +47,8 @@ def gspo_token(new, old, advantage):
     return clipped((new - old).mean().exp().detach() * (new - new.detach()).exp(), advantage, 0.08, 0.09)
 
 
-def dppo(new, old, advantage):
-    moved = new.exp() - old.exp()
-    kept = moved <= 0.05 if advantage > 0 else moved >= -0.05
-    return kept * -advantage * (new - old).exp() + 0.1 * (new - old) ** 2
-
-
-def without_old_mistakes(new, old, advantage):
-    return of_tokens(0.2, 0.2)(new, old, advantage) * ((advantage >= 0) | ((old - new).mean() <= 0.01))
-
-
 def cispo(new, old, advantage):
     return -(new - old).exp().detach().clamp(max=1.1) * advantage * new
-
-
-def sapo(new, old, advantage):
-    tau = 1.0 if advantage > 0 else 1.05
-    return -advantage * 4 / tau * torch.sigmoid(tau * ((new - old).exp() - 1))
 
 
 # ---- weight of each row's tokens, from how many tokens the rows of the optimizer step have, [R]
@@ -91,34 +70,6 @@ def mean_of_micro_batches(lengths):
     return torch.cat([torch.ones(len(half)) / half.sum() / MICRO_BATCHES for half in lengths.chunk(MICRO_BATCHES)])
 
 
-# ---- advantages of rewards [P, G - 1]: one of each group does not count
-
-
-def groups(rewards, values):
-    return values[rewards.counted].view(-1, G - 1)
-
-
-def centred(values):
-    return values - values.mean(1, keepdim=True)
-
-
-def normalised(values):
-    return centred(values) / (values.std(1, keepdim=True) + 1e-4)
-
-
-def gdpo(rewards):
-    first, second = (normalised(groups(rewards, part)) for part in rewards.parts.values())
-    return (first + 0.5 * second) / ((first + 0.5 * second).std() + 1e-4)
-
-
-ADVANTAGES = {
-    GroupAdvantage: lambda rewards: normalised(groups(rewards, rewards.total)),
-    GroupMeanAdvantage: lambda rewards: centred(groups(rewards, rewards.total)),
-    BatchStdAdvantage: lambda rewards: centred(groups(rewards, rewards.total)) / (rewards.total[rewards.counted].std() + 1e-4),
-    LeaveOneOutAdvantage: lambda rewards: centred(groups(rewards, rewards.total)) * (G - 1) / (G - 2),
-    PerRewardAdvantage: gdpo,
-    ReinforcePlusPlusAdvantage: lambda rewards: (values := centred(groups(rewards, rewards.total))) / (values.std() + 1e-4),
-}
 MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": losses.TopEntropyMask(0.5)}
 # Weights of tokens from how much more probable they were to the policy than to the sampler.
 CORRECTED = {
@@ -136,16 +87,12 @@ def stale(correction=None):
 TRUNCATED, TOKENS = MASKED | stale(losses.TokenTruncation(1.02)), MASKED | stale(losses.TokenMask(1.05, 0.95))
 CASES = [
     (losses.GRPOLoss(kl_coef=KL), of_tokens(0.2, 0.2), mean_of_means, GroupAdvantage(), {}),
-    (losses.GSPOLoss(kl_coef=KL), gspo, mean_of_means, GroupAdvantage(), {}),
-    (losses.GSPOLoss(kl_coef=KL), gspo, mean_of_means, GroupAdvantage(), stale()),
+    (losses.GSPOLoss(kl_coef=KL), gspo, mean_of_means, PerRewardAdvantage(), stale()),
     (losses.GSPOTokenLoss(0.08, 0.09, kl_coef=KL), gspo_token, mean_of_means, GroupAdvantage(), TOP),
-    (losses.DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, LeaveOneOutAdvantage(), TRUNCATED),
+    (losses.DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, GroupAdvantage(), TRUNCATED),
     (losses.DrGRPOLoss(), of_tokens(0.2, 0.2), mean_over_positions, GroupMeanAdvantage(), TOKENS),
     (losses.BNPOLoss(), of_tokens(0.2, 0.2), mean_of_micro_batches, BatchStdAdvantage(), stale(losses.SequenceMask(1.1))),
     (losses.CISPOLoss(1.1), cispo, mean_over_tokens, BatchStdAdvantage(), TOP | MASKED | stale(losses.SequenceTruncation(1.02))),
-    (losses.SAPOLoss(entropy_coef=ENTROPY), sapo, mean_of_means, PerRewardAdvantage(), TOP),
-    (losses.DPPOLoss(0.05, 0.05, log_ratio_coef=0.1), dppo, mean_over_tokens, ReinforcePlusPlusAdvantage(), stale()),
-    (losses.GRPOLoss(off_policy_mask_threshold=0.01), without_old_mistakes, mean_of_means, GroupAdvantage(), MASKED | stale()),
 ]
 
 
@@ -159,8 +106,7 @@ def completion(model, sequences, row):
 
 class ByEquation(Callback):
     def __init__(self, loss, term, weights, advantage, options):
-        self.loss, self.term, self.weights, self.options = loss, term, weights, options
-        self.advantages = ADVANTAGES[type(advantage)]
+        self.loss, self.term, self.weights, self.advantage, self.options = loss, term, weights, advantage, options
         self.base = build_model("llama", std=0.1)
         self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
 
@@ -185,7 +131,7 @@ class ByEquation(Callback):
         (rollouts, rewards, shown), first = self.rollout, self.minibatch % MINIBATCHES * 8
         self.minibatch += 1
         rows = [row for row in range(first, first + 8) if rewards.counted[row]]
-        found = dict(zip(rewards.counted.nonzero().flatten().tolist(), self.advantages(rewards).flatten(), strict=True))
+        found = self.advantage.of_rewards(rewards, G)
         assert not shown[~rewards.counted].any()
         kept = rollouts.finished if "mask_truncated_completions" in self.options else torch.ones(16, dtype=torch.bool)
         lengths = torch.tensor([len(self.old[row][0]) * int(kept[row]) for row in rows])

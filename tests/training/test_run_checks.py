@@ -4,32 +4,29 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-import tiny_examples
-import tiny_runs
 import torch
-from tiny_runs import DigitShare, StartsWithDigit, Talk, build_adapter, build_data, build_policy, build_trainer, check, fit
+from tiny_runs import (
+    DigitShare,
+    StartsWithDigit,
+    Talk,
+    build_adapter,
+    build_data,
+    build_policy,
+    build_trainer,
+    check,
+    fit,
+    write_model,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning import losses
-from hybrid_lightning.advantages import GroupMeanAdvantage, LeaveOneOutAdvantage, PerRewardAdvantage
+from hybrid_lightning.advantages import LeaveOneOutAdvantage, PerRewardAdvantage
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.model.quantization import NF4
 from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
 from hybrid_lightning.training import module
 from hybrid_lightning.training.run_checks import warn_of_differences
-from hybrid_lightning.types import LossInputs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deterministic")
-    tiny_runs.write_wide_model(folder / "model")
-    tiny_runs.write_wide_model(folder / "gpt2", "gpt2")
-    tiny_runs.write_sums(folder / "sums.jsonl", 16)
-    tiny_examples.write_rows(folder / "rows.jsonl", 16)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -55,58 +52,22 @@ class OnGPU(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# Everything besides losses.
-CASES = {
-    "gpt2": {  # which is not packed
-        **{"model": "gpt2", "gradient_checkpointing": True, "epochs_per_rollout": 2, "dynamic_sampling": DynamicSampling(1)},
-        **{"reward": StartsWithDigit(), "token_mask": losses.TopEntropyMask(0.5), "correction": losses.TokenTruncation()},
-        **{"mask_truncated_completions": True, "sampler": Sampler(16, top_p=0.9, top_k=20)},
-    },
-    "NF4": {"quantization": NF4, "advantage": GroupMeanAdvantage()},
-    "kernels": {},
-}
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """No kernels, and the sums that a GPU would take."""
+@pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # packed, and not packed
+def test_nothing_is_computed_that_a_gpu_refuses(family, sums, tmp_path, monkeypatch):
+    """With scoring, validation and the export; without kernels, and with the sums that a GPU would take."""
     monkeypatch.setattr(calls, "library", lambda: None)
     monkeypatch.setattr(sampler, "running_sums", sampler.sums_by_doubling)
-    return OnGPU()
-
-
-@pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")
-@pytest.mark.parametrize("name", CASES)
-def test_every_kind_of_training(folder, tmp_path, name, request):
-    """With scoring, validation and the export."""
-    if name == "NF4":
-        pytest.importorskip("bitsandbytes")
-    policy = {"loss": losses.GSPOLoss(entropy_coef=0.01, kl_coef=0.01), "minibatches_per_rollout": 2}
-    policy |= {name: value() if isinstance(value, type) else value for name, value in CASES[name].items()}
+    policy = {"loss": losses.GSPOLoss(entropy_coef=0.01, kl_coef=0.01), "minibatches_per_rollout": 2, "epochs_per_rollout": 2}
+    policy |= {"gradient_checkpointing": True, "dynamic_sampling": DynamicSampling(1), "reward": StartsWithDigit()}
+    policy |= {"token_mask": losses.TopEntropyMask(0.5), "correction": losses.TokenTruncation()}
+    policy |= {"mask_truncated_completions": True, "sampler": Sampler(16, top_p=0.9, top_k=20)}
     flags = {"deterministic": True, "gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    data, model = build_data(folder / "sums.jsonl", validation_fraction=0.2), folder / policy.pop("model", "model")
-    with nullcontext() if name == "kernels" else request.getfixturevalue("on_gpu"):
+    model, data = write_model(tmp_path / "model", family), build_data(sums, validation_fraction=0.2)
+    with OnGPU():
         trained = fit(model, None, tmp_path, build_adapter(), policy=policy, data=data, **flags)
         trained.trainer.export(trained, data, folder=str(tmp_path / "exported"))
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def test_every_loss(on_gpu):
-    kinds = [losses.GRPOLoss, losses.GSPOTokenLoss, losses.DAPOLoss, losses.DrGRPOLoss]
-    kinds += [losses.BNPOLoss, losses.CISPOLoss, losses.SAPOLoss, losses.DPPOLoss]
-    values, ones = -torch.rand(4, 5), torch.ones(4)
-    for loss in (*(kind(entropy_coef=0.01, kl_coef=0.01) for kind in kinds), losses.SupervisedLoss(), losses.DPOLoss()):
-        logprobs, entropy = (values.clone().requires_grad_() for _ in range(2))
-        others = {"ref_logprobs": values - 0.2, "entropy": entropy, "max_completion_tokens": 5.0}
-        with on_gpu:
-            loss(LossInputs(logprobs, ones, torch.ones(4, 5, dtype=torch.bool), values - 0.1, **others)).loss.backward()
-        assert logprobs.grad.any(), type(loss).__name__
-
-
-def test_training_on_examples(folder, tmp_path, on_gpu):
-    with on_gpu:
-        trained = tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
-    assert trained.trainer.global_step > 0
 
 
 # ---- the messages

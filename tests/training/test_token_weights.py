@@ -4,26 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import Log, fit, write_model
 
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, TopEntropyMask, combine_metrics
-from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"
 WEIGHT = "sampling/importance_weight"
-
-
-@pytest.mark.parametrize(("family", "minibatches"), [("gpt2", 2), ("qwen3", 1)])
-def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
-    log = Log()
-    sampler = Sampler(max_new_tokens=8, temperature=0.8)
-    policy = {"sampler": sampler, "minibatches_per_rollout": minibatches, "lr_lora": 0.02}
-    fit(write_model(tmp_path / "model", family), sums, tmp_path, log, policy=policy)
-    assert [batch.old_logprobs is None for batch in log.batches] == [number % minibatches == 0 for number in range(2)]
-    assert all(0 < step[MEAN] <= step[MAX] < 1e-4 for step in log.metrics)
-    assert not any(name.startswith(WEIGHT) for name in log.metrics[0])
 
 
 def make_batch(lengths, on_policy=False):

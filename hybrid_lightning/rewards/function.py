@@ -12,7 +12,7 @@ from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import name_completion
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import await_all, call_within, run_async
+from hybrid_lightning.user_calls import await_all, run_async
 from hybrid_lightning.user_code import describe_error, load_function
 
 logger = logging.getLogger(__name__)
@@ -201,12 +201,13 @@ class FunctionReward(RewardFunction):
 
     def _outcomes(self, calls: list[Callable[[], Any]]) -> list[Any]:
         """The result of each call, or the exception that it raises."""
-        if self.asynchronous:
-            return run_async(await_all(calls, self.timeout_s, self.concurrency))  # type: ignore[no-any-return]
+        if self.asynchronous or self.timeout_s is not None:
+            together = self.concurrency if self.asynchronous else 1
+            return run_async(await_all(calls, self.timeout_s, together))  # type: ignore[no-any-return]
         values: list[Any] = []
         for call in calls:
             try:
-                values.append(call_within(call, self.timeout_s))
+                values.append(call())
             except Exception as error:
                 values.append(error)
         return values

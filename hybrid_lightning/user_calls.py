@@ -29,7 +29,7 @@ class TookTooLongError(TimeoutError):
 
 
 class LoopLostError(RuntimeError):
-    """The event loop of this process was blocked or stopped by code that runs on it. Later calls get a new one."""
+    """The event loop of this process was blocked by code that runs on it. Later calls get a new one."""
 
 
 def outcome_of(function: Callable[[], Any]) -> Outcome:
@@ -52,10 +52,10 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
         on_wait: Called from time to time while the calling thread waits; an exception from it cancels the coroutine.
 
     Raises:
-        LoopLostError: If the loop was blocked for longer, or stopped.
+        LoopLostError: If the loop was blocked for longer.
     """
     shared = _shared()
-    loop, thread = shared.loop, shared.thread
+    loop = shared.loop
     future = asyncio.run_coroutine_threadsafe(work, loop)
     answered, since = threading.Event(), time.monotonic()
     loop.call_soon_threadsafe(answered.set)
@@ -65,11 +65,11 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
             if answered.is_set():
                 answered, since = threading.Event(), time.monotonic()
                 loop.call_soon_threadsafe(answered.set)
-            elif time.monotonic() - since > blocked_s or not thread.is_alive():
+            elif time.monotonic() - since > blocked_s:
                 with _lock:
                     if _shared_by.get(os.getpid()) is shared:
                         del _shared_by[os.getpid()]
-                raise LoopLostError("code on the event loop has " + ("blocked" if thread.is_alive() else "stopped") + " it")
+                raise LoopLostError("code on the event loop has blocked it")
         return future.result()
     finally:  # above all after Ctrl-C: the coroutine must not continue in the background
         future.cancel()
@@ -209,8 +209,7 @@ class _Shared:
     def __init__(self) -> None:
         self.loop, self.threads = asyncio.new_event_loop(), CallThreads()
         self.side_by_side, self.alone = asyncio.Semaphore(_SIDE_BY_SIDE), asyncio.Semaphore(1)
-        self.thread = threading.Thread(target=self.loop.run_forever, name="user-code-loop", daemon=True)
-        self.thread.start()
+        threading.Thread(target=self.loop.run_forever, name="user-code-loop", daemon=True).start()
 
 
 _threads: ContextVar[CallThreads | None] = ContextVar("threads", default=None)  # threads of the running `async` function

@@ -203,9 +203,6 @@ def main() -> None:
             reply: tuple[Any, Exception | None] = run_async(objects.call(number, method, arguments, None)), None
         except (FaultError, HybridLightningError) as error:
             reply = None, error
-        except BaseException as error:  # an environment stopped the event loop, or cancelled its tasks
-            os.write(2, f"a process of {objects.name} ends: {describe_error(error)}\n".encode())
-            os._exit(1)  # at once: a normal exit takes seconds, and the call would count as late instead
         states[number] = random_states()
         connection.send(reply)
 

@@ -218,22 +218,6 @@ def test_an_error_that_is_not_an_environments_ends_the_run():
             play(kind(), "go")
 
 
-class StopsTheLoop(Environment):
-    async def step(self, message):
-        if message["content"] == "stop":
-            asyncio.get_running_loop().stop()
-        await asyncio.sleep(0.1)
-        return "", 0, False
-
-
-def test_a_loop_that_is_stopped_ends_the_episodes_on_it_and_a_process_counts_as_failed(forked, caplog):
-    _, stopped, later = play(StopsTheLoop(), {0: "stop", 1: "go"}, {2: "go"})
-    assert all(isinstance(answer, TimedOut) for answer in stopped.values()) and later == {2: ""}
-    assert "StopsTheLoop: code on the event loop has stopped it" in caplog.text
-    _, answers = play(StopsTheLoop(), "stop", seeds=[7], workers=1)
-    assert "StopsTheLoop.step ended its process with exit code 1" in answers[0].reason
-
-
 class Slow(list):
     def __iter__(self):
         time.sleep(1_000)

@@ -267,7 +267,10 @@ def test_offline_the_cache_has_to_have_it(hub, folder, first):
     with offline(hub):
         for option, message in (
             ("model.revision=v9", r"'Qwen/Qwen3-0\.6B' at revision 'v9' is missing or .*, and HF_HUB_OFFLINE is set; unset it"),
-            ("data.source.name=socratic", r"'openai/gsm8k' cannot be loaded: .*'socratic'.*Available configs in the cache: \['main'\]"),
+            (
+                "data.source.name=socratic",
+                r"'openai/gsm8k' cannot be loaded: .*Available configs in the cache: \['main'\]",
+            ),
         ):
             check_refused(message, hub, folder, f"--{option}")
         check(run(folder, *SMALL, "--data.source.revision=main"), folder, *FIRST)

@@ -23,11 +23,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import hybrid_lightning.adapters.scorers
 import hybrid_lightning.adapters.sketch
 import hybrid_lightning.advantages
-import hybrid_lightning.data
-import hybrid_lightning.environments
 import hybrid_lightning.export
 import hybrid_lightning.losses
-import hybrid_lightning.rewards
 import hybrid_lightning.rollout.vllm.in_process
 import hybrid_lightning.rollout.vllm.servers
 import hybrid_lightning.training.server_teacher  # noqa: F401  (imported so that classes are found by their short names)
@@ -48,6 +45,7 @@ from hybrid_lightning.cli_parser import Parser, cause_of, is_ours, print_error, 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.lazy import load_names
 from hybrid_lightning.memory import TrainerFlags
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
@@ -61,6 +59,9 @@ from hybrid_lightning.training.example_module import (
 )
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.user_code import in_user_code
+
+for _room in ("data", "environments", "rewards"):  # as above
+    load_names(f"hybrid_lightning.{_room}")
 
 _PACKAGE = Path(__file__).parent
 _CALLBACKS = (_PACKAGE / "callbacks").resolve()  # a link in a source tree

@@ -36,3 +36,12 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
         return sorted({*vars(sys.modules[package]), *read()})
 
     return find, listed
+
+
+def load_names(package: str) -> None:
+    """Import all public names of a package now, so that its classes are found among the subclasses of their base."""
+    from importlib import import_module
+
+    module = import_module(package)
+    for name in module.__all__:
+        getattr(module, name)

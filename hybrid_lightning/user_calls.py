@@ -14,9 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent import futures
-from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,7 +29,7 @@ class TookTooLongError(TimeoutError):
 
 
 class LoopLostError(RuntimeError):
-    """The event loop of this process was blocked or stopped by code that runs on it. Later calls get a new one."""
+    """The event loop of this process was blocked by code that runs on it. Later calls get a new one."""
 
 
 def outcome_of(function: Callable[[], Any]) -> Outcome:
@@ -54,10 +52,10 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
         on_wait: Called from time to time while the calling thread waits; an exception from it cancels the coroutine.
 
     Raises:
-        LoopLostError: If the loop was blocked for longer, or stopped.
+        LoopLostError: If the loop was blocked for longer.
     """
     shared = _shared()
-    loop, thread = shared.loop, shared.thread
+    loop = shared.loop
     future = asyncio.run_coroutine_threadsafe(work, loop)
     answered, since = threading.Event(), time.monotonic()
     loop.call_soon_threadsafe(answered.set)
@@ -67,11 +65,11 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
             if answered.is_set():
                 answered, since = threading.Event(), time.monotonic()
                 loop.call_soon_threadsafe(answered.set)
-            elif time.monotonic() - since > blocked_s or not thread.is_alive():
+            elif time.monotonic() - since > blocked_s:
                 with _lock:
                     if _shared_by.get(os.getpid()) is shared:
                         del _shared_by[os.getpid()]
-                raise LoopLostError("code on the event loop has " + ("blocked" if thread.is_alive() else "stopped") + " it")
+                raise LoopLostError("code on the event loop has blocked it")
         return future.result()
     finally:  # above all after Ctrl-C: the coroutine must not continue in the background
         future.cancel()
@@ -142,20 +140,6 @@ async def await_all(calls: list[Callable[[], Any]], timeout_s: float | None, con
     return await asyncio.gather(*map(one, calls))
 
 
-def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
-    """Call an ordinary function with a time limit; None for no limit.
-
-    Raises:
-        TimeoutError: If the function takes longer than `timeout_s`.
-    """
-    if timeout_s is None:
-        return function()
-    value, error = run_async(call(function, timeout_s))
-    if error is not None:
-        raise error
-    return value
-
-
 async def _awaited(
     work: Awaitable[Any], timeout_s: float | None, then: Callable[[Any], Any], threads: "CallThreads | None"
 ) -> Outcome:
@@ -176,14 +160,6 @@ async def _awaited(
         task.cancel()
 
 
-@dataclass(eq=False)
-class _Call:
-    function: Callable[[], Any]
-    outcome: "asyncio.Future[Outcome]"
-    has_ended: bool = False
-    given_up: bool = False  # whether the event loop has stopped waiting for it
-
-
 class CallThreads:
     """Threads that run ordinary functions, one per call in progress. They do not delay the end of the process.
 
@@ -191,54 +167,40 @@ class CallThreads:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._under_way = self._threads = 0  # without abandoned calls and their threads
+        self._idle: list[_Calls] = []  # threads that wait for a call, each by its queue
+        self._all: list[_Calls] = []
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
         """Run a function in one of the threads and await its outcome."""
-        loop = asyncio.get_running_loop()
-        call = _Call(function, loop.create_future())
-        late = None if timeout_s is None else loop.call_later(timeout_s, _settle, call.outcome, (None, TookTooLongError()))
-        with self._lock:
-            self._calls.put(call)
-            self._under_way += 1
-            if self._under_way > self._threads:
-                self._threads += 1
-                threading.Thread(target=self._run, name="user-code", daemon=True).start()
+        if self._idle:
+            calls = self._idle.pop()
+        else:
+            self._all.append(calls := SimpleQueue())
+            threading.Thread(target=_answer, args=(calls,), name="user-code", daemon=True).start()
+        outcome: futures.Future[Outcome] = futures.Future()
+        calls.put((function, outcome))
         try:
-            return await call.outcome
+            await asyncio.wait({asyncio.wrap_future(outcome)}, timeout=timeout_s)
+            return outcome.result() if outcome.done() else (None, TookTooLongError())
         finally:
-            if late is not None:
-                late.cancel()
-            with self._lock:
-                if not call.has_ended:
-                    call.given_up = True
-                    self._under_way -= 1
-                    self._threads -= 1
+            if outcome.done():
+                self._idle.append(calls)
+            else:
+                calls.put(None)  # the thread ends when the call does
 
     def close(self) -> None:
-        """End the threads; no calls may follow."""
-        with self._lock:
-            for _ in range(self._threads):
-                self._calls.put(None)
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            outcome = outcome_of(call.function)
-            with self._lock:
-                if call.given_up:
-                    return
-                call.has_ended = True
-                self._under_way -= 1
-            with suppress(RuntimeError):  # the event loop has been closed in the meantime
-                call.outcome.get_loop().call_soon_threadsafe(_settle, call.outcome, outcome)
-            del call, outcome  # do not keep them while waiting for the next call
+        """End the threads, each after its call in progress; no calls may follow."""
+        for calls in [*self._all]:
+            calls.put(None)
 
 
-def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
-    if not future.done():
-        future.set_result(outcome)
+_Calls = SimpleQueue[tuple[Callable[[], Any], "futures.Future[Outcome]"] | None]  # None ends the thread
+
+
+def _answer(calls: _Calls) -> None:
+    while (call := calls.get()) is not None:
+        call[1].set_result(outcome_of(call[0]))
+        del call  # do not keep it while waiting for the next one
 
 
 class _Shared:
@@ -247,8 +209,7 @@ class _Shared:
     def __init__(self) -> None:
         self.loop, self.threads = asyncio.new_event_loop(), CallThreads()
         self.side_by_side, self.alone = asyncio.Semaphore(_SIDE_BY_SIDE), asyncio.Semaphore(1)
-        self.thread = threading.Thread(target=self.loop.run_forever, name="user-code-loop", daemon=True)
-        self.thread.start()
+        threading.Thread(target=self.loop.run_forever, name="user-code-loop", daemon=True).start()
 
 
 _threads: ContextVar[CallThreads | None] = ContextVar("threads", default=None)  # threads of the running `async` function

@@ -19,52 +19,6 @@ trl_environment.py    TRL's environment classes
 games.py              guessing a number, several attempts at a problem
 """
 
-from hybrid_lightning.environments.by_set import EnvironmentBySet
-from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
-from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
-from hybrid_lightning.environments.foreign import GymEnvironment, OpenEnvEnvironment
-from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment
-from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
-from hybrid_lightning.environments.mcp_tools import McpTools
-from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
-from hybrid_lightning.environments.running_episode import Failure, Started, TimedOut
-from hybrid_lightning.environments.tagged_calls import AtemCalls, GemmaCalls, GlmCalls, HarmonyCalls, PythonicCalls, XmlCalls
-from hybrid_lightning.environments.tool import Tool
-from hybrid_lightning.environments.tool_environment import ToolEnvironment
-from hybrid_lightning.environments.tools import DocumentSearch, PythonSession, calculator
-from hybrid_lightning.environments.trl_environment import TRLEnvironment
+from hybrid_lightning.lazy import lazy_names
 
-__all__ = [
-    "CUT_MARK",
-    "AtemCalls",
-    "Call",
-    "CallFormat",
-    "DocumentSearch",
-    "Environment",
-    "EnvironmentBySet",
-    "EpisodeLimits",
-    "Failure",
-    "GemmaCalls",
-    "GlmCalls",
-    "GuessNumber",
-    "GymEnvironment",
-    "HarmonyCalls",
-    "HermesCalls",
-    "LlamaCalls",
-    "MalformedCall",
-    "McpTools",
-    "OpenEnvEnvironment",
-    "PlainCalls",
-    "PythonSession",
-    "PythonicCalls",
-    "ReasoningGymEnvironment",
-    "RunningEpisodes",
-    "Started",
-    "Step",
-    "TRLEnvironment",
-    "TimedOut",
-    "Tool",
-    "ToolEnvironment",
-    "XmlCalls",
-    "calculator",
-]
+__getattr__, __dir__ = lazy_names(__name__, __file__)

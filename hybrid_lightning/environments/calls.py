@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from hybrid_lightning.configurable import Configurable
 
@@ -59,11 +59,28 @@ class CallFormat(Configurable, ABC):
         """
 
 
-def first_calls(calls: Iterator[Call | MalformedCall]) -> list[Call | MalformedCall]:
-    """The calls of a message, up to `MAX_CALLS`."""
-    first = list(islice(calls, MAX_CALLS))
-    more = next(calls, None) is not None
-    return [*first, MalformedCall(f"a message may have {MAX_CALLS} calls; the rest was not read")] if more else first
+class TemplateFormat(CallFormat):
+    """Base of the formats that chat templates teach. A subclass needs `_calls` and `_example`."""
+
+    _example: ClassVar[str]  # a call, for `describe`
+    _when: ClassVar[str] = "for each call"
+
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """See `CallFormat.parse`. A call that is not closed is malformed; there are at most `MAX_CALLS`."""
+        calls = self._calls(text, tools)
+        first = list(islice(calls, MAX_CALLS))
+        more = next(calls, None) is not None
+        return [*first, MalformedCall(f"a message may have {MAX_CALLS} calls; the rest was not read")] if more else first
+
+    def describe(self, tools: Sequence[Schema]) -> str:
+        """See `CallFormat.describe`: the schemas of the tools, and how to write a call."""
+        schemas = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        how = f"To call a tool, write {self._example} {self._when}."
+        return f"You may call these tools, which are described as JSON:\n{schemas}\n{how}"
+
+    @abstractmethod
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
+        """All calls in a message, in order."""
 
 
 def parsed_json(text: str) -> Any:
@@ -99,9 +116,3 @@ def typed_arguments(name: str, texts: Mapping[str, str], tools: Sequence[Schema]
     schemas = (tool["function"].get("parameters", {}).get("properties", {}) for tool in tools if tool["function"]["name"] == name)
     known: Schema = next(schemas, {})
     return {key: typed_value(text, known[key]) if key in known else text for key, text in texts.items()}
-
-
-def described(tools: Sequence[Schema], form: str, rest: str = "for each call") -> str:
-    """Text that shows the schemas of tools and how to write a call."""
-    schemas = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-    return f"You may call these tools, which are described as JSON:\n{schemas}\nTo call a tool, write {form} {rest}."

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall, Schema, described, first_calls, parsed_json
+from hybrid_lightning.environments.calls import Call, MalformedCall, Schema, TemplateFormat, parsed_json
 from hybrid_lightning.errors import ConfigError, shorten
 from hybrid_lightning.user_code import compile_pattern
 
@@ -19,7 +19,7 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
 
 
-class HermesCalls(CallFormat):
+class HermesCalls(TemplateFormat):
     """The format in chat templates of Qwen and Hermes: JSON with a name and arguments between tags.
 
     Example:
@@ -28,15 +28,9 @@ class HermesCalls(CallFormat):
     """
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    _example = f'{OPEN}{{"name": "...", "arguments": {{"...": ...}}}}{CLOSE}'
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. An unclosed tag is a malformed call."""
-        calls = first_calls(self._calls(text))
-        if not calls and any(text.endswith(self.OPEN[:length]) for length in range(6, len(self.OPEN))):
-            calls.append(MalformedCall(f"it ends within {self.OPEN}"))
-        return calls
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
         end = 0
         while (begin := text.find(self.OPEN, end)) >= 0:
             end = begin + len(self.OPEN)
@@ -46,13 +40,11 @@ class HermesCalls(CallFormat):
                 closed = text.startswith(self.CLOSE, _skip_space(text, end))
                 call = call if closed else MalformedCall(f"{self.CLOSE} is missing behind the JSON")
             yield call
-
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return described(tools, f'{self.OPEN}{{"name": "...", "arguments": {{"...": ...}}}}{self.CLOSE}')
+        if not end and any(text.endswith(self.OPEN[:length]) for length in range(6, len(self.OPEN))):
+            yield MalformedCall(f"it ends within {self.OPEN}")
 
 
-class LlamaCalls(CallFormat):
+class LlamaCalls(TemplateFormat):
     """The format in chat templates of Llama 3: a message is JSON with a name and parameters, or several separated by `;`.
 
     Example:
@@ -61,16 +53,15 @@ class LlamaCalls(CallFormat):
     """
 
     TAG = "<|python_tag|>"
+    _example = '{"name": "...", "parameters": {"...": ...}}'
+    _when = "and nothing else; put ; between several"
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A message is a call if it begins like one, or if it has the tag."""
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
+        """A message is a call if it begins like one, or if it has the tag."""
         _, tag, after = text.partition(self.TAG)
         text = (after if tag else text).strip()
         if not tag and not re.match(r'\{\s*"(name|parameters|arguments|type)"\s*:', text):
-            return []
-        return first_calls(self._calls(text))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+            return
         end = 0
         while end < len(text):
             call, end = _read_json(text, end)
@@ -80,12 +71,8 @@ class LlamaCalls(CallFormat):
                 return
             end = _skip_space(text, end + 1)
 
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return described(tools, '{"name": "...", "parameters": {"...": ...}}', "and nothing else; put ; between several")
 
-
-class PlainCalls(CallFormat):
+class PlainCalls(TemplateFormat):
     r"""A format for base models, such as `[calculator: 12*3]`.
 
     The name is followed by the only argument of the tool, or by JSON such as {"x": 1, "y": 2}. Brackets inside it must be paired.
@@ -114,11 +101,7 @@ class PlainCalls(CallFormat):
                 f"PlainCalls: pattern={pattern!r}; give it one group, or groups (?P<name>...) and (?P<argument>...)"
             )
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. An unclosed bracket is a malformed call."""
-        return first_calls(self._calls(text))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
         if self._pattern is not None:
             for match in self._pattern.finditer(text):
                 yield _plain_call(match["name"] if self._named else None, match[self._argument] or "")

@@ -21,8 +21,7 @@ from hybrid_lightning.environments.calls import (
     CallFormat,
     MalformedCall,
     Schema,
-    described,
-    first_calls,
+    TemplateFormat,
     parsed_json,
     typed_arguments,
 )
@@ -32,7 +31,7 @@ from hybrid_lightning.errors import ConfigError, one_line
 _MAX_CHARS = 100_000  # per call: Python's parser needs much memory for more
 
 
-class _TextArguments(CallFormat):
+class _TextArguments(TemplateFormat):
     """Base of formats that write each argument as a text between tags, without its type."""
 
     OPEN: ClassVar[str]  # begins a call
@@ -42,11 +41,9 @@ class _TextArguments(CallFormat):
     _argument_end: ClassVar[str]
     _end: ClassVar[str] = ""  # may follow the arguments
     _line_end: ClassVar[str] = ""  # may follow a value without being part of it
-    _example: ClassVar[str]
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. An unclosed tag is a malformed call."""
-        return first_calls(self._call(body, tools) for body in _between(text, self.OPEN, self.CLOSE))
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
+        return (self._call(body, tools) for body in _between(text, self.OPEN, self.CLOSE))
 
     def _call(self, body: str | None, tools: Sequence[Schema]) -> Call | MalformedCall:
         if body is None:
@@ -62,10 +59,6 @@ class _TextArguments(CallFormat):
         if named is None or before.strip():
             return MalformedCall(f"it is not of the form {self._example}")
         return Call(named[1].strip(), typed_arguments(named[1].strip(), texts, tools))
-
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return described(tools, self._example)
 
 
 class XmlCalls(_TextArguments):
@@ -109,12 +102,11 @@ class AtemCalls(_TextArguments):
     _argument, _argument_end = re.compile(r'<atem:parameter name="([^"<>\n]+)">'), "</atem:parameter>"
     _example = '<atem:invoke name="NAME">\n<atem:parameter name="ARGUMENT">value</atem:parameter>\n</atem:invoke>'
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`."""
-        return super().parse(re.sub(r"\bto=self<\|message\|>[^<]*(?:<(?!\|eom\|>)[^<]*)*", "", text), tools)
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
+        return super()._calls(re.sub(r"\bto=self<\|message\|>[^<]*(?:<(?!\|eom\|>)[^<]*)*", "", text), tools)
 
 
-class HarmonyCalls(CallFormat):
+class HarmonyCalls(TemplateFormat):
     """The format of gpt-oss: a message to a function in the channel `commentary`. Other messages are thoughts and answers.
 
     Example:
@@ -123,12 +115,9 @@ class HarmonyCalls(CallFormat):
     """
 
     _to = re.compile(r"to=functions\.([^\s<]+)")
+    _example = '<|channel|>commentary to=functions.NAME<|message|>{"ARGUMENT": ...}<|call|>'
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`."""
-        return first_calls(self._calls(text))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
         for message in re.split(r"<\|start\|>|<\|end\|>|<\|call\|>|<\|return\|>", text):
             head, written, body = message.partition("<|message|>")
             to = self._to.search(head)
@@ -142,12 +131,8 @@ class HarmonyCalls(CallFormat):
             else:
                 yield MalformedCall(f"the arguments of {to[1][:40]} must be a JSON object, such as {{}}")
 
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return described(tools, '<|channel|>commentary to=functions.NAME<|message|>{"ARGUMENT": ...}<|call|>')
 
-
-class PythonicCalls(CallFormat):
+class PythonicCalls(TemplateFormat):
     """The format of LFM2: a list of calls as Python writes them, with constants as arguments.
 
     Example:
@@ -156,12 +141,9 @@ class PythonicCalls(CallFormat):
     """
 
     OPEN, CLOSE = "<|tool_call_start|>", "<|tool_call_end|>"
+    _example, _when = f"{OPEN}[NAME(ARGUMENT=...)]{CLOSE}", "with all calls in one list"
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`."""
-        return first_calls(self._calls(text))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
         for body in _between(text, self.OPEN, self.CLOSE):
             if body is None:
                 yield MalformedCall(f"{self.CLOSE} is missing")
@@ -175,12 +157,8 @@ class PythonicCalls(CallFormat):
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 yield MalformedCall(f"it is not a list of Python calls with constants: {one_line(error)[:100]}")
 
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return described(tools, f"{self.OPEN}[NAME(ARGUMENT=...)]{self.CLOSE}", "with all calls in one list")
 
-
-class GemmaCalls(CallFormat):
+class GemmaCalls(TemplateFormat):
     """The format of Gemma 4, with texts between `<|"|>` and names without quotes. Calls in thoughts do not count.
 
     Example:
@@ -189,17 +167,14 @@ class GemmaCalls(CallFormat):
     """
 
     OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
+    _example = f"{OPEN}call:NAME{{ARGUMENT:{QUOTE}text{QUOTE}}}{CLOSE}"
     _head = re.compile(r"\s*call:([^\s{]+)\s*(?=\{)")
     _name = re.compile(r"([{,]\s*)([^\s{}\[\],:\"]+)(?=\s*:)")
     _none = re.compile(r"(?<=[:,\[])None(?=[,}\]])")  # its first templates write it this way
 
-    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. An unclosed call is malformed."""
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
         without_thoughts = re.sub(r"<\|channel>[^<]*(?:<(?!channel\|>)[^<]*)*(?:<channel\|>)?", "", text)
-        return first_calls(self._calls(without_thoughts))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
-        _, *rest = text.split(self.OPEN)  # the tag is a token of its own and does not occur in text
+        _, *rest = without_thoughts.split(self.OPEN)  # the tag is a token of its own and does not occur in text
         for call in rest:
             body, closed, _ = call.rpartition(self.CLOSE)
             head = self._head.match(body)
@@ -214,10 +189,6 @@ class GemmaCalls(CallFormat):
                 yield Call(head[1], arguments)
             else:
                 yield MalformedCall(f"the arguments of {head[1][:40]} cannot be read; write {{name:value,...}}")
-
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return described(tools, f"{self.OPEN}call:NAME{{ARGUMENT:{self.QUOTE}text{self.QUOTE}}}{self.CLOSE}")
 
 
 # Text in a chat template -> the format that it teaches; the first match counts.

@@ -24,7 +24,6 @@ import torch
 
 from hybrid_lightning.environments.environment import Environment
 from hybrid_lightning.environments.objects import (
-    CLOSE_S,
     FaultError,
     LateError,
     LostError,
@@ -83,8 +82,7 @@ class Worker:
     """
 
     def __init__(self, name: str, made_of: bytes) -> None:
-        self.name, self.close_s = name, CLOSE_S
-        self._made_of = made_of
+        self.name, self._made_of = name, made_of
         self._numbers: set[int] = set()  # episodes with objects there
         self._turn = asyncio.Semaphore(1)
         self._popen: subprocess.Popen[bytes] | None = None
@@ -205,9 +203,6 @@ def main() -> None:
             reply: tuple[Any, Exception | None] = run_async(objects.call(number, method, arguments, None)), None
         except (FaultError, HybridLightningError) as error:
             reply = None, error
-        except BaseException as error:  # an environment stopped the event loop, or cancelled its tasks
-            os.write(2, f"a process of {objects.name} ends: {describe_error(error)}\n".encode())
-            os._exit(1)  # at once: a normal exit takes seconds, and the call would count as late instead
         states[number] = random_states()
         connection.send(reply)
 

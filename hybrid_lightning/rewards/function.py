@@ -12,11 +12,10 @@ from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import name_completion
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import await_all, call_within, run_async
+from hybrid_lightning.user_calls import await_all, run_async
 from hybrid_lightning.user_code import describe_error, load_function
 
 logger = logging.getLogger(__name__)
-_KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}
 _BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
 
 
@@ -96,9 +95,6 @@ class FunctionReward(RewardFunction):
         named = {
             name: entry for name, entry in parameters.items() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
         }
-        own = parameters[self._own[0]]
-        if own.name not in named:
-            raise ConfigError(f"function={self.function!r} takes {own} only by position; write the parameter as {own.name}")
         self.arguments = dict(arguments or {})
         free = {name: entry for name, entry in named.items() if name not in self._own}
         self.wanted = [name for name in free if name not in self.arguments]  # facts about a prompt
@@ -136,9 +132,6 @@ class FunctionReward(RewardFunction):
                     f"arguments.{name}={shorten(value)}: {self.function} has no such parameter to set; it has "
                     f"{', '.join(free) or 'none'}"
                 )
-            kind = _kind(free[name]) if name in free else None
-            if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
-                raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, as {self.function} expects")
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the row has every column that the function needs, and no column that is also in `arguments`."""
@@ -201,12 +194,13 @@ class FunctionReward(RewardFunction):
 
     def _outcomes(self, calls: list[Callable[[], Any]]) -> list[Any]:
         """The result of each call, or the exception that it raises."""
-        if self.asynchronous:
-            return run_async(await_all(calls, self.timeout_s, self.concurrency))  # type: ignore[no-any-return]
+        if self.asynchronous or self.timeout_s is not None:
+            together = self.concurrency if self.asynchronous else 1
+            return run_async(await_all(calls, self.timeout_s, together))  # type: ignore[no-any-return]
         values: list[Any] = []
         for call in calls:
             try:
-                values.append(call_within(call, self.timeout_s))
+                values.append(call())
             except Exception as error:
                 values.append(error)
         return values
@@ -263,14 +257,6 @@ def _messages(completion: str, prompt: Prompt) -> Any:
     if episode is not None:
         return [dict(message) for message in dropwhile(lambda message: message["role"] != "assistant", episode.messages)]
     return [{"role": "assistant", "content": str(completion)}]
-
-
-def _kind(parameter: inspect.Parameter) -> str | None:
-    """A parameter's type in words, from its annotation or else its default; None if neither is a plain type."""
-    wanted = parameter.annotation
-    if wanted is parameter.empty:
-        wanted = type(parameter.default)
-    return _KINDS.get(wanted if isinstance(wanted, str) else getattr(wanted, "__name__", ""))
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:

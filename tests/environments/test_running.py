@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -217,22 +218,6 @@ def test_an_error_that_is_not_an_environments_ends_the_run():
             play(kind(), "go")
 
 
-class StopsTheLoop(Environment):
-    async def step(self, message):
-        if message["content"] == "stop":
-            asyncio.get_running_loop().stop()
-        await asyncio.sleep(0.1)
-        return "", 0, False
-
-
-def test_a_loop_that_is_stopped_ends_the_episodes_on_it_and_a_process_counts_as_failed(forked, caplog):
-    _, stopped, later = play(StopsTheLoop(), {0: "stop", 1: "go"}, {2: "go"})
-    assert all(isinstance(answer, TimedOut) for answer in stopped.values()) and later == {2: ""}
-    assert "StopsTheLoop: code on the event loop has stopped it" in caplog.text
-    _, answers = play(StopsTheLoop(), "stop", seeds=[7], workers=1)
-    assert "StopsTheLoop.step ended its process with exit code 1" in answers[0].reason
-
-
 class Slow(list):
     def __iter__(self):
         time.sleep(1_000)
@@ -348,10 +333,10 @@ os.kill(os.getpid(), signal.SIGKILL)
     ran = fork_server.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 60
     assert ran.returncode == -signal.SIGKILL
-    # A zombie is dead, and not yet collected.
-    while (is_there := stat.exists() and stat.read_text().split()[2] != "Z") and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not is_there
+    with suppress(OSError):  # there is no such process
+        while stat.read_text().split()[2] != "Z":  # a zombie is dead, and not yet collected
+            assert time.monotonic() < until
+            time.sleep(0.1)
 
 
 def test_what_cannot_run_is_refused_at_once(monkeypatch):

@@ -135,7 +135,11 @@ def test_numbers_and_formulas_agree_however_they_are_written_and_too_hard_ones_a
     assert len(set(answers(reward, *spellings))) == 1
     assert len(set(answers(reward, "0.75", "0.76", "-0.75", "75", "$x+1$", "$1 + x$"))) == 5
     assert answers(reward, "", "no idea", " ") == [None] * 3
+    assert set(answers(reward, "90", "9e1", "90 minutes", r"\boxed{90\text{ min}}")) == {"90"}
     assert answers(MathMatch(r"A:(.*)"), "A: 5", "5") == answers(MathMatch(r"A:(.*)"), "so 4. A: 5.0", "6")
+    texts = ["(B) 5", "<think>A</think>so B", "<think>A"]
+    letters = [reward.extract_answer(text, Prompt(text="?", answer="B")) for text in texts]
+    assert letters == ["B", "B", None]
     large, _, after = answers(reward, r"\boxed{10^{400}}", r"\boxed{9^{9^{9}}}", "5")
     assert large is not None and [after] == answers(reward, "5.0")
 

@@ -76,7 +76,6 @@ class RolloutSamples(OncePerRollout):
                 raise ConfigError(f"samples.{name} must be at least 1, got {value}")
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
         self.write_rows = write_rows
-        self._seen = 0
         self._path: Path | None = None  # rows of this fit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,7 +88,8 @@ class RolloutSamples(OncePerRollout):
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 write_lines(file, self._rows(trainer, rollouts, rewards, advantages))
-        if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
+        assert self._last is not None, "the number of this rollout"
+        if self._last % self.every_n_rollouts == 0 and trainer.is_global_zero:
             columns, rows = self.table(rollouts, rewards, advantages)
             log_table(trainer, "samples", columns, rows, trainer.global_step)
             if len(values := rewards.of_counted().total):
@@ -97,17 +97,7 @@ class RolloutSamples(OncePerRollout):
             if rollouts.completions[0].episode is not None:
                 text = shown_text(rollouts.completions[0]).replace("\n", "\n  ")
                 earned = f"reward {float(rewards.total[0]):.3g}" if rewards.counts(0) else "left out"
-                say(f"An episode of rollout {self._seen + 1}, {earned}:\n  {text[:_ON_SCREEN]}")
-        self._seen += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of rollouts, so that a resumed run writes the same pages as a run that was not stopped."""
-        return {**super().state_dict(), "seen": self._seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of rollouts."""
-        super().load_state_dict(state_dict)
-        self._seen = state_dict["seen"]
+                say(f"An episode of rollout {self._last + 1}, {earned}:\n  {text[:_ON_SCREEN]}")
 
     def _rows(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Iterator[dict[str, Any]]:
         """A JSON-ready record of each completion; a completion that is left out has no rewards."""

@@ -49,7 +49,7 @@ class RolloutProgress(RichProgressBar):
                 if type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
                     log.removeHandler(handler)
                     # Follows `sys.stderr`, which a progress bar replaces by a stream that prints above the bar.
-                    log.addHandler(logging._StderrHandler())
+                    log.addHandler(logging._StderrHandler())  # type: ignore[attr-defined]
         if isinstance(pl_module, LanguageModule) and self._show_generation not in pl_module.run.listeners:
             pl_module.run.listeners.append(self._show_generation)
 

@@ -9,7 +9,7 @@ import pytest
 import hybrid_lightning
 from hybrid_lightning.configurable import public_path
 
-ROOMS = ("adapters", "engine", "policy", "rollout", "sharding")
+ROOMS = ("adapters", "callbacks", "engine", "metrics", "policy", "rollout", "sharding")
 
 
 def test_a_script_imports_its_ten_names_from_the_package():

@@ -5,7 +5,7 @@ are seen. `reports/findings.py` defines what counts as a finding.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,9 +81,9 @@ class Diagnosis(OncePerRollout):
 
     # ---- in training
 
-    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+    def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Look at a rollout."""
-        policy = trainer.lightning_module
+        policy, (rollouts, rewards, _) = trainer.lightning_module, batch.rollout
         if not isinstance(policy, PolicyModule) or not trainer.is_global_zero:
             return
         if not self._begun:
@@ -93,12 +93,7 @@ class Diagnosis(OncePerRollout):
             return
         means = torch.cat([rewards.total[rows].mean(dim=1) for rows in groups])
         spread = float(means.std()) if len(means) > 1 else 0.0
-        self._say(trainer, *self._monitored(policy).add_rollout(self._metrics, float(rewards.of_counted().total.min()), spread))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at the rollout of the batch if it is a new one, by the metrics that come with it."""
-        self._metrics: Mapping[str, float] = getattr(batch, "metrics", {})
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._say(trainer, *self._monitored(policy).add_rollout(batch.metrics, float(rewards.of_counted().total.min()), spread))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at an optimizer step."""

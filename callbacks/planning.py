@@ -6,7 +6,8 @@ Ranks of FSDP2 score together. With other strategies the first rank scores, and 
 waits.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -53,20 +54,13 @@ class Adaptable(Protocol):
 
 def check_adaptable(pl_module: LightningModule) -> None:
     """Check that a module follows the protocol, and build its model if `configure_model` does that."""
-    name = type(pl_module).__name__
     if not isinstance(pl_module, Adaptable):
         raise ConfigError(
-            f"HybridAdapterSetup cannot adapt {name}; give it an attribute adapter_attribute (the name of the model's "
-            "attribute) and a method calibration_losses(num_prompts)"
+            f"HybridAdapterSetup cannot adapt {type(pl_module).__name__}; give it an attribute adapter_attribute (the name of "
+            "the model's attribute) and a method calibration_losses(num_prompts)"
         )
-    attribute = pl_module.adapter_attribute
-    if not isinstance(getattr(pl_module, attribute, None), nn.Module):
+    if not isinstance(getattr(pl_module, pl_module.adapter_attribute, None), nn.Module):
         pl_module.configure_model()  # only without a model: this hook may also split a model over processes
-    if not isinstance(getattr(pl_module, attribute, None), nn.Module):
-        raise ConfigError(
-            f"{name}.adapter_attribute is {attribute!r}, but there is no such module; give the name of the attribute that holds "
-            "the model"
-        )
 
 
 def model_of(pl_module: LightningModule) -> nn.Module:
@@ -163,38 +157,25 @@ class Planner:
     def _score(self, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int], splits: FSDP2Strategy | None) -> ModuleScores:
         from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
-        scorer, language = self.planning.scorer, self._language
-        if splits is None or language is None or not scorer.needs_gradient:  # only weights are needed, which every rank has
-            model = model_of(self.module)
-            # Fused layers as in training, since the rollouts and passes of scoring are just as large.
-            use_fused_layers(model, Backend() if language is None else language.policy.engine.backend)
-            return self._scored_by(Scoring, model, candidates, ranks)
-        with split_copy(language.task, splits) as model:
-            return self._scored_by(partial(ShardedScoring, signals=language.run.signals), model, candidates, ranks)
-
-    def _scored_by(
-        self,
-        make_scoring: Callable[..., Scoring],
-        model: nn.Module,
-        candidates: Mapping[str, nn.Module],
-        ranks: Mapping[str, int],
-    ) -> ModuleScores:
-        planning, scorer = self.planning, self.planning.scorer
+        planning, scorer, language = self.planning, self.planning.scorer, self._language
         losses: Any = []
         info: dict[str, Any] = {}
-        if scorer.needs_gradient:
-            losses = self._losses()
-            info = {"prompts": planning.calibration_prompts, **getattr(losses, "info", {})}
-            if info.get("signal") == "answers" and self.trainer.is_global_zero:
-                console().print(
-                    "All calibration rewards of each prompt are equal, so rollouts carry no signal: modules are scored by the "
-                    "supervised gradient of the reference answers instead"
-                )
-        scale = _LOSS_SCALE if self.trainer.precision == "16-mixed" else 1.0
-        scoring = make_scoring(model, candidates, losses, scorer, ranks, planning.gradients, scale)
-        total = len(losses) if isinstance(losses, Sized) else None
-        with evaluation_mode(model), progress_bar(self.trainer, "Scoring modules", total) as advance:
-            scores = scoring.run(lambda seen: advance(seen, None))
+        with ExitStack() as stack:
+            if splits is None or language is None or not scorer.needs_gradient:  # only weights are needed, which every rank has
+                model, make_scoring = model_of(self.module), Scoring
+                # Fused layers as in training, since the rollouts and passes of scoring are just as large.
+                use_fused_layers(model, Backend() if language is None else language.policy.engine.backend)
+            else:
+                model = stack.enter_context(split_copy(language.task, splits))
+                make_scoring = partial(ShardedScoring, signals=language.run.signals)  # type: ignore[assignment]
+            if scorer.needs_gradient:
+                losses = self._losses()
+                info = {"prompts": planning.calibration_prompts, **getattr(losses, "info", {})}
+            scale = _LOSS_SCALE if self.trainer.precision == "16-mixed" else 1.0
+            scoring = make_scoring(model, candidates, losses, scorer, ranks, planning.gradients, scale)
+            total = len(losses) if isinstance(losses, Sized) else None
+            with evaluation_mode(model), progress_bar(self.trainer, "Scoring modules", total) as advance:
+                scores = scoring.run(lambda seen: advance(seen, None))
         return ModuleScores(scores, scorer, info, self.module.hparams.get("seed"))
 
     def _losses(self) -> Any:
@@ -207,6 +188,12 @@ class Planner:
         with progress_bar(self.trainer, description, None) as advance:
             language.run.listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
             try:
-                return language.calibration_losses(count)
+                losses = language.calibration_losses(count)
             finally:
                 language.run.listeners.remove(listen)
+        if losses.info.get("signal") == "answers" and self.trainer.is_global_zero:
+            console().print(
+                "All calibration rewards of each prompt are equal, so rollouts carry no signal: modules are scored by the "
+                "supervised gradient of the reference answers instead"
+            )
+        return losses

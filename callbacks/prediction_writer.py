@@ -27,12 +27,10 @@ class PredictionWriter(Callback):
             predicts again. With several processes each writes its own file, with the rank before the suffix.
 
     Raises:
-        ConfigError: If `path` is a folder, or if it exists when predicting begins.
+        ConfigError: If `path` exists when predicting begins, or cannot be written.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        if path is not None and Path(path).is_dir():
-            raise ConfigError(f"predictions.path={path!r} is a folder; give a file name such as predictions.jsonl")
         self.path = path
         self._file: TextIO | None = None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.states import RunningStage
 
 from hybrid_lightning.callbacks.display import console, minute_lines, say
 from hybrid_lightning.training.lightning_internals import ends_step
@@ -15,22 +16,12 @@ from hybrid_lightning.training.module import LanguageModule
 NORMS = ("grad_norm/full", "grad_norm/lora")
 _LOGS = ("lightning.pytorch", "lightning.fabric")
 _SHORT = {"completions/mean_length": "tokens"}  # metric -> its name beside the bar
-
-
-class _CurrentStderr(logging.StreamHandler[Any]):
-    """A handler of log lines that follows `sys.stderr`, which a progress bar replaces by a stream that prints above the bar."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> Any:
-        """The current stream."""
-        return sys.stderr
-
-
-def _writes_to_stderr(handler: logging.Handler) -> bool:
-    return type(handler) is logging.StreamHandler and handler.stream is sys.stderr
+_STAGES = {
+    RunningStage.SANITY_CHECKING: "Validation before training",
+    RunningStage.VALIDATING: "Validation",
+    RunningStage.TESTING: "Test",
+    RunningStage.PREDICTING: "Predictions",
+}
 
 
 class RolloutProgress(RichProgressBar):
@@ -53,9 +44,12 @@ class RolloutProgress(RichProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start listening to the generation of rollouts, and let Lightning's log lines appear above the bar."""
         super().setup(trainer, pl_module, stage)
-        for name in _LOGS:
-            log = logging.getLogger(name)
-            log.handlers = [_CurrentStderr() if _writes_to_stderr(handler) else handler for handler in log.handlers]
+        for log in map(logging.getLogger, _LOGS):
+            for handler in [*log.handlers]:
+                if type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
+                    log.removeHandler(handler)
+                    # Follows `sys.stderr`, which a progress bar replaces by a stream that prints above the bar.
+                    log.addHandler(logging._StderrHandler())  # type: ignore[attr-defined]
         if isinstance(pl_module, LanguageModule) and self._show_generation not in pl_module.run.listeners:
             pl_module.run.listeners.append(self._show_generation)
 
@@ -119,16 +113,10 @@ class StepLines(Callback):
         self._advance(decoded, total)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that validation begins."""
-        _begin(trainer, "Validation before training" if trainer.sanity_checking else "Validation")
+        """Print that a validation, a test or predictions begin."""
+        _begin(trainer, _STAGES[trainer.state.stage])  # type: ignore[index]
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that the test begins."""
-        _begin(trainer, "Test")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print that prediction begins."""
-        _begin(trainer, "Predictions")
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print that the first step begins."""
@@ -140,7 +128,8 @@ class StepLines(Callback):
         if not ends_step(trainer) or not trainer.is_global_zero:
             return
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        names = dict.fromkeys(("reward", "accuracy", "loss", *_shown(pl_module), "entropy", *NORMS, "time/step_s"))
+        of_task = pl_module.task.shown_metrics if isinstance(pl_module, LanguageModule) else ()
+        names = dict.fromkeys(("reward", "accuracy", "loss", *of_task, "entropy", *NORMS, "time/step_s"))
         shown = (f"{name} {value:.4g}" for name, value in logged_values(trainer, names).items())
         text = f"Step {trainer.global_step}{steps}: {'  '.join(shown)}"
         if console().is_jupyter:
@@ -155,10 +144,6 @@ class StepLines(Callback):
 def _begin(trainer: Trainer, phase: str) -> None:
     if trainer.is_global_zero and not console().is_jupyter:
         say(f"{phase} ...")
-
-
-def _shown(pl_module: LightningModule) -> tuple[str, ...]:
-    return pl_module.task.shown_metrics if isinstance(pl_module, LanguageModule) else ()
 
 
 def logged_values(trainer: Trainer, names: Iterable[str]) -> dict[str, float]:

@@ -36,14 +36,13 @@ class OncePerRollout(Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the rollout of the batch if it is new."""
-        rollout = getattr(batch, "rollout", None)
-        if rollout is not None and batch.rollout_number != self._last:
+        if getattr(batch, "rollout", None) is not None and batch.rollout_number != self._last:
             self._last = batch.rollout_number
-            self.on_rollout(trainer, *rollout)
+            self.on_rollout(trainer, batch)
 
     @abstractmethod
-    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
-        """Look at a rollout."""
+    def on_rollout(self, trainer: Trainer, batch: Any) -> None:
+        """Look at a rollout, `batch.rollout`, by its first batch."""
 
     def state_dict(self) -> dict[str, Any]:
         """The last rollout seen, so that a run resumed within it does not look at it again."""
@@ -76,7 +75,6 @@ class RolloutSamples(OncePerRollout):
                 raise ConfigError(f"samples.{name} must be at least 1, got {value}")
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
         self.write_rows = write_rows
-        self._seen = 0
         self._path: Path | None = None  # rows of this fit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,12 +82,13 @@ class RolloutSamples(OncePerRollout):
         folder = run_folder(trainer)
         self._path = new_file(folder, "rollouts", trainer) if self.write_rows and folder is not None else None
 
-    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+    def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Log a page of the rollout if one is due, and write its rows."""
+        rollouts, rewards, advantages = batch.rollout
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 write_lines(file, self._rows(trainer, rollouts, rewards, advantages))
-        if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
+        if batch.rollout_number % self.every_n_rollouts == 0 and trainer.is_global_zero:
             columns, rows = self.table(rollouts, rewards, advantages)
             log_table(trainer, "samples", columns, rows, trainer.global_step)
             if len(values := rewards.of_counted().total):
@@ -97,17 +96,7 @@ class RolloutSamples(OncePerRollout):
             if rollouts.completions[0].episode is not None:
                 text = shown_text(rollouts.completions[0]).replace("\n", "\n  ")
                 earned = f"reward {float(rewards.total[0]):.3g}" if rewards.counts(0) else "left out"
-                say(f"An episode of rollout {self._seen + 1}, {earned}:\n  {text[:_ON_SCREEN]}")
-        self._seen += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of rollouts, so that a resumed run writes the same pages as a run that was not stopped."""
-        return {**super().state_dict(), "seen": self._seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of rollouts."""
-        super().load_state_dict(state_dict)
-        self._seen = state_dict["seen"]
+                say(f"An episode of rollout {batch.rollout_number + 1}, {earned}:\n  {text[:_ON_SCREEN]}")
 
     def _rows(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Iterator[dict[str, Any]]:
         """A JSON-ready record of each completion; a completion that is left out has no rewards."""
@@ -208,9 +197,9 @@ class RewardDivergence(OncePerRollout):
         self._history: deque[dict[str, float]] = deque(maxlen=window)
         self._warned: set[str] = set()
 
-    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+    def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Record the rollout's means, and warn of parts that diverge."""
-        rewards = rewards.of_counted()
+        rewards = batch.rollout[1].of_counted()
         if not len(rewards.total):
             return
         paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # excludes metrics and penalties

@@ -35,9 +35,9 @@ from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import RunSettings, TrainerFlags, plan_memory
-from hybrid_lightning.memory.fitting import find_changes, room, taken, verdict
+from hybrid_lightning.memory.fitting import find_changes, room, taken, verdict, why_not_fitting
 from hybrid_lightning.memory.memory_table import gathers_note, memory_notes, memory_table, memory_title
-from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
+from hybrid_lightning.memory.peaks import own_method, plan_method
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.reports.findings import Finding, cause, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler

@@ -9,7 +9,7 @@ import pytest
 import hybrid_lightning
 from hybrid_lightning.configurable import public_path
 
-ROOMS = ("adapters", "data", "engine", "environments", "policy", "rewards", "rollout", "sharding")
+ROOMS = ("adapters", "callbacks", "data", "engine", "environments", "metrics", "policy", "rewards", "rollout", "sharding")
 
 
 def test_a_script_imports_its_ten_names_from_the_package():

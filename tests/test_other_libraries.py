@@ -47,6 +47,7 @@ TAKEN = {
     "_signal_connector _teardown",
     "lightning.pytorch.utilities.model_helpers": "_restricted_classmethod",
     "latex2sympy2_extended.sets": "_unsorted_args",
+    "logging": "_StderrHandler",
     "torch": "_dynamo",
     "torch._C": "_accelerator_setAllocatorSettings _distributed_c10d _get_mkldnn_enabled",
     "torch._C._distributed_c10d.ProcessGroupGloo": "_Options",

@@ -1,5 +1,6 @@
 """Whether a run fits on its devices, and the fewest changes that make it fit."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -7,17 +8,22 @@ from typing import Any
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
 from hybrid_lightning.memory.memory_table import COMPONENT_NAMES
-from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory, plan_method
+from hybrid_lightning.memory.peaks import CONTEXT_BYTES, PROCESS_BYTES, SAMPLING, MethodMemory, plan_method
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.memory.strategies import Components
 from hybrid_lightning.model.quantization import NF4
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 
 _LEFT_SHARE = 0.05  # share of a GPU's memory that its allocator cannot use
 _FEWEST_PROMPTS, _FEWEST_RANKS = 4, 4  # lower bounds of changes; with fewer prompts in a rollout a step's signal is weak
 _GAIN = 0.99  # a change helps if it reduces the worst moment to less than this share
+# Reduces training's memory, or moves the engine to other devices.
+_OTHER_REMEDIES = (
+    "quantize the base (model.quantization), split it over devices (trainer.strategy), or let servers on other devices sample "
+    "(model.sampler=VLLMServerSampler)"
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,6 @@ class Change:
     cost: str  # the cost, for the user; may be "nothing"
     settings: Mapping[str, Any] = field(default_factory=dict)  # fields of `RunSettings`
     planning: Mapping[str, Any] = field(default_factory=dict)  # fields of `RunSettings.planning`
-
-    def apply(self, run: RunSettings) -> RunSettings:
-        """The run with this change."""
-        return replace(run, planning=replace(run.planning, **self.planning), **self.settings)
 
 
 def room(settings: RunSettings) -> float | None:
@@ -62,6 +64,41 @@ def verdict(method: MethodMemory, settings: RunSettings) -> str:
         each = "" if (devices := settings.flags.sharding.devices) == 1 else f" (a {devices}th of the machine's memory)"
         where = f"{format_bytes(free)}{each}, {format_bytes(PROCESS_BYTES)} of it for Python and libraries"
     return f"{'Fits' if needed <= free else 'Does not fit'}: {most}, of {where}"
+
+
+def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
+    """Why a run and its rollout engine do not fit on a GPU together, with the remedy, in one line; None if they do."""
+    sampler, device, share = settings.sampler, settings.flags.device_bytes, method.share
+    if settings.flags.on_cpu or device is None or not isinstance(sampler, VLLMSampler):
+        return None
+    training = {phase: peak.total - peak.engine for phase, peak in method.peaks.items()}
+    free = device - CONTEXT_BYTES
+    where = f"of {format_bytes(free)} ({format_bytes(device)} without the GPU's context)"
+    given = f"sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}"
+    resting = max(training[phase] for phase in training if phase in SAMPLING)
+    largest = math.floor(100 * (free - resting) / device) / 100
+    smallest = math.ceil(100 * share.least / device) / 100
+    change = "set sampler.gpu_memory_utilization={}" if 0 < smallest <= largest < 1 else _OTHER_REMEDIES
+    if share.sampling < share.least:
+        return (
+            f"{given} of {format_bytes(device)} is less than the engine's weights with the KV cache of one completion, "
+            f"{format_bytes(share.least)}; {change.format(smallest)}"
+        )
+    if resting + share.sampling > free:
+        return (
+            f"{given} does not fit: while completions are sampled, training keeps {format_bytes(resting)} and the engine takes "
+            f"{format_bytes(share.sampling)}, {where}; {change.format(largest)}"
+        )
+    most, phase = max((training[phase], phase) for phase in training if phase not in SAMPLING)
+    if share.updating and most + share.updating > free:
+        frees = {"kv_cache": share.weights, "weights": 0.0} if sampler.sleep == "nothing" else {"weights": 0.0}
+        fitting = [sleep for sleep, kept in frees.items() if most + kept <= free]
+        remedy = f"set sampler.sleep={fitting[0]}" if fitting else f"lower model.max_tokens_per_micro_batch, {_OTHER_REMEDIES}"
+        return (
+            f"sampler.sleep={sampler.sleep} does not fit: while {phase}, training takes up to {format_bytes(most)} and the "
+            f"engine keeps {format_bytes(share.updating)}, {where}; {remedy}"
+        )
+    return None
 
 
 def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Change], MethodMemory]:
@@ -110,7 +147,7 @@ def _chosen(strengths: list[int], kinds: list[list[Change]]) -> list[Change]:
 def _planned(settings: RunSettings, changes: list[Change]) -> MethodMemory | None:
     """The plan with these changes; None if they cannot be combined, for example if prompts cannot be split."""
     for change in changes:
-        settings = change.apply(settings)
+        settings = replace(settings, planning=replace(settings.planning, **change.planning), **change.settings)
     try:
         return plan_method(settings)
     except (ConfigError, ModelError):
@@ -123,8 +160,7 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
     cost = "nothing: no KL term needs them"
     kinds = [[Change("--adapter.keep_start_weights=false", cost, {"keep_start_weights": False})]]
     kinds = [] if needs_reference or not settings.keep_start_weights else kinds
-    cost = "time, in validations"
-    counts = _halves(settings.eval_prompts, 1)
+    counts, cost = _halves(settings.eval_prompts, 1), "time, in validations"
     kinds.append([Change(f"--data.eval_batch_size={count}", cost, {"eval_prompts": count}) for count in counts])
     cost = "fewer problems in each step, so more steps for the same number"
     counts = _halves(schedule.prompts_per_rollout, max(_FEWEST_PROMPTS, sharding.devices))

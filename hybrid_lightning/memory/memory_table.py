@@ -5,8 +5,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
-from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory, plan_method
+from hybrid_lightning.memory.peaks import CONTEXT_BYTES, PROCESS_BYTES, MethodMemory, plan_method
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler

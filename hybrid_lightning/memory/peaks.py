@@ -8,23 +8,39 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
+from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
-from hybrid_lightning.engine import PassBytes, Rows, Trained
-from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
+from hybrid_lightning.engine import PassBytes, Rows
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes, teacher_bytes
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes
 from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import check_length, model_context
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
 
-_PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
-_SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
+SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
 # A process on a CPU also has Python and its libraries, and gaps, as a share of its tensors (`benchmarks/memory`).
 PROCESS_BYTES, _GAPS = 580 * 2**20, 0.15
+CONTEXT_BYTES = 2**29  # of a GPU's memory, for its context and torch's code
+
+
+@dataclass(frozen=True)
+class EngineShare:
+    """Bytes of the training device that a rollout engine in the training process takes.
+
+    On a GPU vLLM takes `gpu_memory_utilization` of the device's whole memory, for weights, KV cache and activations. Its sleep
+    mode frees the cache, or everything, while the policy is updated (docs.vllm.ai: "Conserving memory", "Sleep Mode"). On a CPU
+    it takes its weights and a cache of a size that we choose, and frees nothing. Servers run on other devices.
+    """
+
+    weights: float = 0.0
+    sampling: float = 0.0  # total while it samples
+    updating: float = 0.0  # kept while the policy is updated
+    least: float = 0.0  # weights, and the KV cache of one completion
 
 
 @dataclass(frozen=True)
@@ -91,10 +107,25 @@ def own_method(settings: RunSettings) -> str:
     return "plan" if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(share, f"hybrid {share:.0%}")
 
 
-def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
-    """Why a run and its rollout engine do not fit on a GPU together, with the remedy, in one line; None if they do."""
-    peaks = {phase: (peak.total - peak.engine, phase in _SAMPLING) for phase, peak in method.peaks.items()}
-    return misfit(settings, method.share, peaks)
+def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
+    """Memory that a run's engine takes on each device; zero if the policy itself or servers sample.
+
+    An accelerator's memory must be known. The engine holds all `parameters` of the model, with LoRA merged.
+    """
+    sampler = settings.sampler
+    if not isinstance(sampler, VLLMSampler):
+        return EngineShare()
+    dtype = settings.product_dtype
+    weights = parameters * dtype.itemsize
+    tokens = sampler.max_model_len or settings.prompt_tokens + settings.completion_tokens
+    least = weights + tokens * cache_bytes_of_token(settings.config, dtype)
+    if settings.flags.on_cpu:
+        whole = weights + sampler.cache_bytes_on_cpu(settings.config, dtype)
+        return EngineShare(weights, whole, whole, least)
+    memory = settings.flags.device_bytes
+    assert memory is not None, "the engine takes a share of the device's memory"
+    whole = int(sampler.gpu_memory_utilization * memory)
+    return EngineShare(weights, whole, {"nothing": whole, "kv_cache": weights, "weights": 0}[sampler.sleep], least)
 
 
 class _Run:
@@ -117,7 +148,9 @@ class _Run:
         if settings.teacher is not None:
             quantization, dtype = settings.teacher.quantization, DTYPES.get(settings.teacher.dtype or "", settings.dtype)
             model = meta_model(settings.teacher.pretrained.config, dtype)
-            self.teacher, self.teacher_stays = teacher_bytes(model, quantization), self.on_cpu or quantization is not None
+            plan = plan_of_budget(find_candidates(model), ModuleBudget(0.0), settings.planning.lora)
+            self.teacher = measure_sizes(model, plan, True, quantization).frozen_bytes  # all that is not LoRA
+            self.teacher_stays = self.on_cpu or quantization is not None
 
     def method(self, name: str) -> MethodMemory:
         """Peaks of all phases with one method."""
@@ -133,22 +166,13 @@ class _Run:
         peaks |= self._scoring(sizes) if scored else {}
         updating, passes = self._updating(sizes)
         peaks |= updating
-        for phase, peak in peaks.items():
-            if self.teacher_stays or phase in ("calibrating", "updating", "optimizer step"):
-                peaks[phase] = replace(peak, teacher=self.teacher)
         share = engine_share(settings, sizes.parameters)
         for phase, peak in peaks.items():
-            peaks[phase] = replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating)
+            teacher = self.teacher if self.teacher_stays or phase in ("calibrating", "updating", "optimizer step") else 0
+            peaks[phase] = replace(peak, teacher=teacher, engine=share.sampling if phase in SAMPLING else share.updating)
         host = self._part(sizes).total if self.sharding.cpu_offload else 0.0
         gathered = 2 * passes * sizes.weight_bytes * (1 - 1 / self.sharding.parts)
         return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds, passes, gathered)
-
-    def _trained(self, sizes: ModelSizes) -> Trained:
-        lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
-        inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # 2: a dropout mask or a norm is kept as well
-        low_rank, plain = sizes.trainable - sizes.full, not quantized and not lora.use_dora
-        experts = (sizes.experts, sizes.experts_in_layer if sizes.experts else 0)
-        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, sizes.rank, inputs, plain, *experts)
 
     def _rows(self, prompts: int, completions: int) -> Rows:
         return Rows(prompts, completions, self.settings.prompt_tokens, self.settings.completion_tokens)
@@ -182,7 +206,7 @@ class _Run:
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.needs_weight_sync:
             return self._held("resting", sizes)
-        found = self.passes.sampling(self._rows(prompts, prompts * samples), self._trained(sizes))
+        found = self.passes.sampling(self._rows(prompts, prompts * samples), sizes.trained)
         return _computing(self._held("generating", sizes), found)
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
@@ -215,7 +239,7 @@ class _Run:
         several. With gradient accumulation, later micro-batches of a step run while gradients of earlier ones exist.
         """
         settings, parts, accumulated = self.settings, self.sharding.parts, self.settings.flags.accumulate_grad_batches
-        begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
+        begin, forward, backward = (self._held(moment, sizes) for moment in ("begin", "forward", "backward"))
         tokens = settings.tokens_of_pass(sizes.weight_bytes / parts + self.teacher, sizes.trainable / parts)
         micro_batches = settings.schedule.minibatches_per_rollout * accumulated
         first, *others = self._cut(self.prompts, tokens, micro_batches)
@@ -223,11 +247,10 @@ class _Run:
         if accumulated == 1:
             clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
             stages = (clear[0], clear[1], clear[2])
-        trained = self._trained(sizes)
-        peaks = [_largest(stages, self.passes.training(first, trained, settings.compared))]
+        peaks = [_largest(stages, self.passes.training(first, sizes.trained, settings.compared))]
         if others:
             later = max(others, key=lambda rows: rows.completions)
-            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained, settings.compared)))
+            peaks.append(_largest((begin, forward, backward), self.passes.training(later, sizes.trained, settings.compared)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / parts
         if step and not self.on_cpu and not self.sharding.cpu_offload:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from hybrid_lightning.adapters.candidates import candidate_shape, find_candidates, is_experts, without_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.engine import Trained
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
@@ -23,12 +24,9 @@ class ModelSizes:
     block_bytes: int  # bytes of the largest block
     block_gradients: int  # bytes of that block's gradients
     candidates: int  # parameters of all candidates
-    full: int  # parameters of the candidates that are trained fully
-    low_rank: int  # parameters of the linear modules that have LoRA
-    experts: int  # parameters of the experts that have LoRA
     experts_in_layer: int  # parameters of the largest layer's experts, where experts are candidates
     trainable: int  # trained parameters, LoRA's included
-    rank: int  # the largest LoRA rank
+    trained: Trained  # what the adapter trains, for the memory of passes
 
     @property
     def trained_bytes(self) -> int:
@@ -39,11 +37,6 @@ class ModelSizes:
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return self.frozen_bytes + self.trained_bytes
-
-    @property
-    def share_full(self) -> float:
-        """Share of the candidates' parameters that is trained fully."""
-        return self.full / self.candidates
 
 
 def measure_sizes(
@@ -81,6 +74,10 @@ def measure_sizes(
             frozen[number] += quantized_bytes(shape) - shape[0] * shape[1] * width
     sizes = [kept + FLOAT32_BYTES * count for kept, count in zip(frozen, trained, strict=True)]
     largest = max(range(len(blocks)), key=sizes.__getitem__)
+    lora, of_all = plan.lora, sum(module.parameters for module in plan.candidates)
+    inputs = 2 if lora.dropout or lora.use_dora else int(quantization is not None)  # 2: a mask or a norm is kept as well
+    plain, of_layer = quantization is None and not lora.use_dora, experts_in_layer if experts else 0
+    rank = max(plan.ranks, default=0)
     return ModelSizes(
         parameters=outside + sum(base),
         base_bytes=(outside + sum(base)) * width,
@@ -88,23 +85,11 @@ def measure_sizes(
         outside_bytes=outside * width,
         block_bytes=sizes[largest],
         block_gradients=FLOAT32_BYTES * trained[largest],
-        candidates=sum(module.parameters for module in plan.candidates),
-        full=full,
-        low_rank=low_rank,
-        experts=experts,
+        candidates=of_all,
         experts_in_layer=experts_in_layer,
         trainable=sum(trained),
-        rank=max(plan.ranks, default=0),
+        trained=Trained(full, low_rank, sum(trained) - full, full / of_all, rank, inputs, plain, experts, of_layer),
     )
-
-
-def teacher_bytes(model: PreTrainedModel, quantization: Quantization | None) -> int:
-    """Bytes of a frozen model on the meta device without an adapter, once its linear modules are quantized."""
-    size, width = sum(p.numel() * p.element_size() for p in model.parameters()), next(model.parameters()).element_size()
-    candidates = {} if quantization is None else find_candidates(model)
-    shapes = [candidate_shape(candidates[name]) for name in candidates.keys() - without_lora(candidates)]
-    taken = [shape for shape in shapes if isinstance(shape, tuple) and quantization is not None and quantization.takes(shape)]
-    return size + sum(quantized_bytes(shape) - shape[0] * shape[1] * width for shape in taken)
 
 
 def quantized_bytes(shape: tuple[int, int]) -> int:

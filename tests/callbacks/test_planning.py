@@ -165,7 +165,3 @@ def test_other_weights_and_a_module_without_the_two_names_are_refused(tmp_path):
         trained(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "plan.json")), module=Supervised(seed=1))
     with pytest.raises(ConfigError, match="cannot adapt BoringModel; give it an attribute adapter_attribute"):
         build_trainer(tmp_path, build_adapter()).fit(BoringModel())
-    module = Supervised()
-    module.adapter_attribute = "model"
-    with pytest.raises(ConfigError, match=r"Supervised\.adapter_attribute is 'model', but there is no such module"):
-        build_trainer(tmp_path, build_adapter()).fit(module)

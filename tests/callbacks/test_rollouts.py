@@ -139,7 +139,7 @@ class Looks(OncePerRollout):
     def __init__(self):
         self.steps, self.seen = [], []
 
-    def on_rollout(self, trainer, rollouts, rewards, advantages):
+    def on_rollout(self, trainer, batch):
         self.steps.append(trainer.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

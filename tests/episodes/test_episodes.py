@@ -135,7 +135,8 @@ def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play
     advantages = policy.task.advantage.of_rewards(rewards, 8)
     assert not advantages[failed].any() and advantages[~failed].any()
     trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
-    RolloutSamples(1).on_rollout(trainer, rollouts, replace(rewards, counted=torch.zeros_like(failed)), advantages)
+    scored = (rollouts, replace(rewards, counted=torch.zeros_like(failed)), advantages)
+    RolloutSamples(1).on_rollout(trainer, SimpleNamespace(rollout=scored, rollout_number=0))
     assert "An episode of rollout 1, left out:" in capsys.readouterr().out, "not with a reward of 0"
     with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
         play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=0.0)

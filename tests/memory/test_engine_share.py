@@ -13,10 +13,10 @@ from rich import get_console
 from tiny_memory import Case, with_flags
 from tiny_models import build_tokenizer
 
-from hybrid_lightning.memory import FSDP2, Components, TrainerFlags
+from hybrid_lightning.memory import FSDP2, Components, MethodMemory, TrainerFlags
 from hybrid_lightning.memory import settings as settings_module
-from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, engine_share, misfit
-from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
+from hybrid_lightning.memory.fitting import why_not_fitting
+from hybrid_lightning.memory.peaks import CONTEXT_BYTES, engine_share, plan_method
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.interface import ServedModel
@@ -89,8 +89,9 @@ def test_peaks_with_an_engine_beside_training_and_with_servers():
 
 def misfit_of(device_gib, resting, updating, weights, **arguments):
     settings = vllm(device_gib, **arguments)
-    phases = {"generating": (resting, True), "calibrating": (resting / 2, True), "updating": (updating, False)}
-    return misfit(settings, engine_share(settings, weights // 4), {**phases, "scoring": (0, False)})
+    phases = {"generating": resting, "calibrating": resting / 2, "updating": updating, "scoring": 0}
+    peaks = {phase: Components(taken) for phase, taken in phases.items()}
+    return why_not_fitting(settings, MethodMemory("hybrid", 0, 0, peaks, share=engine_share(settings, weights // 4)))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from tiny_memory import Case, with_flags
 
 from hybrid_lightning.memory import Components, MethodMemory, fitting
-from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
+from hybrid_lightning.memory.peaks import CONTEXT_BYTES
 
 SETTINGS = with_flags(Case(0.1, validation=0, more={"prompts_per_rollout": 64}).settings(), on_cpu=False)
 

@@ -1,0 +1,17 @@
+from hybrid_lightning.callbacks.diagnosis import Diagnosis as Diagnosis
+from hybrid_lightning.callbacks.evaluation_report import EvaluationReport as EvaluationReport
+from hybrid_lightning.callbacks.graceful_stop import GracefulStop as GracefulStop
+from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup as HybridAdapterSetup
+from hybrid_lightning.callbacks.loggers import TrackioLogger as TrackioLogger
+from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from hybrid_lightning.callbacks.planning import Adaptable as Adaptable
+from hybrid_lightning.callbacks.policy_export import PolicyExport as PolicyExport
+from hybrid_lightning.callbacks.prediction_writer import PredictionWriter as PredictionWriter
+from hybrid_lightning.callbacks.progress import RolloutProgress as RolloutProgress
+from hybrid_lightning.callbacks.progress import StepLines as StepLines
+from hybrid_lightning.callbacks.rollouts import RewardDivergence as RewardDivergence
+from hybrid_lightning.callbacks.rollouts import RolloutSamples as RolloutSamples
+from hybrid_lightning.callbacks.run_folder import RunFolder as RunFolder
+from hybrid_lightning.callbacks.run_report import RunReport as RunReport
+from hybrid_lightning.callbacks.run_summary import RunSummary as RunSummary
+from hybrid_lightning.callbacks.step_timer import StepTimer as StepTimer

@@ -1,0 +1,14 @@
+from hybrid_lightning.metrics.completions import completion_draws as completion_draws
+from hybrid_lightning.metrics.completions import completion_values as completion_values
+from hybrid_lightning.metrics.completions import maj_at_k as maj_at_k
+from hybrid_lightning.metrics.completions import numbers_of_voters as numbers_of_voters
+from hybrid_lightning.metrics.completions import pass_at_k as pass_at_k
+from hybrid_lightning.metrics.problem_means import LOWER as LOWER
+from hybrid_lightning.metrics.problem_means import OVERALL as OVERALL
+from hybrid_lightning.metrics.problem_means import UPPER as UPPER
+from hybrid_lightning.metrics.problem_means import Difference as Difference
+from hybrid_lightning.metrics.problem_means import Problem as Problem
+from hybrid_lightning.metrics.problem_means import ProblemMeans as ProblemMeans
+from hybrid_lightning.metrics.problem_means import check_set_name as check_set_name
+from hybrid_lightning.metrics.problem_means import confidence_interval as confidence_interval
+from hybrid_lightning.metrics.problem_means import difference as difference

@@ -64,7 +64,7 @@ def why_layers_differ(
                 with prepacked_weights(decoder.layers[number], backend, dtype, known.same_input()), backend.in_pass():
                     parts = parts_of(known)
                     attended = _OneSequence().attend(0, *parts.heads(hidden, angles), known.settings)
-                    found = parts.output(hidden.clone(), attended.reshape(len(hidden), -1))
+                    found = parts.output(hidden, attended.reshape(len(hidden), -1))
                 if difference := why_not_alike(found, ordinary, exact):
                     return difference
     return ""

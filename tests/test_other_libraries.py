@@ -40,7 +40,7 @@ TAKEN = {
     "lightning.pytorch.loggers.wandb": "_experiment _offline",
     "lightning.pytorch.loops.fit_loop": "_combined_loader _data_fetcher _should_accumulate",
     "lightning.pytorch.loops.training_epoch_loop": "_batches_that_stepped _should_check_val_fx",
-    "lightning.pytorch.strategies.model_parallel": "_get_process_group_backend _process_group_backend _setup_distributed",
+    "lightning.pytorch.strategies.model_parallel": "_get_process_group_backend _setup_distributed",
     "lightning.pytorch.trainer.connectors.checkpoint_connector": "_ckpt_path",
     "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": "_callback_metrics",
     "lightning.pytorch.trainer.trainer": "_checkpoint_connector _data_connector _logger_connector _results _run _run_stage "

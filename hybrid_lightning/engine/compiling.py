@@ -192,11 +192,10 @@ class OneKernel:
     Args:
         axes: Names of each tensor's axes, such as `rows n, n`; the size of an axis named `_` does not change.
         plain: A function of tensors and numbers without a gradient.
-        uncompiled: Called where nothing is compiled, for example a version with fewer passes over memory; None for `plain`.
     """
 
-    def __init__(self, axes: str, plain: Callable[..., Any], uncompiled: Callable[..., Any] | None = None) -> None:
-        self.plain, self.uncompiled = plain, uncompiled or plain
+    def __init__(self, axes: str, plain: Callable[..., Any]) -> None:
+        self.plain = plain
         names = [part.split() for part in axes.split(",")]
         self._named = [{axis: name for axis, name in enumerate(part) if name != "_"} for part in names]
         self._static = [[axis for axis, name in enumerate(part) if name == "_"] for part in names]
@@ -209,7 +208,7 @@ class OneKernel:
         """The function's results."""
         given = [part.contiguous() if isinstance(part, Tensor) else part for part in (first, *rest)]
         if self._failed or why_not_compiled(first.device):
-            return self.uncompiled(*given)
+            return self.plain(*given)
         tensors = [part for part in given if isinstance(part, Tensor)]
         static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]
         kinds = (part.dtype if isinstance(part, Tensor) else part for part in given)
@@ -219,9 +218,9 @@ class OneKernel:
         except CompilingError as error:
             self._failed = True
             give_up_compiling(f"{self._name} is computed", error)
-            return self.uncompiled(*given)
+            return self.plain(*given)
         sizes = [tensors[number].shape[axis] for number, axis in self._places]
         named = zip(tensors, self._named, strict=True)
         found = {(name, part.shape[axis]) for part, some in named for axis, name in some.items()}
         assert len(found) == len(sizes), "axes with the same name differ in size"
-        return code.run(*sizes, *tensors) if code.fits(*sizes) else self.uncompiled(*given)
+        return code.run(*sizes, *tensors) if code.fits(*sizes) else self.plain(*given)

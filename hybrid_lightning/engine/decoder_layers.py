@@ -35,7 +35,7 @@ from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of
 from hybrid_lightning.engine.fused_layers import norm as llama_norm
 from hybrid_lightning.engine.fused_lora import FusedLora
-from hybrid_lightning.engine.prepacked import ProductFactors, added_product, product_factors, products_together
+from hybrid_lightning.engine.prepacked import ProductFactors, product_factors, products_together
 from hybrid_lightning.engine.segments import grouped, joined_results, ungrouped
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -235,8 +235,6 @@ class PlainLayer:
         self.known, self.settings = known, known.settings
         self.queries_keys_values = products_together(known.queries_keys_values)
         self.gate_and_up = products_together([known.mlp.gate_proj, known.mlp.up_proj])
-        self.add_output = added_product(known.output, known.backend)
-        self.add_mlp = added_product(known.mlp.down_proj, known.backend)
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, D], keys [N, K, D] and values [N, K, D] for hidden states [N, n]; cosines and sines are [N, D]."""
@@ -247,10 +245,11 @@ class PlainLayer:
         return *rotary(known.backend, query, key, *angles), value
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer, from the states before it, possibly in place, and attention's result [N, H D]."""
-        hidden = self.add_output(hidden, attended)
-        gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
-        return self.add_mlp(hidden, self.known.mlp.activated(gate, up))
+        """Hidden states [N, n] after the layer, from the states before it and attention's result [N, H D]."""
+        known = self.known
+        hidden = hidden + known.output(attended)
+        gate, up = self.gate_and_up(known.norms[1].forward(hidden))
+        return hidden + known.mlp.down_proj(known.mlp.activated(gate, up))
 
 
 class CompiledLayer:

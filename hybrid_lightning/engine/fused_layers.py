@@ -58,9 +58,8 @@ class FusedMLP(LlamaMLP):
         return result
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The input of the down projection, without a gradient: silu(gate) up, [..., m]. It may overwrite `gate`."""
-        product = _product_of(gate, up, self.backend)
-        return F.silu(gate, inplace=True).mul_(up) if product is _product_of_silu_of_rows else product(gate, up)
+        """The input of the down projection, without a gradient: silu(gate) up, [..., m]."""
+        return _product_of(gate, up, self.backend)(gate, up)
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
@@ -186,15 +185,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`norm` for accelerators without a compiler: it moves a quarter of the bytes, and adds squares in another order."""
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    normed = torch.mul(x, inverse, out=torch.empty_like(x))  # multiplied in float32
-    return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
-
-
-@partial(OneKernel, "rows _, _", uncompiled=_uncompiled_norm)
+@partial(OneKernel, "rows _, _")
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`FusedRMSNorm` without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()

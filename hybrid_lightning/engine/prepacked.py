@@ -32,35 +32,10 @@ class ProductFactors(NamedTuple):
 def _multiply(x: Tensor, factors: ProductFactors) -> Tensor:
     """[N, n] -> [N, m] in the dtype of W or autocast's, without a gradient."""
     x = x.to(factors.weight.dtype)
-    return _with_lora(F.linear(x, factors.weight, factors.bias), x, factors)
-
-
-def _with_lora(result: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
+    result = F.linear(x, factors.weight, factors.bias)
     if factors.lora_a is None or factors.lora_b is None:
         return result
     return result.addmm_(F.linear(x, factors.lora_a.to(x.dtype)), factors.lora_b.T.to(result.dtype))
-
-
-def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of rows [N, m] and x [N, n] that adds a layer's output for x to the rows, possibly in place.
-
-    On a CPU the result equals the layer's output plus the rows, bit for bit.
-    """
-
-    def add(rows: Tensor, x: Tensor) -> Tensor:
-        plain = backend.is_cpu(x.device) or getattr(layer, "disable_adapters", False)
-        factors = None if plain else product_factors(layer)
-        if factors is None:
-            return rows + outputs(x)[0]
-        if not rows.dtype == x.dtype == factors.weight.dtype:
-            return rows + _multiply(x, factors)
-        rows.addmm_(x, factors.weight.T)  # saves a pass over memory
-        if factors.bias is not None:
-            rows += factors.bias
-        return _with_lora(rows, x, factors)
-
-    outputs = products_together([layer])
-    return add
 
 
 def product_factors(layer: nn.Module) -> ProductFactors | None:

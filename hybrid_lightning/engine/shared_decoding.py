@@ -6,6 +6,7 @@ leaves the linear layers immediately. Its slot is released later, together with 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,32 +31,38 @@ class _New:
     counts: Tensor  # [N], completion tokens of its row up to and including it
     places: Tensor | int  # [N], how many of these tokens precede each in its row; the int 0 if none precedes any
     most: int  # T, most of these tokens in one row
+    shape: tuple[int, int]  # P, G
 
-    @property
+    @cached_property
     def cells(self) -> Tensor:
         """[N], each token's index in a flattened rectangle [P, G, T]."""
         return self.slots * self.most + self.places
+
+    @cached_property
+    def token_of_cell(self) -> Tensor:
+        """[P G T], the token in each cell; the first token in empty cells, where the result is ignored."""
+        found = self.slots.new_zeros(self.shape[0] * self.shape[1] * self.most)
+        found[self.cells] = torch.arange(len(self.slots), device=found.device)
+        return found
 
 
 class SharedPromptDecoding(PackedDecoding):
     """`Decoding` with keys and values of prompts [P, K, S, D] and of completions [P, K, G, capacity, D]; see `PackedDecoding`."""
 
-    decoded = 0  # tokens in `own` of each running row, or of the longest one if they differ
-    differ = False  # whether running rows may differ in their number of tokens
+    decoded = 0  # tokens in `own` of the longest running row
     counts: Tensor  # [B], tokens in `own` of each row
     own_width = 0  # tokens of `own` that attention receives: decoded ones, then zeros
-    slots: Tensor  # [P, G], the row in each
+    shape: tuple[int, int]  # P, G of the slots
     slot_of_row: Tensor  # [B]
     row_lengths: Tensor  # [B], tokens of each row's prompt
-    full: bool  # whether every slot has a row
     _new: _New
     _masks: dict[int | None, Masks]  # window -> masks of a step
 
     def prefill(self, samples: int) -> Tensor:
         """Read the prompts as one packed sequence, and make a slot for each completion."""
         logits, prompts, self.samples = self.read_prompts(), len(self.lengths), samples
-        self.slots = torch.arange(prompts * samples, device=self.lengths.device).view(prompts, samples)
-        self.slot_of_row = self.slots.flatten()
+        self.shape = (prompts, samples)
+        self.slot_of_row = torch.arange(prompts * samples, device=self.lengths.device)
         self.counts = torch.zeros_like(self.slot_of_row)
         self._start_rows()
         return logits.repeat_interleave(samples, dim=0)
@@ -65,7 +72,7 @@ class SharedPromptDecoding(PackedDecoding):
         # A row without space has ended, though it may still be among the running rows.
         self.counts = (self.counts + 1).clamp_(max=self.max_new_tokens)
         self.decoded = min(self.decoded + 1, self.max_new_tokens)
-        self._begin(_New(self.slot_of_row, self.counts, 0, 1))
+        self._begin(_New(self.slot_of_row, self.counts, 0, 1, self.shape))
         return self.project(self.engine.hidden(tokens, self.row_lengths + self.counts - 1, self))
 
     def _begin(self, new: _New) -> None:
@@ -84,17 +91,17 @@ class SharedPromptDecoding(PackedDecoding):
         """Continue with these rows, each with its tokens so far."""
         self.slot_of_row, self.counts = added.rows, added.counts[added.begins[1:] - 1]
         self._start_rows()
-        self.decoded, self.differ = added.longest, True
+        self.decoded = added.longest
         places = torch.arange(len(added.owner), device=added.owner.device) - added.begins[added.owner]
-        self._begin(_New(added.rows[added.owner], added.counts, places, added.most))
+        self._begin(_New(added.rows[added.owner], added.counts, places, added.most, self.shape))
 
     def _give_up_slots(self) -> None:
         """Move the running rows together, if that leaves far fewer slots."""
-        samples, device = self.slots.shape[1], self.slots.device
+        (prompts, samples), device = self.shape, self.slot_of_row.device
         kept, group = torch.unique_consecutive(self.slot_of_row // samples, return_inverse=True)
         counts = torch.bincount(group)
         most = int(counts.max())
-        if len(kept) * most > _FEWER_SLOTS * self.slots.numel():
+        if len(kept) * most > _FEWER_SLOTS * prompts * samples:
             return
         rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group]
         source = self.slot_of_row[:1].expand(len(kept), most).clone()  # the old slot of each new one
@@ -104,11 +111,11 @@ class SharedPromptDecoding(PackedDecoding):
         # Not in the loop above: if rows end at their first token, no layer has keys of completions yet.
         self.prompt = {layer: (keys[kept], values[kept]) for layer, (keys, values) in self.prompt.items()}
         self.lengths = self.lengths[kept]
-        self.slots, self.slot_of_row = source, group * most + rank
+        self.shape, self.slot_of_row = (len(kept), most), group * most + rank
 
     def _move(self, cache: Tensor, source: Tensor) -> Tensor:
         """Take slots from a cache [P, K, G, capacity, D]; `source` [P', G'] has indices into the flattened [P, G]."""
-        samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
+        samples, (_, heads, _, capacity, size) = self.shape[1], cache.shape
         # Indexing puts heads after slots: [P', G', K, tokens, D].
         taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
         moved = cache.new_zeros(len(source), heads, source.shape[1], capacity, size)
@@ -121,30 +128,15 @@ class SharedPromptDecoding(PackedDecoding):
             own = self._room(layer, key, value, zeros=False)
             rest = (self._new.slots, self._new.counts, self.lengths, settings.window, settings.factor(query))
             return kernels.decode_attention(query, key, value, self.prompt[layer], own, *rest)
-        samples, (_, all_heads, size) = self.slots.shape[1], query.shape
+        new, samples, (_, all_heads, size) = self._new, self.shape[1], query.shape
         keys, values = self._room(layer, key, value, zeros=True)
-        if self.differ:  # or rows have several new tokens
-            where = (self._new.slots // samples, slice(None), self._new.slots % samples, self._new.counts - 1)
-            keys[where], values[where] = key.to(keys.dtype), value.to(values.dtype)
-            cells = query[self._token_of_cell()]
-        else:
-            keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
-            values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
-            cells = self._to_slots(query)
-        shape = (*self.slots.shape, self._new.most, key.shape[1], all_heads // key.shape[1], size)
-        grouped = cells.view(shape).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
+        where = (new.slots // samples, slice(None), new.slots % samples, new.counts - 1)
+        keys[where], values[where] = key.to(keys.dtype), value.to(values.dtype)
+        shape = (*self.shape, new.most, key.shape[1], all_heads // key.shape[1], size)
+        grouped = query.index_select(0, new.token_of_cell).view(shape).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
         own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
         result = shared_attention(grouped, self.prompt[layer], own, self._mask(settings.window), settings, self.engine.backend)
-        found = result.permute(0, 2, 4, 1, 3, 5).reshape(-1, all_heads, size)
-        if self.differ:
-            return found.index_select(0, self._new.cells)
-        return found if self.full else found.index_select(0, self.slot_of_row)
-
-    def _token_of_cell(self) -> Tensor:
-        """[P G T], the new token in each cell; the first token in empty cells, where the result is ignored."""
-        found = self.slots.new_zeros(self.slots.numel() * self._new.most)
-        found[self._new.cells] = torch.arange(len(self._new.slots), device=found.device)
-        return found
+        return result.permute(0, 2, 4, 1, 3, 5).reshape(-1, all_heads, size).index_select(0, new.cells)
 
     def _has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
         """Whether the operator can compute attention for one new token of every row."""
@@ -160,22 +152,12 @@ class SharedPromptDecoding(PackedDecoding):
         self.prompt[layer] = (keys.to(key_dtype).contiguous(), values.contiguous())
 
     def _start_rows(self) -> None:
-        self.slots = torch.zeros_like(self.slots)
-        self.slots.view(-1)[self.slot_of_row] = torch.arange(len(self.slot_of_row), device=self.slots.device)
-        self.full = self.slots.numel() == len(self.slot_of_row)
-        samples = self.slots.shape[1]
-        self.row_lengths = self.lengths[self.slot_of_row // samples]
-
-    def _to_slots(self, rows: Tensor) -> Tensor:
-        """[B, heads, D] -> [P, G, heads, D]."""
-        if not self.full:
-            rows = rows.index_select(0, self.slots.flatten())
-        return rows.reshape(*self.slots.shape, *rows.shape[1:])
+        self.row_lengths = self.lengths[self.slot_of_row // self.shape[1]]
 
     def _room(self, layer: int, key: Tensor, value: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of completions, with space for the new tokens. With `zeros`, unused space is zero, as products need."""
         if layer not in self.own:
-            prompts, samples = self.slots.shape
+            prompts, samples = self.shape
             shape = (prompts, key.shape[1], samples, min(_FIRST_CAPACITY, self.max_new_tokens))
             made = [part.new_empty(*shape, new.shape[2]) for part, new in zip(self.prompt[layer], (key, value), strict=True)]
             self.own[layer] = (made[0], made[1])
@@ -195,21 +177,14 @@ class SharedPromptDecoding(PackedDecoding):
         return self._masks[window]
 
     def _build_masks(self, window: int | None) -> Masks:
-        width = self.layout.prompts.shape[1]
-        narrow = window is not None and window < width + self.decoded
-        lengths, steps = self.lengths[:, None], torch.arange(self.own_width, device=self.lengths.device)
-        counts: Tensor | int = self.decoded
-        own: Tensor | None = None
-        if self.differ:
-            counts = self._new.counts[self._token_of_cell()].view(*self.slots.shape, self._new.most, 1)
-            own, lengths = visible(counts - 1, steps, window)[:, None, :, None], lengths[..., None, None]
-        elif narrow or self.own_width > self.decoded:
-            own = visible(torch.tensor(self.decoded - 1, device=steps.device), steps, window)
-        if self.layout.prompts.filled and not narrow:
+        width, device = self.layout.prompts.shape[1], self.lengths.device
+        counts = self._new.counts[self._new.token_of_cell].view(*self.shape, self._new.most, 1)
+        own = visible(counts - 1, torch.arange(self.own_width, device=device), window)[:, None, :, None]  # [P, 1, G, 1, T, M]
+        if self.layout.prompts.filled and (window is None or window >= width + self.decoded):
             return Masks(own=own)
-        prompt = torch.arange(width, device=steps.device)
-        seen = visible(lengths + counts - 1, prompt, window) & (prompt < lengths)  # [P, S], or [P, G, T, S]
-        return Masks(seen[:, None, :, None] if self.differ else seen[:, None, None, None, None], own)
+        lengths, prompt = self.lengths[:, None, None, None], torch.arange(width, device=device)
+        seen = visible(lengths + counts - 1, prompt, window) & (prompt < lengths)  # [P, G, T, S]
+        return Masks(seen[:, None, :, None], own)
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:

@@ -1,27 +1,27 @@
-"""Trials: whether a faster implementation of a decoder layer gives the same numbers as transformers' own class, up to rounding.
+"""Trials: whether a faster implementation of a decoder layer gives the same numbers as the layer in training, up to rounding.
 
 In 16 bits no two implementations round alike, and how a rounding error grows over many layers is chance: on some tokens two
-correct passes end 45% apart. So layers are tried one at a time, on a few tokens. Transformers' layer in a higher precision is the
-reference, and the error may only be about as large as the error of transformers' layer in the same precision.
+correct passes end 45% apart. So layers are tried one at a time, on a few tokens. The layer's own forward pass in a higher
+precision is the reference, and the error may only be about as large as the error of that pass in the same precision.
 
 LoRA starts at zero, which would hide a mistake in it. For the trial B is drawn at random, so that LoRA adds as much to the result
 as the base weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.backend import HALF, Backend
 from hybrid_lightning.engine.decoder_layers import KnownLayer, LayerParts, own_class, projections
 from hybrid_lightning.engine.fused_layers import drawn
-from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
+from hybrid_lightning.engine.fused_lora import FusedLora, made_like, weight_of
 from hybrid_lightning.engine.prepacked import prepacked_weights
 
 _TOKENS = 12
@@ -38,7 +38,7 @@ def why_layers_differ(
     dtype: torch.dtype | None,
     parts_of: Callable[[KnownLayer], LayerParts],
 ) -> str:
-    """How an implementation of layers differs from transformers' own numbers; empty if it does not.
+    """How an implementation of layers differs from their own forward pass; empty if it does not.
 
     Args:
         decoder: The decoder, in eval mode, with unsharded weights, outside `prepacked_weights`.
@@ -57,14 +57,14 @@ def why_layers_differ(
         for number in sorted(kinds.values()):
             known = layers[number]
             with _drawn_adapters(known):
-                ordinary = exact = _own_result(_own_layer(decoder, number, known), hidden, angles, hidden.dtype)
+                ordinary = exact = _own_result(decoder.layers[number], hidden, angles)
                 if (higher := _higher_precision(hidden)) is not None:
                     with torch.autocast(device.type, enabled=False):
-                        exact = _own_result(_own_layer(decoder, number, known, higher), hidden, angles, higher)
+                        exact = _own_result(decoder.layers[number], hidden, angles, higher)
                 with prepacked_weights(decoder.layers[number], backend, dtype, known.same_input()), backend.in_pass():
                     parts = parts_of(known)
                     attended = _OneSequence().attend(0, *parts.heads(hidden, angles), known.settings)
-                    found = parts.output(hidden.clone(), attended.reshape(len(hidden), -1))
+                    found = parts.output(hidden, attended.reshape(len(hidden), -1))
                 if difference := why_not_alike(found, ordinary, exact):
                     return difference
     return ""
@@ -75,11 +75,24 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     return type(module), plain, next(module.parameters()).dtype
 
 
-def _own_result(layer: nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """The output of a layer of transformers' own class for hidden states [N, n], under the current autocast."""
-    cosines, sines = (part.to(dtype)[None] for part in angles)
-    given = {"attention_mask": None, "position_embeddings": (cosines, sines), "packing": _OneSequence()}
-    return layer(hidden.to(dtype)[None], **given)[0]
+def _own_result(layer: nn.Module, hidden: Tensor, angles: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The output of a layer's own forward pass for hidden states [N, n], under the current autocast, in this precision."""
+    rows, *angles = (part.to(dtype or hidden.dtype)[None] for part in (hidden, *angles))
+    given = {"attention_mask": None, "position_embeddings": tuple(angles), "packing": _OneSequence()}
+    return _copy(layer, dtype)(rows, **given)[0]
+
+
+def _copy(module: nn.Module, dtype: torch.dtype | None) -> Any:
+    """A copy of a module without hooks, in another precision (weights of a quantized layer stay); None shares its weights."""
+    made = made_like(module, own_class(module))
+    made._forward_hooks, made._forward_pre_hooks = OrderedDict(), OrderedDict()  # FSDP's
+    made._modules = {name: None if part is None else _copy(part, dtype) for name, part in module._modules.items()}
+    if dtype is not None:
+        made._parameters = {
+            name: nn.Parameter(part.to(dtype), part.requires_grad) if part is not None and part.is_floating_point() else part
+            for name, part in module._parameters.items()
+        }
+    return made
 
 
 def _higher_precision(rows: Tensor) -> torch.dtype | None:
@@ -147,54 +160,3 @@ class _OneSequence:
         query, key, value = (part.to(value.dtype).transpose(0, 1)[None] for part in (query, key, value))
         result = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scaling, enable_gqa=True)
         return result[0].transpose(0, 1)
-
-
-def _own_layer(decoder: Any, number: int, known: KnownLayer, dtype: torch.dtype | None = None) -> nn.Module:
-    """A layer of transformers' own class with the same weights and LoRA merged; `dtype=None` keeps each weight's dtype."""
-    kind: Any = own_class(decoder.layers[number])
-    with torch.device("meta"):
-        layer = kind(decoder.config, number).eval()
-    attention = layer.self_attn
-    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    for name, module in zip(names, projections(known), strict=True):
-        setattr(attention if hasattr(attention, name) else layer.mlp, name, _merged(module, dtype))
-    norms = [(layer.input_layernorm, known.norms[0]), (layer.post_attention_layernorm, known.norms[1])]
-    if known.head_norms is not None:
-        norms += [(attention.q_norm, known.head_norms[0]), (attention.k_norm, known.head_norms[1])]
-    for empty, norm in norms:
-        empty.weight = _frozen(norm.weight, dtype)
-    return layer
-
-
-def _merged(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    name = module.plain_adapter() if isinstance(module, FusedLora) else None
-    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:
-        module = module.modules_to_save[module.active_adapters[0]]
-    base: Any = module.base_layer if isinstance(module, FusedLora) and name is not None else module
-    if type(base) is not nn.Linear:
-        return _AsItIs(module)
-    weight = base.weight.detach()
-    if isinstance(module, FusedLora) and name is not None:
-        weight = weight.float() + module.get_delta_weight(name).detach().float()
-    merged = nn.utils.skip_init(nn.Linear, 1, 1, device="cpu")
-    merged.weight = _frozen(weight, dtype or base.weight.dtype)
-    merged.bias = None if base.bias is None else _frozen(base.bias, dtype)  # type: ignore[assignment]
-    return merged
-
-
-def _frozen(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
-    return nn.Parameter(weight.detach().to(dtype or weight.dtype), requires_grad=False)
-
-
-class _AsItIs(nn.Module):
-    """A projection that is not a plain layer, for example a quantized one. It is called in its own precision."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.call = (layer,)  # in a tuple, so that it is not registered as a submodule
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., m]."""
-        layer = self.call[0]
-        half = next((part.dtype for part in layer.parameters() if part.dtype in (torch.bfloat16, torch.float16)), x.dtype)
-        return layer(x.to(half)).to(x.dtype)

@@ -115,13 +115,6 @@ def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_seq
     return mean_over_sequences(torch.where(mask, values, 0.0).sum(dim=1), num_sequences) / _denominator(max_tokens, 1)
 
 
-def mean_of_micro_batch_means(
-    values: Tensor, mask: Tensor, micro_batch_tokens: float | None = None, num_micro_batches: float | None = None
-) -> Tensor:
-    """Mean over micro-batches (None: one) of their mean over tokens, where these rows are part of one (TRL's "bnpo")."""
-    return mean_over_tokens(values, mask, micro_batch_tokens) / _denominator(num_micro_batches, 1)
-
-
 def per_token(values: Tensor, mask: Tensor) -> Tensor:
     """Give every token the value of its sequence: [B] becomes [B, T]; [B, T] stays unchanged."""
     return values.unsqueeze(1).expand(mask.shape) if values.dim() == 1 else values

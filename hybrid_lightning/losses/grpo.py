@@ -71,7 +71,7 @@ from typing import Any
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.functional import mean_of_micro_batch_means, mean_over_positions, mean_over_tokens, token_ratio
+from hybrid_lightning.losses.functional import mean_over_positions, mean_over_tokens, token_ratio
 from hybrid_lightning.losses.policy_loss import ClippedLoss
 from hybrid_lightning.types import LossInputs
 
@@ -182,6 +182,5 @@ class BNPOLoss(GRPOLoss):
     policy_term_ignores_zero_advantage = False  # its tokens count in the denominator of its micro-batch
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
-        """Mean over micro-batches of the mean over their tokens."""
-        counts = (inputs.micro_batch_tokens, inputs.num_micro_batches)
-        return mean_of_micro_batch_means(per_token_loss, inputs.sampled_mask, *counts)
+        """Mean over micro-batches (None: one) of the mean over their tokens."""
+        return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.micro_batch_tokens) / (inputs.num_micro_batches or 1)

@@ -55,15 +55,13 @@ def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
-            joined[name] = join_metric(name, joined[name], value) if name in joined else value
+            if name not in joined:
+                joined[name] = value
+            elif is_extreme(name):
+                joined[name] = (torch.maximum if name.endswith("/max") else torch.minimum)(joined[name], value)
+            else:
+                joined[name] = joined[name] + value
     return joined
-
-
-def join_metric(name: str, one: Tensor, other: Tensor) -> Tensor:
-    """Join the values of the metric `name` from two parts of an optimizer step."""
-    if is_extreme(name):
-        return torch.maximum(one, other) if name.endswith("/max") else torch.minimum(one, other)
-    return one + other
 
 
 def is_extreme(name: str) -> bool:

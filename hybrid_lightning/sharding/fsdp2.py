@@ -97,11 +97,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         backend = super()._get_process_group_backend()
         if not self.offloads or "cpu:" in backend:
             return backend
-        if self._process_group_backend is not None:
-            raise ConfigError(
-                f"trainer.strategy.process_group_backend={backend} does not work with cpu_offload, which gathers gradient norms "
-                f"and checkpoints on the CPU; give cpu:gloo,{self.root_device.type}:{backend}, or null"
-            )
+        # Gradient norms and checkpoints are gathered on the CPU.
         return f"cpu:gloo,{self.root_device.type}:{backend}"
 
     def model_to_device(self) -> None:

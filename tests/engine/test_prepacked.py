@@ -3,7 +3,6 @@ import torch
 from rounding import additions_of, assert_same_sums
 from test_fused_lora import build as build_adapted
 from tiny_decoders import ALL
-from tiny_models import build_model
 
 from hybrid_lightning.engine import prepacked as constant
 from hybrid_lightning.engine.backend import Backend
@@ -40,13 +39,6 @@ def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast, copies, mo
         assert copies or all((factors.weight.data_ptr() in held) is not autocast for factors in found)
         model(torch.arange(5, 25).view(2, 10)).logits.square().mean().backward()
         assert any(p.grad is not None for p in model.parameters()), "a pass with gradients takes the weights themselves"
-        with model.disable_adapter():
-            assert torch.equal(logits_of(model, autocast), logits_of(build_model("llama"), autocast))
-    factor = model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
-    with torch.no_grad():
-        factor.mul_(2)
-        assert not torch.equal(logits_of(model, autocast), expected), "later changes count"
-        factor.div_(2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

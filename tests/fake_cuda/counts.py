@@ -1,12 +1,14 @@
-"""Counts of sampling, update and scoring at full size on a fake GPU, as JSON: `python counts.py FILE`."""
+"""Counts of a policy's steps, of its scoring and of a rollout on a fake GPU, by the objects of a run: `python counts.py FILE`.
 
+The file is JSON. The model has the sizes of Qwen3-0.6B and two layers.
+"""
+
+import dataclasses
 import json
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import cache
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -17,216 +19,261 @@ sys.path.append(str(Path(__file__).parents[1]))
 with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
-import real_run
 import torch
 from fake_model import FakeModel
+from known import Known, Peaks
+from lightning.pytorch import Callback
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_models import build_tokenizer
-from transformers.generation.stopping_criteria import StopStringCriteria
+from tiny_runs import Constant
+from transformers import Qwen3Config
 
 from benchmarks.memory import plan_qwen3
-from hybrid_lightning.adapters import ExactGradients, LoraSettings, Scoring, SketchedGradients, TailEnergy, find_candidates
-from hybrid_lightning.engine import Backend, decoding_of, logprobs_of_hidden
+from hybrid_lightning.adapters import (
+    ExactGradients,
+    LoraSettings,
+    ModuleBudget,
+    Scoring,
+    SketchedGradients,
+    TailEnergy,
+    find_candidates,
+)
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.engine import Backend, SegmentDecoding, token_logprobs
 from hybrid_lightning.engine.decoder_layers import _Body
-from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import prepacked_projection
-from hybrid_lightning.rollout import Sampler, sampler
-from hybrid_lightning.rollout.interface import Stops
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.memory import RunSettings, TrainerFlags, peaks
+from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Prompt, Sequences
+from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.training.calibration import training_losses
+from hybrid_lightning.training.step import Step
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
-Counter = fake_gpu.counter()
-PROMPTS, SAMPLES, PROMPT, COMPLETION = 32, 8, 384, 256
-TOKENS = 8  # that are looked at
-CONFIG = plan_qwen3.config("Qwen3-0.6B")
-
-
-def sequences(prompts, samples, prompt_tokens, completion_tokens):
-    """Rows of these sizes, in which each prompt has different tokens."""
-    prompt_ids = torch.arange(prompts).repeat_interleave(samples)[:, None].expand(-1, prompt_tokens)
-    completion_ids = torch.zeros(prompts * samples, completion_tokens, dtype=torch.long)
-    masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids)]
-    return Sequences(prompt_ids, masks[0], completion_ids, masks[1])
+PROMPTS, SAMPLES, PROMPT, COMPLETION, LAYERS = 4, 8, 384, 256, 2
+ONE_LONG = (1, 1, 384, 16_000)
+CONFIG = Qwen3Config(**{**plan_qwen3.config("Qwen3-0.6B").to_dict(), "num_hidden_layers": LAYERS, "layer_types": None})
+LORA = {"rank": 16, "alpha": 32}
 
 
-@contextmanager
-def counting(fake):
-    with fake.computing(), Counter() as counter:
-        yield counter.counts
+def plan(share, prompts=PROMPTS, samples=SAMPLES, prompt=PROMPT, completion=COMPLETION):
+    """The plan of such a run: its peaks, and the bytes at the end of a forward pass and in a backward pass."""
+    planning, flags = HybridAdapterSetup(ModuleBudget(share), **LORA).planning, TrainerFlags(on_cpu=False, precision="bf16-mixed")
+    sizes = {"prompt_tokens": prompt, "completion_tokens": completion, "max_tokens_per_micro_batch": 10**6}
+    settings = RunSettings(CONFIG, schedule=RolloutSchedule(prompts, samples), planning=planning, flags=flags, **sizes)
+    largest = peaks._largest
+    with mock.patch.object(peaks, "_largest", side_effect=largest) as passes:
+        found = plan_method(dataclasses.replace(settings, dtype=torch.bfloat16)).peaks
+    (_, forward, backward), of_pass = passes.call_args.args
+    return found, forward.total + of_pass.activations + of_pass.logits, backward.total + of_pass.backward
 
 
-@cache
-def fake_model(layers, share):
-    """A share of 0 is LoRA, None the model as it is scored."""
-    return FakeModel(CONFIG, layers, share, LoraSettings(rank=16, alpha=32), "cuda:0")
+class Device(SingleDeviceStrategy):
+    """One on which the model lies already, and stays."""
+
+    def __init__(self, device):
+        super().__init__(device, accelerator=type("Any", (CPUAccelerator,), {"setup_device": lambda self, device: None})())
+
+    def model_to_device(self):
+        pass
+
+    def teardown(self):
+        pass
 
 
-def of_all_layers(count, share=0):
-    """Counts of one and two layers, and by these of all."""
-    one, two = (count(fake_model(layers, share)) for layers in (1, 2))
-    more = CONFIG.num_hidden_layers - 1
-    return {
-        "kernels": one.kernels + more * (two.kernels - one.kernels),
-        "kernels of a layer": two.kernels - one.kernels,
-        "bytes": one.bytes + more * (two.bytes - one.bytes),
-        "syncs": sorted(set(two.syncs)),
-        "atomics": sorted(set(two.atomics)),
-    }
+class SecondStep(Callback):
+    """What the second step waits for, and the peaks, kernels and bytes of its two passes."""
+
+    def __init__(self, known, live):
+        self.known, self.live = known, live
+
+    def on_train_batch_start(self, *_):
+        self.known.places.clear()
+        self.live.restart_peak()
+        self.begin = dataclasses.replace(self.known.counts)
+
+    def on_before_backward(self, *_):
+        self.forward = self.live.peak
+        self.live.restart_peak()
+
+    def on_after_backward(self, *_):
+        self.backward = self.live.peak
+        self.work = work(self.begin, self.known.counts)
+
+    def on_train_batch_end(self, *_):
+        self.waits = dict(self.known.places)
 
 
-def sampling(fake, seen):
-    """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
-    rows = sequences(PROMPTS, 1, PROMPT, 1)
+class Counted:
+    """Counts within its context, as `known` and `live`."""
+
+    def __init__(self, fake):
+        self.known, self.live, self._stack, self._fake = Known(fake), Peaks(), ExitStack(), fake
+
+    def __enter__(self):
+        self.live.count(self._fake.model.parameters())
+        for context in (mock.patch.multiple("torch._subclasses.fake_tensor.FakeTensor", **self.known.patches), self._fake.mode):
+            self._stack.enter_context(context)
+        for mode in (self.live, self.known):
+            self._stack.enter_context(mode)
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+
+def rows_of(known, prompts, samples, prompt, completion):
+    """Rows of full length. Each prompt has different tokens."""
+    prompt_ids = torch.arange(prompts).repeat_interleave(samples)[:, None].expand(-1, prompt)
+    ids = torch.zeros(prompts * samples, completion, dtype=torch.long)
+    masks = [torch.ones_like(part, dtype=torch.bool) for part in (prompt_ids, ids)]
+    return Sequences(*map(known.put, (prompt_ids, masks[0], ids, masks[1], ids)))
+
+
+def adapted(share):
+    return FakeModel(CONFIG, LAYERS, share, LoraSettings(**LORA), "cuda:0")
+
+
+def work(begin, end):
+    """The kernels in between, and the bytes that they move."""
+    return {"kernels": end.kernels - begin.kernels, "bytes": end.bytes - begin.bytes}
+
+
+def found(known, **more):
+    return {"copies": known.copies, "atomics": known.counts.atomics, **more}
+
+
+def steps(share, sizes=(PROMPTS, SAMPLES, PROMPT, COMPLETION)):
+    """Two optimizer steps of GSPO with a KL term and clipping, after the passes that it needs beforehand."""
+    fake = adapted(share)
+    module = PolicyModule(GSPOLoss(kl_coef=0.01), Constant(), dtype="bfloat16", max_tokens_per_micro_batch=10**6)
+    policy, counted = module.policy, Counted(fake)
+    policy._model, policy._engine, policy._base_digest, policy.plan = fake.model, fake.engine, "fake", fake.plan
+    policy._on_model(fake.model)
+    known, sequences = counted.known, rows_of(counted.known, *sizes)
+    rows = len(sequences)
+    numbers = [fake.fake(torch.zeros(size)) for size in ((rows,), sequences.completion_ids.shape)]
+    batch = PolicyBatch(sequences, *numbers, None, None, *2 * (float(rows), float(rows * sizes[-1])))
+    second, batches = SecondStep(known, counted.live), []
+    loader = type("Loader", (), {"__iter__": lambda self: iter(2 * batches), "__len__": lambda self: 2})()
+    with tempfile.TemporaryDirectory() as folder, counted:
+        batches += module.task.add_logprobs([batch], False)
+        before = dict(known.places)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        flags = {"precision": "bf16-mixed", "max_steps": 2, "gradient_clip_val": 1.0, "default_root_dir": folder, **quiet}
+        Trainer(strategy=Device(fake.device), callbacks=[second], **flags).fit(module, train_dataloaders=loader)
+    _, forward, backward = plan(share, *sizes)
+    of_plan = {"forward": second.forward / forward, "backward": second.backward / backward}
+    return found(known, before=before, waits=second.waits, logits=known.logits, **second.work, **of_plan)
+
+
+def planted():
+    """Steps into which mistakes are put that the counts have to show."""
+    log = Step._log
+
+    def mistaken(step, batch, shares):
+        if float(shares["loss"]):
+            weight = step._passes.policy.model.get_input_embeddings().weight.clone()
+            weight.detach().index_add_(0, torch.zeros(1, dtype=torch.long, device=weight.device), weight[:1].detach())
+        log(step, batch, shares)
+
+    with mock.patch.object(Step, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
+        return steps(0)
+
+
+def scoring(mode):
+    """The gradients of calibration rollouts, as modules are scored by them."""
+    fake = adapted(None)
+    counted, candidates = Counted(fake), find_candidates(fake.model)
+    sequences = rows_of(counted.known, PROMPTS, SAMPLES, PROMPT, COMPLETION)
+    advantages = counted.known.put(torch.ones(len(sequences)))
+    fake.model.requires_grad_(False)
+    with counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        chunks = [(sequences, advantages)]
+        losses = training_losses("reward", sequences, chunks, GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0))
+        counted.known.places.clear()
+        begin = dataclasses.replace(counted.known.counts)
+        Scoring(fake.model, candidates, losses, TailEnergy(), 16, mode).collect_gradients(lambda seen: None)
+    done = work(begin, counted.known.counts)
+    return found(counted.known, waits=counted.known.places, modules=len(candidates), **done)
+
+
+class EnoughError(Exception):
+    """As many tokens were sampled as are looked at."""
+
+
+def rollout(share, tokens=12):
+    """A rollout from its prompts' texts on, by the sampler, until so many tokens."""
+    fake = adapted(share)
+    counted, seen, layers = Counted(fake), [], []
     fake.engine._fast.compiles = True
-    made = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
-    fake.fake_layout(made.layout)
-    made.lengths = fake.fake(made.lengths)
-    ids, mask = fake.fake(rows.prompt_ids), fake.fake(rows.prompt_mask)
+    call, attend = _Body.__call__, SegmentDecoding.attend_to_kept
+
+    def body(*given):
+        """Between two products of a step it is one kernel. Of the prompts' pass, which is large, only the memory counts."""
+        return counted.known.compiled(lambda: call(*given)) if layers else call(*given)
+
+    def attending(decoding, number, *given):
+        layers.append(dataclasses.replace(counted.known.counts))
+        return attend(decoding, number, *given)
+
     prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
+
+    def look(alive, token):
+        seen.append(dict(counted.known.places))
+        if token == tokens:
+            raise EnoughError
+
     draws = PromptDraws(prompts, SAMPLES, 0)
+    request = SamplingRequest(prompts, [[3] * PROMPT] * PROMPTS, SAMPLES, draws, on_token=look)
     with (
-        mock.patch.multiple(sampler, decoding_of=lambda *_: made, _EVERY=TOKENS - 2),
+        mock.patch.object(_Body, "__call__", body),
+        mock.patch.object(SegmentDecoding, "attend_to_kept", attending),
         mock.patch.object(torch, "Event", mock.Mock()),
         mock.patch.object(torch.Tensor, "pin_memory", lambda part: part),
-        torch.no_grad(),
+        counted,
+        torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
         fake.engine.sampling(torch.bfloat16),
-        fake.computing(),
+        suppress(EnoughError),
     ):
-        made.project = prepacked_projection(fake.model, fake.engine.backend)
-        plain = Sampler(COMPLETION, cuda_graphs=False)
-        with Counter() as counter:
-
-            def look(alive, token):
-                seen.append(replace(counter.counts, syncs=[*counter.counts.syncs], atomics=[*counter.counts.atomics]))
-                if token == TOKENS:
-                    raise real_run.EnoughError
-
-            call = _Body.__call__
-            body = mock.patch.object(_Body, "__call__", lambda *given: counter.compiled(lambda: call(*given)))
-            loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), False, look)
-            with suppress(real_run.EnoughError), body:
-                loop.decode(lambda: loop.prefill(ids, mask, SAMPLES, COMPLETION), draws, [COMPLETION] * PROMPTS * SAMPLES)
+        Sampler(COMPLETION, cuda_graphs=False).sample(fake.engine, build_tokenizer(), request)
+    waits = {place: number - seen[0].get(place, 0) for place, number in seen[-1].items() if number > seen[0].get(place, 0)}
+    planned = dataclasses.replace(plan(share)[0]["generating"], gradients=0, optimizer=0)  # which there are none of yet
+    peak = counted.live.peak / planned.total
+    of_layer = work(*layers[-2:])  # from one's attention to the next one's
+    of_layer["ideal"] = of_layer["bytes"] / ideal_bytes()
+    return found(counted.known, before=seen[0], waits=waits, peak=peak, layer=of_layer, token=work(*layers[-3::2]))
 
 
-def decoding(fake):
-    """One of the tokens after the first, and what all of them wait for."""
-    seen = []
-    sampling(fake, seen)
-    first, second, last = seen[1], seen[2], seen[-1]
-    counts = replace(second, kernels=second.kernels - first.kernels, bytes=second.bytes - first.bytes)
-    counts.syncs, counts.atomics = last.syncs[len(seen[0].syncs) :], last.atomics[len(seen[0].atomics) :]
-    return counts
-
-
-def ideal_decoding(rank):
-    """Bytes of all weights once, but the embeddings of other tokens, and of all keys and values once."""
+def ideal_bytes():
+    """Bytes of a layer's weights with LoRA, and of all keys and values, each once."""
     size, heads, groups = CONFIG.head_dim, CONFIG.num_attention_heads, CONFIG.num_key_value_heads
     hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
     shapes = [(hidden, size * heads), (hidden, size * groups), (hidden, size * groups), (size * heads, hidden)]
     shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
-    weights = sum(m * n for m, n in shapes) * 2 + sum(rank * (m + n) for m, n in shapes) * 4
-    tokens = PROMPTS * PROMPT + PROMPTS * SAMPLES * COMPLETION
-    return CONFIG.num_hidden_layers * (weights + tokens * groups * size * 2 * 2) + CONFIG.vocab_size * hidden * 2
-
-
-def losses_of(fake):
-    """A function that gives the loss of four prompts with all of their completions."""
-    rows = sequences(4, SAMPLES, PROMPT, COMPLETION)
-    packed = fake.engine.packed(rows)
-    tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
-    fake.fake_layout(packed)
-
-    def losses():
-        hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
-        yield logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0)[0].mean()
-
-    return losses
-
-
-def update(fake):
-    """Forward and backward pass."""
-    losses = losses_of(fake)
-    with counting(fake) as counts:
-        next(losses()).backward()
-    return counts
-
-
-class Unchecked(Scoring):
-    """Does not look at the loss, which the host waits for once a loss."""
-
-    def check_loss(self, loss, index):
-        pass
-
-
-def scoring(fake, mode):
-    """Forward and backward pass, and what is kept of the gradients."""
-    losses, candidates = losses_of(fake), find_candidates(fake.model)
-    fake.model.requires_grad_(False)  # or gradients are dropped before they are taken
-    with counting(fake) as counts:
-        Unchecked(fake.model, candidates, losses(), TailEnergy(), 16, mode).collect_gradients(lambda seen: None)
-    counts.syncs = [f"{len(counts.syncs) / len(candidates):g} {name}" for name in set(counts.syncs)]
-    return counts
-
-
-def layout_syncs(window):
-    """What the layout of an update asks the device for, with a window that hides keys of prompts or without, on real tensors."""
-    lists, tolist = [], torch.Tensor.tolist
-    with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
-        packed = PackedSequences(sequences(4, SAMPLES, 12, 9), Backend(), segments=True)
-        _ = packed.gathered if window else packed.layout
-    return counter.counts.syncs + lists
-
-
-def stop_string_syncs():
-    """What looking for stop strings asks the device for after a token, counted on real tensors."""
-    criteria = StopStringCriteria(build_tokenizer(), ["37", "1+2"])
-    with Counter() as counter:
-        criteria(torch.randint(3, 12, (8, 9)), None)
-    return counter.counts.syncs
-
-
-def planted():
-    """The kinds of mistakes that are found where there are some."""
-    fake, places = fake_model(1, 0), torch.zeros(8, dtype=torch.long)
-
-    def caught(what):
-        numbers = fake.fake(torch.zeros(8, 4))
-        try:
-            with counting(fake) as counts:
-                what(numbers)
-        except Exception as error:
-            return type(error).__name__
-        return ", ".join([*counts.syncs, *counts.atomics])
-
-    return {
-        "item": caught(lambda x: x.sum().item()),
-        "tolist": caught(lambda x: x.tolist()),
-        "if": caught(lambda x: bool((x > 0).any())),
-        "boolean index": caught(lambda x: x[x > 0]),
-        "to host": caught(lambda x: x.cpu()),
-        "from host": caught(lambda x: x + torch.tensor([1.0], device="cuda")),
-        "index_add": caught(lambda x: x.index_add(0, torch.zeros(8, dtype=torch.long, device="cuda"), x)),
-        "accumulate": caught(lambda x: x.index_put((torch.zeros(8, dtype=torch.long, device="cuda"),), x, accumulate=True)),
-        "stray": caught(lambda x: x + places),
-        "nothing": caught(lambda x: (x + 1).cumsum(1)),
-    }
+    tokens = PROMPTS * (PROMPT + SAMPLES * COMPLETION)
+    return sum(2 * m * n + 4 * LORA["rank"] * (m + n) for m, n in shapes) + 4 * tokens * groups * size
 
 
 def main():
     warnings.simplefilter("ignore")
-    found = {
-        "planted": planted(),
-        "syncs of a layout": layout_syncs(window=False),
-        "syncs of a layout with a window": layout_syncs(window=True),
-        "syncs of stop strings": stop_string_syncs(),
-        "decoding": of_all_layers(decoding),
-        "decoding of FFT": of_all_layers(decoding, share=1),
-        "ideal": {"decoding": ideal_decoding(16), "decoding of FFT": ideal_decoding(0)},
-        "update": of_all_layers(update),
-        "scoring": of_all_layers(lambda fake: scoring(fake, ExactGradients()), None),
-        "sketches": of_all_layers(lambda fake: scoring(fake, SketchedGradients()), None),
-        **real_run.main(),
+    counts = {
+        "steps": steps(0),
+        "steps of a hybrid": steps(0.1),
+        "steps of one long row": steps(0, ONE_LONG),
+        "planted steps": planted(),
+        "scoring": scoring(ExactGradients()),
+        "sketches": scoring(SketchedGradients()),
+        "rollout": rollout(0),
+        "rollout of a hybrid": rollout(0.1),
+        "most logits": Backend().most_logits(torch.device("cuda")) // CONFIG.vocab_size,
     }
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    Path(sys.argv[1]).write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":

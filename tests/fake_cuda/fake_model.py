@@ -5,7 +5,6 @@ as one operator, `hybrid_lightning::<name>`.
 """
 
 import dataclasses
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 
@@ -86,29 +85,6 @@ class FakeModel:
         """Fake tensor of the same shape and dtype; one that is fake already as it is."""
         return tensor if isinstance(tensor, FakeTensor) else FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
 
-    def fake_layout(self, packed):
-        """Replace the tensors of a layout by fake ones, after reading those values in them that decide about shapes."""
-        _ = packed.groups
-        if packed.segments:
-            packed.layout = self._fake_tensors(packed.layout)
-            if packed.bands:
-                packed.gathered = self._fake_tensors(packed.gathered)
-        for name in ("prompts", "predictors", "ids", "positions", "last_prompt_token"):
-            setattr(packed, name, self._fake_tensors(getattr(packed, name)))
-        packed.bands = [self._fake_tensors(band) for band in packed.bands]
-
-    @contextmanager
-    def computing(self):
-        """Within this context the model can be called, under autocast; a gradient is freed as soon as it is complete."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        hooks = [part.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None)) for part in trained]
-        try:
-            with self.mode, torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _fake_weights(self):
         made = {}  # for weights that two modules share
         for module in self.model.modules():
@@ -128,8 +104,10 @@ class FakeModel:
         self.engine._fast.calls_parts = self.engine._fast._tried = True
         mask = torch.ones_like(ids, dtype=torch.bool)
         packed = self.engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
-        self.fake_layout(packed)
-        with self.computing(), torch.no_grad(), self.engine.backend.in_pass():
+        packed.layout = self._fake_tensors(packed.layout)
+        packed.ids, packed.positions = self.fake(packed.ids), self.fake(packed.positions)
+        half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        with self.mode, half, torch.no_grad(), self.engine.backend.in_pass():
             own_hidden(self.model, packed.ids, packed.positions, packed, attention_calls=calls)
 
     def _fake_tensors(self, value):

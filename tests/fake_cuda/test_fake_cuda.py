@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where pytest imports by p
 
 from fake_gpu import multiplies_to_floats, why_not
 
-LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = ("80", "86", "90", "120")  # A100, 3090 and A10, H100, 5090
 pytestmark = [pytest.mark.long, pytest.mark.cuda_code, pytest.mark.skipif(bool(why_not()), reason=why_not())]
@@ -49,55 +48,6 @@ def counts(found):
     return found["counts.py"].result()
 
 
-def test_mistakes_that_are_planted_are_found(counts):
-    """A number or tensor that the host needs, an addition by atomics, a CPU tensor among GPU tensors."""
-    planted = counts["planted"]
-    assert planted["to host"] == "to host" and planted["from host"] == "from host"
-    waits = {"DataDependentOutputException", "DynamicOutputShapeException"}
-    assert {planted[name] for name in ("item", "tolist", "if", "boolean index")} <= waits
-    assert planted["index_add"] == "index_add" and "index_put" in planted["accumulate"]
-    assert planted["stray"] not in ("", *waits) and planted["nothing"] == ""
-
-
-@counts_logits
-def test_tokens_of_the_samplers_loop_wait_for_nothing_and_add_in_one_order(counts):
-    found = counts["decoding"]
-    assert found["syncs"] == found["atomics"] == counts["syncs of stop strings"] == []
-    assert found["kernels of a layer"] == 15 + 6 + 2, "products, what is compiled between them, attention"
-    assert counts["decoding of FFT"]["kernels of a layer"] == 7 + 6 + 2
-    assert found["kernels"] - LAYERS * found["kernels of a layer"] <= 80, "the output layer and the draw, and what the loop keeps"
-
-
-@counts_logits
-def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts):
-    for kind, ideal in counts["ideal"].items():
-        assert 1 < counts[kind]["bytes"] / ideal < 1.2, kind
-
-
-@counts_logits
-@pytest.mark.parametrize(
-    ("passes", "syncs", "kernels", "size"),
-    [
-        ("update", [], 165, 230e9),
-        ("scoring", ["1 to host"], 135, 240e9),  # once a module, beside once a loss, which is looked at
-        ("sketches", ["2 from host"], 195, 245e9),  # a module's two test matrices, which are the same on all kinds of devices
-    ],
-)
-def test_passes_of_four_prompts_wait_for_nothing_add_in_one_order_and_keep_their_ceilings(counts, passes, syncs, kernels, size):
-    """Of 32 completions of 256 tokens, with the prompts of 384 once: 9,700 tokens."""
-    found = counts[passes]
-    assert found["syncs"] == syncs and found["atomics"] == []
-    assert found["kernels of a layer"] <= kernels and found["bytes"] < size
-    assert counts["sketches"]["bytes"] < 1.02 * counts["scoring"]["bytes"]
-
-
-def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
-    """It waits once for all layers, to learn the shapes that follow."""
-    wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}
-    assert Counter(counts["syncs of a layout"]) == wanted
-    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "it hides keys of prompts"
-
-
 # In a step's two places: once to cut rows into passes, and for the layout.
 OF_LAYOUT = {
     "boolean index in packing.__init__": 5,
@@ -124,22 +74,33 @@ def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_w
     assert found["before"] == {place: 2 * number for place, number in {**OF_LAYOUT, **OF_ROWS}.items()}, "policy and start policy"
     assert found["copies"] == {} and found["atomics"] == [] and found["logits"] <= counts["most logits"]
     assert 0.98 < found["forward"] < 1.02 and 0.94 < found["backward"] < 1.01
+    if "long" not in run:  # of 9,700 tokens through two layers
+        assert found["kernels"] <= 790 and found["bytes"] < 76e9
 
 
 @counts_logits
 def test_mistakes_in_a_step_are_found_and_named(counts):
-    """A number that the host needs, a copy of the embeddings, and the logits of all tokens at once."""
+    """A number that the host needs, a copy of the embeddings, additions by atomics, and the logits of all tokens at once."""
     found = counts["planted steps"]
     more = Counter(found["waits"]) - Counter(counts["steps"]["waits"])
     assert more == {"_local_scalar_dense in step.micro_batch": 1} and found["copies"] == {"clone in step.micro_batch": 2}
+    assert found["atomics"] == ["index_add_"] * 2
     assert found["logits"] == 4 * 8 * 256 > counts["most logits"] and found["forward"] < 1.02, "the plan has them, too"
 
 
 @counts_logits
-def test_modules_are_scored_with_a_wait_a_loss_and_one_a_module(counts):
-    found = counts["scoring of a run"]
-    once = {"_local_scalar_dense in scoring.check_loss": 1, "to host in gradients.add": found["modules"]}
-    assert found["waits"] == {**OF_LAYOUT, **once} and found["copies"] == {} and found["atomics"] == []
+@pytest.mark.parametrize(
+    ("run", "of_a_module", "kernels"),
+    [
+        ("scoring", {"to host in gradients.add": 1}, 580),
+        ("sketches", {"from host in sketch._test_matrices": 2}, 700),  # which are the same on all kinds of devices
+    ],
+)
+def test_modules_are_scored_with_a_wait_a_loss_and_few_a_module(counts, run, of_a_module, kernels):
+    found, waits = counts[run], {"_local_scalar_dense in scoring.check_loss": 1}
+    waits |= {place: number * found["modules"] for place, number in of_a_module.items()}
+    assert found["waits"] == {**OF_LAYOUT, **waits} and found["copies"] == {} and found["atomics"] == []
+    assert found["kernels"] <= kernels and found["bytes"] < 76e9
 
 
 @counts_logits
@@ -153,6 +114,15 @@ def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(
     assert found["before"] == {**sent, **dict.fromkeys((*of_prompts, *numbers), 1), of_prompts[0]: 4}
     assert found["waits"] == {} and found["copies"] == {} and found["atomics"] == []
     assert 0.98 < found["peak"] < 1.03, "as where all logits are there once"
+
+
+@counts_logits
+@pytest.mark.parametrize("run", ["rollout", "rollout of a hybrid"])
+def test_a_token_takes_few_kernels_and_moves_little_more_than_weights_keys_and_values_once(counts, run):
+    layer, token = counts[run]["layer"], counts[run]["token"]
+    assert layer["kernels"] == 15 + 6 + 2, "products, what is compiled between them, attention"
+    assert 1 < layer["ideal"] < 1.1
+    assert token["kernels"] <= 2 * layer["kernels"] + 80, "the output layer and the draw, and what the loop keeps"
 
 
 # Kernels, products, and looks at whether a tensor is aligned, each with a copy where it is not. Older torch has one kernel more.

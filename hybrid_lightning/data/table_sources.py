@@ -1,5 +1,6 @@
 """Sources of tables: local files (`FileSource`), the Hugging Face hub (`HubSource`), rows in memory (`RowsSource`)."""
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -158,7 +159,7 @@ def read_hub_split(
             data = datasets.load_dataset(path if hub else str(local), name, revision=revision, split=split)
         table = list(data.select(range(min(max_rows or len(data), len(data)))))
     except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
-        raise DataError(_explain(error, parameter, split, path, hub)) from error
+        raise DataError(_explain(error, parameter, split, path, name, hub)) from error
     if not table:
         raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows; name a split with at least one")
     if hub is not None and revision is not None and not hub_reachable():
@@ -175,8 +176,44 @@ def _check_revision(hub: HubRepository, data: Any) -> None:
         raise DataError(hub.not_in_cache())
 
 
-def _explain(error: Exception, parameter: str, split: str, path: str, hub: HubRepository | None) -> str:
+# Message of `datasets` about a mistake in the config -> message that names the remedy.
+_DATASETS_MESSAGES = (
+    (
+        r"BuilderConfig '.*?' not found\. Available: \[(.*?)\]",
+        "data set {path!r} has no configuration name={name!r}; give one of {choices}",
+    ),
+    (
+        r"Config name is missing\..*?configs: \[(.*?)\]",
+        "data set {path!r} has several configurations; set name to one of {choices}",
+    ),
+    (
+        r"Couldn't find cache for .*? for config .*?Available configs in the cache: \[(.*?)\]",
+        "the cache has no configuration name={name!r} of data set {path!r}, and the hub cannot be reached; correct it to one of "
+        "{choices}, or download it",
+    ),
+    (
+        r'Unknown split ".*?"\. Should be one of \[(.*?)\]',
+        "{parameter}={split!r}: data set {path!r} has no such split; it has {choices}; correct {parameter}, or set it to null",
+    ),
+    (
+        r"Dataset scripts are no longer supported",
+        "data set {path!r} is a loading script, which `datasets` no longer runs; set revision=refs/convert/parquet, where the "
+        "hub keeps most of these data sets as files, or use another data set",
+    ),
+    (
+        r"doesn't contain any data files|No \(supported\) data files found|Couldn't infer the same data file format",
+        "data set {path!r} has no readable data files, such as Parquet or JSON Lines; use another data set",
+    ),
+)
+
+
+def _explain(error: Exception, parameter: str, split: str, path: str, name: str | None, hub: HubRepository | None) -> str:
     text = one_line(error)
+    for pattern, message in _DATASETS_MESSAGES:
+        match = re.search(pattern, text)
+        if match is not None:
+            choices = (match[1] if match.groups() else "").replace("'", "")
+            return message.format(parameter=parameter, split=split, path=path, name=name, choices=choices)
     explained = None
     if hub is not None and type(error).__name__ == "DatasetNotFoundError":
         explained = hub.not_found()

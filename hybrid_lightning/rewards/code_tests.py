@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from hybrid_lightning.errors import DataError
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards.code_problem import read_problem
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import extract_match
@@ -90,6 +90,10 @@ class CodeTests(RewardFunction):
         allow_without_isolation: bool = False,
         name: str | None = None,
     ) -> None:
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers={workers}; give at least 1, or null for one per processor")
+        if memory_mb < 128:
+            raise ConfigError(f"memory_mb={memory_mb}; give at least 128")
         self.columns = (test_column, entry_point_column, setup_column)
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.partial_credit = partial_credit

@@ -95,6 +95,9 @@ class FunctionReward(RewardFunction):
         named = {
             name: entry for name, entry in parameters.items() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
         }
+        own = parameters[self._own[0]]
+        if own.name not in named:
+            raise ConfigError(f"function={self.function!r} takes {own} only by position; write the parameter as {own.name}")
         self.arguments = dict(arguments or {})
         free = {name: entry for name, entry in named.items() if name not in self._own}
         self.wanted = [name for name in free if name not in self.arguments]  # facts about a prompt

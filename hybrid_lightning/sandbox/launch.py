@@ -30,7 +30,7 @@ class Limits:
     """Limits of one program; its tests, in a separate process, have the same limits.
 
     Raises:
-        ConfigError: If a limit is too low for any program, or not finite.
+        ConfigError: If a limit is too low for any program, or not a number.
     """
 
     cpu_seconds: int = 5  # CPU time in whole seconds, as the kernel counts it
@@ -44,8 +44,10 @@ class Limits:
         least = {"cpu_seconds": 1, "wall_seconds": 0.1, "memory_bytes": 128 * 2**20}
         least |= {"file_bytes": 2**10, "temporary_bytes": 2**16, "threads": 1}
         for name, value in asdict(self).items():
-            if not least[name] <= value < float("inf"):
+            if isinstance(value, bool) or not least[name] <= value < float("inf"):
                 raise ConfigError(f"{name}={value}; give a number of at least {least[name]}")
+            if name != "wall_seconds" and value != int(value):
+                raise ConfigError(f"{name}={value}; give a whole number")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ async def careless_async(completion): return 1 / int(completion)
 def careless_batch(completions): return [1 / int(text) for text in completions]
 def nothing(completion): return None
 def neither(text): return 1.0
+def by_place(completions, /): return [1.0 for _ in completions]
 def sorts(completions): completions.sort(); return [float(len(text)) for text in completions]
 def leaves(completion): raise SystemExit(2)
 clients = []
@@ -222,6 +223,7 @@ def test_what_cannot_be_found_is_said_at_start(here):
         ("no_file.py:f", "there is no file .*no_file.py"),
         ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
         ("my_rewards.py:neither", "has the parameters text; name one of them completions"),
+        ("my_rewards.py:by_place", "takes completions only by position"),
         ("my_rewards.py", r"names a file but no function in it; write my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
         ("my_rewards.py:Limits", "is a class; .* set class_path"),

@@ -227,7 +227,10 @@ def _dapo_answer(columns: dict[str, Any]) -> str:
         return cell_text(columns, "solution", "answer")
     reward_model = columns["reward_model"]
     if isinstance(reward_model, str):
-        reward_model = json.loads(reward_model)
+        try:
+            reward_model = json.loads(reward_model)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column 'reward_model' is not JSON: {error}") from error
     if not isinstance(reward_model, Mapping):
         raise ValueError("column 'reward_model' must be an object with ground_truth")
     return cell_text(dict(reward_model), "ground_truth")

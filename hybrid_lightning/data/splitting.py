@@ -97,10 +97,15 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Raise ConfigError if a fraction is not a share."""
+    """Raise ConfigError if a fraction is not a share, or if the two leave nothing to train on."""
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise ConfigError(f"{name}={value}; give a share of the rows between 0 and 1, such as 0.1")
+    if validation_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} add up to "
+            f"{validation_fraction + test_fraction} and leave no rows to train on; their sum must be below 1"
+        )
 
 
 def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:

@@ -61,6 +61,8 @@ def checked_step(value: Any) -> Step:
         raise OddAnswerError(f"returned over={shorten(value.over)}; it must be True or False")
     if value.end not in ("over", "answered"):
         raise OddAnswerError(f"returned end={shorten(value.end)}; it must be 'over' or 'answered'")
+    if not isinstance(value.counts, Mapping):
+        raise OddAnswerError(f"returned counts={shorten(value.counts)}; it must be a dict of numbers")
     counts = {str(name): checked_number(count, f"counts[{name!r}]") for name, count in value.counts.items()}
     return Step(checked_messages(value.messages), checked_number(value.reward, "reward"), bool(over), value.end, counts)
 

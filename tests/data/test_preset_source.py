@@ -99,7 +99,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path):
         ("math", {"solution": "no box"}, r"the solution has no \\boxed\{\} with an answer"),
         ("aime25", {"answer": 1000}, "'1000' is not a whole number from 0 to 999"),
         ("mmlu_pro", {"answer": "K"}, "column 'answer' is 'K', which is not the letter of one of the 10 options"),
-        ("dapo", {"reward_model": "x"}, "Expecting value: line 1 column 1"),
+        ("dapo", {"reward_model": "x"}, "column 'reward_model' is not JSON"),
         ("dapo", {"reward_model": {}}, "there is no column 'ground_truth'"),
         ("leetcode", {"test": ""}, "column 'test' is empty"),
     ):

@@ -80,6 +80,7 @@ def test_whatever_is_not_a_step_is_reported():
         (("hi", 1.0, 2), "returned over=2; it must be True or False"),
         ((3, 1.0, True), "returned 3; it must return messages"),
         (Step(end="won"), "returned end='won'"),
+        (Step(counts=[1]), r"returned counts=\[1\]; it must be a dict of numbers"),
         (Step(counts={"calls": "2"}), r"returned counts\['calls'\]='2'; it must be a number"),
     ):
         with pytest.raises(OddAnswerError, match=message):

@@ -56,6 +56,15 @@ class PromptDataModule(Configurable, LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        limits = {
+            "max_prompt_tokens": max_prompt_tokens,
+            "validation_prompts": validation_prompts,
+            "test_prompts": test_prompts,
+            "eval_batch_size": eval_batch_size,
+        }
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; give at least 1" + ("" if name == "eval_batch_size" else ", or null"))
         self.source = source
         self.format = format
         self.max_prompt_tokens = max_prompt_tokens

@@ -126,10 +126,15 @@ class FormatBySet(PromptFormat):
 
     Args:
         formats: Name of the set, as in the source `Mixture` -> its format.
+
+    Raises:
+        ConfigError: If no set is given.
     """
 
     def __init__(self, formats: dict[str, PromptFormat]) -> None:
         super().__init__()
+        if not formats:
+            raise ConfigError("FormatBySet: formats={}; give each set a format, as in formats: {gsm8k: ChatFormat}")
         self.formats = formats
 
     def format(self, row: Row) -> Prompt:

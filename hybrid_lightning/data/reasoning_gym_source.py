@@ -4,7 +4,7 @@ from typing import Any
 
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
-from hybrid_lightning.errors import ConfigError, one_line
+from hybrid_lightning.errors import ConfigError, DataError, one_line
 from hybrid_lightning.reasoning_gym_tasks import library
 
 
@@ -32,6 +32,12 @@ class ReasoningGymSource(PromptSource):
         seed: int = 0,
         config: dict[str, Any] | None = None,
     ) -> None:
+        sizes = {"size": size, "validation_size": validation_size, "test_size": test_size}
+        for name, value in sizes.items():
+            if value < 0:
+                raise ConfigError(f"{name}={value}; give 0 or more problems")
+        if not sum(sizes.values()):
+            raise ConfigError("size, validation_size and test_size are all 0; set at least one of them")
         for name in {"size", "seed"} & set(config or {}):
             raise ConfigError(f"config has {name!r}; set the argument {name} of ReasoningGymSource instead")
         self.task = task
@@ -55,7 +61,12 @@ class ReasoningGymSource(PromptSource):
             ) from error
         rows = []
         for item in range(sum(self.sizes)):
-            entry = dataset[item]
+            try:
+                entry = dataset[item]
+            except Exception as error:
+                raise DataError(
+                    f"reasoning-gym task {self.task!r} cannot make problem {item}: {one_line(error)}; change the seed or config"
+                ) from error
             columns = {"question": entry["question"], "task": self.task, "config": config, "item": item}
             answer = entry["answer"]
             rows.append(

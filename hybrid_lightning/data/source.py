@@ -140,6 +140,9 @@ class EpisodeSource(PromptSource):
         test_count: Number of test tasks.
         prompt: Text for the policy before the environment's first message.
 
+    Raises:
+        ConfigError: If a number is negative or too large, or all are 0.
+
     Example:
         >>> splits = EpisodeSource(count=2, validation_count=1, prompt="Guess the number.").load()
         >>> [(row.question, row.columns) for row in splits.train]
@@ -154,8 +157,14 @@ class EpisodeSource(PromptSource):
         test_count: int = 100,
         prompt: str = "Play the game.",
     ) -> None:
+        counts = {"count": count, "validation_count": validation_count, "test_count": test_count}
+        for name, value in counts.items():
+            if not 0 <= value <= _SEEDS:
+                raise ConfigError(f"EpisodeSource: {name}={value}; give 0 to {_SEEDS} tasks")
+        if not sum(counts.values()):
+            raise ConfigError("EpisodeSource: count, validation_count and test_count are all 0; set at least one of them")
         self.seed, self.prompt = seed, prompt
-        self._counts = {"train": count, "validation": validation_count, "test": test_count}
+        self._counts = dict(zip(_SPLITS, counts.values(), strict=True))
 
     def read(self) -> Splits:
         """Draw the seeds of each split."""

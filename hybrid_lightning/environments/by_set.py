@@ -4,7 +4,7 @@ from collections.abc import Awaitable
 from typing import Any, Self
 
 from hybrid_lightning.environments.environment import Answer, Environment, Messages
-from hybrid_lightning.errors import DataError
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Message, Prompt
 
 
@@ -17,10 +17,13 @@ class EnvironmentBySet(Environment):
         environments: Name of the set -> its environment.
 
     Raises:
+        ConfigError: If no set is given.
         DataError: If a prompt belongs to another set.
     """
 
     def __init__(self, environments: dict[str, Environment]) -> None:
+        if not environments:
+            raise ConfigError("EnvironmentBySet: environments={}; give each set one, as in environments: {games: GuessNumber}")
         self.environments = environments
         self._own: Any = None  # of the episode
 

@@ -32,18 +32,22 @@ class ForeignEnvironment(Environment):
         arguments: Its arguments, by name.
 
     Raises:
-        ConfigError: If the function does not exist.
+        ConfigError: If the function does not exist, or it does not take these arguments.
     """
 
     def __init__(self, make: str, arguments: dict[str, Any] | None = None) -> None:
         self._function = load_function(make, "make")
-        self._make, self._arguments = make, arguments or {}
+        self._arguments = dict(arguments or {})
+        self._make = make
+        for name in self._arguments:
+            if not takes(self._function, name):
+                raise ConfigError(f"arguments.{name}: {make} has no parameter {name!r}; correct the name, or leave it out")
         self.game: Any = None  # the object, made when the episode begins
 
-    def _begin(self, seed: int) -> Any:
+    def _begin(self, seed: int, **more: Any) -> Any:
         """Make the object for an episode."""
         seeded = {"seed": seed} if takes(self._function, "seed", by_name=True) else {}
-        self.game = self._function(**{**seeded, **deepcopy(self._arguments)})
+        self.game = self._function(**{**seeded, **deepcopy(self._arguments), **more})
         return self.game
 
     def close(self) -> Awaitable[None] | None:

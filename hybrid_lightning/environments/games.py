@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any, ClassVar
 
 from hybrid_lightning.environments.environment import Environment, Step
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import compile_pattern
@@ -29,6 +30,9 @@ class GuessNumber(Environment):
         right: Answer to the right number. It ends the episode, and the policy does not read it.
         invalid: Answer to a message that is not a guess; `{low}` and `{high}` are filled in.
 
+    Raises:
+        ConfigError: If the range has fewer than two numbers, or the answers to low and high guesses are the same.
+
     Example:
         >>> game = GuessNumber(1, 100)
         >>> game.start(Prompt(text="Play."), seed=0)[0]["content"]
@@ -49,6 +53,10 @@ class GuessNumber(Environment):
         right: str = "right",
         invalid: str = "Say a whole number from {low} to {high}.",
     ) -> None:
+        if low >= high:
+            raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess; give a high above low")
+        if higher == lower:
+            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer; make them differ")
         self.low, self.high = low, high
         self.higher, self.lower, self.right = higher, lower, right
         self.rules, self.invalid = (text.replace("{low}", str(low)).replace("{high}", str(high)) for text in (rules, invalid))
@@ -88,12 +96,14 @@ class ReasoningGymEnvironment(Environment):
         wrong: Message after a wrong answer; `{left}` is the number of attempts left.
 
     Raises:
-        ConfigError: If the pattern does not have exactly one group, or reasoning-gym is missing.
+        ConfigError: If `attempts` is below 1, the pattern does not have exactly one group, or reasoning-gym is missing.
     """
 
     def __init__(
         self, attempts: int = 3, pattern: str | None = None, wrong: str = "That is not right. Attempts left: {left}. Try again."
     ) -> None:
+        if attempts < 1:
+            raise ConfigError(f"ReasoningGymEnvironment: attempts={attempts}; give at least 1")
         self.pattern = compile_pattern(pattern or "(.*)", 1)
         self.attempts, self.wrong = attempts, wrong
         self.left = attempts

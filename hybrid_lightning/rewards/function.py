@@ -16,6 +16,7 @@ from hybrid_lightning.user_calls import await_all, run_async
 from hybrid_lightning.user_code import describe_error, load_function
 
 logger = logging.getLogger(__name__)
+_KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}
 _BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
 
 
@@ -135,6 +136,9 @@ class FunctionReward(RewardFunction):
                     f"arguments.{name}={shorten(value)}: {self.function} has no such parameter to set; it has "
                     f"{', '.join(free) or 'none'}"
                 )
+            kind = _kind(free[name]) if name in free else None
+            if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
+                raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, as {self.function} expects")
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the row has every column that the function needs, and no column that is also in `arguments`."""
@@ -260,6 +264,14 @@ def _messages(completion: str, prompt: Prompt) -> Any:
     if episode is not None:
         return [dict(message) for message in dropwhile(lambda message: message["role"] != "assistant", episode.messages)]
     return [{"role": "assistant", "content": str(completion)}]
+
+
+def _kind(parameter: inspect.Parameter) -> str | None:
+    """A parameter's type in words, from its annotation or else its default; None if neither is a plain type."""
+    wanted = parameter.annotation
+    if wanted is parameter.empty:
+        wanted = type(parameter.default)
+    return _KINDS.get(wanted if isinstance(wanted, str) else getattr(wanted, "__name__", ""))
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:

@@ -62,13 +62,16 @@ def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
     assert "validation prompts" not in caplog.text
 
 
-def test_prompts_that_are_too_long_or_cannot_be_counted_and_stages_without_rows_are_refused():
+def test_prompts_that_are_too_long_or_cannot_be_counted_impossible_limits_and_stages_without_rows_are_refused():
     data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
     message = r"all 3 train prompts are longer than max_prompt_tokens=4 \(from 5 to 7 tokens\); raise it"
     with pytest.raises(DataError, match=message):
         data.setup("fit", encode=words)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
+    for name in ("max_prompt_tokens", "eval_batch_size"):
+        with pytest.raises(ConfigError, match=f"{name}=0; give at least 1"):
+            PromptDataModule(Words(), PlainFormat(), **{name: 0})
     for stage, split in (("validate", "validation"), ("predict", "test")):
         with pytest.raises(DataError, match=f"Words has no {split} rows, but {stage} needs some"):
             PromptDataModule(Words(train=3), PlainFormat()).setup(stage)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from hybrid_lightning.data import ReasoningGymSource, problem_key
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, DataError
 
 pytest.importorskip("reasoning_gym", reason="the optional extra reasoning-gym is not installed")
 
@@ -24,7 +24,8 @@ def test_bad_arguments():
         ({"task": "no_such_task"}, "has no task 'no_such_task'; it has .*leg_counting"),
         ({"task": "leg_counting", "config": {"max_animals": -1}}, "rejects config"),
         ({"task": "leg_counting", "config": {"seed": 1}}, "set the argument seed"),
+        ({"task": "leg_counting", "size": 0, "validation_size": 0, "test_size": 0}, "set at least one of them"),
     ):
-        with pytest.raises(ConfigError, match=message) as caught:
+        with pytest.raises((ConfigError, DataError), match=message) as caught:
             ReasoningGymSource(**arguments).load()
         assert "\n" not in str(caught.value)

@@ -86,3 +86,9 @@ def test_rows_with_one_question_are_copies_of_a_problem_only_if_they_have_one_ta
     assert [row.task for row in splits.train] == ["b", "c"] and dropped["train"] == 1
     parts = [{row.task for row in part} for part in vars(split_rows(rows, 0.25, 0.25, seed=0)).values()]
     assert sum(map(len, parts)) == 3 and all(parts)
+
+
+def test_bad_arguments():
+    for arguments, message in (((-1,), "count=-1; give 0 to"), ((0, 0, 0, 0), "set at least one of them")):
+        with pytest.raises(ConfigError, match=message):
+            EpisodeSource(*arguments)

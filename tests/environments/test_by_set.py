@@ -18,7 +18,7 @@ from hybrid_lightning.environments import (
     calculator,
 )
 from hybrid_lightning.episodes.turns import TurnEncoder
-from hybrid_lightning.errors import DataError
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.model.prompts import PromptEncoder
 from hybrid_lightning.types import Prompt
 
@@ -72,6 +72,8 @@ def test_each_set_acts_in_its_own_environment_and_its_prompts_show_its_tools():
     episodes.close()
     with pytest.raises(DataError, match=r"row 4 belongs to set 'quiz', which has no environment; .* are sums, loud, games"):
         encoder.check([*prompts, prompt(set_name="quiz", index=4)], ())
+    with pytest.raises(ConfigError, match="give each set one"):
+        EnvironmentBySet({})
 
 
 def test_a_row_names_the_tools_that_it_may_call():

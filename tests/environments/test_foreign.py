@@ -85,6 +85,7 @@ def test_gymnasium(form, said):
 
 def test_what_does_not_fit_is_said_in_one_line():
     for make, message in (
+        (lambda: GymEnvironment(here("Gym"), {"size": 1}), "arguments.size: .* has no parameter 'size'"),
         (lambda: GymEnvironment("no_such_package.make"), "make='no_such_package.make': there is no module 'no_such_package'"),
         (lambda: play(GymEnvironment(here("Odd")), []), "cannot be written as text .*wrap the environment"),
         (lambda: play(GymEnvironment(here("Odd"), {"said": [{"type": "image"}]}), []), "a block of type 'image'; only texts"),

@@ -46,6 +46,9 @@ def test_whatever_is_not_a_guess_is_answered_and_counted_and_the_number_follows_
 
 def test_bad_arguments():
     for make, message in (
+        (lambda: GuessNumber(5, 5), "low=5 and high=5 leave nothing to guess"),
+        (lambda: GuessNumber(higher="?", lower="?"), "make them differ"),
+        (lambda: ReasoningGymEnvironment(attempts=0), "attempts=0"),
         (lambda: ReasoningGymEnvironment(pattern="a"), "put only the answer in"),
         (
             lambda: ReasoningGymEnvironment().start(Prompt(text="1+1="), 0),

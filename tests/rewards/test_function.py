@@ -260,6 +260,9 @@ def test_arguments_that_do_not_fit_are_refused(here):
     for function, arguments, message in (
         ("near", {"tolerence": 1}, r"arguments\.tolerence=1: .*:near has no such parameter .* answer, tolerance, words"),
         ("near", {"answer": "1"}, "the run itself passes answer to my_rewards.py:near"),
+        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide'; give a number, as my_rewards\.py:near expects"),
+        ("near", {"tolerance": True}, "give a number, as .* expects"),
+        ("near_batch", {"tolerance": "0.1"}, "give a number, as .* expects"),
     ):
         with pytest.raises(ConfigError, match=message):
             FunctionReward(f"my_rewards.py:{function}", arguments=arguments)

@@ -37,13 +37,16 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
         html: A new file for the same comparison as a page; None writes no page.
 
     Raises:
-        ConfigError: If there are fewer than two folders, or if a folder does not hold a run that has begun.
-        OSError: If `html` exists or cannot be written.
+        ConfigError: If there are fewer than two folders, if a folder does not hold a run that has begun, or if `html` exists or
+            cannot be written.
     """
     if len(folders) < 2:
         raise ConfigError(
             "compare needs at least two run folders; give them, as in compare runs/gspo/version_0 runs/gspo/version_1"
         )
+    if html is not None and (Path(html).exists() or not Path(html).absolute().parent.is_dir()):
+        problem = "it exists" if Path(html).exists() else "its folder does not exist"
+        raise ConfigError(f"--html={html}: {problem}; give a new file")
     runs = [Run.read(Path(folder)) for folder in folders]
     letters, options = [letter(number) for number in range(len(runs))], differing_options(runs)
     rows = [("state", *(run.state for run in runs)), ("verdict", *((run.summary or {}).get("verdict") or "-" for run in runs))]

@@ -27,10 +27,12 @@ class PredictionWriter(Callback):
             predicts again. With several processes each writes its own file, with the rank before the suffix.
 
     Raises:
-        ConfigError: If `path` exists when predicting begins, or cannot be written.
+        ConfigError: If `path` is a folder, or if it exists when predicting begins.
     """
 
     def __init__(self, path: str | None = None) -> None:
+        if path is not None and Path(path).is_dir():
+            raise ConfigError(f"predictions.path={path!r} is a folder; give a file name such as predictions.jsonl")
         self.path = path
         self._file: TextIO | None = None
 

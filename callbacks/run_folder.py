@@ -158,8 +158,12 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
 
 def _make(folder: Path, made: list[Path]) -> None:
     """Make a folder and its parents; those that did not exist are added to `made`."""
-    made += reversed([path for path in (folder, *folder.parents) if not path.exists()])
-    folder.mkdir(parents=True, exist_ok=True)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another run may have made it in the meantime
+            path.mkdir()
+            made.append(path)
+    folder.mkdir(exist_ok=True)  # raises if a file has this name
 
 
 def _try_out(folder: Path) -> None:

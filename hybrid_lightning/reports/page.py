@@ -65,16 +65,18 @@ class Run:
         """Read a run folder.
 
         Raises:
-            ConfigError: If it does not exist, or does not belong to a run that has begun.
+            ConfigError: If it does not exist, does not belong to a run that has begun, or cannot be read.
         """
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder; give a run folder such as runs/gspo/version_0")
         if not (folder / REPORT).is_file():
             raise ConfigError(
                 f"{folder} has no {REPORT}, which fit writes from its first validation on; give a run folder such as "
                 "runs/gspo/version_0"
             )
-        report, summary = json.loads((folder / REPORT).read_text(encoding="utf-8")), folder / "summary.json"
-        done = report["state"] == "finished" and summary.is_file()
-        return cls(folder, report, json.loads(summary.read_text(encoding="utf-8")) if done else None)
+        report = _read(folder / REPORT)
+        done = report["state"] == "finished" and (folder / "summary.json").is_file()
+        return cls(folder, report, _read(folder / "summary.json") if done else None)
 
     @property
     def state(self) -> str:
@@ -124,6 +126,13 @@ class Run:
         sides = self.report["first"], self.report["last"]
         found = {name: (metric, compare_validations(*sides, metric)) for name, metric in self.measures.items()}
         return {name: shown_comparison(change, metric, True) for name, (metric, change) in found.items() if change}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; give the folder of another run") from error
 
 
 def shown_comparison(change: Difference, metric: str, paired: bool) -> str:

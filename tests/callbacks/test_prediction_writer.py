@@ -62,7 +62,9 @@ def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
     assert len(read(tmp_path / "version_0" / "predictions.jsonl")) == 5 and writer._file is None
 
 
-def test_other_languages_stay_readable(tmp_path):
+def test_other_languages_stay_readable_and_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"predictions\.path=.* is a folder; give a file name"):
+        PredictionWriter(str(tmp_path))
     writer = PredictionWriter(str(tmp_path / "p.jsonl"))
     trainer = SimpleNamespace(fast_dev_run=True, world_size=1, global_rank=0)
     writer.on_predict_start(trainer, None)

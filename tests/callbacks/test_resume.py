@@ -14,12 +14,12 @@ import yaml
 from cli_runs import done, run
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from tiny_runs import build_adapter, build_data, fit, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums
 
 from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Change, Resume, changes_of, check_changes
 from hybrid_lightning.callbacks.run_settings import flatten_settings
-from hybrid_lightning.configurable import public_path
+from hybrid_lightning.configurable import constructor_defaults, public_path
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy import CosineSchedule, PolicyModule
@@ -29,10 +29,31 @@ from hybrid_lightning.training.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_K
 # ---- which changes are refused
 
 
-def test_what_decides_what_is_trained_and_changes_that_would_do_nothing_are_refused():
-    fixed = ("model.dtype", "model.quantization.double_quant", "model.seed", "model.optimizer.amsgrad", "trainer.fast_dev_run")
+def test_what_decides_what_is_trained_is_refused():
+    names = [*(f"model.{name}" for name in constructor_defaults(PolicyModule)), "model", "data", "adapter", "trainer.max_steps"]
+    names += [f"adapter.{name}" for name in constructor_defaults(HybridAdapterSetup)]
+    names += [
+        "model.optimizer.amsgrad",
+        "model.optimizer.weight_decay",
+        "model.quantization.double_quant",
+        "adapter.budget.share",
+    ]
+    names += ["seed_everything", "trainer.fast_dev_run", "training prompts", "checkpoint.monitor"]
+    refused = []
+    for name in names:
+        try:
+            check_changes([Change(3, name, 1, 7)])
+        except CheckpointError:
+            refused.append(name)
+    of_adapter = {name for name in names if name.startswith("adapter")} - {"adapter.plan", "adapter.keep_start_weights"}
+    assert set(refused) == of_adapter | {
+        *("model", "model.dtype", "model.quantization", "model.quantization.double_quant", "model.seed", "model.optimizer"),
+        *("model.optimizer.amsgrad", "seed_everything", "trainer.fast_dev_run"),
+    }
+
+
+def test_changes_that_would_do_nothing_are_refused():
     for name, after, message in (
-        *((name, 7, f"was trained with {name}=null, but it is 7 now; give --{name}=null") for name in fixed),
         ("model.optimizer.lr", 1, "has no effect, since each group of weights has a rate of its own; give --model.lr_full"),
         ("trainer.max_steps", 2, "trainer.max_steps=2 is less than the 3 steps that the checkpoint has; give how many"),
     ):
@@ -300,13 +321,18 @@ def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tm
     assert summary._before == {}
 
 
-def test_a_checkpoint_of_another_format_is_refused(model, sums, saved, tmp_path):
+def test_a_checkpoint_of_another_program_or_format_is_refused(model, sums, saved, tmp_path):
     content = torch.load(saved[0] / "step=3.ckpt", weights_only=True)
-    content[CHECKPOINT_KEY]["format"] = CHECKPOINT_FORMAT + 1
-    torch.save(content, tmp_path / "other.ckpt")
-    message = f"has format {CHECKPOINT_FORMAT + 1}, but this version reads format {CHECKPOINT_FORMAT}; resume with"
-    with pytest.raises(CheckpointError, match=message):
-        fit(model, sums, tmp_path, ckpt=tmp_path / "other.ckpt")
+    other = {**content.pop(CHECKPOINT_KEY), "format": CHECKPOINT_FORMAT + 1}
+    refusal = f"has format {CHECKPOINT_FORMAT + 1}, but this version reads format {CHECKPOINT_FORMAT}; resume with"
+    data = {"datamodule": build_data(sums, validation_fraction=0.2), "ckpt_path": tmp_path / "other.ckpt"}
+    for entry, message, command in (
+        ({}, "was not written by hybrid_lightning", "validate"),
+        ({CHECKPOINT_KEY: other}, refusal, "fit"),
+    ):
+        torch.save({**content, **entry}, tmp_path / "other.ckpt")
+        with pytest.raises(CheckpointError, match=message):
+            getattr(build_trainer(tmp_path, build_adapter()), command)(build_policy(model), **data)
 
 
 def test_settings_made_in_python_are_compared_by_lightnings_own_trainer_too(resumed):

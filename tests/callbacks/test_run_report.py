@@ -130,8 +130,9 @@ def test_compare_tells_runs_apart_by_their_problems(folder):
     assert "not finished (step 2 of 2)" in other
     for arguments, message in {
         (runs[0],): "compare needs at least two run folders",
-        (runs[0], "model"): r"model has no report\.json, which fit writes .*; give a run folder",
-        (*runs, "--html=c.html"): r".* File exists: 'c\.html'",
+        (runs[0], "runs/none"): "runs/none is not a folder; give a run folder",
+        (runs[0], "model"): r"model has no report\.json, which fit writes",
+        (*runs, "--html=c.html"): r"--html=c\.html: it exists; give a new file",
     }.items():
         refused = run_command(folder, "compare", *arguments)
         assert refused.code == 1 and re.search(f"error: {message}", refused.err) and len(refused.err.splitlines()) == 1

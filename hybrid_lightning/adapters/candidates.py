@@ -79,6 +79,8 @@ def find_candidates(
             "transformer with nn.Linear (or transformers' Conv1D) modules in its blocks"
         )
     ends = [*named] if target_modules is None else target_modules
+    if isinstance(target_modules, str) or not (target_modules or target_modules is None):
+        raise ModelError(f"target_modules={target_modules!r}; give a list of module names such as ['q_proj', 'v_proj']")
     for end in target_modules or ():
         if not any(_ends(end, name) for name in found):
             raise ModelError(f"target_modules: {end!r} matches no candidate module; give one of {_kinds(found)}")

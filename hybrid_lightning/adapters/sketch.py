@@ -39,6 +39,8 @@ class SketchedGradients(GradientMode):
     """
 
     def __init__(self, size: int | None = None, seed: int = 0) -> None:
+        if size is not None and size < 1:
+            raise ConfigError(f"size={size}; give at least one direction, or None to choose it by the rank")
         self.size, self.seed = size, seed
 
     def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:  # noqa: D102

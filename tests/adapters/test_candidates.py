@@ -41,6 +41,8 @@ def test_target_modules_match_ends_of_names_at_a_dot(make_model):
     for targets, message in (
         (["q_proj", "proj"], r"'proj' matches no candidate.*down_proj, gate_proj, k_proj"),
         (["lm_head"], "lm_head"),
+        ("q_proj", "give a list"),
+        ([], "give a list"),
     ):
         with pytest.raises(ModelError, match=message):
             find_candidates(model, targets)

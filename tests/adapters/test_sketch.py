@@ -65,6 +65,7 @@ def test_what_is_kept_of_a_gradient_and_what_cannot_be():
     estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
     assert estimate.energy() == estimate.tail_energy(2) == 0
     for make, message in (
+        (lambda: SketchedGradients(size=0), "size=0"),
         (lambda: SketchedGradients(size=8).new_sum("a", weight, 8), "not above the LoRA rank 8"),
         (estimate.matrix, "needs whole gradients"),
     ):

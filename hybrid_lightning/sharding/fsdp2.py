@@ -98,7 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self.offloads or "cpu:" in backend:
             return backend
         # Gradient norms and checkpoints are gathered on the CPU.
-        return f"cpu:gloo,{self.root_device.type}:{backend}"
+        return f"cpu:gloo,{backend if ':' in backend else f'{self.root_device.type}:{backend}'}"
 
     def model_to_device(self) -> None:
         """Move tensors that are not split, such as metrics, to the device; with offloading the parts stay on the host."""

@@ -76,7 +76,8 @@ def on(kind, backend=None):
 
 
 def test_collectives_are_there_for_the_host_and_the_device_and_the_group_is_bound_to_none(monkeypatch):
-    backends = {None: "cpu:gloo,cuda:nccl", "nccl": "cpu:gloo,cuda:nccl", "cuda:nccl,cpu:mpi": "cuda:nccl,cpu:mpi"}
+    whole = dict.fromkeys((None, "nccl", "cuda:nccl"), "cpu:gloo,cuda:nccl")
+    backends = {**whole, "cuda:nccl,cpu:mpi": "cuda:nccl,cpu:mpi"}
     assert {name: on("cuda", name)._get_process_group_backend() for name in backends} == backends
     assert on("cpu")._get_process_group_backend() == "gloo"
     assert on("cuda").offloads and not on("cpu").offloads

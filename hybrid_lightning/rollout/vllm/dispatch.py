@@ -14,15 +14,16 @@ from collections import deque
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
 from hybrid_lightning.rollout.vllm.completing import Answer, Requests
 from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+
+if TYPE_CHECKING:
+    import httpx
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # interval of checks for work
@@ -79,7 +80,7 @@ class Dispatch:
         ConfigError: If a server cannot complete a prompt this many times at once.
     """
 
-    _client: httpx.AsyncClient
+    _client: "httpx.AsyncClient"
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
     _work: "Future[None]"

@@ -12,13 +12,14 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, TypeVar
-
-import httpx
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from hybrid_lightning.errors import RolloutError, shorten
 from hybrid_lightning.rollout.vllm import MISSING, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
+
+if TYPE_CHECKING:
+    import httpx
 
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for requests that a server answers between two steps of its engine
@@ -183,7 +184,7 @@ class Server:
     # ---- completions
 
     async def complete(
-        self, client: httpx.AsyncClient, name: str, ids: Sequence[int], parameters: dict[str, Any]
+        self, client: "httpx.AsyncClient", name: str, ids: Sequence[int], parameters: dict[str, Any]
     ) -> list[Answer]:
         """Complete a prompt of these token ids, with a request that can be ended by its name.
 
@@ -208,7 +209,7 @@ class Server:
             ServerError: If it does not answer, or cannot compute them.
         """
 
-        async def of_all(client: httpx.AsyncClient) -> list[Any]:
+        async def of_all(client: "httpx.AsyncClient") -> list[Any]:
             common = {"sampling_params": PROMPT_LOGPROBS, "model": self.adapter}
             bodies = [{"token_ids": list(ids), **common} for ids in token_ids]
             return await asyncio.gather(*(self._ask(client, "POST", "/inference/v1/generate", body) for body in bodies))
@@ -221,13 +222,13 @@ class Server:
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(self.url, f"its log-probabilities of prompts cannot be read ({error})", 422) from error
 
-    async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
+    async def end(self, client: "httpx.AsyncClient", names: Sequence[str]) -> None:
         """End requests, if the server still answers."""
         with contextlib.suppress(ServerError):  # the server ends them itself when their connections are closed
             ids = [f"generate-tokens-{name}" for name in names]  # as vLLM calls them
             await self._ask(client, "POST", "/inference/v1/abort_requests", {"request_ids": ids})
 
-    async def label_now(self, client: httpx.AsyncClient) -> str:
+    async def label_now(self, client: "httpx.AsyncClient") -> str:
         """The label of its weights, requested in parallel with other requests."""
         return self._label(await self._ask(client, "GET", "/weight_info"))
 
@@ -237,14 +238,18 @@ class Server:
         except (LookupError, TypeError) as error:
             raise ServerError(self.url, f"its answer to /weight_info has no version: {shorten(answer)}") from error
 
-    def connections(self) -> httpx.AsyncClient:
+    def connections(self) -> "httpx.AsyncClient":
         """Connections to this server and others like it; each request limits its own time."""
+        import httpx  # here and below: it takes 3 MB of runs without a server
+
         return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=_CONNECT_S), **self._options)
 
     # ---- requests
 
     @cached_property
     def _options(self) -> dict[str, Any]:
+        import httpx
+
         return {
             "trust_env": False,  # ignore the environment's proxy: weights go directly to a server, too
             "verify": ssl.create_default_context() if self.url.startswith("https") else False,
@@ -264,8 +269,10 @@ class Server:
         return self._within(limit, lambda client: self._ask(client, method, path, body, params))
 
     async def _ask(
-        self, client: httpx.AsyncClient, method: str, path: str, body: Any = None, params: dict[str, str] | None = None
+        self, client: "httpx.AsyncClient", method: str, path: str, body: Any = None, params: dict[str, str] | None = None
     ) -> Any:
+        import httpx
+
         try:
             return self._content(
                 await client.request(method, f"{self.url}{path}", json=body, params=params, headers=self._headers)
@@ -275,7 +282,7 @@ class Server:
         except httpx.HTTPError as error:
             raise ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})") from error
 
-    def _within(self, limit: float, answer: Callable[[httpx.AsyncClient], Awaitable[_T]]) -> _T:
+    def _within(self, limit: float, answer: "Callable[[httpx.AsyncClient], Awaitable[_T]]") -> _T:
         """The answer, if it arrives completely within this many seconds."""
 
         async def limited() -> _T:
@@ -287,7 +294,7 @@ class Server:
         except TimeoutError as error:
             raise ServerError(self.url, f"no answer within {limit:g} s; it hangs or is overloaded") from error
 
-    def _content(self, response: httpx.Response) -> Any:
+    def _content(self, response: "httpx.Response") -> Any:
         if response.is_success:
             try:
                 is_text = response.content.startswith(b"Success")  # vLLM's answer for adapters
@@ -321,7 +328,7 @@ def _answer(choice: dict[str, Any], longest: int) -> Answer:
     return Answer(tokens, logprobs, choice["finish_reason"] == "stop", versions)
 
 
-def _cause(response: httpx.Response) -> str:
+def _cause(response: "httpx.Response") -> str:
     """The error that a server reports, in a line."""
     try:
         content = response.json()

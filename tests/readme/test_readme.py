@@ -60,7 +60,7 @@ def here(tmp_path, monkeypatch):
 
 def test_the_two_commands_are_marked_for_those_who_run_them():
     first, test = (re.search(rf"<!-- {name} command -->\n```bash\n(.*)\n```\n", README)[1] for name in ("first", "test"))
-    assert first.endswith("-m hybrid_lightning fit --config configs/gspo.yaml") and test.endswith("/bin/pytest -n 3")
+    assert first.endswith("-m hybrid_lightning fit --config configs/gspo.yaml") and test.endswith("/bin/pytest -n 4")
 
 
 def together():

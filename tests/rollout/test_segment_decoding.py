@@ -14,6 +14,7 @@ import torch
 from engine.test_logprobs import build_sequences
 from engine.test_packing import build_sequences as build_many
 from fake_cuda.fake_gpu import counter
+from long_cases import long_but
 from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
@@ -231,12 +232,15 @@ def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [
-        ({"factor": 1.001}, "a replayed step differed"),
-        ({"fails": ["end"]}, "RuntimeError: operation failed due to a previous error"),
-        ({"fails": ["step", "end"]}, "RuntimeError: operation not permitted"),
-        ({"fails": ["step"]}, "RuntimeError: operation not permitted"),
-    ],
+    long_but(
+        [
+            ({"factor": 1.001}, "a replayed step differed"),
+            ({"fails": ["end"]}, "RuntimeError: operation failed due to a previous error"),
+            ({"fails": ["step", "end"]}, "RuntimeError: operation not permitted"),
+            ({"fails": ["step"]}, "RuntimeError: operation not permitted"),
+        ],
+        *(0, 2),
+    ),
 )
 def test_graphs_are_given_up_and_leave_nothing_behind(tokenizer, monkeypatch, caplog, how, reason):
     """`auto`, as on a GPU: plain steps give the same completions, one line is printed, and torch is as it was."""

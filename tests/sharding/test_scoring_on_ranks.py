@@ -4,6 +4,7 @@ import gc
 import os
 
 import pytest
+from long_cases import long_but
 from ranks_of_tests import run
 from runs_of_tests import ByPrompt
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer
@@ -88,14 +89,9 @@ def score_each(root, jobs=tuple(JOBS), **arguments):
     return found
 
 
-@pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("alone")
-    return score_each(root, folder=folder)
-
-
-@pytest.mark.parametrize(("ranks", "jobs"), [(2, tuple(JOBS)), (3, ("sketches",))])
-def test_the_plan_equals_one_process_up_to_rounding(folder, tmp_path, alone, ranks, jobs):
+@pytest.mark.parametrize(("ranks", "jobs"), long_but([(2, ("default",)), (3, ("sketches",)), (2, tuple(JOBS)[1:])], 0, 1))
+def test_the_plan_equals_one_process_up_to_rounding(folder, tmp_path, ranks, jobs):
+    alone = score_each(tmp_path / "alone", folder=folder, jobs=jobs)
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": FSDP2Strategy, "devices": ranks, "jobs": jobs}
     first, *others = run(ranks, tmp_path / "ranks", score_each, timeout_s=120, **arguments)
     for name, (plan, _) in first.items():

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from fork_server import start_shared
 from messages import warnings_of
 
 import hybrid_lightning
@@ -28,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load fixtures, and with them all libraries, where tests run: the process that gives them to workers needs none."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("shared_fixtures")
+    else:
+        start_shared()
 
 
 def pytest_warning_recorded(warning_message: warnings.WarningMessage, nodeid: str) -> None:

@@ -26,10 +26,6 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from cli_runs import empty_picture
-
-from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.process import _SPINS
 
 _context = get_context("forkserver")
@@ -44,6 +40,7 @@ IMPORTED += ["vllm.entrypoints.llm"] if find_spec("vllm") else []
 _context.set_forkserver_preload(IMPORTED)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
+_SHARED = "HYBRID_LIGHTNING_TESTS_FORK_SERVER"  # address of a server that several processes use
 
 
 def free_port() -> int:
@@ -52,14 +49,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def start_shared() -> None:
+    """Start a server that the workers of pytest use, which end before this process: one each would import everything again."""
+    _ensure_running()
+    os.environ[_SHARED] = forkserver._forkserver._forkserver_address
+
+
+def _ensure_running() -> None:
+    server = forkserver._forkserver
+    if _SHARED in os.environ and server._forkserver_address is None:
+        server._forkserver_address, server._forkserver_alive_fd = os.environ[_SHARED], os.open(os.devnull, os.O_RDONLY)
+        server.ensure_running = lambda: None
+    paths = os.pathsep.join(path for path in sys.path if path)  # of the helpers
+    with patch.dict(os.environ, PYTHONPATH=paths, GOMP_SPINCOUNT=_SPINS):
+        server.ensure_running()
+
+
 def forked(target: Callable[..., None], *arguments: Any) -> Any:
     """Start a process that calls a function.
 
     Threads of all these processes wait as under `python -m hybrid_lightning`: OpenMP's own way is slow on a busy machine.
     """
-    paths = os.pathsep.join(path for path in sys.path if path)  # of the helpers
-    with patch.dict(os.environ, PYTHONPATH=paths, GOMP_SPINCOUNT=_SPINS):
-        forkserver._forkserver.ensure_running()
+    _ensure_running()
     process = _context.Process(target=_begin, args=(os.environ.get("PYTHONPATH"), target, arguments), daemon=True)
     process.start()
     return process
@@ -70,6 +81,10 @@ def _begin(paths: str | None, target: Callable[..., None], arguments: tuple[Any,
         os.environ.pop("PYTHONPATH", None)
     else:
         os.environ["PYTHONPATH"] = paths
+    from cli_runs import empty_picture
+
+    from hybrid_lightning.callbacks import hybrid_adapter_setup
+
     gc.freeze()  # the collector skips the server's imports, so their pages are not copied
     hybrid_adapter_setup.draw_heatmap = empty_picture  # as in the tests' own process: half of the time of a tiny run
     target(*arguments)
@@ -165,6 +180,8 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     if "OMP_NUM_THREADS" in environment:  # read when torch was imported
+        import torch
+
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     name, *arguments = command
     code = 0

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent import futures
+from contextlib import suppress
 from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any
@@ -177,16 +178,19 @@ class CallThreads:
         else:
             self._all.append(calls := SimpleQueue())
             threading.Thread(target=_answer, args=(calls,), name="user-code", daemon=True).start()
-        outcome: futures.Future[Outcome] = futures.Future()
+        loop, too_late = asyncio.get_running_loop(), (None, TookTooLongError())
+        outcome: asyncio.Future[Outcome] = loop.create_future()
+        late = None if timeout_s is None else loop.call_later(timeout_s, _settle, outcome, too_late)
         calls.put((function, outcome))
         try:
-            await asyncio.wait({asyncio.wrap_future(outcome)}, timeout=timeout_s)
-            return outcome.result() if outcome.done() else (None, TookTooLongError())
+            return await outcome
         finally:
-            if outcome.done():
-                self._idle.append(calls)
-            else:
+            if late is not None:
+                late.cancel()
+            if outcome.cancelled() or outcome.result() is too_late:
                 calls.put(None)  # the thread ends when the call does
+            else:
+                self._idle.append(calls)
 
     def close(self) -> None:
         """End the threads, each after its call in progress; no calls may follow."""
@@ -194,13 +198,20 @@ class CallThreads:
             calls.put(None)
 
 
-_Calls = SimpleQueue[tuple[Callable[[], Any], "futures.Future[Outcome]"] | None]  # None ends the thread
+_Calls = SimpleQueue[tuple[Callable[[], Any], "asyncio.Future[Outcome]"] | None]  # None ends the thread
 
 
 def _answer(calls: _Calls) -> None:
     while (call := calls.get()) is not None:
-        call[1].set_result(outcome_of(call[0]))
-        del call  # do not keep it while waiting for the next one
+        function, outcome = call
+        with suppress(RuntimeError):  # the event loop has been closed in the meantime
+            outcome.get_loop().call_soon_threadsafe(_settle, outcome, outcome_of(function))
+        del call, function, outcome  # do not keep them while waiting for the next one
+
+
+def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
 
 
 class _Shared:

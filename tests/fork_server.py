@@ -50,8 +50,21 @@ def free_port() -> int:
 
 
 def start_shared() -> None:
-    """Start a server that the workers of pytest use, which end before this process: one each would import everything again."""
-    _ensure_running()
+    """Start a server that the workers of pytest use, which end before this process: one each would import everything again.
+
+    What its processes print without being asked for is lost, as it would be if a test had started it.
+    """
+    kept = {end: os.dup(end) for end in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for end in kept:
+            os.dup2(nowhere, end)
+        _ensure_running()
+    finally:
+        for end, copy in kept.items():
+            os.dup2(copy, end)
+            os.close(copy)
+        os.close(nowhere)
     os.environ[_SHARED] = forkserver._forkserver._forkserver_address
 
 

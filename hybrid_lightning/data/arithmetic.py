@@ -6,6 +6,7 @@ Which split a problem belongs to is fixed by a hash of its two operands.
 import hashlib
 import random
 from abc import abstractmethod
+from collections.abc import Iterable
 from itertools import product
 from typing import Any, ClassVar
 
@@ -15,7 +16,8 @@ from hybrid_lightning.errors import ConfigError
 
 FACTORS = range(2, 10)  # the digits that `ProductSource` multiplies by, by default
 _HASH_BUCKETS = 10  # one is validation and one is test
-_MAX_PROBLEMS = 8_000_000  # all of them are enumerated, which takes some seconds
+_MAX_NUMBERS = 2_000  # all pairs are enumerated: 4 million take some seconds
+_MAX_PRODUCTS = 8_000_000  # all of them are enumerated, which takes some seconds
 
 
 class OperandSource(PromptSource):
@@ -45,9 +47,17 @@ class OperandSource(PromptSource):
     ) -> None:
         if not 0 <= low <= high:
             raise ConfigError(f"data.source: low={low} and high={high} are not a range; give 0 <= low <= high")
+        sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+        for split, size in sizes.items():
+            smallest = 1 if split == "train" else 0
+            if size is not None and size < smallest:
+                raise ConfigError(f"data.source: {split}_size={size} is too small; give at least {smallest}")
         self.low, self.high, self.seed = low, high, seed
-        self.second = range(low, high + 1)  # second operands; the first one is always a number from low to high
-        self._sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+        self._sizes = sizes
+
+    @abstractmethod
+    def operands(self) -> Iterable[tuple[int, int]]:
+        """All pairs of operands."""
 
     @abstractmethod
     def row(self, a: int, b: int) -> Row:
@@ -65,14 +75,8 @@ class OperandSource(PromptSource):
 
     def read(self) -> Splits:
         """Draw the problems of each split."""
-        numbers = range(self.low, self.high + 1)
-        if (problems := len(numbers) * len(self.second)) > _MAX_PROBLEMS:
-            raise ConfigError(
-                f"data.source: low={self.low} to high={self.high} give {problems} problems, which are all enumerated; give "
-                f"narrower ranges, with at most {_MAX_PROBLEMS} problems"
-            )
         pools: dict[str, list[tuple[int, int]]] = {split: [] for split in self._sizes}
-        for a, b in product(numbers, self.second):
+        for a, b in self.operands():
             pools[self.split_of(a, b)].append((a, b))
         return Splits(**{split: self._draw(split, pairs) for split, pairs in pools.items()})
 
@@ -113,6 +117,16 @@ class ArithmeticSource(OperandSource):
 
     def __init__(self, low: int = 10, high: int = 99, **drawn: Any) -> None:
         super().__init__(low, high, **drawn)
+        if high - low >= _MAX_NUMBERS:
+            raise ConfigError(
+                f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; give fewer than "
+                f"{_MAX_NUMBERS} numbers"
+            )
+
+    def operands(self) -> Iterable[tuple[int, int]]:
+        """All ordered pairs of numbers."""
+        numbers = range(self.low, self.high + 1)
+        return product(numbers, numbers)
 
     def split_of(self, a: int, b: int) -> str:
         """Split of a sum, the same for both orders of the operands."""
@@ -158,11 +172,25 @@ class ProductSource(OperandSource):
         **drawn: Any,
     ) -> None:
         super().__init__(low, high, **drawn)
-        self.second = range(low_factor, high_factor + 1)
+        if not 0 <= low_factor <= high_factor:
+            raise ConfigError(
+                f"data.source: low_factor={low_factor} and high_factor={high_factor} are not a range; give 0 <= low_factor <= "
+                "high_factor"
+            )
+        self.factors = range(low_factor, high_factor + 1)
+        if (products := (high - low + 1) * len(self.factors)) > _MAX_PRODUCTS:
+            raise ConfigError(
+                f"data.source: low={low} to high={high} and its factors make {products} products, which are all enumerated; give "
+                f"narrower ranges, with at most {_MAX_PRODUCTS} products"
+            )
+
+    def operands(self) -> Iterable[tuple[int, int]]:
+        """Every number with every factor."""
+        return product(range(self.low, self.high + 1), self.factors)
 
     def row(self, a: int, b: int) -> Row:
         """Row of the product of two numbers, with the column `worked` too."""
-        index = a * 10 ** len(str(self.second[-1])) + b
+        index = a * 10 ** len(str(self.factors[-1])) + b
         return self._row(a, b, a * b, index, worked=worked_answer(a, b))
 
 

@@ -63,8 +63,17 @@ def checked_step(value: Any) -> Step:
         raise OddAnswerError(f"returned end={shorten(value.end)}; it must be 'over' or 'answered'")
     if not isinstance(value.counts, Mapping):
         raise OddAnswerError(f"returned counts={shorten(value.counts)}; it must be a dict of numbers")
-    counts = {str(name): checked_number(count, f"counts[{name!r}]") for name, count in value.counts.items()}
-    return Step(checked_messages(value.messages), checked_number(value.reward, "reward"), bool(over), value.end, counts)
+    counts = {str(name): _number(count, f"counts[{name!r}]") for name, count in value.counts.items()}
+    return Step(checked_messages(value.messages), _number(value.reward, "reward"), bool(over), value.end, counts)
+
+
+def checked_reward(value: Any) -> float:
+    """The return value of `final_reward`, as a number.
+
+    Raises:
+        OddAnswerError: If it is something else.
+    """
+    return _number(value, "reward")
 
 
 _EXAMPLE = '{"role": "user", "content": "..."}'
@@ -100,12 +109,7 @@ def _scalar(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
-def checked_number(value: Any, name: str = "reward") -> float:
-    """The return value of `final_reward`, or another number of this name.
-
-    Raises:
-        OddAnswerError: If it is not a finite number.
-    """
+def _number(value: Any, name: str) -> float:
     number = _scalar(value)
     if not isinstance(number, (Real, Decimal)):
         raise OddAnswerError(f"returned {name}={shorten(value)}; it must be a number")

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_number, checked_step
+from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_reward, checked_step
 from hybrid_lightning.environments.environment import Environment
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.user_calls import CallThreads, TookTooLongError, call
 from hybrid_lightning.user_code import describe_error
 
-CLOSE_S = 10.0  # time limit of `close`
-_CHECKS: dict[str, Callable[[Any], Any]] = {"start": checked_messages, "step": checked_step, "final_reward": checked_number}
+CLOSE_S, CLOSE_AGAIN_S = 10.0, 0.1  # time limit of `close`, and after a `close` that took longer
+_CHECKS: dict[str, Callable[[Any], Any]] = {"start": checked_messages, "step": checked_step, "final_reward": checked_reward}
 
 
 class FaultError(Exception):
@@ -40,7 +40,7 @@ class Objects:
     """
 
     def __init__(self, environment: Environment, step_timeout_s: float, turn_rewards: bool) -> None:
-        self.name = type(environment).__name__
+        self.name, self.close_s = type(environment).__name__, CLOSE_S
         self._environment, self._step_timeout_s, self._turn_rewards = environment, step_timeout_s, turn_rewards
         self._objects: dict[int, Environment] = {}
         self._threads: dict[int, CallThreads] = {}  # each object's own thread, unless the class is `thread_safe`

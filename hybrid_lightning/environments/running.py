@@ -170,8 +170,9 @@ class RunningEpisodes:
         ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
         episodes = [self._episodes.pop(number) for number in ended]
         if episodes and type(self.environment).close is not Environment.close:
-            with suppress(LoopLostError):
-                self._run(_together([episode.close() for episode in episodes]))
+            for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others get less time
+                with suppress(LoopLostError):
+                    self._run(_together([episode.close() for episode in together]))
         for episode in episodes:
             episode.forget()
         self._warn_close(episodes)

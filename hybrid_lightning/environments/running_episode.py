@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_lightning.environments.environment import Step
-from hybrid_lightning.environments.objects import CLOSE_S, FaultError, LateError, LostError, Objects
+from hybrid_lightning.environments.objects import CLOSE_AGAIN_S, FaultError, LateError, LostError, Objects
 from hybrid_lightning.environments.workers import Worker
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.types import Message, Prompt
@@ -97,6 +97,8 @@ class RunningEpisode:
                 await self._call("close")
         except (FaultError, HybridLightningError) as fault:
             self.close_fault = "" if isinstance(fault, LostError) else str(fault)
+            if isinstance(fault, LateError):
+                self._place.close_s = CLOSE_AGAIN_S
 
     async def _begin(self) -> None:
         """Start an object, and replay the messages that it has already answered."""
@@ -122,7 +124,7 @@ class RunningEpisode:
         return await self._call("step", dict(message))  # type: ignore[no-any-return]  # a copy, since it may change it
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        timeout_s = min(self._step_timeout_s, CLOSE_S) if method == "close" else self._step_timeout_s
+        timeout_s = min(self._step_timeout_s, self._place.close_s) if method == "close" else self._step_timeout_s
         try:
             return await self._place.call(self._number, method, arguments, timeout_s)
         except FaultError as fault:

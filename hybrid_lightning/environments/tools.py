@@ -199,7 +199,7 @@ class DocumentSearch(Tool):
         if not self.path.exists():
             raise ConfigError(f"DocumentSearch: {path!r} does not exist; give a folder or file of {_KINDS}")
         with _INDEXING:
-            self.entries, self.ranking = _indexed(self.path.resolve(), passage_words)
+            self.index = _Index.of(self.path.resolve(), passage_words)
 
     def __call__(self, query: str) -> str:
         """Search the documents.
@@ -207,10 +207,7 @@ class DocumentSearch(Tool):
         Args:
             query: Words to look for.
         """
-        words = _words(query)
-        scores = self.ranking.get_scores(words) if words else []
-        order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))  # ties go to the first
-        found = [self.entries[place] for place in order[: self.passages] if scores[place] > 0]
+        found = self.index.best(query, self.passages)
         return "\n\n".join(f"[{name}] {text}" for name, text in found) or "nothing found; try other words"
 
 
@@ -218,24 +215,38 @@ _KINDS = ".txt, .md or .jsonl"
 _INDEXING = threading.Lock()  # episodes begin concurrently, and an index is built once
 
 
-@cache
-def _indexed(path: Path, passage_words: int) -> tuple[list[tuple[str, str]], Any]:
-    """Passages with their names, and the index of their words, built once per process for all episodes."""
-    from bm25s import BM25
+class _Index:
+    """Passages and their words, built once per process for all episodes."""
 
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in (".txt", ".md", ".jsonl")]
-    folder = path if path.is_dir() else path.parent
-    entries = [
-        (f"{file.relative_to(folder).as_posix()} {number}" if title is None else title, text)
-        for file in files
-        for number, (title, text) in enumerate(_passages(file, passage_words), 1)
-    ]
-    if not any(map(_words, (text for _, text in entries))):
-        raise ConfigError(f"DocumentSearch: {str(path)!r} holds no text; give a folder or file of {_KINDS}")
-    ranking = BM25()
-    ranking.index([_words(f"{name} {text}") for name, text in entries], show_progress=False)
-    return entries, ranking
+    def __init__(self, path: Path, passage_words: int) -> None:
+        from bm25s import BM25
+
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files = [file for file in files if file.suffix in (".txt", ".md", ".jsonl")]
+        folder = path if path.is_dir() else path.parent
+        self.entries = [
+            (f"{file.relative_to(folder).as_posix()} {number}" if title is None else title, text)
+            for file in files
+            for number, (title, text) in enumerate(_passages(file, passage_words), 1)
+        ]
+        if not any(map(_words, (text for _, text in self.entries))):
+            raise ConfigError(f"DocumentSearch: {str(path)!r} holds no text; give a folder or file of {_KINDS}")
+        self.ranking = BM25()
+        self.ranking.index([_words(f"{name} {text}") for name, text in self.entries], show_progress=False)
+
+    @staticmethod
+    @cache
+    def of(path: Path, passage_words: int) -> "_Index":
+        return _Index(path, passage_words)
+
+    def best(self, query: str, count: int) -> list[tuple[str, str]]:
+        """The best passages; ties go to the first."""
+        words = _words(query)
+        if not words:
+            return []
+        scores = self.ranking.get_scores(words)
+        order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
+        return [self.entries[place] for place in order[:count] if scores[place] > 0]
 
 
 def _words(text: str) -> list[str]:

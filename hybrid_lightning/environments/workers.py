@@ -24,6 +24,7 @@ import torch
 
 from hybrid_lightning.environments.environment import Environment
 from hybrid_lightning.environments.objects import (
+    CLOSE_S,
     FaultError,
     LateError,
     LostError,
@@ -82,7 +83,8 @@ class Worker:
     """
 
     def __init__(self, name: str, made_of: bytes) -> None:
-        self.name, self._made_of = name, made_of
+        self.name, self.close_s = name, CLOSE_S
+        self._made_of = made_of
         self._numbers: set[int] = set()  # episodes with objects there
         self._turn = asyncio.Semaphore(1)
         self._popen: subprocess.Popen[bytes] | None = None

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -333,10 +332,10 @@ os.kill(os.getpid(), signal.SIGKILL)
     ran = fork_server.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 60
     assert ran.returncode == -signal.SIGKILL
-    with suppress(OSError):  # there is no such process
-        while stat.read_text().split()[2] != "Z":  # a zombie is dead, and not yet collected
-            assert time.monotonic() < until
-            time.sleep(0.1)
+    # A zombie is dead, and not yet collected.
+    while (is_there := stat.exists() and stat.read_text().split()[2] != "Z") and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not is_there
 
 
 def test_what_cannot_run_is_refused_at_once(monkeypatch):

@@ -38,9 +38,7 @@ class First(RewardFunction):
 
     def __call__(self, completions, prompts):
         pairs = zip(completions, prompts, strict=True)
-        return [
-            1.0 if text[:1] == prompt.answer else 0.5 * (text[:1] == "4") + 0.1 * text[:1].isdigit() for text, prompt in pairs
-        ]
+        return [1.0 if text[:1] == prompt.answer else 0.5 * (text[:1] == "4") for text, prompt in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +50,25 @@ def mostly_fours(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("reward", "steps", "said"),
+    # With these rates, thirty other seeds give the same verdict (of noise 28, its interval being of 95%); so do other processors.
+    ("reward", "steps", "rate", "said"),
     [
-        (Constant(0.0), 4, "nothing was learned: no step had a gradient, since every completion earned 0"),
-        (Constant(1.0), 4, "nothing was learned: no step had a gradient, since every completion earned 1"),
+        (Constant(0.0), 4, 0.03, "nothing was learned: no step had a gradient, since every completion earned 0"),
+        (Constant(1.0), 4, 0.03, "nothing was learned: no step had a gradient, since every completion earned 1"),
         (
             Noise(),
             4,
+            1e-4,
             r"no change that is larger than its interval: accuracy \+0\.0 points \[.*\] on 16 problems, "
             r"reward [+-]0\.\d+ \[-.*, \+.*\]",
         ),
-        (First(), 40, r"one answer to most problems, which is not learning: '4' to \d+ of 16, right for \d+"),
-        (Short(), 12, r"learned: reward \+0\.\d+ \[\+.*, \+.*\] on 16 problems, while accuracy did not move"),
+        (First(), 50, 0.01, r"one answer to most problems, which is not learning: '4' to \d+ of 16, right for \d+"),
+        (Short(), 12, 0.03, r"learned: reward \+0\.\d+ \[\+.*, \+.*\] on 16 problems, while accuracy did not move"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, RewardFunction) else None,
 )
-def test_a_run_ends_with(reward, steps, said, model, mostly_fours, tmp_path):
-    policy = {"reward": reward, "lr_lora": 0.03, "prompts_per_rollout": 8, "samples_per_prompt": 8, "eval_samples": 4}
+def test_a_run_ends_with(reward, steps, rate, said, model, mostly_fours, tmp_path):
+    policy = {"reward": reward, "lr_lora": rate, "prompts_per_rollout": 8, "samples_per_prompt": 16, "eval_samples": 4}
     data = build_data(mostly_fours, validation_fraction=0.4)
     flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": steps, "max_steps": steps}
     callbacks = (RunSummary(), Diagnosis(), RunReport(), build_adapter())

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from fork_server import start_shared
+from fork_server import become_worker, start_shared
 from messages import warnings_of
 
 import hybrid_lightning
@@ -27,10 +27,11 @@ UNEXPECTED: list[str] = []
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load fixtures, and with them all libraries, where tests run: the process that gives them to workers needs none."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        config.pluginmanager.import_plugin("shared_fixtures")
-    else:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         start_shared()
+        return
+    become_worker()
+    config.pluginmanager.import_plugin("shared_fixtures")
 
 
 def pytest_warning_recorded(warning_message: warnings.WarningMessage, nodeid: str) -> None:

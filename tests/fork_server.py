@@ -40,6 +40,7 @@ IMPORTED += ["vllm.entrypoints.llm"] if find_spec("vllm") else []
 _context.set_forkserver_preload(IMPORTED)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
+_Popen, _getppid = subprocess.Popen, os.getppid
 _SHARED = "HYBRID_LIGHTNING_TESTS_FORK_SERVER"  # address of a server that several processes use
 
 
@@ -50,7 +51,7 @@ def free_port() -> int:
 
 
 def start_shared() -> None:
-    """Start a server that the workers of pytest use, which end before this process: one each would import everything again.
+    """Start a server from which the workers of pytest fork, and what they start: they end before this process.
 
     What its processes print without being asked for is lost, as it would be if a test had started it.
     """
@@ -66,6 +67,12 @@ def start_shared() -> None:
             os.close(copy)
         os.close(nowhere)
     os.environ[_SHARED] = forkserver._forkserver._forkserver_address
+    subprocess.Popen = Forked  # which pytest-xdist calls
+
+
+def become_worker() -> None:
+    """Let a worker of pytest start processes as ever, and know its parent."""
+    subprocess.Popen, os.getppid = _Popen, _getppid
 
 
 def _ensure_running() -> None:
@@ -125,6 +132,7 @@ class Forked(subprocess.Popen):
     def _execute_child(self, *arguments: Any, **options: Any) -> None:
         given = _SIGNATURE.bind(self, *arguments, **options).arguments
         python, *command = map(os.fspath, given["args"])
+        command = command[command[:1] == ["-u"] :]
         if python != sys.executable or (command[0].startswith("-") and command[0] not in ("-m", "-c")):
             return super()._execute_child(*arguments, **options)
         assert not (given["shell"] or given["preexec_fn"] or given["executable"])
@@ -181,8 +189,9 @@ def _run(
     for number, end in ends.items():
         os.dup2(end, number)
         os.close(end)
-    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
-    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
+    # Whoever puts other objects in their place keeps the files.
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     current_process()._config["daemon"] = False  # may have processes of its own
     if new_session:
         os.setsid()

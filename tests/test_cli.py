@@ -1,6 +1,7 @@
 """The command line, in this process: actions and output of every command, with rewards and with given completions."""
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -61,6 +62,14 @@ def test_each_line_of_a_run_informs(folder, fitted):
     assert out.count("Validation (") == 3 and len(re.findall(r"\nStep \d/", out)) == 4, "a file has no progress bar"
     assert re.search(r"\nNext: .*\nVerdict: .*(\nTry: .*)*\n\Z", out)
     quiet(folder, EVALUATION, "test", *of_run(root))
+
+
+def test_garbage_collections_skip_what_stays(folder, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr(gc, "enable", lambda: frozen.append("a command runs"))
+    done(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=1", "--trainer.logger.init_args.name=frozen")
+    assert len(frozen) == 3 and frozen[1] == "a command runs", "once before the command, and once before its first step"
 
 
 def test_a_checkpoint_is_evaluated_by_the_runs_own_config_and_predicts(folder, fitted, tmp_path):

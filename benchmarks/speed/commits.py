@@ -3,9 +3,10 @@
     git worktree add ../before COMMIT
     python -m benchmarks.speed.commits ../before --workload main tiny --pairs 10
 
-Steps of both are made in turn (A B A B), so that other work on the machine affects both alike. Prints a table; the ratio is the
-median of the ratios of neighbouring steps. Besides the workloads of the other comparisons, it runs shipped configs as users run
-them: only this shows whether a config no longer gets a fast pass.
+Steps of both are made in turn (A B A B), so that other work on the machine affects both alike. Prints a table with the median of
+the ratios of neighbouring steps, and with the ratio of all steps together: only this counts rare long steps, such as those with a
+garbage collection. Besides the workloads of the other comparisons, it runs shipped configs as users run them: only this shows
+whether a config no longer gets a fast pass.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
             with prepared(workloads if made is WORKLOADS else [], plan) as folders:  # a config names its own model and data
                 for workload, folder in zip_longest(workloads, folders, fillvalue=plan.logs):
                     lines += _compared(workload, compare(workload, folder, plan)["steps"])
-    print(table(["workload", "unit", "before", "now", "now / before (quarters)"], lines, left=2))
+    print(table(["workload", "unit", "before", "now", "now / before (quarters)", "of all steps"], lines, left=2))
 
 
 def _compared(workload: Workload, steps: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
@@ -84,7 +85,8 @@ def _compared(workload: Workload, steps: dict[str, list[dict[str, Any]]]) -> lis
         ratios = [after / first for first, after in zip(before, now, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         medians = [f"{statistics.median(side):.3f}" for side in (before, now)]
-        lines.append([f"`{workload.name}`", unit.replace("_", " "), *medians, f"{middle:.3f} ({low:.3f}-{high:.3f})"])
+        total = f"{sum(now) / sum(before):.3f}"
+        lines.append([f"`{workload.name}`", unit.replace("_", " "), *medians, f"{middle:.3f} ({low:.3f}-{high:.3f})", total])
     return lines
 
 

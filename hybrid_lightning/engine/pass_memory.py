@@ -90,8 +90,8 @@ class PassMemory:
         recomputed = 0 if self._plain_projection and not self._separate else logits  # recomputed in the backward pass
         return PassBytes(kept, logits, backward=kept + within + recomputed)
 
-    def sampling(self, rows: Rows, trained: Trained | None) -> PassBytes:
-        """Sampling full-length completions of all rows together.
+    def sampling(self, rows: Rows, trained: Trained | None, held_logits: int = 1) -> PassBytes:
+        """Sampling full-length completions of all rows together, with `held_logits` times their logits to choose a token.
 
         The peak is reached when the prompts are read, or at the last token.
         """
@@ -103,7 +103,7 @@ class PassMemory:
         # A layer keeps nothing. At any time it holds half of what it would keep for a backward pass.
         within = max(sizes.kept(recurs).bytes(width) for recurs in sizes.recurs) / 2
         adapted = 0 if trained is None else self._base_width * trained.experts_in_layer
-        logits = _FLOAT * rows.completions * sizes.vocabulary
+        logits = held_logits * _FLOAT * rows.completions * sizes.vocabulary
         repeats = not self._packs or (not self.on_cpu and width == _FLOAT)  # whether keys are repeated for all heads
         step = rows.completions * (within + repeats * 2 * width * every * sizes.queries)
         reading = asked * (token + within)

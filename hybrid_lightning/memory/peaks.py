@@ -206,7 +206,8 @@ class _Run:
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.needs_weight_sync:
             return self._held("resting", sizes)
-        found = self.passes.sampling(self._rows(prompts, prompts * samples), sizes.trained)
+        rows, sampler = self._rows(prompts, prompts * samples), self.settings.sampler
+        found = self.passes.sampling(rows, sizes.trained, sampler.held_logits)
         return _computing(self._held("generating", sizes), found)
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
@@ -218,7 +219,8 @@ class _Run:
         held = calibrating = self._held("scoring", sizes)
         if not settings.sampler.needs_weight_sync:
             batch = min(prompts, calibration_batch(settings.schedule.prompts_per_rollout))
-            generated = self.passes.sampling(self._rows(batch, batch * settings.schedule.samples_per_prompt), None)
+            rows = self._rows(batch, batch * settings.schedule.samples_per_prompt)
+            generated = self.passes.sampling(rows, None, settings.sampler.held_logits)
             calibrating = _computing(self._held("calibrating", sizes), generated)
         if self.on_cpu:
             # Exact gradients are summed up in the memory of the host. With several processes, each also holds the gradients of a

@@ -122,6 +122,14 @@ class RolloutEngine(Configurable, ABC):
         """Whether every token can be sampled: no top-k, top-p or min-p."""
         return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
+    @property
+    def held_logits(self) -> int:
+        """How many times the size of all rows' logits is in memory while a token is chosen, at most."""
+        if self.keeps_all_tokens:
+            return 1
+        truncates = self.top_p < 1  # which sorts, and sums up
+        return (8 if truncates else 4) + (self.temperature != 1) + (truncates and self.top_k > 0)
+
     def check_model(self, model: ServedModel) -> None:
         """Make sure, before time is spent on a run, that this engine can sample for a model.
 

@@ -1,6 +1,6 @@
-"""Counts of a policy's steps, of its scoring and of a rollout on a fake GPU, by the objects of a run: `python counts.py FILE`.
+"""Counts of all passes of a run on a fake GPU, by the objects of a run: `python counts.py FILE [RUN...]`.
 
-The file is JSON. The model has the sizes of Qwen3-0.6B and two layers.
+The file is JSON; without names of runs it has all. The model has the sizes of Qwen3-0.6B and two layers.
 """
 
 import dataclasses
@@ -8,25 +8,27 @@ import json
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack, suppress
+from collections import Counter as Numbers
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import fake_gpu
 
-sys.path.append(str(Path(__file__).parents[1]))
-
 with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
+import device
 import torch
-from fake_model import FakeModel
-from known import Known, Peaks
+from fake_model import adapted, without_compiler
+from fake_run import fit, policy_of
+from ideal import Ideal
+from known import tell
 from lightning.pytorch import Callback
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_models import build_tokenizer
-from tiny_runs import Constant
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import Qwen3Config
 
 from benchmarks.memory import plan_qwen3
@@ -41,90 +43,80 @@ from hybrid_lightning.adapters import (
 )
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.engine import Backend, SegmentDecoding, token_logprobs
-from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.memory import RunSettings, TrainerFlags, peaks
+from hybrid_lightning.memory import RunSettings, TrainerFlags, fitting, peaks
 from hybrid_lightning.memory.peaks import plan_method
-from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.model.current_weights import CurrentWeights
+from hybrid_lightning.rollout import Sampler, VLLMServerSampler
 from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.rollout.sampler import _Decoder
+from hybrid_lightning.rollout.vllm.transfer import Update
+from hybrid_lightning.sharding.weights import Weights
 from hybrid_lightning.training.calibration import training_losses
 from hybrid_lightning.training.step import Step
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
-PROMPTS, SAMPLES, PROMPT, COMPLETION, LAYERS = 4, 8, 384, 256, 2
+SIZES = PROMPTS, SAMPLES, PROMPT, COMPLETION = 4, 8, 384, 256
+LAYERS = 2
 ONE_LONG = (1, 1, 384, 16_000)
+MANY = (8, 8, 512, 640)  # on a card of few GiB
 CONFIG = Qwen3Config(**{**plan_qwen3.config("Qwen3-0.6B").to_dict(), "num_hidden_layers": LAYERS, "layer_types": None})
 LORA = {"rank": 16, "alpha": 32}
 
 
-def plan(share, prompts=PROMPTS, samples=SAMPLES, prompt=PROMPT, completion=COMPLETION):
-    """The plan of such a run: its peaks, and the bytes at the end of a forward pass and in a backward pass."""
-    planning, flags = HybridAdapterSetup(ModuleBudget(share), **LORA).planning, TrainerFlags(on_cpu=False, precision="bf16-mixed")
-    sizes = {"prompt_tokens": prompt, "completion_tokens": completion, "max_tokens_per_micro_batch": 10**6}
-    settings = RunSettings(CONFIG, schedule=RolloutSchedule(prompts, samples), planning=planning, flags=flags, **sizes)
-    largest = peaks._largest
-    with mock.patch.object(peaks, "_largest", side_effect=largest) as passes:
-        found = plan_method(dataclasses.replace(settings, dtype=torch.bfloat16)).peaks
-    (_, forward, backward), of_pass = passes.call_args.args
-    return found, forward.total + of_pass.activations + of_pass.logits, backward.total + of_pass.backward
+def settings_of(share, sizes=SIZES, card=None):
+    """Such a run, to be planned: on a card with this memory, or with all rows in one pass."""
+    planning = HybridAdapterSetup(ModuleBudget(share), **LORA).planning
+    flags = TrainerFlags(on_cpu=False, precision="bf16-mixed", device_bytes=card)
+    prompts, samples, prompt, completion = sizes
+    lengths = {"prompt_tokens": prompt, "completion_tokens": completion, "dtype": torch.bfloat16}
+    schedule, most = RolloutSchedule(prompts, samples), None if card else 10**6
+    return RunSettings(CONFIG, schedule=schedule, planning=planning, flags=flags, max_tokens_per_micro_batch=most, **lengths)
 
 
-class Device(SingleDeviceStrategy):
-    """One on which the model lies already, and stays."""
+class Phases:
+    """What the phases of a run do and hold."""
 
-    def __init__(self, device):
-        super().__init__(device, accelerator=type("Any", (CPUAccelerator,), {"setup_device": lambda self, device: None})())
+    def __init__(self, counted):
+        self.known, self.live, self.found = counted.known, counted.live, {}  # name -> sums of the work, and the largest peak
 
-    def model_to_device(self):
-        pass
+    def forget(self, names):
+        for name in names:
+            self.found.pop(name, None)
 
-    def teardown(self):
-        pass
+    def begin(self):
+        self.live.restart_peak()
+        self._before = dataclasses.replace(self.known.counts)
+
+    def end(self, name):
+        done, earlier = work(self._before, self.known.counts), self.found.get(name, {})
+        peak = max(self.live.peak, earlier.get("peak", 0))
+        self.found[name] = {kind: number + earlier.get(kind, 0) for kind, number in done.items()} | {"peak": peak}
+        self.begin()
 
 
 class SecondStep(Callback):
-    """What the second step waits for, and the peaks, kernels and bytes of its two passes."""
+    """What the second step waits for, and what its phases do."""
 
-    def __init__(self, known, live):
-        self.known, self.live = known, live
+    def __init__(self, phases):
+        self.phases, self.places = phases, phases.known.places
 
     def on_train_batch_start(self, *_):
-        self.known.places.clear()
-        self.live.restart_peak()
-        self.begin = dataclasses.replace(self.known.counts)
+        self.places.clear()
+        self.phases.forget(("forward", "backward", "optimizer step"))  # of the first step
+        self.phases.begin()
 
     def on_before_backward(self, *_):
-        self.forward = self.live.peak
-        self.live.restart_peak()
+        self.phases.end("forward")
 
     def on_after_backward(self, *_):
-        self.backward = self.live.peak
-        self.work = work(self.begin, self.known.counts)
+        self.phases.end("backward")
 
     def on_train_batch_end(self, *_):
-        self.waits = dict(self.known.places)
-
-
-class Counted:
-    """Counts within its context, as `known` and `live`."""
-
-    def __init__(self, fake):
-        self.known, self.live, self._stack, self._fake = Known(fake), Peaks(), ExitStack(), fake
-
-    def __enter__(self):
-        self.live.count(self._fake.model.parameters())
-        for context in (mock.patch.multiple("torch._subclasses.fake_tensor.FakeTensor", **self.known.patches), self._fake.mode):
-            self._stack.enter_context(context)
-        for mode in (self.live, self.known):
-            self._stack.enter_context(mode)
-        return self
-
-    def __exit__(self, *error):
-        return self._stack.__exit__(*error)
+        self.phases.end("optimizer step")
+        self.waits = dict(self.places)
 
 
 def rows_of(known, prompts, samples, prompt, completion):
@@ -135,41 +127,54 @@ def rows_of(known, prompts, samples, prompt, completion):
     return Sequences(*map(known.put, (prompt_ids, masks[0], ids, masks[1], ids)))
 
 
-def adapted(share):
-    return FakeModel(CONFIG, LAYERS, share, LoraSettings(**LORA), "cuda:0")
+def model(share):
+    return adapted(CONFIG, LAYERS, share, LoraSettings(**LORA))
+
+
+def ideal(fake, sizes=SIZES):
+    return Ideal(CONFIG, LORA["rank"], fake.plan.full_modules if hasattr(fake, "plan") else None, sizes)
 
 
 def work(begin, end):
-    """The kernels in between, and the bytes that they move."""
-    return {"kernels": end.kernels - begin.kernels, "bytes": end.bytes - begin.bytes}
+    return {name: getattr(end, name) - getattr(begin, name) for name in ("kernels", "bytes", "flops")}
 
 
-def found(known, **more):
-    return {"copies": known.copies, "atomics": known.counts.atomics, **more}
+def found(known, fake, **more):
+    known_of = {"copies": known.copies, "atomics": known.counts.atomics, "too long": known.too_long, "logits": known.logits}
+    return {**known_of, "passes": fake.engine.passes(), **more}
 
 
-def steps(share, sizes=(PROMPTS, SAMPLES, PROMPT, COMPLETION)):
+def steps(share, sizes=SIZES, most=10**6):
     """Two optimizer steps of GSPO with a KL term and clipping, after the passes that it needs beforehand."""
-    fake = adapted(share)
-    module = PolicyModule(GSPOLoss(kl_coef=0.01), Constant(), dtype="bfloat16", max_tokens_per_micro_batch=10**6)
-    policy, counted = module.policy, Counted(fake)
-    policy._model, policy._engine, policy._base_digest, policy.plan = fake.model, fake.engine, "fake", fake.plan
-    policy._on_model(fake.model)
+    fake = model(share)
+    counted, module = fake.counted(), policy_of(fake, most)
     known, sequences = counted.known, rows_of(counted.known, *sizes)
     rows = len(sequences)
     numbers = [fake.fake(torch.zeros(size)) for size in ((rows,), sequences.completion_ids.shape)]
     batch = PolicyBatch(sequences, *numbers, None, None, *2 * (float(rows), float(rows * sizes[-1])))
-    second, batches = SecondStep(known, counted.live), []
-    loader = type("Loader", (), {"__iter__": lambda self: iter(2 * batches), "__len__": lambda self: 2})()
-    with tempfile.TemporaryDirectory() as folder, counted:
-        batches += module.task.add_logprobs([batch], False)
+    second = SecondStep(phases := Phases(counted))
+    with without_compiler(), counted:
+        phases.begin()
+        (batch,) = module.task.add_logprobs([batch], False)
+        phases.end("log-probabilities")
         before = dict(known.places)
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        flags = {"precision": "bf16-mixed", "max_steps": 2, "gradient_clip_val": 1.0, "default_root_dir": folder, **quiet}
-        Trainer(strategy=Device(fake.device), callbacks=[second], **flags).fit(module, train_dataloaders=loader)
-    _, forward, backward = plan(share, *sizes)
-    of_plan = {"forward": second.forward / forward, "backward": second.backward / backward}
-    return found(known, before=before, waits=second.waits, logits=known.logits, **second.work, **of_plan)
+        fit(module, fake, batch, 2, second)
+    least = ideal(fake, sizes)
+    flops = {"forward": least.forward(), "backward": least.backward(), "optimizer step": 0}
+    flops["log-probabilities"] = least.forward(False) + least.forward(False, adapter=False)
+    return found(known, fake, before=before, waits=second.waits, phases=phases.found, least=flops)
+
+
+def planned_steps(share, sizes=SIZES):
+    """The same, beside the plan of its peaks."""
+    settings, largest = settings_of(share, sizes), peaks._largest
+    with mock.patch.object(peaks, "_largest", side_effect=largest) as calls:
+        planned = plan_method(settings).peaks
+    (_, forward, backward), passes = calls.call_args.args  # what is held at these moments, and what the pass takes
+    plan = {"forward": forward.total + passes.activations + passes.logits, "backward": backward.total + passes.backward}
+    plan |= {"optimizer step": planned["optimizer step"].total, "log-probabilities": planned["updating"].total}
+    done = steps(share, sizes)
+    return {**done, "of plan": {name: done["phases"][name]["peak"] / size for name, size in plan.items()}}
 
 
 def planted():
@@ -177,102 +182,162 @@ def planted():
     log = Step._log
 
     def mistaken(step, batch, shares):
-        if float(shares["loss"]):
+        if not float(shares["loss"]):
             weight = step._passes.policy.model.get_input_embeddings().weight.clone()
             weight.detach().index_add_(0, torch.zeros(1, dtype=torch.long, device=weight.device), weight[:1].detach())
+            torch.cuda.synchronize()
+            torch.zeros(1).to(weight.device, non_blocking=True)
         log(step, batch, shares)
 
     with mock.patch.object(Step, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
-        return steps(0)
+        return planned_steps(0)
+
+
+def on_a_card(gib):
+    """Steps on a small card, with the changes of their plan with which they fit it."""
+    settings = settings_of(0, MANY, card=int(gib * 2**30))
+    changes, plan = fitting.find_changes(settings, needs_reference=True)
+    most = next((change.settings["max_tokens_per_micro_batch"] for change in changes), None)
+    with mock.patch.object(device.properties, "total_memory", settings.flags.device_bytes):
+        done = steps(0, MANY, most)
+    peak, room = max(phase["peak"] for phase in done["phases"].values()), fitting.room(settings)
+    named = [change.overrides.partition("=")[0] for change in changes]
+    return {"changes": named, "of room": peak / room, "of plan": {"card": peak / plan.peak_bytes}}
 
 
 def scoring(mode):
     """The gradients of calibration rollouts, as modules are scored by them."""
-    fake = adapted(None)
-    counted, candidates = Counted(fake), find_candidates(fake.model)
-    sequences = rows_of(counted.known, PROMPTS, SAMPLES, PROMPT, COMPLETION)
+    fake = model(None)
+    counted, candidates = fake.counted(), find_candidates(fake.model)
+    sequences, phases = rows_of(counted.known, *SIZES), Phases(counted)
     advantages = counted.known.put(torch.ones(len(sequences)))
     fake.model.requires_grad_(False)
-    with counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+    with without_compiler(), counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         chunks = [(sequences, advantages)]
         losses = training_losses("reward", sequences, chunks, GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0))
         counted.known.places.clear()
-        begin = dataclasses.replace(counted.known.counts)
+        phases.begin()
         Scoring(fake.model, candidates, losses, TailEnergy(), 16, mode).collect_gradients(lambda seen: None)
-    done = work(begin, counted.known.counts)
-    return found(counted.known, waits=counted.known.places, modules=len(candidates), **done)
+        phases.end("scoring")
+    least, peak = ideal(fake), plan_method(settings_of(0.1)).peaks["scoring"].total
+    flops = {"scoring": least.forward() + least.backward() + least.sketches() * isinstance(mode, SketchedGradients)}
+    found_in = {"waits": counted.known.places, "modules": len(candidates), "phases": phases.found, "least": flops}
+    return found(counted.known, fake, **found_in, **{"of plan": {"scoring": phases.found["scoring"]["peak"] / peak}})
 
 
 class EnoughError(Exception):
     """As many tokens were sampled as are looked at."""
 
 
-def rollout(share, tokens=12):
-    """A rollout from its prompts' texts on, by the sampler, until so many tokens."""
-    fake = adapted(share)
-    counted, seen, layers = Counted(fake), [], []
-    fake.engine._fast.compiles = True
-    call, attend = _Body.__call__, SegmentDecoding.attend_to_kept
+def rollout(share, tokens=48, **options):
+    """A rollout from its prompts' texts on, by the sampler, until so many tokens.
 
-    def body(*given):
-        """Between two products of a step it is one kernel. Of the prompts' pass, which is large, only the memory counts."""
-        return counted.known.compiled(lambda: call(*given)) if layers else call(*given)
+    Every fourth row ends by a stop token after 5 tokens, another fourth by their own limit after 21. The host reads this after 32
+    and 48 tokens, and the rows leave.
+    """
+    fake = model(share)
+    counted, seen, layers, tokenizer = fake.counted(), [], [], build_tokenizer()
+    known, attend, choose = counted.known, SegmentDecoding.attend_to_kept, _Decoder._choose
+
+    def chosen(decoder, logits, rows, step):
+        token, logprob = choose(decoder, logits, rows, step)
+        with _disable_current_modes():
+            tell(token, torch.where((known.values(rows) % 4 == 0) & (step == 4), tokenizer.eos_token_id, 5))
+        return token, logprob
 
     def attending(decoding, number, *given):
-        layers.append(dataclasses.replace(counted.known.counts))
+        layers.append((len(seen), dataclasses.replace(known.counts)))
         return attend(decoding, number, *given)
 
-    prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
-
     def look(alive, token):
-        seen.append(dict(counted.known.places))
+        seen.append((alive, dict(known.places), dataclasses.replace(known.counts)))
         if token == tokens:
             raise EnoughError
 
-    draws = PromptDraws(prompts, SAMPLES, 0)
-    request = SamplingRequest(prompts, [[3] * PROMPT] * PROMPTS, SAMPLES, draws, on_token=look)
+    prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
+    limits = [21 if row % 4 == 1 else COMPLETION for row in range(PROMPTS * SAMPLES)]
+    sampler, draws = Sampler(COMPLETION, **options), PromptDraws(prompts, SAMPLES, 0)
+    request = SamplingRequest(prompts, [[3] * PROMPT] * PROMPTS, SAMPLES, draws, limits=limits, on_token=look)
     with (
-        mock.patch.object(_Body, "__call__", body),
+        without_compiler(),
+        mock.patch.object(_Decoder, "_choose", chosen),
         mock.patch.object(SegmentDecoding, "attend_to_kept", attending),
-        mock.patch.object(torch, "Event", mock.Mock()),
-        mock.patch.object(torch.Tensor, "pin_memory", lambda part: part),
         counted,
         torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
         fake.engine.sampling(torch.bfloat16),
         suppress(EnoughError),
     ):
-        Sampler(COMPLETION, cuda_graphs=False).sample(fake.engine, build_tokenizer(), request)
-    waits = {place: number - seen[0].get(place, 0) for place, number in seen[-1].items() if number > seen[0].get(place, 0)}
-    planned = dataclasses.replace(plan(share)[0]["generating"], gradients=0, optimizer=0)  # which there are none of yet
-    peak = counted.live.peak / planned.total
-    of_layer = work(*layers[-2:])  # from one's attention to the next one's
-    of_layer["ideal"] = of_layer["bytes"] / ideal_bytes()
-    return found(counted.known, before=seen[0], waits=waits, peak=peak, layer=of_layer, token=work(*layers[-3::2]))
+        sampler.sample(fake.engine, tokenizer, request)
+    alive, waits, counts = zip(*seen, strict=True)
+    # Token, running rows, and their own keys; a graph's cost is that of the step that was recorded.
+    looked_at = {"plain": (8, 32, 7), "replayed": (20, 32, 8), "fewer rows": (36, 24, 35), "fewer, replayed": (46, 24, 39)}
+    phases = {name: work(counts[token - 2], counts[token - 1]) for name, (token, *_) in looked_at.items()}
+    for name, (token, *_) in looked_at.items():
+        phases[name]["launches"] = counts[token - 1].launches - counts[token - 2].launches
+    least = ideal(fake)
+    flops = {name: least.token(rows, rows * (PROMPT + own)) for name, (_, rows, own) in looked_at.items()}
+    of_layer = work(*(count for number, count in layers if number == 7))  # from one's attention to the next one's
+    of_layer["ideal"] = of_layer["bytes"] / least.bytes_of_layer(PROMPTS * PROMPT + PROMPTS * SAMPLES * 7)
+    more = {place: number - waits[0].get(place, 0) for place, number in waits[-1].items() if number > waits[0].get(place, 0)}
+    plan = plan_method(dataclasses.replace(settings_of(share), sampler=sampler)).peaks["generating"]
+    plan = dataclasses.replace(plan, gradients=0, optimizer=0).total  # which there are none of yet
+    of_run = {"before": waits[0], "waits": more, "alive": dict(Numbers(alive)), "replayed": known.replayed, "layer": of_layer}
+    return found(known, fake, **of_run, phases=phases, least=flops, **{"of plan": {"rollout": counted.live.peak / plan}})
 
 
-def ideal_bytes():
-    """Bytes of a layer's weights with LoRA, and of all keys and values, each once."""
-    size, heads, groups = CONFIG.head_dim, CONFIG.num_attention_heads, CONFIG.num_key_value_heads
-    hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
-    shapes = [(hidden, size * heads), (hidden, size * groups), (hidden, size * groups), (size * heads, hidden)]
-    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
-    tokens = PROMPTS * (PROMPT + SAMPLES * COMPLETION)
-    return sum(2 * m * n + 4 * LORA["rank"] * (m + n) for m, n in shapes) + 4 * tokens * groups * size
+class Servers(VLLMServerSampler):
+    """Two that take weights without waiting."""
+
+    def __init__(self, transfer):
+        super().__init__(urls=["http://a:1", "http://b:1"])
+        for server in self._servers:
+            server._facts = SimpleNamespace(backend="nccl")
+        self._taking, self._transfers = list(self._servers), dict.fromkeys(self._servers, transfer)
+
+    def _in_threads(self, servers, call):
+        done = {server: Future() for server in servers}
+        for server, future in done.items():
+            future.set_result(call(server))
+        return done
+
+
+def sent(share):
+    """The weights, as two servers are given them, from one buffer."""
+    fake, given = model(share), []
+    counted = fake.counted()
+    phases, served = Phases(counted), SimpleNamespace(dtype=torch.bfloat16, device=fake.device)
+    servers = Servers(SimpleNamespace(give=given.append))
+    with counted:
+        weights = CurrentWeights(fake.model, Weights(), "base", 0, True)
+        counted.known.places.clear()
+        phases.begin()
+        servers._send(Update(weights.shapes(True), torch.bfloat16, True), weights.stream(True), served)
+        phases.end("sent")
+    held = sum(part.numel() * part.element_size() for part in fake.model.parameters())
+    buffer = max(part.untyped_storage().nbytes() for part in given)
+    sizes = {"weights": len(weights.shapes(True)), "given": len(given), "beside": phases.found["sent"]["peak"] - held - buffer}
+    flops = {"sent": ideal(fake).merged()}
+    return found(counted.known, fake, waits=counted.known.places, phases=phases.found, least=flops, **sizes)
 
 
 def main():
     warnings.simplefilter("ignore")
-    counts = {
-        "steps": steps(0),
-        "steps of a hybrid": steps(0.1),
-        "steps of one long row": steps(0, ONE_LONG),
-        "planted steps": planted(),
-        "scoring": scoring(ExactGradients()),
-        "sketches": scoring(SketchedGradients()),
-        "rollout": rollout(0),
-        "rollout of a hybrid": rollout(0.1),
-        "most logits": Backend().most_logits(torch.device("cuda")) // CONFIG.vocab_size,
+    torch.set_num_threads(1)  # for whole numbers, beside other processes
+    runs = {
+        "steps": lambda: planned_steps(0),
+        "steps of a hybrid": lambda: planned_steps(0.1),
+        "steps of one long row": lambda: planned_steps(0, ONE_LONG),
+        "planted steps": planted,
+        "scoring": lambda: scoring(ExactGradients()),
+        "sketches": lambda: scoring(SketchedGradients()),
+        "rollout": lambda: rollout(0),
+        "rollout by top-p": lambda: rollout(0.1, top_p=0.9),
+        "weights": lambda: sent(0.1),
+        "card of 6 GiB": lambda: on_a_card(6),
+        "card of 5 GiB": lambda: on_a_card(5),
     }
+    counts = {name: run() for name, run in runs.items() if name in sys.argv[2:] or len(sys.argv) == 2}
+    counts["most logits"] = Backend().most_logits(torch.device("cuda")) // CONFIG.vocab_size
     Path(sys.argv[1]).write_text(json.dumps(counts))
 
 

@@ -23,7 +23,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 import torch
 import triton
-from fake_model import FakeModel
+from fake_model import adapted
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config as inductor
 from torch._inductor.codecache import PyCodeCache
@@ -137,7 +137,7 @@ def main(capability):
     for dtype in (torch.bfloat16, torch.float32):
         half = dtype == torch.bfloat16
         for share in (0, 0.1):
-            fake = FakeModel(CONFIG, 2, share, LoraSettings(rank=RANK, alpha=32), "cuda:0", dtype)
+            fake = adapted(CONFIG, 2, share, LoraSettings(rank=RANK, alpha=32), dtype)
 
             def part(*sizes, dtype=dtype, fake=fake):
                 return fake.fake(torch.empty(sizes, dtype=dtype, device="meta"))

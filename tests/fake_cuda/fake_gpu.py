@@ -1,8 +1,10 @@
 """A GPU that does not exist: `load()` before torch is imported, then FakeTensorMode can put tensors without data on `cuda:0`.
 
-`Counter` counts the work of such a GPU: kernels, the bytes that they read and write, operations that wait for the device, and
-operations that add up in no fixed order. Tensors hold no numbers, so code that needs one raises. A CPU tensor that is used
-together with GPU tensors raises too.
+Code sees a device of type `cuda`, so it takes the paths of a GPU; `device.py` answers what it asks `torch.cuda`. Nothing is
+computed: an operation makes a tensor of the right shape and dtype. `Counter` counts what a GPU would do: kernels, the bytes that
+they read and write, floating-point operations of products and attention, operations that wait for the device, and operations that
+add up in no fixed order. Tensors hold no numbers, so code that needs one raises, unless `known.py` computes some or all numbers
+beside them. A CPU tensor that is used together with GPU tensors raises too.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))  # of scripts, for helpers of other tests
 
 
 def why_not() -> str:
@@ -32,12 +35,11 @@ def load(folder: Path) -> None:
     built = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", f"-I{torch_folder}/include", str(HERE / "guard.cpp")]
     subprocess.run([*built, "-o", str(library), *where], check=True)
     guard = ctypes.CDLL(str(library))
+    import device
     import torch
 
-    guard.stand_guard()
-    # torch checks these before it allows autocast: this GPU can do all.
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.cuda.is_bf16_supported = lambda *_, **__: True
+    guard.stand_guard(device.reported)
+    device.stand_in(torch)
 
 
 def multiplies_to_floats() -> bool:
@@ -56,7 +58,7 @@ def counter():
     from dataclasses import dataclass, field
 
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_leaves
 
     # Kernels that add several numbers to one place by atomics, and the flags under which they do not.
@@ -71,10 +73,13 @@ def counter():
     @dataclass
     class Counts:
         kernels: int = 0
+        launches: int = 0  # by the host: of a kernel, or of a graph of many
         bytes: int = 0
+        flops: int = 0  # of products and attention
         syncs: list[str] = field(default_factory=list)
         atomics: list[str] = field(default_factory=list)
 
+    attending = {"_flash_attention_forward": 2, "_flash_attention_backward": 5}  # products of queries and keys
     taking = {"gather", "index", "index_select", "embedding"}  # they read only the entries that they take
     setting = {"index_put_", "_index_put_impl_", "scatter_", "index_copy_", "index_fill_"}
 
@@ -86,7 +91,7 @@ def counter():
 
         def __init__(self):
             super().__init__()
-            self.counts = Counts()
+            self.counts, self.too_long = Counts(), 0  # by how much attention is told of longer segments than there are
             self._fused = None
 
         def compiled(self, body):
@@ -100,6 +105,14 @@ def counter():
         def run(self, function, args, kwargs):
             """What is counted."""
             return function(*args, **kwargs)
+
+        def is_on_device(self, values):
+            """Whether an operation on these values is the device's."""
+            return True
+
+        def values(self, tensor):
+            """The numbers in a tensor, where attention runs by segments."""
+            return tensor.cpu()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
@@ -118,6 +131,10 @@ def counter():
             result = self.run(function, args, kwargs)
             if function.namespace == "prim" or _is_view(function) or name in allocating:
                 return result
+            if not self.is_on_device((args, kwargs, result)):
+                return result
+            attention = self._attention(function, args, kwargs) if name in attending else None
+            self.counts.flops += _flops(name, args, result) if attention is None else attention[0]
             if self._fused is not None and self._fused.takes(name, (args, kwargs), result):
                 return result
             if name in taking:
@@ -125,10 +142,27 @@ def counter():
             elif name in setting:
                 moved = _size(args[1:]) + _size(args[-1:])
             else:
-                moved = _size((args, kwargs, result))
+                moved = _size((args, kwargs, result)) if attention is None else attention[1] + _size(result)
             self.counts.kernels += 1
+            self.counts.launches += 1
             self.counts.bytes += moved
             return result
+
+        def _attention(self, function, args, kwargs):
+            """Floating-point operations of attention by segments, and the bytes that it reads."""
+            names = [argument.name for argument in function._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            used, query, key = given.get("seqused_k"), given["query"], given["key"]
+            with _disable_current_modes():
+                queries, keys = (self.values(given[name]).diff().long() for name in ("cum_seq_q", "cum_seq_k"))
+                keys = keys if used is None else self.values(used).long()
+                told, longest = (given["max_q"], given["max_k"]), (int(queries.max()), int(keys.max()))
+                assert longest[0] <= told[0] and longest[1] <= told[1], f"{longest}, and attention is told {told}"
+                self.too_long = max(self.too_long, told[0] - longest[0], 0 if used is not None else told[1] - longest[1])
+                pairs = int((queries * keys - given["is_causal"] * (queries * (queries - 1) // 2)).sum())
+                read = 2 * int(keys.sum()) * key.shape[1] * key.shape[2] * key.element_size()
+            operations = 2 * query.shape[1] * query.shape[2] * pairs * attending[function.overloadpacket.__name__]
+            return operations, read + _size([value for name, value in given.items() if name not in ("key", "value")])
 
     class _Fused:
         """The kernels between products. What one of them makes for itself is never in memory."""
@@ -148,6 +182,7 @@ def counter():
             if name == "cat" and not any(_memory(part) in self.inside for part in given):
                 return True  # products write to where it would put them
             self.counts.kernels += not self.runs
+            self.counts.launches += not self.runs
             self.runs = True
             if name in setting:
                 given = given[1:]
@@ -167,6 +202,12 @@ def counter():
                 if _memory(part) in self.inside:
                     self.inside.discard(_memory(part))
                     self.counts.bytes += _size([part])
+
+    def _flops(name, args, result) -> int:
+        name = name.rstrip("_")
+        if name not in {"mm", "addmm", "bmm", "baddbmm"}:
+            return 0
+        return 2 * result.numel() * args[name.startswith(("add", "badd"))].shape[-1]
 
     def _memory(tensor) -> int:
         return tensor.untyped_storage()._cdata

@@ -1,85 +1,95 @@
 """`FakeModel`: an adapted model of a few layers. Its tensors have a shape and a device but no memory.
 
-With this imported, what torch would compile for a GPU is computed as it is: bodies of layers by their operations, a `OneKernel`
-as one operator, `hybrid_lightning::<name>`.
+What torch would compile for a GPU is computed as it is: bodies of layers by their operations, a `OneKernel` as one operator,
+`hybrid_lightning::<name>`.
 """
 
-import dataclasses
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import cache
+from unittest import mock
 
+import device
 import torch
 import torch.nn.functional as F
 from fake_gpu import multiplies_to_floats
+from known import COMPILED, Counted, tell
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.engine import AttentionCalls, Backend, Engine, OneKernel, base_model, own_hidden, use_fused_layers
-from hybrid_lightning.engine.attention_hook import use_packing
-from hybrid_lightning.engine.decoder_layers import _Body
-from hybrid_lightning.engine.engine import _Trial
+from hybrid_lightning.engine import Backend, Engine, compiling, decoder_layers, use_fused_layers
 from hybrid_lightning.model.pretrained import meta_model
-from hybrid_lightning.types import Sequences
 
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 _EXACT = multiplies_to_floats()  # now: a plain tensor is wanted
+_FEW = 1024  # rows of a decoding step
 
 
 @cache
-def operator_of(kernel):
-    """The operator that stands for a kernel."""
-    _OPERATORS.define(kernel._name + torch.library.infer_schema(kernel.plain, mutates_args=()))
-    torch.library.register_fake(f"hybrid_lightning::{kernel._name}", kernel.plain, lib=_OPERATORS)
-    return getattr(torch.ops.hybrid_lightning, kernel._name).default
+def operator_of(name, plain):
+    """The operator that stands for a compiled function with this signature."""
+    _OPERATORS.define(name + torch.library.infer_schema(plain, mutates_args=()))
+    torch.library.register_fake(f"hybrid_lightning::{name}", plain, lib=_OPERATORS)
+    operator = getattr(torch.ops.hybrid_lightning, name).default
+    COMPILED[operator] = plain
+    return operator
 
 
-def one_kernel(kernel, *given):
-    return operator_of(kernel)(*[part.contiguous() if isinstance(part, torch.Tensor) else part for part in given])
+def compiled(function, arguments, axes, kind=None):
+    """In place of torch's compiler: code that computes a function as one operator, or a layer's body between its products.
+
+    Of the prompts' pass, which is large, the memory counts, and bodies are computed as they are.
+    """
+    leaves, tree = tree_flatten(tuple(arguments))  # not kept: they are examples
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    rest = {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+    names = {name for some in axes for name in some.values() if isinstance(name, str)}
+
+    def run(*given):
+        assert len(given) == len(names) + len(places)
+        whole = rest | dict(zip(places, given[len(names) :], strict=True))
+        arguments = tree_unflatten([whole[place] for place in range(len(whole))], tree)
+        if "attention" not in function.__name__:
+            return operator_of(function.__name__.lstrip("_"), function)(*arguments)
+        counters = device.listeners[-1:] if given[0] < _FEW else ()
+        return counters[0].compiled(lambda: function(*arguments)) if counters else function(*arguments)
+
+    return compiling.Code(run, lambda *sizes: min(sizes) > 1, None)
 
 
-OneKernel.__call__ = one_kernel
-_Body.__call__ = lambda body, *rows: body.function(*rows, body.layer)
+def without_compiler():
+    """A context in which torch compiles nothing."""
+    stack = ExitStack()
+    for module in (compiling, decoder_layers):
+        stack.enter_context(mock.patch.object(module, "compiled", compiled))
+    return stack
 
 
 class FakeBackend(Backend):
-    """The backend of a GPU with kernels that attend by segments."""
-
-    def why_no_segments(self, device, dtype):
-        return ""
+    """The backend of a GPU, whose logits older torch has by other kernels."""
 
     def float_logits(self, hidden, weight):
         return super().float_logits(hidden, weight) if _EXACT else F.linear(hidden, weight).float()
 
 
-def _first_layers(config, layers):
-    """A config with fewer layers."""
-    config = deepcopy(config)
-    config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
-    return config
-
-
 class FakeModel:
-    """The model of a config on an accelerator, adapted by `share`; None: as for scoring."""
+    """A model on an accelerator, of another one's shapes; with its values if it has some. Its passes are tried as on a GPU."""
 
-    def __init__(self, config, layers, share, lora, device, dtype=torch.bfloat16):
-        self.device, self.mode = torch.device(device), FakeTensorMode()
-        backend, model = FakeBackend(), meta_model(_first_layers(config, layers), dtype)
-        candidates = find_candidates(model)
-        if share is None:
-            for module in candidates.values():
-                module.weight.requires_grad_(True)
-            use_fused_layers(model, backend)
-        else:
-            self.plan = plan_of_budget(candidates, ModuleBudget(share), lora)
-            with torch.device("meta"):
-                model = apply_plan(model, self.plan, True, backend)
+    def __init__(self, model, backend):
+        self.device, self.mode = torch.device("cuda:0"), FakeTensorMode()
         self.model, self.engine = model, Engine(model, backend)
-        use_packing(base_model(model))
+        self._exact = next(model.parameters()).device.type != "meta"
         self._fake_weights()
-        self._record_attention()
+        half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        with without_compiler(), self.counted(), half, torch.no_grad(), self.engine.sampling(torch.bfloat16):
+            self.passes = self.engine.passes()
+
+    def counted(self):
+        return Counted(self, self._exact)
 
     def fake(self, tensor):
         """Fake tensor of the same shape and dtype; one that is fake already as it is."""
@@ -92,30 +102,31 @@ class FakeModel:
                 if part is not None:
                     if part not in made:
                         made[part] = nn.Parameter(self.fake(part), requires_grad=part.requires_grad)
+                        self._tell(made[part], part)
                     module._parameters[name] = made[part]
             for name, part in module._buffers.items():
                 if part is not None:
                     module._buffers[name] = self.fake(part)
+                    self._tell(module._buffers[name], part)
 
-    def _record_attention(self):
-        """Let the engine know what the layers ask of attention, with which it decodes by plain calls of their parts."""
-        calls, ids = AttentionCalls(), torch.zeros(1, 2, dtype=torch.long)
-        self.engine._trial = _Trial(calls)
-        self.engine._fast.calls_parts = self.engine._fast._tried = True
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        packed = self.engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
-        packed.layout = self._fake_tensors(packed.layout)
-        packed.ids, packed.positions = self.fake(packed.ids), self.fake(packed.positions)
-        half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        with self.mode, half, torch.no_grad(), self.engine.backend.in_pass():
-            own_hidden(self.model, packed.ids, packed.positions, packed, attention_calls=calls)
+    def _tell(self, fake, part):
+        if self._exact:
+            tell(fake, part.detach().double())
 
-    def _fake_tensors(self, value):
-        """A copy of a dataclass (or tensor) with fake tensors, also in nested dataclasses."""
-        if isinstance(value, torch.Tensor):
-            return self.fake(value)
-        if not dataclasses.is_dataclass(value):
-            return value
-        return dataclasses.replace(
-            value, **{entry.name: self._fake_tensors(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-        )
+
+def adapted(config, layers, share, lora, dtype=torch.bfloat16):
+    """The first layers of a model without values, adapted by `share`; None: as for scoring."""
+    config = deepcopy(config)
+    config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+    backend, model = FakeBackend(), meta_model(config, dtype)
+    candidates = find_candidates(model)
+    if share is None:
+        for module in candidates.values():
+            module.weight.requires_grad_(True)
+        use_fused_layers(model, backend)
+        return FakeModel(model, backend)
+    plan = plan_of_budget(candidates, ModuleBudget(share), lora)
+    with torch.device("meta"):
+        fake = FakeModel(apply_plan(model, plan, True, backend), backend)
+    fake.plan = plan
+    return fake

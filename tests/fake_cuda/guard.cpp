@@ -1,11 +1,14 @@
 // Makes torch believe that there is one CUDA device, so that tensors without data can be "on" it.
-// Everything that would reach a device does nothing. Load it before torch.
+// Nothing reaches a device. Waits and events are reported, see `device.py`. Load it before torch.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
 
 using c10::Device, c10::DeviceIndex, c10::DeviceType, c10::Stream;
+
+void (*report)(const char* what, intptr_t event) = nullptr;
+intptr_t events = 0;
 
 struct NoDevice final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -16,9 +19,13 @@ struct NoDevice final : c10::impl::DeviceGuardImplInterface {
   Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
   Stream exchangeStream(Stream stream) const override { return stream; }
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void** event, const Stream&, DeviceIndex, c10::EventFlag) const override { *event = nullptr; }
+  void record(void** event, const Stream&, DeviceIndex, c10::EventFlag) const override {
+    *event = reinterpret_cast<void*>(++events);
+    report("record", events);
+  }
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void* event) const override { report("event", reinterpret_cast<intptr_t>(event)); }
   void destroyEvent(void*, DeviceIndex) const noexcept override {}
 };
 
@@ -41,6 +48,7 @@ Registerer hooks("CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(), 
 }  // namespace
 
 // Call it after torch is loaded: torch's own guard would replace an earlier one.
-extern "C" void stand_guard() {
+extern "C" void stand_guard(void (*reporting)(const char*, intptr_t)) {
+  report = reporting;
   static c10::impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new NoDevice());
 }

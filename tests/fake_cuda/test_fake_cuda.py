@@ -1,4 +1,4 @@
-"""What sampling and an update ask of a GPU, counted at full size on one that is none (see `fake_gpu.py`)."""
+"""What a run asks of a GPU, counted at full size and computed at small size on one that does not exist (see `fake_gpu.py`)."""
 
 import importlib.util
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def run(script, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What the scripts find, side by side: `counts.py`, and where there is Triton `cubins.py`."""
-    scripts = {"counts.py": (), **({"cubins.py": CAPABILITIES} if importlib.util.find_spec("triton") else {})}
+    """What the scripts find, two side by side: `counts.py`, `values.py`, and where there is Triton `cubins.py`."""
+    scripts = {"cubins.py": CAPABILITIES} if importlib.util.find_spec("triton") else {}
+    scripts = {"counts.py": (), **scripts, "values.py": ()}
     with ThreadPoolExecutor(2) as threads:
         yield {script: threads.submit(run, script, tmp_path_factory.mktemp("found"), *of) for script, of in scripts.items()}
 
@@ -46,6 +48,81 @@ def found(tmp_path_factory):
 @pytest.fixture
 def counts(found):
     return found["counts.py"].result()
+
+
+# Kernels, the bytes that they move, and the peak of memory; of a token, instead of the peak, what the host launches. With these
+# versions they are exact, and others may need a few kernels more. They were counted, and tests below say what they consist of:
+# operations follow from the model's sizes, peaks from the plan of memory, and a layer's kernels from its products.
+VERSIONS = {"torch": "2.13", "transformers": "5.24", "peft": "0.21", "lightning": "2.6"}
+COUNTED = {
+    "steps": {
+        "log-probabilities": (551, 100373944950, 3382435952),
+        "forward": (462, 67142366879, 4171435628),
+        "backward": (299, 7459610148, 1330488944),
+        "optimizer step": (26, 46138322, 388857840),
+    },
+    "steps of a hybrid": {
+        "log-probabilities": (548, 100312244854, 3401048176),
+        "forward": (459, 67080666783, 4286141060),
+        "backward": (291, 7224259108, 1432873608),
+        "optimizer step": (44, 243270620, 447840268),
+    },
+    "steps of one long row": {
+        "log-probabilities": (625, 194260484158, 3327572992),
+        "forward": (534, 130200217277, 4663670477),
+        "backward": (335, 13363691346, 3000311553),
+        "optimizer step": (26, 46138322, 388976561),
+    },
+    "scoring": {"scoring": (530, 74582036094, 4272919756)},
+    "sketches": {"scoring": (642, 74976366206, 4284011724)},
+    "rollout": {
+        "plain": (132, 446710928, 132),
+        "replayed": (133, 446979728, 72),
+        "fewer rows": (132, 437807336, 132),
+        "fewer, replayed": (133, 438597992, 72),
+    },
+    "rollout by top-p": {
+        "plain": (191, 2452149809, 191),
+        "replayed": (192, 2452418609, 131),
+        "fewer rows": (191, 1941857825, 191),
+        "fewer, replayed": (192, 1942648481, 131),
+    },
+    "weights": {"sent": (95, 1098340352, 708848640)},
+}
+
+
+@counts_logits
+@pytest.mark.parametrize("run", COUNTED)
+def test_a_run_does_no_more_work_than_its_sizes_ask_for_and_holds_no_more_than_it_did(counts, run):
+    """Operations of products and attention are exactly those of `ideal.py`."""
+    found = counts[run]
+    assert {name: phase["flops"] for name, phase in found["phases"].items()} == found["least"]
+    numbers = {
+        name: (phase["kernels"], phase["bytes"], phase.get("peak", phase.get("launches")))
+        for name, phase in found["phases"].items()
+    }
+    if all(version(name).startswith(f"{known}.") for name, known in VERSIONS.items()):
+        assert numbers == COUNTED[run]
+    for name, known in COUNTED[run].items():
+        assert all(one <= 1.03 * other for one, other in zip(numbers[name], known, strict=True)), name
+    assert found["atomics"] == [] and found["too long"] == 0 and found["logits"] <= counts["most logits"]
+
+
+# What keeps a CUDA device from each fast pass.
+PASSES = {
+    **dict.fromkeys(("packed training", "shared prompts", "16-bit products", "attention by segments"), ""),
+    "CPU kernels": "they are for CPUs, and the model is on cuda",
+    "fused layers": "",
+}
+OF_ADAPTED = {"prepacked weights": "copies of weights do not pay on cuda", "fast decoding": "", "compiled layers": ""}
+OF_BASE = {**OF_ADAPTED, "prepacked weights": "no layer has LoRA"}
+
+
+@pytest.mark.parametrize("run", COUNTED)
+def test_a_cuda_device_takes_all_fast_passes_by_the_products_own_choice(counts, run):
+    """Only what torch tells of the device is made up: one of compute capability 9.0, and a torch with FlashAttention."""
+    of_model = OF_BASE if run in ("scoring", "sketches") else OF_ADAPTED
+    assert counts[run]["passes"] == {**PASSES, **of_model}
 
 
 # In a step's two places: once to cut rows into passes, and for the layout.
@@ -67,62 +144,100 @@ OF_ROWS = {"tolist in batching.split_by_tokens": 3, "_local_scalar_dense in type
 @counts_logits
 @pytest.mark.parametrize(("run", "groups"), [("steps", 1), ("steps of a hybrid", 2), ("steps of one long row", 1)])
 def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_what_is_planned(counts, run, groups):
-    """GSPO with a KL term, clipping, logging and AdamW under Lightning. Attention sets the peak of its backward pass."""
+    """GSPO with a KL term, clipping, logging and AdamW under Lightning. Attention sets the peak of its backward pass.
+
+    Log-probabilities of the policy and of the start policy are computed beforehand, without what a gradient needs.
+    """
     found, at_once = counts[run], {"_local_scalar_dense in step.micro_batch": 1}
     norms = {"_local_scalar_dense in step.log_gradient_norms": groups}
     assert found["waits"] == {**OF_LAYOUT, **OF_ROWS, **at_once, **norms}
     assert found["before"] == {place: 2 * number for place, number in {**OF_LAYOUT, **OF_ROWS}.items()}, "policy and start policy"
-    assert found["copies"] == {} and found["atomics"] == [] and found["logits"] <= counts["most logits"]
-    assert 0.98 < found["forward"] < 1.02 and 0.94 < found["backward"] < 1.01
-    if "long" not in run:  # of 9,700 tokens through two layers
-        assert found["kernels"] <= 790 and found["bytes"] < 76e9
+    assert found["copies"] == {}
+    planned = found["of plan"]
+    assert 0.98 < planned["forward"] < 1.02 and 0.94 < planned["backward"] < 1.01 and 0.99 < planned["optimizer step"] < 1.01
+    assert planned["log-probabilities"] < 0.85
 
 
 @counts_logits
 def test_mistakes_in_a_step_are_found_and_named(counts):
-    """A number that the host needs, a copy of the embeddings, additions by atomics, and the logits of all tokens at once."""
+    """A number that the host needs, a wait, a copy from ordinary memory, a copy of weights, atomics, and all logits at once."""
     found = counts["planted steps"]
     more = Counter(found["waits"]) - Counter(counts["steps"]["waits"])
-    assert more == {"_local_scalar_dense in step.micro_batch": 1} and found["copies"] == {"clone in step.micro_batch": 2}
+    places = ("_local_scalar_dense", "synchronize", "from host, not pinned")
+    assert more == {f"{name} in step.micro_batch": 1 for name in places} and found["copies"] == {"clone in step.micro_batch": 2}
     assert found["atomics"] == ["index_add_"] * 2
-    assert found["logits"] == 4 * 8 * 256 > counts["most logits"] and found["forward"] < 1.02, "the plan has them, too"
+    assert found["logits"] == 4 * 8 * 256 > counts["most logits"] and found["of plan"]["forward"] < 1.02, "the plan has them, too"
+
+
+@pytest.mark.parametrize(("run", "changes"), [("card of 6 GiB", []), ("card of 5 GiB", ["--model.max_tokens_per_micro_batch"])])
+def test_a_run_as_planned_for_a_card_fits_it_in_the_passes_that_it_chooses(counts, run, changes):
+    """All passes of an update, some of which the card's memory cuts; on the smaller card as `plan --fit` tells."""
+    found = counts[run]
+    assert found["changes"] == changes
+    assert 0.8 < found["of room"] < 0.95 and 0.98 < found["of plan"]["card"] < 1.01
 
 
 @counts_logits
 @pytest.mark.parametrize(
-    ("run", "of_a_module", "kernels"),
+    ("run", "of_a_module"),
     [
-        ("scoring", {"to host in gradients.add": 1}, 580),
-        ("sketches", {"from host in sketch._test_matrices": 2}, 700),  # which are the same on all kinds of devices
+        ("scoring", {"to host in gradients.add": 1}),
+        ("sketches", {"from host in sketch._test_matrices": 2}),  # which are the same on all kinds of devices
     ],
 )
-def test_modules_are_scored_with_a_wait_a_loss_and_few_a_module(counts, run, of_a_module, kernels):
+def test_modules_are_scored_with_a_wait_a_loss_and_few_a_module(counts, run, of_a_module):
     found, waits = counts[run], {"_local_scalar_dense in scoring.check_loss": 1}
     waits |= {place: number * found["modules"] for place, number in of_a_module.items()}
-    assert found["waits"] == {**OF_LAYOUT, **waits} and found["copies"] == {} and found["atomics"] == []
-    assert found["kernels"] <= kernels and found["bytes"] < 76e9
+    assert found["waits"] == {**OF_LAYOUT, **waits} and found["copies"] == {}
+    assert 0.98 < found["of plan"]["scoring"] < 1.01
 
 
 @counts_logits
-@pytest.mark.parametrize("run", ["rollout", "rollout of a hybrid"])
+@pytest.mark.parametrize("run", ["rollout", "rollout by top-p"])
 def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(counts, run):
-    """It waits for the layout of its prompts, which the host sends, and for whatever stops it."""
+    """It waits for the layout of its prompts, which the host sends, for whatever stops it, and for the trial of its graphs."""
     found = counts[run]
     of_prompts = ("boolean index in packing.__init__", "nonzero in gathering.of")
     numbers = (f"_local_scalar_dense in {place}" for place in ("packing.__init__", "gathering.of", "segment_attention.of"))
-    sent = {"from host in sampler.__init__": 1, "from host in batching.pad_right": 2}
+    sent = {"from host in sampler.__init__": 1, "from host in batching.pad_right": 2, "from host in sampler.decode": 1}
     assert found["before"] == {**sent, **dict.fromkeys((*of_prompts, *numbers), 1), of_prompts[0]: 4}
-    assert found["waits"] == {} and found["copies"] == {} and found["atomics"] == []
-    assert 0.98 < found["peak"] < 1.03, "as where all logits are there once"
+    assert found["waits"] == {"equal in step_graphs.compare": 3} and found["copies"] == {}
+    assert 0.98 < found["of plan"]["rollout"] < 1.03
 
 
 @counts_logits
-@pytest.mark.parametrize("run", ["rollout", "rollout of a hybrid"])
-def test_a_token_takes_few_kernels_and_moves_little_more_than_weights_keys_and_values_once(counts, run):
-    layer, token = counts[run]["layer"], counts[run]["token"]
+@pytest.mark.parametrize("run", ["rollout", "rollout by top-p"])
+def test_ended_rows_leave_after_the_hosts_second_look_and_graphs_are_replayed_before_and_after(counts, run):
+    """A quarter of the rows ends before the host's first look, after 16 tokens, and a quarter by its limit before the second."""
+    found = counts[run]
+    assert found["alive"] == {"32": 31, "24": 16, "16": 1}
+    assert found["replayed"] == (32 - 9) + (48 - 32 - 8), "from the ninth token of the same rows on, but the first one is no step"
+
+
+@counts_logits
+@pytest.mark.parametrize("run", ["rollout", "rollout by top-p"])
+def test_a_layer_of_a_token_takes_few_kernels_and_reads_weights_keys_and_values_once(counts, run):
+    layer = counts[run]["layer"]
     assert layer["kernels"] == 15 + 6 + 2, "products, what is compiled between them, attention"
-    assert 1 < layer["ideal"] < 1.1
-    assert token["kernels"] <= 2 * layer["kernels"] + 80, "the output layer and the draw, and what the loop keeps"
+    assert 1 < layer["ideal"] < 1.17, "and hidden states, and norms, of 32 rows with 7 tokens each"
+
+
+@counts_logits
+def test_each_weight_is_computed_once_for_all_servers(counts):
+    found = counts["weights"]
+    assert found["given"] == 2 * found["weights"] and found["waits"] == {}
+    assert found["beside"] == 2 * 4 * 2**20, "one weight in float32, some rows at a time, with its update"
+
+
+@counts_logits
+def test_numbers_on_the_paths_of_a_gpu_are_those_of_plain_passes(found):
+    """Differences are those of roundings in float32."""
+    values = found["values.py"].result()
+    for turn in ("first", "second", "some"):
+        assert values[turn]["rows"] == 0 and values[turn]["logprobs"] < 1e-5, turn
+    assert values["replayed"] > 50, "tokens, all of them drawn as without graphs"
+    trained = values["trained"]
+    assert trained["passes"] == 2 and trained["gradients"] < 1e-4 and trained["loss"] < 1e-5 and trained["logprobs"] < 1e-5
 
 
 # Kernels, products, and looks at whether a tensor is aligned, each with a copy where it is not. Older torch has one kernel more.

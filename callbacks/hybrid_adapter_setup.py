@@ -24,6 +24,7 @@ from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, new_state
 from hybrid_lightning.training.module import LanguageModule
@@ -161,11 +162,13 @@ class HybridAdapterSetup(Configurable, Callback):
             experts = any(rank and not is_linear(candidates[name]) for name, rank in planning.ranks(candidates).items())
         if plan is None:
             ranks = planning.rank_pattern.values() or [planning.lora.rank]
-            sampler.check_adapter(planning.budget.share > 0, planning.lora.use_dora, [*ranks], experts)
+            received = (planning.budget.share > 0, planning.lora.use_dora, [*ranks], experts)
         else:
-            sampler.check_adapter(bool(plan.full_modules), plan.lora.use_dora, plan.ranks, plan.has_experts)
+            received = (bool(plan.full_modules), plan.lora.use_dora, [*plan.ranks], plan.has_experts)
             plan.check_model(pl_module.policy.pretrained.skeleton())
             check_lora_modules(plan.lora_modules)
+        if isinstance(sampler, WeightedEngine):
+            sampler.check_adapter(*received)
 
     def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
         """Refuse a plan file that differs from the plan that the model has or gets."""

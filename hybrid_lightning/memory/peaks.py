@@ -17,7 +17,7 @@ from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
-from hybrid_lightning.rollout.rollout_engine import check_length, model_context
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine, check_length, model_context
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
@@ -204,7 +204,7 @@ class _Run:
         return replace(self._part(sizes), copies=copies)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
-        if self.settings.sampler.needs_weight_sync:
+        if isinstance(self.settings.sampler, WeightedEngine):
             return self._held("resting", sizes)
         found = self.passes.sampling(self._rows(prompts, prompts * samples), sizes.trained)
         return _computing(self._held("generating", sizes), found)
@@ -216,7 +216,7 @@ class _Run:
         settings, parts = self.settings, self.sharding.parts
         prompts = settings.planning.calibration_prompts or settings.schedule.prompts_per_rollout
         held = calibrating = self._held("scoring", sizes)
-        if not settings.sampler.needs_weight_sync:
+        if not isinstance(settings.sampler, WeightedEngine):
             batch = min(prompts, calibration_batch(settings.schedule.prompts_per_rollout))
             generated = self.passes.sampling(self._rows(batch, batch * settings.schedule.samples_per_prompt), None)
             calibrating = _computing(self._held("calibrating", sizes), generated)

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
-from hybrid_lightning.rollout.interface import Draws, SamplingRequest
+from hybrid_lightning.rollout.interface import Draws, MessageRequest, Sampled, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
+from hybrid_lightning.rollout.rollout_engine import BatchEngine, Session
 from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _ONE = 2.0**40  # the whole number that stands for 1
 _EVERY = 16  # steps after which the number of running rows is copied from an accelerator
 
 
-class Sampler(RolloutEngine):
+class Sampler(BatchEngine):
     """Samples in the training process, with the trained weights themselves; the default rollout engine.
 
     Args:
@@ -61,26 +61,26 @@ class Sampler(RolloutEngine):
         super().__init__(max_new_tokens, **options)
         self.cuda_graphs = cuda_graphs
 
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
         """Complete every prompt of a request with the model's own passes."""
-        return self.first(engine, tokenizer, request)[0]
+        return self.first(runner, tokenizer, request)[0]
 
-    def conversation(
-        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
-    ) -> Conversation:
-        """Begin episodes of several turns. Keys and values are kept between turns if the model's decoding supports that."""
-        return _ContinuedConversation(self, engine, tokenizer, request, capacity)
+    def session(
+        self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
+    ) -> Session:
+        """Begin a rollout's episodes. Keys and values are kept between turns if the model's decoding supports that."""
+        return (Session if capacity is None else _ContinuedSession)(self, runner, tokenizer, request, capacity)
 
     @torch.no_grad()
     def first(
-        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
+        self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
     ) -> "tuple[Rollouts, _Decoder]":
         """Complete a request like `sample`, or, with a capacity, sample the first message of episodes.
 
         Returns:
             The rollouts, and their decoder, with space for episodes of `capacity` tokens.
         """
-        limits, decoder = self._checked_limits(engine, request), _Decoder(self, engine, tokenizer, request)
+        limits, decoder = self.checked_limits(runner, request), _Decoder(self, runner, tokenizer, request)
         ids, mask = pad_left(request.prompt_ids, decoder.pad_id, decoder.device)
         samples, length = request.samples_per_prompt, capacity or max(limits)
         begin = partial(decoder.prefill, ids, mask, samples, length, keeps_rows=capacity is not None)
@@ -100,26 +100,38 @@ class Sampler(RolloutEngine):
         return self.rollouts(tokenizer, request, tokens, mask, logprobs, finished)
 
 
-class _ContinuedConversation(Conversation):
+class _ContinuedSession(Session):
     """Continues from the existing keys and values, if the model's decoding supports that."""
 
-    _sampler: Sampler
+    _engine: Sampler
     _decoder: "_Decoder"
+    _prompts: list[int]  # tokens of each prompt
+    _cached: dict[int, list[int]]  # tokens of each episode whose keys and values are kept, and the last one sampled
 
-    def _first(self, request: SamplingRequest) -> Rollouts:
-        found, self._decoder = self._sampler.first(self._engine, self._tokenizer, request, self._capacity)
+    def sample(self, asked: Sequence[MessageRequest]) -> list[Sampled]:
+        """See `Session`."""
+        found = super().sample(asked)
+        for each, message in zip(asked, found, strict=True):
+            self._cached[each.episode] = [*each.ids, *message.ids]
+        return found
+
+    def _sample_first(self, request: SamplingRequest) -> Rollouts:
+        self._prompts, self._cached = [len(ids) for ids in request.prompt_ids], {}
+        found, self._decoder = self._engine.first(self._runner, self._tokenizer, request, self._capacity)
         return found
 
     @torch.no_grad()
-    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+    def _sample_later(self, request: SamplingRequest, asked: Sequence[MessageRequest]) -> Rollouts:
         decoding = self._decoder.decoding
-        if not decoding.can_extend:
-            return super()._next(request, rows, added)
-        own = [self._own[row] for row in rows]
-        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
-        begin = partial(decoding.extend, rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
-        assert request.limits is not None, "set by `next`"
-        return self._sampler.decoded(self._decoder, self._tokenizer, request, begin, request.limits)
+        cached = [self._cached[each.episode] for each in asked]
+        if not decoding.can_extend or any(each.ids[: len(own)] != own for each, own in zip(asked, cached, strict=True)):
+            return super()._sample_later(request, asked)
+        prompts = [self._prompts[each.episode // self._request.samples_per_prompt] for each in asked]
+        kept = [len(own) - prompt - 1 for own, prompt in zip(cached, prompts, strict=True)]  # the last one sampled was not read
+        added = [list(each.ids[prompt + read :]) for each, prompt, read in zip(asked, prompts, kept, strict=True)]
+        begin = partial(decoding.extend, [each.episode for each in asked], kept, added)
+        limits = [each.limit for each in asked]
+        return self._engine.decoded(self._decoder, self._tokenizer, request, begin, limits)
 
 
 class _Decoder:
@@ -130,7 +142,7 @@ class _Decoder:
 
     def __init__(self, sampler: Sampler, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> None:
         self.sampler, self.engine, self.greedy, self.on_token = sampler, engine, request.greedy, request.on_token
-        self.on_ended = sampler._listener(tokenizer, request)  # called for sequences that end early
+        self.on_ended = sampler.listener(tokenizer, request)  # called for sequences that end early
         stops = request.stops or sampler.stops(tokenizer)
         self.device = next(engine.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings

@@ -175,9 +175,7 @@ class Evaluation(nn.Module):
 
     def end_predict(self) -> None:
         """Gather weights as often as the rank with the most batches, so that no prompt needs to be repeated."""
-        own = self.generation.sampler.needs_weight_sync
-        for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
-            self.generation.policy.weights.gathered(lambda: None)
+        self.generation.gather_again(2 * self._missing_batches)  # greedily and by sampling
 
     def _scored(self, prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
         """The greedy completions of prompts and the sampled ones, each with their rewards."""

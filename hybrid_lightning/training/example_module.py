@@ -5,8 +5,8 @@ from typing import Any
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.rewards.combined import AnyReward
+from hybrid_lightning.training.engine_generation import generation_of
 from hybrid_lightning.training.example_task import ExampleTask
-from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.module import LanguageModule
 
 __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
@@ -42,7 +42,7 @@ class ExampleModule(LanguageModule):
         trained_by = self.default_loss() if loss is None and self.default_loss is not None else loss
         if trained_by is None:
             raise ConfigError("ExampleModule needs model.loss; set it, or use SupervisedModule or PreferenceModule")
-        generation = Generation(self.policy, self._sampler, reward, self.run, self._seed)
+        generation = generation_of(self.policy, self._sampler, reward, self.run, self._seed)
         self.task = ExampleTask(trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed)
         self.evaluation = self.task.evaluation
 

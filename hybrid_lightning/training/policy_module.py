@@ -11,8 +11,8 @@ from hybrid_lightning.rewards import EpisodeReturn
 from hybrid_lightning.rewards.combined import AnyReward
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.training.engine_generation import generation_of
 from hybrid_lightning.training.evaluation import Evaluation
-from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.training.teachers import Teacher
@@ -94,9 +94,11 @@ class PolicyModule(LanguageModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        played = Episodes.of(environment, episodes, self._sampler, self.policy.pretrained, turn_template, credit == "turn")
+        played = Episodes(environment, episodes, self.policy.pretrained, turn_template, credit == "turn")
         scored_by = EpisodeReturn() if reward is None and environment is not None else reward
-        generation = Generation(self.policy, self._sampler, scored_by, self.run, self._seed, played, rollouts_ahead)
+        generation = generation_of(
+            self.policy, self._sampler, scored_by, self.run, self._seed, played, rollouts_ahead=rollouts_ahead
+        )
         self.task = RLTask(
             loss,
             RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead),

@@ -208,7 +208,7 @@ class RLTask(Task):
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
         made_by = cast(Tensor, chunk.sequences.weights_step)  # all rows were sampled
         metrics["sampling/weights_version_lag"] = share((self.run.step - made_by).float(), inputs)
-        if self.generation.sampler.inflight_updates:
+        if self.generation.inflight_updates:
             metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
         micro_batches = float(self.run.accumulate_grad_batches * self.run.world_size)
         longest = float(self.generation.max_completion_tokens)

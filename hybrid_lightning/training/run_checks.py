@@ -17,6 +17,7 @@ from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLo
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.training.teachers import Teacher
@@ -65,7 +66,7 @@ def check_rl(
     run, sampler = generation.run, generation.sampler
     if generation.reward is None and run.stage in ("fit", "predict"):  # the other stages measure without one
         raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
-    if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
+    if correction is not None and isinstance(sampler, WeightedEngine) and not sampler.keeps_all_tokens:
         raise ConfigError(
             f"model.correction={type(correction).__name__} compares probabilities over all tokens, but {type(sampler).__name__} "
             "with top_p, top_k or min_p reports probabilities over the kept tokens only; set sampler.top_p=1, top_k=0 and "
@@ -87,7 +88,7 @@ def check_rl(
             f"{type(loss).__name__} is meant for advantages that are not divided by the group's standard deviation, but "
             f"{type(advantage).__name__} divides them; give --model.advantage=GroupMeanAdvantage"
         )
-    if sampler.needs_weight_sync and correction is None:
+    if isinstance(sampler, WeightedEngine) and correction is None:
         rank_zero_warn(
             "vLLM computes slightly different probabilities than training, and model.correction is not set; check "
             "sampling/logp_difference, and give --model.correction=TokenTruncation, as in configs/rollout/vllm.yaml"

@@ -29,7 +29,7 @@ from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.rollout_engine import model_context
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.generation import Generation, OwnGeneration
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
@@ -103,7 +103,7 @@ class Teacher(Configurable, ABC):
         """A completion of each prompt by a teacher in this process, before training."""
         given, policy = vars(student.sampler), self.passes(passes).policy
         sampler = Sampler(**{name: given[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p")})
-        generation = Generation(policy, sampler, student.reward, Run(), episodes=student.episodes)
+        generation = OwnGeneration(policy, sampler, student.reward, Run(), episodes=student.episodes)
         draws = torch.Generator(policy.device).manual_seed(0)
         return generation.generate([self.with_context(prompt) for prompt in prompts], draws=draws)
 

@@ -1,0 +1,232 @@
+"""Plays the episodes of a rollout: coroutines that ask the policy for messages. The engine decides when a message is sampled.
+
+    Rounds    in this process: when every live episode waits for the policy or has ended, all their requests in one batch,
+              ordered by episode. So batches, and with them the bits, do not depend on the clock.
+    AtOnce    elsewhere: each request when it comes. A slow environment holds up its own episode alone.
+
+The coroutines run on the event loop of `user_calls`, on which `async` environments run, too. If one of them blocks the loop, all
+episodes continue on another loop from where they waited.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import AskPolicy, MessageRequest, Playable, Sampled
+from hybrid_lightning.user_calls import Heartbeat, LoopLostError, begin_async, run_async
+
+_END_S = 10.0  # time for episodes to end after they were cancelled
+
+
+async def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What surrounds the coroutines of a rollout: by default nothing."""
+
+    blocked_s: float = inf  # longest time in seconds for which code may block the event loop
+    # Context in which code of episodes runs in this process; None if none does.
+    within: Callable[[], AbstractContextManager[Any]] | None = None
+    finish: Callable[[], Awaitable[None]] = _nothing  # awaited after the last episode, also after a failure
+
+
+NOTHING = Surroundings()
+
+
+class _Tasks:
+    """The coroutines of live episodes, on the event loop."""
+
+    def __init__(self, episodes: Sequence[Playable], ask: AskPolicy) -> None:
+        self._episodes, self._ask = {episode.number: episode for episode in episodes}, ask
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by episode
+        self.failure: BaseException | None = None  # the first one
+        self._ended: Callable[[], None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    def begin(self, on_end: Callable[[], None]) -> None:
+        """Begin the coroutines that have not begun; `on_end` is called after the end of each."""
+        self._ended = on_end
+        for number, episode in self._episodes.items():
+            if number not in self._tasks:
+                task = self._tasks[number] = asyncio.create_task(episode.play(self._ask))
+                task.add_done_callback(lambda task, number=number: self._end(task, number))
+
+    def _end(self, task: asyncio.Task[None], number: int) -> None:
+        if self._tasks.get(number) is not task:
+            return  # on an abandoned event loop
+        del self._tasks[number], self._episodes[number]
+        if not task.cancelled() and task.exception() is not None:
+            self.failure = self.failure or task.exception()
+        self._ended()
+
+    def relocate(self) -> None:
+        """Let the episodes continue on another event loop, by `begin`."""
+        self._tasks = {}
+        self._episodes = {number: episode.relocated() for number, episode in self._episodes.items()}
+
+    async def cancel(self) -> None:
+        """End the coroutines."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_END_S)
+
+
+class Rounds:
+    """Plays episodes in this process, in the calling thread.
+
+    Args:
+        episodes: The episodes, in order.
+        sample: Samples the messages of one round.
+    """
+
+    def __init__(self, episodes: Sequence[Playable], sample: Callable[[Sequence[MessageRequest]], Sequence[Sampled]]) -> None:
+        self._sample, self._tasks = sample, _Tasks(episodes, self._ask)
+        self._waiting: dict[int, tuple[MessageRequest, asyncio.Future[Sampled]]] = {}  # by episode
+        self._settled: asyncio.Event | None = None  # set when all live episodes wait, or one has failed
+
+    def play(self, around: Surroundings) -> None:
+        """Play all episodes to their end.
+
+        Raises:
+            The first exception of an episode, or of `sample`; the other episodes then end, too.
+        """
+        answers: list[tuple[asyncio.Future[Sampled], Sampled]] = []
+        within = around.within or nullcontext
+        try:
+            while len(self._tasks):
+                try:
+                    with within():
+                        run_async(self._advance(answers), around.blocked_s)
+                except LoopLostError:
+                    self._tasks.relocate()
+                    self._waiting, answers = {}, []
+                    continue
+                if self._tasks.failure is not None:
+                    raise self._tasks.failure
+                waiting = [self._waiting[number] for number in sorted(self._waiting)]
+                self._waiting = {}
+                sampled = self._sample([request for request, _ in waiting]) if waiting else []
+                answers = [(answer, message) for (_, answer), message in zip(waiting, sampled, strict=True)]
+        finally:
+            with within(), suppress(LoopLostError):
+                run_async(self._finish(around), around.blocked_s)
+
+    async def _ask(self, request: MessageRequest) -> Sampled:
+        answer: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
+        self._waiting[request.episode] = request, answer
+        self._look()
+        return await answer
+
+    async def _advance(self, answers: Sequence[tuple[asyncio.Future[Sampled], Sampled]]) -> None:
+        """Continue until all live episodes wait for the policy."""
+        self._settled = asyncio.Event()
+        for answer, message in answers:
+            answer.set_result(message)
+        self._tasks.begin(self._look)
+        await self._settled.wait()
+
+    def _look(self) -> None:
+        if self._settled is not None and (len(self._waiting) == len(self._tasks) or self._tasks.failure is not None):
+            self._settled.set()
+
+    async def _finish(self, around: Surroundings) -> None:
+        await self._tasks.cancel()
+        await around.finish()
+
+
+class AtOnce:
+    """Plays episodes while the calling thread continues.
+
+    Args:
+        episodes: The episodes.
+        ask: Samples a message elsewhere.
+        around: What surrounds the coroutines.
+        on_end: Called after the last episode, in any thread.
+    """
+
+    def __init__(
+        self, episodes: Sequence[Playable], ask: AskPolicy, around: Surroundings, on_end: Callable[[], object] = lambda: None
+    ) -> None:
+        self._tasks, self._around, self._on_end = _Tasks(episodes, ask), around, on_end
+        self._work: Future[None] = Future()  # done after the last episode, on whichever event loop it ended
+        self._run: Future[None] | None = None  # on the current event loop
+        self._heartbeat: Heartbeat | None = None
+
+    def begin(self, on_wait: Callable[[], object] = lambda: None) -> RolloutFuture[None]:
+        """Begin to play; if code of episodes runs in this process, when the result is requested.
+
+        The thread that waits for the end calls `on_wait` from time to time.
+        """
+        if self._around.within is not None:
+            return RolloutFuture(lambda: self._begun(on_wait).result(), context=self._around.within, on_cancel=self._cancel)
+        return self._begun(on_wait)
+
+    def _begun(self, on_wait: Callable[[], object]) -> RolloutFuture[None]:
+        self._continue()
+
+        def waited() -> None:
+            on_wait()
+            self._watch()
+
+        return RolloutFuture(self._work.result, self._work, on_wait=waited, on_cancel=self._cancel)
+
+    def _cancel(self) -> None:
+        if self._run is None:
+            self._on_end()
+        else:
+            self._run.cancel()
+
+    def _continue(self) -> None:
+        self._run = begin_async(self._all())
+        self._run.add_done_callback(self._end)
+
+    async def _all(self) -> None:
+        ended = asyncio.Event()
+
+        def look() -> None:
+            if not len(self._tasks) or self._tasks.failure is not None:
+                ended.set()
+
+        try:
+            self._tasks.begin(look)
+            look()
+            await ended.wait()
+        finally:
+            await self._tasks.cancel()
+            await self._around.finish()
+        if self._tasks.failure is not None:
+            raise self._tasks.failure
+
+    def _end(self, run: Future[None]) -> None:
+        if run is not self._run:
+            return  # on an abandoned event loop
+        self._on_end()
+        failure = None if run.cancelled() else run.exception()
+        if run.cancelled():
+            failure = RolloutError("the episodes were ended")
+        if failure is None:
+            self._work.set_result(None)
+        else:
+            self._work.set_exception(failure)
+
+    def _watch(self) -> None:
+        """Continue on another event loop if code has blocked this one."""
+        self._heartbeat = self._heartbeat or Heartbeat(self._around.blocked_s)
+        try:
+            self._heartbeat.check()
+        except LoopLostError:
+            self._heartbeat = None
+            self._tasks.relocate()
+            self._continue()

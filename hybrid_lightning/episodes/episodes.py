@@ -156,6 +156,11 @@ class Episodes:
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         return added.union(tokenizer.all_special_ids)
 
+    @cached_property
+    def _cut_mark(self) -> str:
+        """What is written after a cut text: nothing, if the tokenizer cannot write the mark."""
+        return CUT_MARK if self.turns.can_write(CUT_MARK) else ""
+
     def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
         """A copy for another thread, with its own tokenizer and its own processes for environments."""
         options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, on_wait
@@ -289,7 +294,7 @@ class Episodes:
         while len(ids) > room and kept:
             # Cut by the excess tokens times the average length of a token, and by at least 8 characters.
             kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
-            messages = [*before, {**last, "content": text[:kept] + CUT_MARK}]
+            messages = [*before, {**last, "content": text[:kept] + self._cut_mark}]
             ids = self.turns.added(row.prompt, messages, row.last)
         row.counts["cut_answers"] += 1
         return list(messages), ids

@@ -33,8 +33,8 @@ class EpisodeLimits(Configurable):
         max_tokens: Most tokens of an episode after its prompt, sampled or added; the episode then ends with the reason "tokens".
         step_timeout_s: Longest time of each call of an environment in seconds. A step that takes longer ends its episode with the
             reason "time". If this happens to the first eight steps of a rollout, the run stops.
-        too_long: What happens if an answer of the environment does not fit into `max_tokens`: "cut" truncates it, with a mark;
-            "end" leaves it out and ends the episode with the reason "tokens".
+        too_long: What happens if an answer of the environment does not fit into `max_tokens`: "cut" truncates it, with a mark
+            if the tokenizer can write it; "end" leaves it out and ends the episode with the reason "tokens".
         max_failed_share: Share of a rollout's episodes that may be left out because their environment failed. The run stops if
             more fail.
         workers: Number of processes for environments. Each process runs one environment at a time. Use them for environments that

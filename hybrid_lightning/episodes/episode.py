@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.pretrained import Pretrained
@@ -30,6 +30,10 @@ class Writer(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are skipped when a message is decoded."""
+
+    @property
+    def cut_mark(self) -> str:
+        """What is written after a cut text."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class LiveEpisode:
         while len(ids) > room and kept:
             # Cut by the excess tokens times the average length of a token, and by at least 8 characters.
             kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
-            messages = [*before, {**last, "content": text[:kept] + CUT_MARK}]
+            messages = [*before, {**last, "content": text[:kept] + self.rules.writer.cut_mark}]
             ids = turns.added(prompt, messages, self.last)
         self.counts["cut_answers"] += 1
         return list(messages), ids

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hybrid_lightning.environments import Environment, EpisodeLimits, RunningEpisodes
+from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, RunningEpisodes
 from hybrid_lightning.episodes.episode import Group, LiveEpisode, Rules
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, shorten
@@ -91,6 +91,11 @@ class Episodes:
         tokenizer = self.pretrained.tokenizer
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         return frozenset(added.union(tokenizer.all_special_ids))
+
+    @cached_property
+    def cut_mark(self) -> str:
+        """What is written after a cut text: nothing, if the tokenizer cannot write the mark."""
+        return CUT_MARK if self.turns.can_write(CUT_MARK) else ""
 
     @cached_property
     def _elsewhere(self) -> "Episodes":

@@ -168,6 +168,14 @@ class TurnEncoder:
             return ids[end if sampled_ids[-1:] == [ids[end - 1]] else end - 1 :]
         return ids[end:] if stopped else ids
 
+    def can_write(self, text: str) -> bool:
+        """Whether the tokenizer can encode a text."""
+        try:
+            self._tokenize(text)
+        except DataError:
+            return False
+        return True
+
     # ---- parts
 
     def _after_answer(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:

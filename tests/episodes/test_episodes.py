@@ -117,6 +117,24 @@ def test_every_bound_ends_an_episode_with_its_reason_and_an_answer_that_does_not
     assert any(c.episode.turns > 1 for c in cut), "the policy has room for an answer"
 
 
+class Digits(Talk):
+    """Answers with many digits, which the embedded policy's tokenizer has, and letters it has not."""
+
+    def start(self, prompt, seed):
+        return ()
+
+    def step(self, message):
+        return Step([{"role": "user", "content": "7" * 500}])
+
+
+def test_an_answer_is_cut_without_a_mark_where_the_tokenizer_cannot_write_it():
+    policy = build_policy("embedded", **arguments(Digits(), max_tokens=40, max_turns=3, max_new_tokens=8))
+    prompts = PROMPTS[1:]
+    completions = policy.generate(prompts, 8, PromptDraws(prompts, 8, 5)).completions
+    cut = [c.episode.messages[2]["content"] for c in completions if c.episode.counts.get("cut_answers")]
+    assert cut and all(len(text) < 40 and set(text) == {"7"} for text in cut)
+
+
 def test_masking_leaves_out_what_a_limit_of_tokens_ended_and_no_other_end(play):
     policy, rollouts = play(Talk(9), samples=8, max_turns=2, max_new_tokens=4)
     masking, ends = policy.task, [completion.episode.end for completion in rollouts.completions]

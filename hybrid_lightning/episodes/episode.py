@@ -126,7 +126,7 @@ class LiveEpisode:
 
     def relocated(self) -> "LiveEpisode":
         """See `Playable`. A call that was in progress counts as one that took too long."""
-        copied = {name: value.copy() for name, value in vars(self).items() if isinstance(value, (list, Counter))}
+        copied: dict[str, Any] = {name: value.copy() for name, value in vars(self).items() if isinstance(value, (list, Counter))}
         other = self.rules.episodes[self.number] = replace(self, **copied)  # the lost event loop may continue with this one
         if other.calling:
             assert self.rules.environments is not None

@@ -144,6 +144,11 @@ class Episodes:
                 on_tokens(episode.number, episode.ids)
 
         environments, around, capacity, samples = None, Surroundings(), None, request.samples_per_prompt
+        groups = (
+            [Group(prompt, seed=seed) for prompt, seed in zip(request.prompts, seeds, strict=True)]
+            if seeds
+            else [Group(prompt, ids=list(ids)) for prompt, ids in zip(request.prompts, request.prompt_ids, strict=True)]
+        )
         if self.environment is not None:
             environments = self._idle.pop() if self._idle else RunningEpisodes(self.environment, self.limits, self._turn_rewards)
             environments.begin(len(request.prompts) * samples)
@@ -151,8 +156,6 @@ class Episodes:
             request = replace(request, on_completion=None, on_tokens=None)
         own = self._elsewhere if sampler.is_remote else self
         rules = Rules(sampler.max_new_tokens, sampler.stop, tell, environments, own)
-        ids = request.prompt_ids or [None] * len(request.prompts)
-        groups = map(Group, request.prompts, seeds or [0] * len(ids), ids)
         every = [group for group in groups for _ in range(samples)]
         rules.episodes.extend(LiveEpisode(number, group, rules) for number, group in enumerate(every))
         begun = sampler.play(runner, own.pretrained.tokenizer, request, list(rules.episodes), capacity, around)

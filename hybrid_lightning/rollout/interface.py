@@ -5,19 +5,18 @@ every completion then names their `WeightsVersion`.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
+from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt
 
-_U = TypeVar("_U")
-T_co = TypeVar("T_co", covariant=True)
+Begun = RolloutFuture  # work that an engine has begun, perhaps elsewhere
 PEFT_PREFIX = "base_model.model."  # before the base model's names, in names of an adapter's weights
 Draws = torch.Generator | PromptDraws | None  # generator on the model's device, or draws by prompt; None: torch's global one
 
@@ -86,30 +85,6 @@ class Playable(Protocol):
 
     def relocated(self) -> "Playable":
         """The episode as it is to be continued on another event loop, since this one was blocked by code that runs on it."""
-
-
-class Begun(Protocol[T_co]):
-    """Work that may still be in progress elsewhere, such as a `RolloutFuture`."""
-
-    waited_s: float  # seconds spent waiting for it
-
-    def result(self) -> T_co:
-        """Wait for the result; the remaining work is done now."""
-
-    def wait(self) -> None:
-        """Wait for work elsewhere; `result` has little left to do afterwards."""
-
-    def done(self) -> bool:
-        """Whether nothing is left to wait for."""
-
-    def then(self, function: Callable[[T_co], _U], on_cancel: Callable[[], object] = ...) -> "Begun[_U]":
-        """A function of the result, computed when that is requested."""
-
-    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> "Begun[T_co]":
-        """This work, awaited and computed within a context."""
-
-    def cancel(self) -> bool:
-        """Begin to end the work, because its result is no longer needed."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -59,9 +60,9 @@ class _Tasks:
         for number, episode in self._episodes.items():
             if number not in self._tasks:
                 task = self._tasks[number] = asyncio.create_task(episode.play(self._ask))
-                task.add_done_callback(lambda task, number=number: self._end(task, number))
+                task.add_done_callback(partial(self._end, number))
 
-    def _end(self, task: asyncio.Task[None], number: int) -> None:
+    def _end(self, number: int, task: asyncio.Task[None]) -> None:
         if self._tasks.get(number) is not task:
             return  # on an abandoned event loop
         del self._tasks[number], self._episodes[number]
@@ -164,20 +165,20 @@ class AtOnce:
         self._run: Future[None] | None = None  # on the current event loop
         self._heartbeat: Heartbeat | None = None
 
-    def begin(self, on_wait: Callable[[], object] = lambda: None) -> RolloutFuture[None]:
+    def begin(self, on_wait: Callable[[int], object] = lambda live: None) -> RolloutFuture[None]:
         """Begin to play; if code of episodes runs in this process, when the result is requested.
 
-        The thread that waits for the end calls `on_wait` from time to time.
+        The thread that waits for the end calls `on_wait` from time to time, with the number of live episodes.
         """
         if self._around.within is not None:
             return RolloutFuture(lambda: self._begun(on_wait).result(), context=self._around.within, on_cancel=self._cancel)
         return self._begun(on_wait)
 
-    def _begun(self, on_wait: Callable[[], object]) -> RolloutFuture[None]:
+    def _begun(self, on_wait: Callable[[int], object]) -> RolloutFuture[None]:
         self._continue()
 
         def waited() -> None:
-            on_wait()
+            on_wait(len(self._tasks))
             self._watch()
 
         return RolloutFuture(self._work.result, self._work, on_wait=waited, on_cancel=self._cancel)

@@ -259,7 +259,6 @@ class WeightedEngine(RolloutEngine):
     """An engine with a copy of the policy's weights."""
 
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet
-    idle_seconds = 0.0  # idle time of the last rollout, for a remote engine
     sends_adapter = False  # whether it receives LoRA separately from the base, instead of merged weights
 
     def check_model(self, model: ServedModel) -> None:
@@ -292,6 +291,10 @@ class WeightedEngine(RolloutEngine):
         Raises:
             RolloutError: If the engine cannot receive them.
         """
+
+    def take_idle_seconds(self) -> float:
+        """Seconds since the last call in which a remote engine had no request, as far as their end is known."""
+        return 0.0
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
         """Begin to compute log-probabilities of sequences of at least two tokens, on each copy of the weights that answers."""

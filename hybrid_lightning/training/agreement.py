@@ -21,7 +21,7 @@ from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Sequences
 
@@ -45,7 +45,7 @@ class Agreement:
         metrics: Name -> value of the last comparison; empty before the first one.
     """
 
-    def __init__(self, policy: Policy, sampler: RolloutEngine, run: Run) -> None:
+    def __init__(self, policy: Policy, sampler: WeightedEngine, run: Run) -> None:
         self._policy, self._sampler, self._run = policy, sampler, run
         self.metrics: dict[str, float] = {}
         self._ids: list[list[int]] = []

@@ -33,6 +33,7 @@ _FAREWELL_S = 2.0  # time to notify servers that answers are no longer needed
 _LOOK_S = 30.0  # time limit for a server to report its weights
 _GRACE_S = 1.0  # time for all servers to report, before requests go to the ones that have
 STARTED = "default"  # vLLM's label of the weights that a server was started with
+_ENDED = "the requests to vLLM servers were ended"
 _ON_THEIR_WAY = "its weights are on their way"
 
 
@@ -138,7 +139,7 @@ class Dispatch:
                 loop.run_until_complete(main)
             finally:
                 loop.close()
-                self._fail_open(RolloutError("the requests to vLLM servers were ended"))
+                self._fail_open(RolloutError(_ENDED))
 
         self._work = in_thread(work, "requests to vLLM servers")
 
@@ -158,14 +159,17 @@ class Dispatch:
         try:
             self._loop.call_soon_threadsafe(self._take_in, request)
         except RuntimeError:  # it has ended
-            failure = self._work.exception() if self._work.done() else None
-            request.answer.set_exception(failure if isinstance(failure, RolloutError) else RolloutError("the requests were ended"))
+            failure = self._work.exception() if self._work.done() and not self._work.cancelled() else None
+            request.answer.set_exception(failure or RolloutError(_ENDED))
         return request.answer
 
     def _take_in(self, request: _Request) -> None:
+        now = time.monotonic()
+        for place in () if self._open else self._places:  # nothing was asked, so nothing was answered
+            place.answered_at = max(place.answered_at, now)
         self._open.add(request)
         self._waiting.append(request)
-        self._assign(time.monotonic())
+        self._assign(now)
 
     def _fail_open(self, failure: BaseException) -> None:
         for request in self._open:

@@ -107,14 +107,17 @@ class RunningEpisodes:
         told = limits.step_timeout_s, turn_rewards
         self._workers = workers_for(environment, limits.workers, *told) if limits.workers else []
         self._places: Sequence[Objects | Worker] = self._workers or [Objects(environment, *told)]
-        # How long code may block the event loop. Processes have their own loops.
-        self.blocked_s = inf if self._workers else max(_BLOCKED_S, limits.step_timeout_s)
         self._episodes: dict[int, RunningEpisode] = {}  # episodes that have not ended
         self._count = 0  # episodes in the rollout
         self._failures: list[Failure] = []
         self._answered: Counter[str] = Counter()  # answered starts, steps and final rewards of the rollout
         self._late: Counter[str] = Counter()  # calls that took too long
         self._warned: set[str] = set()
+
+    @property
+    def blocked_s(self) -> float:
+        """Longest time in seconds for which code may block the event loop. Processes have their own loops."""
+        return inf if self._workers else max(_BLOCKED_S, self.limits.step_timeout_s)
 
     def begin(self, count: int) -> None:
         """Begin a rollout of this many episodes, after `finish` of the one before."""

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from environments_in_turns import EnvironmentsInTurns
 from test_calls import TEMPLATES
 
-from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, HermesCalls, PlainCalls, RunningEpisodes, Tool, ToolEnvironment
+from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, HermesCalls, PlainCalls, Tool, ToolEnvironment
 from hybrid_lightning.environments.calls import Call
 from hybrid_lightning.environments.tool import describe_tool
 from hybrid_lightning.environments.tool_environment import COUNTS, as_text
@@ -117,7 +118,7 @@ def call(name, **arguments):
 
 def answers(environment, *texts, seeds=None, **limits):
     """Steps of an episode for each text, all at the same time."""
-    episodes = RunningEpisodes(environment, EpisodeLimits(**limits))
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits(**limits))
     try:
         episodes.start([CHAT] * len(texts), seeds or [1] * len(texts))
         return list(episodes.step({n: {"role": "assistant", "content": text} for n, text in enumerate(texts)}).values())

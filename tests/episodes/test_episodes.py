@@ -168,7 +168,10 @@ def test_an_episode_that_fails_before_its_first_turn_is_hardly_sampled(play, mon
         lengths.append(found[2].tolist())
         return found
 
-    monkeypatch.setattr(RunningEpisodes, "start", lambda *given: [Failure("no board"), *start(*given)[1:]])
+    async def started(running, number, *given):
+        return await start(running, number, *given) if number else Failure("no board")
+
+    monkeypatch.setattr(RunningEpisodes, "start", started)
     monkeypatch.setattr(sampler._Decoder, "decode", decoded)
     completions = play(Talk(), max_new_tokens=20)[1].completions
     assert [completion.episode.end == "failed" for completion in completions] == [True] + 5 * [False]

@@ -3,6 +3,7 @@ from functools import cache
 
 import pytest
 from chat_templates import tokenizer_with
+from environments_in_turns import EnvironmentsInTurns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_byte_tokenizer, build_tokenizer
@@ -10,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hybrid_lightning.assets import embedded_policy_path
-from hybrid_lightning.environments import EpisodeLimits, HermesCalls, LlamaCalls, PlainCalls, RunningEpisodes, ToolEnvironment
+from hybrid_lightning.environments import EpisodeLimits, HermesCalls, LlamaCalls, PlainCalls, ToolEnvironment
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export.trained import base_model_of
@@ -172,7 +173,7 @@ def test_a_tool_is_called_by_each_template_and_answers_after_the_turn(name, end,
     assert isinstance(environment.call_format, form)
     turns = TurnEncoder(PromptEncoder(tokenizer), [tokenizer.eos_token_id], environment.tools())
     turns.check([ASKED], environment.added_roles())
-    episodes = RunningEpisodes(environment, EpisodeLimits())
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits())
     first = turns.first(ASKED, episodes.start([ASKED], [1])[0])[0]
     assert "add" in text_of(turns, first), "the policy is told"
     said = spaces + CALLS[form] + spaces
@@ -228,7 +229,7 @@ def test_results_come_after_calls_as_this_years_templates_write_them(name, setti
     stop = tokenizer.convert_tokens_to_ids(end)
     turns = TurnEncoder(PromptEncoder(tokenizer, setting), [tokenizer.eos_token_id, stop], environment.tools())
     turns.check([ASKED], environment.added_roles())
-    episodes = RunningEpisodes(environment, EpisodeLimits())
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits())
     episodes.start([ASKED], [1])
     raw = f"<think>{call}" if "</think>" in call else call
     step = episodes.step({0: {"role": "assistant", "content": "as it is without special tokens", "raw": raw}})[0]

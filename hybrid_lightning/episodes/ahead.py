@@ -10,7 +10,7 @@ from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
 from hybrid_lightning.rollout.interface import SamplingRequest
-from hybrid_lightning.types import Rollouts
+from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # PEFT is slow to import
@@ -31,7 +31,7 @@ class EpisodesAhead:
 
     def begin(
         self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int], on_wait: Callable[[], object] = lambda: None
-    ) -> RolloutFuture[Rollouts]:
+    ) -> RolloutFuture[Rollout]:
         """Begin to play episodes (see `Episodes.play`). The thread that waits for the result calls `on_wait` now and then."""
         player = next((player for player in self._players if player.work.done()), None)
         if player is None:
@@ -53,7 +53,7 @@ class EpisodesAhead:
 class _Player:
     """Plays in one thread at a time. The thread checks after every token, and while it waits, whether it should end."""
 
-    work: futures.Future[Rollouts]
+    work: futures.Future[Rollout]
 
     def __init__(self, episodes: Episodes) -> None:
         self.ended = threading.Event()
@@ -66,7 +66,7 @@ class _Player:
 
     def begin(
         self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int], on_wait: Callable[[], object]
-    ) -> RolloutFuture[Rollouts]:
+    ) -> RolloutFuture[Rollout]:
         """Begin to play."""
         self.ended = threading.Event()
         checked = replace(request, on_token=lambda running, decoded: self.check())

@@ -39,7 +39,7 @@ from hybrid_lightning.rollout.interface import (
     WeightsVersion,
 )
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Completion, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Rollout, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -206,7 +206,7 @@ class RolloutEngine(Configurable, ABC):
         """End everything that this engine has started. Servers that others started keep running."""
 
     @abstractmethod
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request.
 
         Args:
@@ -215,14 +215,14 @@ class RolloutEngine(Configurable, ABC):
             request: What to complete, and how.
 
         Returns:
-            Rollouts of B = P * G sequences, on the model's device.
+            A rollout of B = P * G sequences, on the model's device.
 
         Raises:
             ConfigError: If a prompt with its longest completion exceeds the model's positions.
             RolloutError: If the engine fails, or completes with weights other than the last `update` gave it.
         """
 
-    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
+    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollout]:
         """Begin to `sample`. A remote engine starts now; any other one completes when the result is requested."""
         return RolloutFuture(lambda: self.sample(engine, tokenizer, request))
 
@@ -241,7 +241,7 @@ class RolloutEngine(Configurable, ABC):
         logprobs: Tensor,
         finished: Tensor,
         weights_step: Tensor | None = None,
-    ) -> Rollouts:
+    ) -> Rollout:
         """The rollouts of a request, from the tokens that were sampled for it.
 
         Args:
@@ -259,7 +259,7 @@ class RolloutEngine(Configurable, ABC):
         rows = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)]
         completions = self.completions(tokenizer, request.prompt_ids, rows, finished.tolist())
         sequences = Sequences(prompt_ids, prompt_mask, tokens, mask, weights_step)
-        return Rollouts(tuple(request.prompts), sequences, completions, logprobs, finished, samples)
+        return Rollout(tuple(request.prompts), completions, sequences, logprobs)
 
     def completions(
         self,
@@ -317,13 +317,13 @@ class Conversation:
         self._own: list[list[int]] = [[] for _ in range(len(request.prompts) * request.samples_per_prompt)]
         self._messages = [0] * len(self._own)  # number of the policy's messages in each episode
 
-    def first(self) -> Rollouts:
+    def first(self) -> Rollout:
         """The first message of all B episodes."""
         limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._own)
         request = replace(self._request, limits=[min(limit, self._capacity) for limit in limits])
         return self._recorded(range(len(self._own)), self._first(request))
 
-    def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+    def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollout:
         """The next message of some episodes, with everything before it as its prompt; the others wait, and may continue later.
 
         Args:
@@ -350,7 +350,7 @@ class Conversation:
         )
         return self._recorded(rows, self._next(request, rows, added))
 
-    def _recorded(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
+    def _recorded(self, rows: Sequence[int], turn: Rollout) -> Rollout:
         sequences = turn.sequences
         lengths = sequences.completion_mask.sum(dim=1).tolist()
         for row, tokens, length in zip(rows, sequences.completion_ids.tolist(), lengths, strict=True):
@@ -358,10 +358,10 @@ class Conversation:
             self._messages[row] += 1
         return turn
 
-    def _first(self, request: SamplingRequest) -> Rollouts:
+    def _first(self, request: SamplingRequest) -> Rollout:
         return self._sampler.sample(self._engine, self._tokenizer, request)
 
-    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollout:
         return self._sampler.sample(self._engine, self._tokenizer, request)
 
 

@@ -25,7 +25,7 @@ from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.interface import Draws, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
-from hybrid_lightning.types import Rollouts
+from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -61,7 +61,7 @@ class Sampler(RolloutEngine):
         super().__init__(max_new_tokens, **options)
         self.cuda_graphs = cuda_graphs
 
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request with the model's own passes."""
         return self.first(engine, tokenizer, request)[0]
 
@@ -74,7 +74,7 @@ class Sampler(RolloutEngine):
     @torch.no_grad()
     def first(
         self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
-    ) -> "tuple[Rollouts, _Decoder]":
+    ) -> "tuple[Rollout, _Decoder]":
         """Complete a request like `sample`, or, with a capacity, sample the first message of episodes.
 
         Returns:
@@ -93,7 +93,7 @@ class Sampler(RolloutEngine):
         request: SamplingRequest,
         begin: Callable[[], Tensor],
         limits: Sequence[int],
-    ) -> Rollouts:
+    ) -> Rollout:
         """The rollouts of a request, decoded from the logits [B, V] of the first token of each, which `begin` computes."""
         tokens, logprobs, lengths, finished = decoder.decode(begin, request.draws, limits)
         mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
@@ -106,12 +106,12 @@ class _ContinuedConversation(Conversation):
     _sampler: Sampler
     _decoder: "_Decoder"
 
-    def _first(self, request: SamplingRequest) -> Rollouts:
+    def _first(self, request: SamplingRequest) -> Rollout:
         found, self._decoder = self._sampler.first(self._engine, self._tokenizer, request, self._capacity)
         return found
 
     @torch.no_grad()
-    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollout:
         decoding = self._decoder.decoding
         if not decoding.can_extend:
             return super()._next(request, rows, added)

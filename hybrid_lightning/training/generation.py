@@ -34,7 +34,7 @@ from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.types import Completion, Message, Prompt, Rewards, Rollouts
+from hybrid_lightning.types import Completion, Message, Prompt, Rollout
 
 Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], object] | None]  # see `Teacher.listen`
 
@@ -69,7 +69,7 @@ class Generation:
         may_fail = any(term.max_failed_share is not None for term in self.reward_terms())  # as a judge on a server
         run.shares_failures = sampler.needs_weight_sync or may_fail
         self._agreement = Agreement(policy, sampler, run)
-        self._under_way: list[RolloutFuture[Rollouts]] = []  # completions with the engine's current weights
+        self._under_way: list[RolloutFuture[Rollout]] = []  # completions with the engine's current weights
         plays_ahead = episodes is not None and sampler.is_remote and rollouts_ahead > 0
         self._ahead = EpisodesAhead(episodes) if episodes is not None and plays_ahead else None
         self.update_seconds = 0.0  # duration of the last update
@@ -90,7 +90,7 @@ class Generation:
         ahead: bool = False,
         on_completion: Callable[[int, Completion], None] | None = None,
         listen: Listen | None = None,
-    ) -> RolloutFuture[Rollouts]:
+    ) -> RolloutFuture[Rollout]:
         """Begin to complete prompts with the current weights; an engine in this process starts when the result is requested.
 
         See `SamplingRequest` for the arguments, and `update` for `ahead`; `listen` makes `on_tokens` from tokenized prompts.
@@ -130,7 +130,7 @@ class Generation:
         step = self.run.step
         return RolloutFuture(lambda: self._finished(begun, step), begun)
 
-    def _begin(self, request: SamplingRequest, ahead: bool, listen: Listen | None) -> RolloutFuture[Rollouts]:
+    def _begin(self, request: SamplingRequest, ahead: bool, listen: Listen | None) -> RolloutFuture[Rollout]:
         engine, episodes = self.policy.engine, self.episodes
         if episodes is None:
             encoder = self.policy.pretrained.encoder
@@ -143,14 +143,14 @@ class Generation:
             return self._ahead.begin(engine, request, seeds, on_wait=self._give_again)
         return RolloutFuture(lambda: episodes.play(engine, request, seeds))
 
-    def _finished(self, begun: RolloutFuture[Rollouts], step: int) -> Rollouts:
+    def _finished(self, begun: RolloutFuture[Rollout], step: int) -> Rollout:
         """The finished completions that were begun after this optimizer step."""
         policy, sampler = self.policy, self.sampler
         if sampler.is_remote:
             self.waited_seconds = begun.waited_s
             self._under_way = self._still_under_way()
 
-        def sample() -> Rollouts:
+        def sample() -> Rollout:
             own = sampler.needs_weight_sync
             # A signal may interrupt this, since no other rank waits for this one in the meantime.
             with self.run.interruptible(), nullcontext() if own else policy.engine.sampling(autocast_dtype(policy.device)):
@@ -181,7 +181,7 @@ class Generation:
                 answer = list(self.policy.pretrained.tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"])
         return [*ids, *answer][: len(ids) + self.sampler.max_new_tokens - 1]
 
-    def _still_under_way(self) -> list[RolloutFuture[Rollouts]]:
+    def _still_under_way(self) -> list[RolloutFuture[Rollout]]:
         return [future for future in self._under_way if not future.done()]
 
     def _tell(self, running: int, decoded: int) -> None:
@@ -196,7 +196,7 @@ class Generation:
         draws: Draws = None,
         greedy: bool = False,
         on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Rollouts:
+    ) -> Rollout:
         """Complete prompts with the current policy: P * G sequences.
 
         Args:
@@ -213,7 +213,7 @@ class Generation:
 
     def begin_scored(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, draws: Draws, listen: Listen | None = None
-    ) -> RolloutFuture[tuple[Rollouts, Rewards]]:
+    ) -> RolloutFuture[Rollout]:
         """Begin to complete this rank's prompts of a rollout, and to score completions as they arrive.
 
         All ranks must request the result together. See `begin` for the arguments.
@@ -224,9 +224,9 @@ class Generation:
             told = arriving.on_completion
             begun = self.begin(prompts, samples_per_prompt, draws, ahead=True, on_completion=told, listen=listen)
 
-        def scored(rollouts: Rollouts) -> tuple[Rollouts, Rewards]:
+        def scored(rollout: Rollout) -> Rollout:
             with self._phase("reward"):
-                return rollouts, self.score(rollouts, arriving)
+                return self.score(rollout, arriving)
 
         return begun.within(lambda: self._phase("generate")).then(scored, on_cancel=arriving.cancel)
 
@@ -241,19 +241,20 @@ class Generation:
         assert self.reward is not None
         return ArrivingRewards(self.reward, repeat_prompts(prompts, samples_per_prompt))
 
-    def score(self, rollouts: Rollouts, arriving: ArrivingRewards | None = None) -> Rewards:
-        """Rewards of rollouts, on their device; `arriving` may have begun to score them."""
+    def score(self, rollout: Rollout, arriving: ArrivingRewards | None = None) -> Rollout:
+        """Add rewards to a rollout, on its device; `arriving` may have begun to score it."""
         assert self.reward is not None
-        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
-        counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
+        prompts = repeat_prompts(rollout.prompts, rollout.group_size)
+        counted = None if self.episodes is None else [not has_failed(completion) for completion in rollout.completions]
         with self.run.interruptible():
-            rewards = evaluate_reward(self.reward, rollouts.completions, prompts, counted, arriving)
-        return rewards.to(rollouts.sequences.completion_ids.device)
+            rewards = evaluate_reward(self.reward, rollout.completions, prompts, counted, arriving)
+        in_groups = rewards.apply(lambda values: values.view(len(rollout.prompts), -1))
+        return replace(rollout, rewards=in_groups.to(rollout.sequences.completion_ids.device))
 
-    def answers(self, rollouts: Rollouts) -> list[str | None]:
+    def answers(self, rollout: Rollout) -> list[str | None]:
         """The answer that the reward finds in each completion, or None (see `RewardFunction.extract_answer`)."""
         assert self.reward is not None
-        return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
+        return extract_answers(self.reward, rollout.completions, repeat_prompts(rollout.prompts, rollout.group_size))
 
     def reward_counts(self) -> dict[str, float]:
         """Counts of the reward since the last call, such as calls of a judge, over all ranks. All ranks must call this."""

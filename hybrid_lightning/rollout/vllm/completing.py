@@ -22,7 +22,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.vllm.adapter import check_lora
 from hybrid_lightning.rollout.vllm.names import installed_version, version_of, warn_unless_run
-from hybrid_lightning.types import Rollouts
+from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -93,11 +93,11 @@ class VLLMEngine(RolloutEngine):
         """The tokens that end a completion; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request. `on_token` is called from time to time, not after every token."""
         return self.begin(engine, tokenizer, request).result()
 
-    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
+    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollout]:
         """Begin to complete every prompt of a request, with the weights of the last `update`."""
         assert self.version is not None, "the engine has to receive weights first"
         device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
@@ -120,7 +120,7 @@ class VLLMEngine(RolloutEngine):
                 if listener is not None:
                     listener(number * samples + sample, answer.tokens, answer.finished)
 
-        def taken(groups: list[list[Answer]]) -> Rollouts:
+        def taken(groups: list[list[Answer]]) -> Rollout:
             answers = [answer for group in groups for answer in group]
             assert len(answers) == count * samples
             tokens, mask = pad_right([answer.tokens for answer in answers], pad_token(tokenizer), device)

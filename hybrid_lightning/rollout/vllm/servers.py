@@ -36,7 +36,7 @@ from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import REQUEST, GlooTransfer, NcclTransfer, Transfer, Update, local_address
-from hybrid_lightning.types import Rollouts
+from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -195,7 +195,7 @@ class VLLMServerSampler(VLLMEngine):
         """Hold back completions that other threads request, within this context."""
         return self._request_lock
 
-    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
+    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollout]:
         """Begin to complete a request on the servers; another thread may call it, too.
 
         Raises:

@@ -257,6 +257,10 @@ class Rollout(_TensorContainer):
         sums = values.new_zeros(len(self.completions)).index_add_(0, self.episode_of_row, values)
         return sums.view(len(self.prompts), -1)
 
+    def first_row(self, episode: int) -> int:
+        """The first row of an episode, or the number of rows after the last one."""
+        return int(torch.searchsorted(self.episode_of_row, episode))
+
     def of_rows(self, values: Tensor) -> Tensor:
         """The value of each row's episode, [R], from [P, G]."""
         return values.flatten()[self.episode_of_row]
@@ -307,9 +311,7 @@ class LossInputs(_TensorContainer):
     """The inputs of a policy loss."""
 
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
-    advantages: (
-        Tensor  # [B] float32, of the row's episode; or [B, T], one for each token (see `PolicyLoss.takes_token_advantages`)
-    )
+    advantages: Tensor  # [B] float32; or [B, T], one for each token (see `PolicyLoss.takes_token_advantages`)
     sampled_mask: Tensor  # [B, T] bool, True on tokens to learn from; values at other tokens are undefined
     old_logprobs: Tensor | None = None  # [B, T] under the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0

@@ -1,7 +1,7 @@
 """`RolloutLoader`: the train dataloader, which yields the micro-batches of rollouts.
 
-Axes: P prompts per rollout over all ranks, G episodes per prompt. A minibatch and a micro-batch consist of whole episodes, the same
-number on each rank, however many rows they have.
+Axes: P prompts per rollout over all ranks, G episodes per prompt. A minibatch and a micro-batch consist of whole episodes,
+however many rows these have.
 
 The dataloader generates completions, so that `training_step` is a pure loss under Lightning's automatic optimisation, and every
 Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as

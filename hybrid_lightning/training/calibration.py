@@ -158,9 +158,13 @@ def training_losses(
         policy, entropy = logprobs(chunk.sequences)
         start = policy.detach()
         at_start = replace(chunk, sampling_logprobs=start, old_logprobs=start, ref_logprobs=start)
-        # All calibration rows form one micro-batch.
-        others = {"entropy": entropy, "max_completion_tokens": max_completion_tokens, "micro_batch_tokens": tokens}
-        return loss(at_start.loss_inputs(policy, **others)).loss
+        inputs = at_start.loss_inputs(
+            policy,
+            entropy=entropy,
+            max_completion_tokens=max_completion_tokens,
+            micro_batch_tokens=tokens,  # all calibration rows form one micro-batch
+        )
+        return loss(inputs).loss
 
     info = {"signal": signal, "sequences": len(batch.sequences), "useful_sequences": len(kept.sequences)}
     return CalibrationLosses([kept.rows(run) for run in runs], loss_of, info)

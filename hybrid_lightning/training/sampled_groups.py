@@ -64,10 +64,13 @@ def sample_groups(
         more = sample(draw_more(count))
         parts.append(replace(more, useful=is_useful(more)))
     kept = min(found, wanted)
-    shares = {"kept_groups": kept / sampled, "surplus_groups": (found - kept) / sampled, "filled_groups": 1 - kept / wanted}
-    return replace(
-        whole, metrics={f"sampling/{name}": value for name, value in {"extra_rollouts": float(extra), **shares}.items()}
-    )
+    metrics = {
+        "sampling/extra_rollouts": float(extra),
+        "sampling/kept_groups": kept / sampled,
+        "sampling/surplus_groups": (found - kept) / sampled,
+        "sampling/filled_groups": 1 - kept / wanted,
+    }
+    return replace(whole, metrics=metrics)
 
 
 def unfilled(metrics: dict[str, float]) -> str:
@@ -89,10 +92,11 @@ def with_advantages(rollout: Rollout, credited: Rewards, estimator: AdvantageEst
         rollout: This rank's groups, as many as on other ranks.
         credited: Their rewards, [P, G], or by turn [P, G, K].
         estimator: Estimates advantages from the rewards of the `wanted` groups to train on.
-        wanted: Number of these groups over all ranks. With dynamic sampling more may have been sampled; the others have advantages
-            of 0, and so have groups that only fill up the rollout, even if their rewards differ, as with a length penalty.
+        wanted: Number of these groups over all ranks. With dynamic sampling more may have been sampled; the advantages of the
+            others are 0, as are those of groups that only fill up the rollout, even if their rewards differ (by a penalty).
     """
-    rewards, place = gather_rewards(credited), slice(None)
+    rewards = gather_rewards(credited)
+    place: Tensor | slice = slice(None)
     if rollout.useful is not None:
         chosen, ranks = _chosen(rollout.useful, wanted), world_size()
         place = chosen % ranks * len(rollout.prompts) + chosen // ranks
@@ -116,8 +120,15 @@ def policy_batch(rollout: Rollout, sequences: Sequences, seen: Sequences | None 
     """
     assert rollout.advantages is not None, "estimated before"
     advantages = rollout.of_rows(rollout.advantages) if rollout.token_advantages is None else rollout.token_advantages
-    own = {"episode_of_row": rollout.episode_of_row, "row_weights": _row_weights(rollout, sequences)}
-    return PolicyBatch(sequences, advantages, rollout.sampling_logprobs, rollout=rollout, seen_by_teacher=seen, **own)
+    return PolicyBatch(
+        sequences,
+        advantages,
+        rollout.sampling_logprobs,
+        rollout=rollout,
+        seen_by_teacher=seen,
+        episode_of_row=rollout.episode_of_row,
+        row_weights=_row_weights(rollout, sequences),
+    )
 
 
 def rows_to_train(

@@ -64,8 +64,8 @@ class Teacher(Configurable, ABC):
     ) -> Sequences:
         """The B rows after the prompts that the teacher sees; by default unchanged.
 
-        `numbers` are the rows' places in `prompts`. `encode(number, prompt)` tokenizes a prompt that replaces prompt `number`, with
-        the environment's first messages.
+        `numbers` are the rows' places in `prompts`. `encode(number, prompt)` tokenizes a prompt that replaces prompt `number`,
+        with the environment's first messages.
         """
         return sequences
 

@@ -71,7 +71,7 @@ class Teaching:
         return replace(rollout, token_advantages=advantages, metrics=rollout.metrics | metrics), None
 
     def teach_calibration(self, rollout: Rollout, trained: Sequences, loss: PolicyLoss) -> Rollout:
-        """Add the teacher's part to the advantages of the rollout that scores modules: the sampled KL, whatever the divergence."""
+        """Add the teacher's part to the advantages of calibration: the sampled KL, whatever the divergence."""
         if self.teacher is None:
             return rollout
         ratio, advantages = self._log_ratio(rollout, trained)[1] * self.distillation.coef, _of_rows(rollout)

@@ -42,8 +42,8 @@ def compare_with_sampler(
 def sampling_metrics(difference: Tensor, weights: Tensor | None, inputs: LossInputs) -> dict[str, Tensor]:
     """Metrics of the results of `compare_with_sampler`, as shares of the optimizer step's metrics (see `losses.shares`).
 
-    `sampling/logp_difference/mean` and `/max` are over tokens. With a correction, there are also `sampling/importance_weight/mean`,
-    `/min` and `/max`, over sequences if the correction has one weight per sequence, else over tokens.
+    `sampling/logp_difference/mean` and `/max` are over tokens. With a correction, there are also
+    `sampling/importance_weight/mean`, `/min` and `/max`, over sequences if it has one weight per sequence, else over tokens.
     """
     metrics = {
         "sampling/logp_difference/mean": share(difference, inputs),

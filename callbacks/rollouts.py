@@ -199,7 +199,7 @@ class RewardDivergence(OncePerRollout):
 
     def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Record the rollout's means, and warn of parts that diverge."""
-        rewards = batch.rollout.scored.of_counted()
+        rewards = batch.rollout.rewards.of_counted()
         if not len(rewards.total):
             return
         paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # excludes metrics and penalties

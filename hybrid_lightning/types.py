@@ -192,25 +192,36 @@ class Rollout(_TensorContainer):
     An *episode* is one of the P * G attempts at a prompt, and a completion is what a reward reads of it. Without an environment,
     an episode is one sampled text. Its tokens are a row of `sequences`, or several rows if its history was rewritten.
 
+    Attributes:
+        prompts: P prompts, with `text` or `messages`, `answer` and `columns`.
+        completions: P * G texts without special tokens, with `num_tokens` (sampled tokens), `finished` (False if cut) and
+            `episode`. The G completions of a prompt are adjacent.
+        sequences: R rows of tokens: `prompt_ids` [R, S] and `completion_ids` [R, T], int64, with `prompt_mask`, `completion_mask`
+            (True on tokens, False on padding) and `sampled_mask` (True on tokens that the policy sampled), bool.
+        sampling_logprobs: [R, T] float32 in nats: log-probability of each token when it was sampled, 0 elsewhere.
+        episode_of_row: [R] int64, ascending: the episode of each row, a number of `completions`. By default, one row each.
+        rewards: `total`, `parts` and others, [P, G] each (see `Rewards`); None before scoring.
+        advantages: [P, G] float32, or by turn [P, G, K], in the unit of the estimator (`GroupAdvantage`: standard deviations of
+            the group); None before they are estimated.
+        token_advantages: [R, T] float32: the advantage of each token, 0 where nothing was sampled, with credit by turn or from a
+            teacher (its part included); None if all tokens of an episode have its advantage.
+        useful: [P] bool: groups that give a learning signal, with dynamic sampling; None without.
+        metrics: Over all ranks, logged with the first step of the rollout.
+
     Example:
         `rollout.rewards.total.mean(dim=1)` are the mean rewards of the prompts.
     """
 
-    prompts: tuple[Prompt, ...]  # P, with `text` or `messages`, `answer` and `columns`
-    completions: tuple[Completion, ...]  # P * G texts without special tokens; the G completions of a prompt are adjacent
-    sequences: Sequences  # R rows of tokens
-    sampling_logprobs: Tensor  # [R, T] float32 in nats: log-probability of each token when it was sampled, 0 elsewhere
-    # [R] int64, ascending: the episode of each row, a number of `completions`. By default, each episode has one row.
+    prompts: tuple[Prompt, ...]
+    completions: tuple[Completion, ...]
+    sequences: Sequences
+    sampling_logprobs: Tensor
     episode_of_row: Tensor = None  # type: ignore[assignment]  # set below
-    rewards: Rewards | None = None  # None before scoring
-    # [P, G] float32, or by turn [P, G, K], in the unit of the estimator (`GroupAdvantage`: standard deviations of the group);
-    # None before they are estimated.
+    rewards: Rewards | None = None
     advantages: Tensor | None = None
-    # [R, T] float32: the advantage of each token, 0 where nothing was sampled, with credit by turn or from a teacher (its part
-    # included); None if all tokens of an episode have its advantage.
     token_advantages: Tensor | None = None
-    useful: Tensor | None = None  # [P] bool: groups that dynamic sampling keeps if it needs them; None: all groups are trained on
-    metrics: dict[str, float] = field(default_factory=dict)  # over all ranks, logged with the first step of the rollout
+    useful: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.episode_of_row is None:

@@ -208,15 +208,15 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     samples: list[dict[str, Any]] = []
     if evaluation.greedy is None:
         return {"problems": rows, "samples": samples}
-    rollouts, rewards = evaluation.greedy
-    for row in sorted({number * len(rollouts.prompts) // _SAMPLES for number in range(_SAMPLES)}):
+    greedy, rewards = evaluation.greedy, evaluation.greedy.scored
+    for row in sorted({number * len(greedy.prompts) // _SAMPLES for number in range(_SAMPLES)}):
         sample = {
-            "prompt": shown_prompt(rollouts.prompts[row]),
-            "answer": rollouts.prompts[row].answer,
-            "completion": shown_text(rollouts.completions[row])[:_CHARACTERS],
-            "finished": bool(rollouts.finished[row]),
-            "correct": bool(rewards.correct[row]),
-            "reward": round(float(rewards.total[row]), 6) if rewards.counts(row) else None,
+            "prompt": shown_prompt(greedy.prompts[row]),
+            "answer": greedy.prompts[row].answer,
+            "completion": shown_text(greedy.completions[row])[:_CHARACTERS],
+            "finished": greedy.completions[row].finished,
+            "correct": bool(rewards.correct[row, 0]),
+            "reward": round(float(rewards.total[row, 0]), 6) if rewards.counts(row, 0) else None,
         }
         samples.append(sample)
     return {"problems": rows, "samples": samples}

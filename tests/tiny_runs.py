@@ -19,7 +19,7 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.types import Completion, Rollouts
+from hybrid_lightning.types import Completion, Rollout
 
 
 class DigitShare(RewardFunction):
@@ -76,16 +76,16 @@ class Talk(Environment):
         )
 
 
-def with_holes(rollouts: Rollouts) -> Rollouts:
+def with_holes(rollout: Rollout) -> Rollout:
     """The same as if an environment had added every third token, from the second on."""
-    mask = rollouts.sequences.completion_mask
+    mask = rollout.sequences.completion_mask
     sampled = mask & (torch.arange(mask.shape[1]) % 3 != 1)
-    texts = zip(rollouts.completions, sampled.sum(dim=1).tolist(), strict=True)
+    texts = zip(rollout.completions, sampled.sum(dim=1).tolist(), strict=True)
     return replace(
-        rollouts,
-        sequences=replace(rollouts.sequences, sampled_mask=sampled),
+        rollout,
+        sequences=replace(rollout.sequences, sampled_mask=sampled),
         completions=tuple(Completion(text, count, text.finished, text.thinking) for text, count in texts),
-        sampling_logprobs=rollouts.sampling_logprobs * sampled,
+        sampling_logprobs=rollout.sampling_logprobs * sampled,
     )
 
 
@@ -103,12 +103,14 @@ class Failing(PolicyModule):
         super().__init__(*given, **named)
         generation, score = self.task.generation, self.task.generation.score
 
-        def some(rollouts, arriving=None):
-            rewards, samples = score(rollouts), rollouts.samples_per_prompt
-            counted = torch.tensor([(prompt.index + row) % 4 > 0 for prompt in rollouts.prompts for row in range(samples)])
+        def some(rollout, arriving=None):
+            rewards = score(rollout).rewards
+            counted = torch.tensor(
+                [[(prompt.index + i) % 4 > 0 for i in range(rollout.group_size)] for prompt in rollout.prompts]
+            )
             lost = torch.where(counted, 0.0, torch.nan)
             parts = {name: part + lost for name, part in rewards.parts.items()}
-            return replace(rewards, total=rewards.total + lost, parts=parts, counted=counted)
+            return replace(rollout, rewards=replace(rewards, total=rewards.total + lost, parts=parts, counted=counted))
 
         generation.score = some
 

@@ -28,7 +28,7 @@ from hybrid_lightning.rollout.interface import Begun, SamplingRequest
 from hybrid_lightning.rollout.playing import Surroundings
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
-from hybrid_lightning.types import Completion, Message, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Message, Prompt, Rollout, Sequences
 from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Episodes:
 
     def begin(
         self, sampler: RolloutEngine, runner: "Engine", request: SamplingRequest, seeds: Sequence[int] = ()
-    ) -> Begun[Rollouts]:
+    ) -> Begun[Rollout]:
         """Play G episodes of each prompt; see `RolloutEngine.play` for when.
 
         Args:
@@ -159,7 +159,7 @@ class Episodes:
         every = [group for group in groups for _ in range(samples)]
         rules.episodes.extend(LiveEpisode(number, group, rules) for number, group in enumerate(every))
         begun = sampler.play(runner, own.pretrained.tokenizer, request, list(rules.episodes), capacity, around)
-        return begun.then(lambda _: self._rollouts(request, rules.episodes, next(runner.model.parameters()).device))
+        return begun.then(lambda _: self._rollout(request, rules.episodes, next(runner.model.parameters()).device))
 
     def _around(self, environments: RunningEpisodes) -> Surroundings:
         async def finish() -> None:
@@ -168,7 +168,7 @@ class Episodes:
 
         return Surroundings(environments.blocked_s, None if self.limits.workers else environments.process_kept, finish)
 
-    def _rollouts(self, request: SamplingRequest, episodes: Sequence[LiveEpisode], device: torch.device) -> Rollouts:
+    def _rollout(self, request: SamplingRequest, episodes: Sequence[LiveEpisode], device: torch.device) -> Rollout:
         def padded(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
             return pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True).to(device)
 
@@ -181,45 +181,34 @@ class Episodes:
         sampled = padded([each.sampled for each in episodes], torch.bool)
         sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
         completions = tuple(each.completion() for each in episodes)
-        return Rollouts(
-            tuple(request.prompts),
-            sequences,
-            completions,
-            padded([each.logprobs for each in episodes], torch.float32),
-            torch.tensor([completion.finished for completion in completions], device=device),
-            samples,
-        )
+        logprobs = padded([each.logprobs for each in episodes], torch.float32)
+        return Rollout(tuple(request.prompts), completions, sequences, logprobs)
 
 
-def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
-    """Give each sampled token of B episodes the advantage of its turn.
+def token_advantages(rollout: Rollout) -> Tensor | None:
+    """The advantage of its turn for each sampled token, [R, T], 0 for the others; None if advantages are not by turn.
 
-    Args:
-        advantages: [K * B], one row of B per turn, from the first turn on (see `rewards_to_go`).
-        rollouts: B episodes.
-
-    Returns:
-        [B, T], 0 for tokens that were not sampled; if K = 1, the unchanged advantages of the sequences, [B].
+    The tokens of an episode's turns are the sampled tokens of its rows, in order.
     """
-    sampled = rollouts.sequences.sampled_mask
-    turns = len(advantages) // max(1, len(sampled))
-    if turns == 1:
-        return advantages
-    lengths = torch.zeros(len(sampled), turns, dtype=torch.long)
-    for row, completion in enumerate(rollouts.completions):
+    advantages, sampled = rollout.advantages, rollout.sequences.sampled_mask
+    assert advantages is not None, "estimated before"
+    if advantages.dim() == 2:
+        return None
+    lengths = torch.zeros(len(rollout.completions), advantages.shape[2], dtype=torch.long)
+    for number, completion in enumerate(rollout.completions):
         assert completion.episode is not None, "made by `play`"
         own = completion.episode.lengths
-        lengths[row, : len(own)] = torch.tensor(own)
+        lengths[number, : len(own)] = torch.tensor(own)
     result = advantages.new_zeros(sampled.shape)
-    result[sampled] = advantages.view(turns, -1).T.flatten().repeat_interleave(lengths.flatten().to(sampled.device))
+    result[sampled] = advantages.flatten().repeat_interleave(lengths.flatten().to(sampled.device))
     return result
 
 
-def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
+def begun_with(rollout: Rollout, number: int) -> list[Message]:
     """The messages that the environment added to a prompt before the first turn; empty without episodes."""
-    samples, prompt = rollouts.samples_per_prompt, rollouts.prompts[number]
+    samples, prompt = rollout.group_size, rollout.prompts[number]
     asked = list(prompt.messages or [{"role": "user", "content": prompt.text}])
-    for completion in rollouts.completions[number * samples : (number + 1) * samples]:
+    for completion in rollout.completions[number * samples : (number + 1) * samples]:
         if completion.episode is not None and completion.episode.end != "failed":
             messages = list(completion.episode.messages)
             place = next(n for n in range(len(messages)) if messages[n : n + len(asked)] == asked)
@@ -251,30 +240,32 @@ def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     return {f"episodes/{name}": sum(float(values.get(name, 0)) for values in kept) / len(kept) for name in sorted(names)} | shares
 
 
-def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) -> list[dict[str, Any]]:
+def episode_records(rollout: Rollout, greedy: bool = False) -> list[dict[str, Any]]:
     """One record per episode, ready for JSON; in greedy records, one per prompt, `sample` is None."""
-    sequences, records = rollouts.sequences, []
-    for row, completion in enumerate(rollouts.completions):
-        episode, prompt = completion.episode, rollouts.prompts[row // rollouts.samples_per_prompt]
+    sequences, rewards, records = rollout.sequences, rollout.scored, []
+    for number, completion in enumerate(rollout.completions):
+        place = divmod(number, rollout.group_size)
+        episode, prompt = completion.episode, rollout.prompts[place[0]]
         assert episode is not None, "made by `play`"
+        row = rollout.first_row(number)
         real = sequences.completion_mask[row]
         records.append(
             {
                 "set": prompt.set_name,
                 "index": prompt.index,
-                "sample": None if greedy else row % rollouts.samples_per_prompt,
+                "sample": None if greedy else place[1],
                 "answer": prompt.answer,
                 "messages": [dict(message) for message in episode.messages],
                 "end": episode.end,
                 "turn_rewards": list(episode.rewards),
                 "counts": dict(episode.counts),
-                "reward": float(rewards.total[row]),
-                "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
-                "correct": bool(rewards.correct[row]),
+                "reward": float(rewards.total[place]),
+                "reward_parts": {name: float(part[place]) for name, part in rewards.parts.items()},
+                "correct": bool(rewards.correct[place]),
                 "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
                 "completion_ids": sequences.completion_ids[row][real].tolist(),
                 "sampled": sequences.sampled_mask[row][real].tolist(),
-                "logprobs": rollouts.sampling_logprobs[row][real].tolist(),
+                "logprobs": rollout.sampling_logprobs[row][real].tolist(),
                 "columns": prompt.columns,
             }
         )

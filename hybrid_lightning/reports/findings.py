@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.types import Rewards, Rollouts, equal_groups
+from hybrid_lightning.types import Rewards, Rollout, equal_groups
 
 PAGE = "docs/troubleshooting.md"
 SECTIONS = {  # finding -> its section of PAGE; the first finding explains the later ones
@@ -67,22 +67,20 @@ def cause(found: Iterable[Finding]) -> Finding | None:
     return min(grave, key=lambda finding: order.index(finding.kind), default=None)
 
 
-def of_rollouts(
-    rollouts: Rollouts, rewards: Rewards, where: str, limits: Mapping[str, int], credited: Rewards | None = None
-) -> list[Finding]:
+def of_rollout(rollout: Rollout, where: str, limits: Mapping[str, int], credited: Rewards | None = None) -> list[Finding]:
     """Findings about this rank's completions and rewards: whether there is something to learn, and whether completions are cut.
 
     `where` names the completions, such as "the first rollout"; `limits` are the limits on their length (see `Generation.limits`).
     Advantages are estimated from `credited` (see `RLTask.credited`), or else from the rewards.
     """
-    own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
+    rewards = rollout.scored
+    own, credited = rewards.of_counted(), rewards if credited is None else credited
     if not len(own.total):
         return []
-    equal_in_turns = equal_groups(credited.total, samples, credited.counted).view(-1, len(rollouts.prompts)).all(dim=0)
-    some_count = slice(None) if rewards.counted is None else rewards.counted.view(-1, samples).any(dim=1)
+    equal_in_turns = equal_groups(credited.total, credited.counted).view(len(rollout.prompts), -1).all(dim=1)
+    some_count = slice(None) if rewards.counted is None else rewards.counted.any(dim=1)
     equal = equal_in_turns[some_count].double().mean().item()
-    cut = rollouts.cut.to(own.total.device)
-    cut = cut if rewards.counted is None else cut[rewards.counted]
+    cut = rollout.cut.flatten() if rewards.counted is None else rollout.cut[rewards.counted]
     found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
     if equal < _EQUAL:
         return found

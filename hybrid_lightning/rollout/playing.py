@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture
@@ -85,44 +85,49 @@ class _Tasks:
 
 
 class Rounds:
-    """Plays episodes in this process, in the calling thread.
+    """Plays episodes in this process, in rounds; the caller samples, and may be any thread.
 
     Args:
         episodes: The episodes, in order.
-        sample: Samples the messages of one round.
+        around: What surrounds the coroutines.
+
+    Example:
+        `while asked := rounds.advance(messages): messages = session.sample(asked)`, within `rounds`.
     """
 
-    def __init__(self, episodes: Sequence[Playable], sample: Callable[[Sequence[MessageRequest]], Sequence[Sampled]]) -> None:
-        self._sample, self._tasks = sample, _Tasks(episodes, self._ask)
+    def __init__(self, episodes: Sequence[Playable], around: Surroundings) -> None:
+        self._tasks, self._around, self._within = _Tasks(episodes, self._ask), around, around.within or nullcontext
         self._waiting: dict[int, tuple[MessageRequest, asyncio.Future[Sampled]]] = {}  # by episode
+        self._answers: list[asyncio.Future[Sampled]] = []  # of the last round
         self._settled: asyncio.Event | None = None  # set when all live episodes wait, or one has failed
 
-    def play(self, around: Surroundings) -> None:
-        """Play all episodes to their end.
+    def advance(self, messages: Sequence[Sampled] = ()) -> list[MessageRequest]:
+        """Give the episodes the messages that they asked for, and continue until all live ones wait for the policy again.
 
-        Raises:
-            The first exception of an episode, or of `sample`; the other episodes then end, too.
+        Returns:
+            Their requests, ordered by episode; none after the last episode. The first exception of an episode is raised.
         """
-        answers: list[tuple[asyncio.Future[Sampled], Sampled]] = []
-        within = around.within or nullcontext
-        try:
-            while len(self._tasks):
-                try:
-                    with within():
-                        run_async(self._advance(answers), around.blocked_s)
-                except LoopLostError:
-                    self._tasks.relocate()
-                    self._waiting, answers = {}, []
-                    continue
-                if self._tasks.failure is not None:
-                    raise self._tasks.failure
-                waiting = [self._waiting[number] for number in sorted(self._waiting)]
-                self._waiting = {}
-                sampled = self._sample([request for request, _ in waiting]) if waiting else []
-                answers = [(answer, message) for (_, answer), message in zip(waiting, sampled, strict=True)]
-        finally:
-            with within(), suppress(LoopLostError):
-                run_async(self._finish(around), around.blocked_s)
+        while len(self._tasks):
+            try:
+                with self._within():
+                    run_async(self._continue(messages), self._around.blocked_s)
+                break
+            except LoopLostError:
+                self._tasks.relocate()
+                self._waiting, self._answers, messages = {}, [], ()
+        if self._tasks.failure is not None:
+            raise self._tasks.failure
+        waiting = [self._waiting[number] for number in sorted(self._waiting)]
+        self._waiting, self._answers = {}, [answer for _, answer in waiting]
+        return [request for request, _ in waiting]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End what is left of the episodes, and what surrounds them."""
+        with self._within(), suppress(LoopLostError):
+            run_async(self._finish(), self._around.blocked_s)
 
     async def _ask(self, request: MessageRequest) -> Sampled:
         answer: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
@@ -130,10 +135,9 @@ class Rounds:
         self._look()
         return await answer
 
-    async def _advance(self, answers: Sequence[tuple[asyncio.Future[Sampled], Sampled]]) -> None:
-        """Continue until all live episodes wait for the policy."""
+    async def _continue(self, messages: Sequence[Sampled]) -> None:
         self._settled = asyncio.Event()
-        for answer, message in answers:
+        for answer, message in zip(self._answers, messages, strict=True):
             answer.set_result(message)
         self._tasks.begin(self._look)
         await self._settled.wait()
@@ -142,9 +146,9 @@ class Rounds:
         if self._settled is not None and (len(self._waiting) == len(self._tasks) or self._tasks.failure is not None):
             self._settled.set()
 
-    async def _finish(self, around: Surroundings) -> None:
+    async def _finish(self) -> None:
         await self._tasks.cancel()
-        await around.finish()
+        await self._around.finish()
 
 
 class AtOnce:

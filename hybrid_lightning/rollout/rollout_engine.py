@@ -12,7 +12,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from hybrid_lightning.rollout.interface import (
 )
 from hybrid_lightning.rollout.playing import NOTHING, Rounds, Surroundings
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Completion, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Rollout, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -179,7 +179,7 @@ class RolloutEngine(Configurable, ABC):
             RolloutError: If the engine fails, or samples with weights other than the last `update` gave it.
         """
 
-    def rollouts(
+    def rollout(
         self,
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
@@ -188,8 +188,8 @@ class RolloutEngine(Configurable, ABC):
         logprobs: Tensor,
         finished: Tensor,
         weights_step: Tensor | None = None,
-    ) -> Rollouts:
-        """The rollouts of a request, from the tokens that were sampled for it.
+    ) -> Rollout:
+        """The rollout of a request, from the tokens that were sampled for it.
 
         Args:
             tokenizer: Decodes the tokens.
@@ -206,7 +206,7 @@ class RolloutEngine(Configurable, ABC):
         rows = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)]
         completions = self.completions(tokenizer, request.prompt_ids, rows, finished.tolist())
         sequences = Sequences(prompt_ids, prompt_mask, tokens, mask, weights_step)
-        return Rollouts(tuple(request.prompts), sequences, completions, logprobs, finished, samples)
+        return Rollout(tuple(request.prompts), completions, sequences, logprobs)
 
     def completions(
         self,
@@ -232,7 +232,7 @@ class BatchEngine(RolloutEngine):
     """An engine in this process. It samples batches: whenever all live episodes of a rollout wait for the policy."""
 
     @abstractmethod
-    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request; returns B = P * G sequences, on the model's device. See `play`."""
 
     def session(
@@ -251,7 +251,10 @@ class BatchEngine(RolloutEngine):
         around: Surroundings = NOTHING,
     ) -> Begun[None]:
         """See `RolloutEngine`."""
-        Rounds(episodes, self.session(runner, tokenizer, request, capacity).sample).play(around)
+        session, messages = self.session(runner, tokenizer, request, capacity), list[Sampled]()
+        with Rounds(episodes, around) as rounds:
+            while asked := rounds.advance(messages):
+                messages = session.sample(asked)
         return RolloutFuture.of(None)
 
 
@@ -342,13 +345,15 @@ class Session:
         """
         first, later = [each for each in asked if not each.number], [each for each in asked if each.number]
         found: dict[int, Sampled] = {}
-        for requests, sample in ((first, self._first), (later, self._later)):
-            if requests:
-                rollouts, rows = sample(requests)
-                found |= zip((each.episode for each in requests), _messages(rollouts, rows), strict=True)
+        if first:
+            rollout = self._engine.sample(self._runner, self._tokenizer, self._request_first(first))
+            found |= messages_of(rollout, first, [each.episode for each in first])
+        if later:
+            rollout = self._engine.sample(self._runner, self._tokenizer, self._request_later(later))
+            found |= messages_of(rollout, later, range(len(later)))
         return [found[each.episode] for each in asked]
 
-    def _first(self, asked: Sequence[MessageRequest]) -> tuple[Rollouts, Sequence[int]]:
+    def _request_first(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
         """The first messages, G of each prompt; an episode that asks for none gets one token, which nobody sees."""
         begun, samples = self._request, self._request.samples_per_prompt
         ids = {each.episode // samples: each.ids for each in asked}
@@ -360,15 +365,14 @@ class Session:
         for tokens in ids.values() if self._capacity is not None else ():
             self._engine.check_prompt(config, len(tokens), self._capacity)
         prompt_ids = [ids.get(number, asked[0].ids) for number in range(len(begun.prompts))]
-        request = replace(begun, prompt_ids=prompt_ids, limits=limits)
-        return self._sample_first(request), [each.episode for each in asked]
+        return replace(begun, prompt_ids=prompt_ids, limits=limits)
 
-    def _later(self, asked: Sequence[MessageRequest]) -> tuple[Rollouts, Sequence[int]]:
-        """Later messages, one of each episode."""
+    def _request_later(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
+        """Later messages, one of each episode, after prompts of their own."""
         begun, draws = self._request, self._request.draws
         if isinstance(draws, PromptDraws):
             draws = draws.of_turns([each.episode for each in asked], [each.number for each in asked])
-        request = replace(
+        return replace(
             begun,
             prompts=[begun.prompts[each.episode // begun.samples_per_prompt] for each in asked],
             prompt_ids=[each.ids for each in asked],
@@ -378,24 +382,19 @@ class Session:
             on_completion=None,
             on_tokens=None,
         )
-        return self._sample_later(request, asked), range(len(asked))
-
-    def _sample_first(self, request: SamplingRequest) -> Rollouts:
-        return self._engine.sample(self._runner, self._tokenizer, request)
-
-    def _sample_later(self, request: SamplingRequest, asked: Sequence[MessageRequest]) -> Rollouts:
-        return self._engine.sample(self._runner, self._tokenizer, request)
 
 
-def _messages(rollouts: Rollouts, rows: Sequence[int]) -> Iterator[Sampled]:
-    sequences = rollouts.sequences
+def messages_of(rollout: Rollout, asked: Sequence[MessageRequest], rows: Sequence[int]) -> dict[int, Sampled]:
+    """Episode -> its message, from the rows of a batch that answer the requests."""
+    sequences = rollout.sequences
     lengths, ids = sequences.completion_mask.sum(dim=1).tolist(), sequences.completion_ids.tolist()
-    logprobs = rollouts.sampling_logprobs.tolist()
-    steps = None if sequences.weights_step is None else sequences.weights_step.tolist()
-    for row in rows:
-        length = lengths[row]
-        made_by = [] if steps is None else steps[row][:length]
-        yield Sampled(ids[row][:length], logprobs[row][:length], made_by, rollouts.completions[row])
+    logprobs = rollout.sampling_logprobs.tolist()
+    steps = [[] for _ in ids] if sequences.weights_step is None else sequences.weights_step.tolist()
+    found = {}
+    for each, row in zip(asked, rows, strict=True):
+        end = slice(lengths[row])
+        found[each.episode] = Sampled(ids[row][end], logprobs[row][end], steps[row][end], rollout.completions[row])
+    return found
 
 
 def model_context(config: Any) -> tuple[float, str]:

@@ -21,7 +21,7 @@ from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 CHECKPOINT_KEY = "hybrid_lightning"
-CHECKPOINT_FORMAT = 2  # format of everything this project puts into a checkpoint; other formats are rejected
+CHECKPOINT_FORMAT = 3  # format of everything this project puts into a checkpoint; other formats are rejected
 
 
 def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hybrid_lightning.rollout.rollout_engine import RolloutEngine, WeightedEngin
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.generation import Generation, Listen, OwnGeneration
-from hybrid_lightning.types import Completion, Prompt, Rollouts
+from hybrid_lightning.types import Completion, Prompt, Rollout
 
 
 class EngineGeneration(Generation):
@@ -45,7 +45,7 @@ class EngineGeneration(Generation):
         self.run.shares_failures = True
         self.inflight_updates = sampler.is_remote and rollouts_ahead > 1
         self._agreement = Agreement(self.policy, sampler, self.run)
-        self._under_way: list[Begun[Rollouts]] = []  # completions with the engine's current weights
+        self._under_way: list[Begun[Rollout]] = []  # completions with the engine's current weights
         self.update_seconds = 0.0  # duration of the last update
         self.waited_seconds = 0.0  # wait for the last finished completions
 
@@ -58,7 +58,7 @@ class EngineGeneration(Generation):
         on_completion: Callable[[int, Completion], None] | None = None,
         listen: Listen | None = None,
         ahead: bool = False,
-    ) -> Begun[Rollouts]:
+    ) -> Begun[Rollout]:
         """Begin to complete prompts; in one process, after an update (see `Generation`)."""
         sampler = self.sampler
         if world_size() == 1 or self._is_alone:
@@ -68,14 +68,14 @@ class EngineGeneration(Generation):
                 "the rollout engine has other weights than the policy; call generation.update() on all processes before "
                 "completing prompts"
             )
-        request = SamplingRequest(
-            prompts, (), samples_per_prompt, draws, greedy, on_token=self._tell, on_completion=on_completion
-        )
+        request = SamplingRequest(prompts, (), samples_per_prompt, draws, greedy, self._stops, on_token=self._tell)
+        request = replace(request, on_completion=on_completion)
         waits = not self._still_under_way()
         if self._compares:
             self._agreement.begin(lambda: map(self._fixed_tokens, prompts[:SEQUENCES]))
         with self.run.interruptible(), self.policy.inference():
-            begun = self._play(request, listen)
+            request, seeds = self._prepared(request, listen)
+            begun = self.player.begin(sampler, self.policy.engine, request, seeds)
         if sampler.is_remote:
             self._under_way = [*self._still_under_way(), begun]
         if self._compares:
@@ -84,15 +84,15 @@ class EngineGeneration(Generation):
             # The engine works elsewhere, so a signal leaves no other rank waiting.
             begun = begun.within(self.run.interruptible)
         step = self.run.step
-        return begun.then(lambda rollouts: self._finished(rollouts, begun.waited_s, step))
+        return begun.then(lambda rollout: self._finished(rollout, begun.waited_s, step))
 
-    def _finished(self, rollouts: Rollouts, waited_s: float, step: int) -> Rollouts:
+    def _finished(self, rollout: Rollout, waited_s: float, step: int) -> Rollout:
         if self.sampler.is_remote:
             self.waited_seconds = waited_s
             self._under_way = self._still_under_way()
         if self._compares:
             self._agreement.end()
-        return self._by_weights_of(rollouts, step)
+        return self._by_weights_of(rollout, step)
 
     @property
     def _compares(self) -> bool:
@@ -110,7 +110,7 @@ class EngineGeneration(Generation):
                 answer = list(self.policy.pretrained.tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"])
         return [*ids, *answer][: len(ids) + self.sampler.max_new_tokens - 1]
 
-    def _still_under_way(self) -> list[Begun[Rollouts]]:
+    def _still_under_way(self) -> list[Begun[Rollout]]:
         return [begun for begun in self._under_way if not begun.done()]
 
     def _tell(self, running: int, decoded: int) -> None:

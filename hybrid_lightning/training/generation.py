@@ -6,8 +6,7 @@ EngineGeneration    an engine with a copy of the policy's weights makes them, pe
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -25,7 +24,7 @@ from hybrid_lightning.rollout.rng import task_seeds
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.types import Completion, Message, Prompt, Rewards, Rollouts
+from hybrid_lightning.types import Completion, Message, Prompt, Rollout
 
 Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], object] | None]  # see `Teacher.listen`
 
@@ -73,7 +72,7 @@ class Generation(ABC):
         on_completion: Callable[[int, Completion], None] | None = None,
         listen: Listen | None = None,
         ahead: bool = False,
-    ) -> Begun[Rollouts]:
+    ) -> Begun[Rollout]:
         """Begin to complete prompts with the current weights.
 
         See `SamplingRequest` for the arguments, and `update` for `ahead`; `listen` makes `on_tokens` from tokenized prompts.
@@ -82,14 +81,13 @@ class Generation(ABC):
             RolloutError: From this, or from the result, if an engine fails, or has other weights than the policy.
         """
 
-    def _play(self, request: SamplingRequest, listen: Listen | None) -> Begun[Rollouts]:
-        player, prompts = self.player, request.prompts
-        request = replace(request, stops=self._stops)
-        if player.environment is not None:
-            return player.begin(self.sampler, self.policy.engine, request, task_seeds(prompts, request.draws, self._seed))
-        ids = [player.encode(prompt) for prompt in prompts]
+    def _prepared(self, request: SamplingRequest, listen: Listen | None) -> tuple[SamplingRequest, list[int]]:
+        """The request with tokens of its prompts, or, with an environment, a seed for the task of each."""
+        if self.episodes is not None:
+            return request, task_seeds(request.prompts, request.draws, self._seed)
+        ids = [self.player.encode(prompt) for prompt in request.prompts]
         on_tokens = None if listen is None else listen(ids, request.samples_per_prompt)
-        return player.begin(self.sampler, self.policy.engine, replace(request, prompt_ids=ids, on_tokens=on_tokens))
+        return replace(request, prompt_ids=ids, on_tokens=on_tokens), []
 
     @cached_property
     def _stops(self) -> Stops:
@@ -100,8 +98,8 @@ class Generation(ABC):
         for listener in self.run.listeners:
             listener(running, decoded, self.sampler.max_new_tokens)
 
-    def _by_weights_of(self, rollouts: Rollouts, step: int) -> Rollouts:
-        """Rollouts that record the weights which sampled each token: of this optimizer step, unless the engine says so."""
+    def _by_weights_of(self, rollouts: Rollout, step: int) -> Rollout:
+        """Rollout that record the weights which sampled each token: of this optimizer step, unless the engine says so."""
         if rollouts.sequences.weights_step is not None:
             return rollouts
         made_by = torch.full_like(rollouts.sequences.completion_ids, step)
@@ -114,7 +112,7 @@ class Generation(ABC):
         draws: Draws = None,
         greedy: bool = False,
         on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Rollouts:
+    ) -> Rollout:
         """Complete prompts with the current policy: P * G sequences.
 
         Args:
@@ -159,49 +157,25 @@ class Generation(ABC):
 
     # ---- rewards
 
-    def begin_scored(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, draws: Draws, listen: Listen | None = None
-    ) -> Begun[tuple[Rollouts, Rewards]]:
-        """Begin to complete this rank's prompts of a rollout, and to score completions as they arrive.
-
-        All ranks must request the result together. See `begin` for the arguments.
-        """
-        arriving = self.arriving(prompts, samples_per_prompt)
-        with self._phase("generate"):
-            self.update(ahead=True)
-            told = arriving.on_completion
-            begun = self.begin(prompts, samples_per_prompt, draws, on_completion=told, listen=listen, ahead=True)
-
-        def scored(rollouts: Rollouts) -> tuple[Rollouts, Rewards]:
-            with self._phase("reward"):
-                return rollouts, self.score(rollouts, arriving)
-
-        return begun.within(lambda: self._phase("generate")).then(scored, on_cancel=arriving.cancel)
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """A phase of a rollout. After the phase, all ranks stop if one of them must stop."""
-        with self.run.stopping_together(), self.run.clock.phase(name):
-            yield
-
     def arriving(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> ArrivingRewards:
         """A scorer for G completions of each prompt while others are still being generated, for `generate` and `score`."""
         assert self.reward is not None
         return ArrivingRewards(self.reward, repeat_prompts(prompts, samples_per_prompt))
 
-    def score(self, rollouts: Rollouts, arriving: ArrivingRewards | None = None) -> Rewards:
-        """Rewards of rollouts, on their device; `arriving` may have begun to score them."""
+    def score(self, rollout: Rollout, arriving: ArrivingRewards | None = None) -> Rollout:
+        """Add rewards to a rollout, on its device; `arriving` may have begun to score it."""
         assert self.reward is not None
-        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
-        counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
+        prompts = repeat_prompts(rollout.prompts, rollout.group_size)
+        counted = None if self.episodes is None else [not has_failed(completion) for completion in rollout.completions]
         with self.run.interruptible():
-            rewards = evaluate_reward(self.reward, rollouts.completions, prompts, counted, arriving)
-        return rewards.to(rollouts.sequences.completion_ids.device)
+            rewards = evaluate_reward(self.reward, rollout.completions, prompts, counted, arriving)
+        in_groups = rewards.apply(lambda values: values.view(len(rollout.prompts), -1))
+        return replace(rollout, rewards=in_groups.to(rollout.sequences.completion_ids.device))
 
-    def answers(self, rollouts: Rollouts) -> list[str | None]:
+    def answers(self, rollout: Rollout) -> list[str | None]:
         """The answer that the reward finds in each completion, or None (see `RewardFunction.extract_answer`)."""
         assert self.reward is not None
-        return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
+        return extract_answers(self.reward, rollout.completions, repeat_prompts(rollout.prompts, rollout.group_size))
 
     def reward_counts(self) -> dict[str, float]:
         """Counts of the reward since the last call, such as calls of a judge, over all ranks. All ranks must call this."""
@@ -280,22 +254,20 @@ class OwnGeneration(Generation):
         on_completion: Callable[[int, Completion], None] | None = None,
         listen: Listen | None = None,
         ahead: bool = False,
-    ) -> Begun[Rollouts]:
+    ) -> Begun[Rollout]:
         """Complete prompts now."""
-        policy = self.policy
-        request = SamplingRequest(
-            prompts, (), samples_per_prompt, draws, greedy, on_token=self._tell, on_completion=on_completion
-        )
+        policy, step = self.policy, self.run.step
+        request = SamplingRequest(prompts, (), samples_per_prompt, draws, greedy, self._stops, on_token=self._tell)
+        request, seeds = self._prepared(replace(request, on_completion=on_completion), listen)
 
-        def sample() -> Begun[Rollouts]:
+        def play() -> Begun[Rollout]:
             # A signal may interrupt this, since no other rank waits for this one in the meantime.
             with self.run.interruptible(), policy.engine.sampling(autocast_dtype(policy.device)):
-                return self._play(request, listen)
+                return self.player.begin(self.sampler, policy.engine, request, seeds)
 
         with policy.inference():
-            begun = policy.weights.gathered(sample)
-        step = self.run.step
-        return begun.then(lambda rollouts: self._by_weights_of(rollouts, step))
+            begun = policy.weights.gathered(play)
+        return begun.then(lambda rollout: self._by_weights_of(rollout, step))
 
     def update(self, ahead: bool = False) -> None:
         """Do nothing."""

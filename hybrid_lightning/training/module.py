@@ -66,7 +66,7 @@ from hybrid_lightning.training.optim import (
 )
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.training.task import Task
-from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollout
 
 __all__ = ["LanguageModule"]
 
@@ -190,7 +190,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int = 1, draws: Draws = None, greedy: bool = False
-    ) -> Rollouts:
+    ) -> Rollout:
         """Complete prompts with the current policy (see `Generation.generate`)."""
         return self.task.generation.generate(prompts, samples_per_prompt, draws, greedy)
 

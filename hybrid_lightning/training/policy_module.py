@@ -24,7 +24,7 @@ class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
     All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. Callbacks find the
-    completions, rewards and advantages of a rollout in its micro-batches (see `ScoredRollout`).
+    completions, rewards and advantages of a rollout in its micro-batches (see `Rollout` in `hybrid_lightning.types`).
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.

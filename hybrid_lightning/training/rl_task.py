@@ -1,12 +1,12 @@
 """`RLTask`: reinforcement learning with verifiable rewards, the main loop of this project.
 
-    prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
+    prompts -> Rollout, with rewards, then advantages -> PolicyBatch -> loss -> optimizer
 
 The methods are in call order: `RolloutLoader` draws prompts, calls `roll_out`, splits the result into micro-batches and calls
 `add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards), `sampled_groups.py` (groups
 over ranks, dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
 
-Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
+Axes: P prompts, G episodes per prompt, B rows, T completion tokens.
 """
 
 from collections.abc import Sequence
@@ -24,32 +24,33 @@ from hybrid_lightning.losses.shares import share
 from hybrid_lightning.rewards import rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
+from hybrid_lightning.rollout.loader import DrawPrompts
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.training import run_checks
-from hybrid_lightning.training.calibration import CalibrationLosses, calibration_rollouts, rollout_losses
+from hybrid_lightning.training.calibration import CalibrationLosses, calibration_rollout, rollout_losses
 from hybrid_lightning.training.generation import repeat_prompts
 from hybrid_lightning.training.sampled_groups import (
     ROLLOUT_METRICS,
-    advantages_over_ranks,
-    choose_trained,
+    policy_batch,
     rollout_metrics,
+    rows_to_train,
     sample_groups,
+    unfilled,
     with_advantages,
 )
 from hybrid_lightning.training.task import Task
 from hybrid_lightning.training.teachers import Teacher
 from hybrid_lightning.training.teaching import Teaching
-from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
-from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, sampling_metrics, versions_of_rows
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollout, Sequences
 
 
 class RLTask(Task):
     """Trains a policy on its own rollouts. See `PolicyModule` for the arguments, and `Task` for the shared arguments.
 
     Attributes:
-        last_calibration: Rollouts and rewards of `calibration_losses`, on the rank that made them; None before that.
+        last_calibration: Rollout of `calibration_losses`, on the rank that made it; None before that.
     """
 
     loss: PolicyLoss
@@ -71,7 +72,7 @@ class RLTask(Task):
         super().__init__(*shared)
         self.advantage, self.credit, self.correction, self.token_mask = advantage, credit, correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
-        self.last_calibration: tuple[Rollouts, Rewards] | None = None
+        self.last_calibration: Rollout | None = None
         run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, self.loss)
         self.teaching = Teaching(self.passes, self.generation, teacher, distillation)
         self.shown_metrics = ("reward", "completions/mean_length", *self.teaching.shown_metrics)  # beside the progress bar
@@ -84,88 +85,75 @@ class RLTask(Task):
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> RolloutFuture[TrainedRollout]:
+    ) -> RolloutFuture[PolicyBatch]:
         """Begin to complete and score prompts. The metrics cover all completions, even those that are not trained on."""
-        if self.dynamic_sampling is not None:
-            return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
         self.teaching.begin()
-        rollout = self._sample(prompts, generator).then(self._to_train)
-        if self.schedule.rollouts_ahead and not self.generation.sampler.is_remote:
-            rollout.result()  # now, since the weights change before it is trained on
-        return rollout
+        rollout = self._sample(prompts, generator)
+        if (rule := self.dynamic_sampling) is not None:
+            more = lambda some: self._sample(some, generator).result()  # noqa: E731
+            whole = sample_groups(rule, rollout.result(), draw_more, more, self._useful_groups)
+            if draw_more is not None and (warning := unfilled(whole.metrics)):
+                self.run.warn_once(warning, "filled groups")
+            rollout = RolloutFuture.of(whole)
+        batch = rollout.then(self._to_train)
+        if rule is not None or (self.schedule.rollouts_ahead and not self.generation.sampler.is_remote):
+            batch.result()  # now, since the weights change before it is trained on
+        return batch
 
-    def _sample(self, prompts: Sequence[Prompt], generator: torch.Generator) -> RolloutFuture[tuple[Rollouts, Rewards]]:
+    def _sample(self, prompts: Sequence[Prompt], generator: torch.Generator) -> RolloutFuture[Rollout]:
         # Random numbers depend on the position in the rollout: a prompt has the same completions for any number of ranks.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.run.rank, len(prompts) * self.run.world_size, self.run.world_size)
         samples = self.schedule.samples_per_prompt
         return self.generation.begin_scored(prompts, samples, PromptDraws(prompts, samples, seed, places), self.teaching.listen)
 
-    # ---- rewards -> advantages
+    # ---- rewards -> advantages -> rows to train on
 
-    def _to_train(self, scored: tuple[Rollouts, Rewards]) -> TrainedRollout:
-        """This rank's part of a rollout with its advantages, which are estimated over all ranks."""
-        rollouts, rewards = scored
+    def _to_train(self, rollout: Rollout) -> PolicyBatch:
+        """This rank's rows to train on, with advantages, which are estimated over all ranks."""
         self.generation.sampler.release_memory()
+        wanted, credited = self.schedule.prompts_per_rollout, self.credited(rollout)
         with self.run.clock.phase("reward"):
-            credited = self.credited(rollouts, rewards)
-            of_turns = advantages_over_ranks(self.advantage, credited, rollouts.samples_per_prompt)
-            advantages = token_advantages(of_turns, rollouts)
-        trained = self.trained_sequences(rollouts, rewards)
-        run_checks.warn_if_all_are_cut(trained, rewards, self.generation)
-        metrics = self._measured(rollouts, rewards, credited)
-        seen, advantages, of_teacher = self.teaching.taught(rollouts, trained, advantages)
-        needed, shown = self._contributes(advantages), with_advantages(rollouts, rewards, advantages)
-        logprobs, metrics = rollouts.sampling_logprobs, metrics | of_teacher
-        return TrainedRollout(trained, logprobs, advantages, metrics, rewards.counted, needed, shown, seen)
+            rollout = with_advantages(rollout, credited, self.advantage, wanted)
+        sequences = self.trained_sequences(rollout)
+        run_checks.warn_if_all_are_cut(sequences, rollout, self.generation)
+        rollout = replace(rollout, metrics=self._measure(rollout, credited) | rollout.metrics)
+        rollout, seen = self.teaching.teach(rollout, sequences)
+        return rows_to_train(rollout, sequences, wanted, self.schedule.minibatches_per_rollout, self.run.rank, seen)
 
-    def _roll_out_dynamically(
-        self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
-    ) -> TrainedRollout:
-        """A rollout in which groups without a learning signal are replaced by groups from extra rollouts."""
-        groups = sample_groups(rule, prompts, draw_more, lambda some: self._sample(some, generator).result(), self._useful_groups)
-        self.generation.sampler.release_memory()
-        with self.run.clock.phase("reward"):
-            sequences = self.trained_sequences(groups.rollouts, groups.rewards)
-            credited, minibatches = self.credited(groups.rollouts, groups.rewards), self.schedule.minibatches_per_rollout
-            trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.run.rank, credited)
-        metrics = self._measured(groups.rollouts, groups.rewards, credited) | groups.metrics()
-        if draw_more is not None and (warning := groups.warning()):
-            self.run.warn_once(warning, "filled groups")
-        shown = with_advantages(groups.rollouts, groups.rewards, of_sampled)
-        return replace(trained, metrics=metrics, contributes=self._contributes(trained.advantages), scored=shown)
-
-    def credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
+    def credited(self, rollout: Rollout) -> Rewards:
         """The rewards that advantages are estimated from: per episode, or per turn (`rewards_to_go`)."""
         if self.credit == "episode":
-            return rewards
+            return rollout.scored
         assert self.generation.episodes is not None and self.reward is not None, "checked before"
-        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
-        return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
+        prompts, turns = repeat_prompts(rollout.prompts, rollout.group_size), self.generation.episodes.limits.max_turns
+        return rewards_to_go(self.reward, rollout.completions, prompts, rollout.scored, turns)
 
-    def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
-        """The sequences as the loss sees them: completions that do not count, or are cut and masked, have no tokens."""
-        sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
-        return sequences.without(rollouts.cut) if self.mask_truncated_completions else sequences
+    def trained_sequences(self, rollout: Rollout) -> Sequences:
+        """The rows as the loss sees them: episodes that do not count, or are cut and masked, have no tokens."""
+        sequences, counted = rollout.sequences, rollout.scored.counted
+        if counted is not None:
+            sequences = sequences.without(rollout.of_rows(~counted))
+        return sequences.without(rollout.of_rows(rollout.cut)) if self.mask_truncated_completions else sequences
 
-    def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
+    def _useful_groups(self, rollout: Rollout) -> Tensor:
         """Which of this rank's groups give a learning signal, one bool per group."""
-        trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self.credited(rollouts, rewards)
+        trained = rollout.sum_rows(self.trained_sequences(rollout).sampled_mask.sum(dim=1)) > 0
+        rewards = self.credited(rollout)
         paid, terms = rewards.weights, self.generation.reward_terms()
-        correctness = [rewards.parts[term.name] for term in terms if term.measures_correctness and paid.get(term.name, 1.0)]
-        turns = len(rewards.total) // len(trained)
-        of_turns = useful_groups(rewards.total, correctness, trained.repeat(turns), rollouts.samples_per_prompt, rewards.counted)
-        return of_turns.view(turns, -1).any(dim=0)
+        correctness = [term.name for term in terms if term.measures_correctness and paid.get(term.name, 1.0)]
+        return useful_groups(rewards, correctness, trained)
 
-    def _contributes(self, advantages: Tensor) -> Tensor:
-        """The rows that an update needs: rows with an advantage, or all rows if the loss or a teacher needs the others."""
-        return F.any_advantage(advantages) | (self.teaching.needs_all_rows or not self.loss.ignores_zero_advantage)
+    @property
+    def needs_all_rows(self) -> bool:  # type: ignore[override]
+        """Whether an update needs rows without advantage, too: for the loss or a teacher."""
+        return self.teaching.needs_all_rows or not self.loss.ignores_zero_advantage
 
-    def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
+    def _measure(self, rollout: Rollout, credited: Rewards) -> dict[str, float]:
         """Metrics of a rollout over all ranks."""
-        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics(), **self.generation.reward_counts()}
+        metrics = {**rollout_metrics(rollout, credited), **self.generation.metrics(), **self.generation.reward_counts()}
         if self.generation.episodes is not None:
-            metrics |= episode_metrics(rollouts.completions)
+            metrics |= episode_metrics(rollout.completions)
             if warning := run_checks.unread_rewards(self.generation, metrics):
                 self.run.warn_once(warning, "unread rewards")
         return metrics
@@ -204,16 +192,22 @@ class RLTask(Task):
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""
-        logprobs, entropy, divergence, measured = self.teaching.learned(chunk)
-        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
+        logprobs, entropy, divergence, measured = self.teaching.predict(chunk)
+        difference, weights = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
+        inputs = chunk.loss_inputs(
+            logprobs,
+            None if weights is None else F.per_token(weights, chunk.sequences.sampled_mask),
+            entropy=entropy,
+            divergence=divergence,
+            max_completion_tokens=float(self.generation.max_completion_tokens),
+            micro_batch_tokens=micro_batch_tokens,
+            num_micro_batches=float(self.run.accumulate_grad_batches * self.run.world_size),
+        )
+        metrics = sampling_metrics(difference, weights, inputs)
         made_by = cast(Tensor, chunk.sequences.weights_step)  # all rows were sampled
         metrics["sampling/weights_version_lag"] = share((self.run.step - made_by).float(), inputs)
         if self.generation.inflight_updates:
             metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
-        micro_batches = float(self.run.accumulate_grad_batches * self.run.world_size)
-        longest = float(self.generation.max_completion_tokens)
-        inputs = replace(inputs, entropy=entropy, divergence=divergence, max_completion_tokens=longest)
-        inputs = replace(inputs, micro_batch_tokens=micro_batch_tokens, num_micro_batches=micro_batches)
         metrics |= {name: share(values, inputs) for name, values in measured.items()}
         if chunk.policy_mask is not None:
             metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
@@ -227,15 +221,15 @@ class RLTask(Task):
         self.check_enough(prompts)
         order = PromptOrder(prompts, seed=0).of(self.calibration_seed)
         chosen = [prompts[place] for place in order[: self.schedule.prompts_per_rollout if count is None else count]]
-        rollouts, rewards = calibration_rollouts(self.generation, chosen, self.schedule, self.calibration_seed)
-        self.last_calibration = rollouts, rewards
+        rollout = calibration_rollout(self.generation, chosen, self.schedule, self.calibration_seed)
         self.generation.sampler.release_memory()
-        advantages = self.advantage.of_rewards(self.credited(rollouts, rewards), rollouts.samples_per_prompt)
-        sequences = self.trained_sequences(rollouts, rewards)
-        of_tokens, most = token_advantages(advantages, rollouts), self.passes.current_token_budget()
-        of_tokens = self.teaching.calibrated(rollouts, sequences, of_tokens, self.loss)
-        logprobs, counted = self.calibration_logprobs, rewards.counted
-        return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)
+        rollout = replace(rollout, advantages=self.advantage.of_rewards(self.credited(rollout)))
+        rollout = replace(rollout, token_advantages=token_advantages(rollout))
+        self.last_calibration = rollout
+        sequences = self.trained_sequences(rollout)
+        rollout = self.teaching.teach_calibration(rollout, sequences, self.loss)
+        batch, most = policy_batch(rollout, sequences), self.passes.current_token_budget()
+        return rollout_losses(batch, chosen, self.loss, self.generation, self.calibration_logprobs, most)
 
     def check_training_prompts(self, prompts: Sequence[Prompt]) -> None:
         """See `Task`."""

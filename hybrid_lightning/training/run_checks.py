@@ -21,7 +21,7 @@ from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.training.teachers import Teacher
-from hybrid_lightning.types import Rewards, Sequences
+from hybrid_lightning.types import Rollout, Sequences
 from hybrid_lightning.user_code import in_user_code
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
@@ -117,9 +117,9 @@ def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | N
         )
 
 
-def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, generation: Generation) -> None:
+def warn_if_all_are_cut(trained: Sequences, rollout: Rollout, generation: Generation) -> None:
     """Warn if a rollout has counted completions, but no token that the loss can learn from."""
-    count = len(rewards.of_counted().total)
+    count = len(rollout.scored.of_counted().total)
     if count and not trained.sampled_mask.any():
         rank_zero_warn(all_are_cut(count, "a rollout", generation))
 

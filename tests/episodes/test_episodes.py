@@ -98,7 +98,7 @@ def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
         assert torch.equal(getattr(rollouts.sequences, name), value), name
     assert torch.equal(rollouts.sampling_logprobs, plain.sampling_logprobs)
     assert [str(c) for c in rollouts.completions] == [str(c) for c in plain.completions]
-    cut = ~plain.finished
+    cut = ~plain.finished.flatten()
     assert torch.equal(rollouts.finished, plain.finished)
     assert [c.episode.end for c in rollouts.completions] == ["tokens" if of_row else "over" for of_row in cut]
     metrics = episode_metrics(rollouts.completions)  # the environment's counts replace none of these
@@ -139,21 +139,22 @@ def test_masking_leaves_out_what_a_limit_of_tokens_ended_and_no_other_end(play):
     policy, rollouts = play(Talk(9), samples=8, max_turns=2, max_new_tokens=4)
     masking, ends = policy.task, [completion.episode.end for completion in rollouts.completions]
     assert set(ends) == {"turns", "tokens"} and not rollouts.finished.any()
-    masking.mask_truncated_completions, rewards = True, masking.generation.score(rollouts)
-    learned = masking.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1).tolist()
+    masking.mask_truncated_completions = True
+    learned = masking.trained_sequences(masking.generation.score(rollouts)).sampled_mask.any(dim=1).tolist()
     assert learned == [end == "turns" for end in ends]
 
 
 def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play, capsys):
     policy, rollouts = play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=1.0)
     failed = torch.tensor([c.episode.end == "failed" for c in rollouts.completions])
-    rewards = policy.task.generation.score(rollouts)
+    scored = policy.task.generation.score(rollouts)
     assert 0 < failed.sum() < len(failed)
-    assert torch.equal(rewards.counted, ~failed) and not rollouts.sequences.sampled_mask[failed].any()
-    advantages = policy.task.advantage.of_rewards(rewards, 8)
-    assert not advantages[failed].any() and advantages[~failed].any()
+    assert torch.equal(scored.rewards.counted.flatten(), ~failed) and not rollouts.sequences.sampled_mask[failed].any()
+    advantages = policy.task.advantage.of_rewards(scored.rewards)
+    assert not advantages.flatten()[failed].any() and advantages.flatten()[~failed].any()
     trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
-    scored = (rollouts, replace(rewards, counted=torch.zeros_like(failed)), advantages)
+    lost = replace(scored.rewards, counted=torch.zeros_like(scored.rewards.counted))
+    scored = replace(scored, rewards=lost, advantages=advantages)
     RolloutSamples(1).on_rollout(trainer, SimpleNamespace(rollout=scored, rollout_number=0))
     assert "An episode of rollout 1, left out:" in capsys.readouterr().out, "not with a reward of 0"
     with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
@@ -165,7 +166,7 @@ def test_an_episode_that_fails_before_its_first_turn_is_hardly_sampled(play, mon
 
     def decoded(*arguments):
         found = decode(*arguments)
-        lengths.append(found[2].tolist())
+        lengths.append(found[1].sum(dim=1).tolist())
         return found
 
     async def started(running, number, *given):
@@ -219,7 +220,7 @@ def test_resume_is_bit_exact(model, sums, tmp_path):
 def turn_advantages(rollouts):
     """An advantage for each sampled token, {(row, place): value}, with the mean over the others that have its turn."""
     episodes, found = [completion.episode for completion in rollouts.completions], {}
-    samples = rollouts.samples_per_prompt
+    samples = rollouts.group_size
     for row, episode in enumerate(episodes):
         others = [other for other in range(row // samples * samples, (row // samples + 1) * samples) if other != row]
         turn, was_sampled = -1, False
@@ -240,9 +241,11 @@ class ByTurn(Log):
     """Also computes the first step's gradient token by token, with the advantage of each token's turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        (rollouts, _, shown), loss = batch.rollout, pl_module.task.loss
+        rollouts, loss = batch.rollout, pl_module.task.loss
         advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
-        assert shown.shape == lengths.shape and len({round(value, 5) for value in advantages.values()}) > len(lengths)
+        assert torch.equal(rollouts.lengths.flatten(), lengths) and len({round(value, 5) for value in advantages.values()}) > len(
+            lengths
+        )
         value = 0.0
         for row, length in enumerate(lengths):
             logprobs = plain_logprobs(pl_module.model, rollouts.sequences, row)
@@ -293,10 +296,10 @@ def test_a_group_with_tied_returns_teaches_by_turn_what_was_left_to_earn(model):
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))
-    rewards, useful = policy.task.generation.score(rollouts), {}
+    rollouts, useful = policy.task.generation.score(rollouts), {}
     for policy.task.credit in ("episode", "turn"):
-        of_groups = useful[policy.task.credit] = policy.task._useful_groups(rollouts, rewards)
-        metrics = rollout_metrics(rollouts, rewards, policy.task.credited(rollouts, rewards))
+        of_groups = useful[policy.task.credit] = policy.task._useful_groups(rollouts)
+        metrics = rollout_metrics(rollouts, policy.task.credited(rollouts))
         assert metrics["frac_reward_zero_std"] == pytest.approx(1 - float(of_groups.float().mean()))
     assert not (useful["episode"] & ~useful["turn"]).any() and useful["turn"].sum() > useful["episode"].sum()
 
@@ -307,8 +310,8 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
     policy["episodes"] = EpisodeLimits(max_tokens=60, max_failed_share=1.0)
     log = Log()
     fit(model, sums, tmp_path, log, policy=policy, max_steps=1)
-    _, rewards, shown = log.batches[0].rollout
-    assert not rewards.counted.all() and rewards.counted.any() and shown.any() and not shown[~rewards.counted].any()
+    shown, counted = log.batches[0].rollout.advantages, log.batches[0].rollout.rewards.counted
+    assert not counted.all() and counted.any() and shown.any() and not shown[~counted].any()
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     # TRL replaces Qwen3's template, which drops thoughts, by one of its own.
     parts["chat_template"] = "keep_history" if template == "qwen3" else None
     policy, log = run_ours(folder, tmp_path, said, environment, **parts)
-    rollouts, _, advantages = log.batches[-1].rollout
+    rollouts = log.batches[-1].rollout
     starts = [prompt.columns["start"] for prompt in rollouts.prompts]
     theirs = run_trl(folder, tmp_path, said, starts, functions, options)
 
@@ -248,7 +248,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     assert torch.equal(sequences.sampled_mask.long(), rollout["completion_mask"] * rollout["tool_mask"])
     ends = [completion.episode.end for completion in rollouts.completions]
     assert ends == ["answered"] * 3 + ["turns"] + ["tokens"] * 3 + ["answered"]
-    assert_same_sums(advantages, rollout["advantages"], SAMPLES)
+    assert_same_sums(rollouts.advantages.flatten(), rollout["advantages"], SAMPLES)
 
     tokens = int(sequences.completion_mask.sum() + sequences.prompt_mask.sum())
     of_logits = LOGITS * spread(additions_of(policy.model, sequences.prompt_ids.shape[1] + TOKENS))

@@ -18,9 +18,9 @@ from hybrid_lightning.reports.findings import (
     of_agreement,
     of_change,
     of_gradient,
-    of_rollouts,
+    of_rollout,
 )
-from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollout, Sequences
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"model.sampler.max_new_tokens": 6}
@@ -42,13 +42,13 @@ def rollout(rewards, finished=None, counted=None, episodes=()):
     texts = tuple(Completion("", 1, done, episode=end) for done, end in zip(finished, ends, strict=True))
     one, real = torch.zeros(count, 1, dtype=torch.long), torch.ones(count, 1, dtype=torch.bool)
     prompts = tuple(Prompt(text="?") for _ in range(count // 4))
-    total = torch.tensor(rewards)
-    rollouts = Rollouts(prompts, Sequences(one, real, one, real), texts, torch.zeros(count, 1), torch.tensor(finished), 4)
-    return rollouts, Rewards(total, {"part": total}, total >= 1, counted=counted)
+    total = torch.tensor(rewards).view(-1, 4)
+    rewards = Rewards(total, {"part": total}, total >= 1, counted=None if counted is None else counted.view(-1, 4))
+    return Rollout(prompts, texts, Sequences(one, real, one, real), torch.zeros(count, 1), rewards=rewards)
 
 
 def said(*given, **named):
-    return [(found.kind, found.level) for found in of_rollouts(*rollout(*given, **named), "the rollout", LIMITS)]
+    return [(found.kind, found.level) for found in of_rollout(rollout(*given, **named), "the rollout", LIMITS)]
 
 
 def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are_right():
@@ -62,12 +62,12 @@ def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are
     assert said([0.0, 1, 1, 0, 5, 6, 7, 8], counted=kept) == [] == said([math.nan] * 4, counted=torch.zeros(4, dtype=torch.bool))
     over, long = (Episode((), 1, end, ()) for end in ("turns", "tokens"))
     assert said([0.0, 0, 0, 1], [False] * 4, episodes=[over] * 4) == [], "other ends of an episode are no cut"
-    cut = of_rollouts(*rollout([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4), "it", LIMITS | {"model.episodes.max_tokens": 9})
+    cut = of_rollout(rollout([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4), "it", LIMITS | {"model.episodes.max_tokens": 9})
     assert cut[0].remedy.startswith("raise model.sampler.max_new_tokens or model.episodes.max_tokens, or")
 
 
 def test_the_cause_is_what_explains_the_rest():
-    equal = {value: of_rollouts(*rollout([value] * 8), "the rollout", LIMITS)[0] for value in (0.0, 1.0)}
+    equal = {value: of_rollout(rollout([value] * 8), "the rollout", LIMITS)[0] for value in (0.0, 1.0)}
     assert "easier problems" in equal[0.0].remedy and "easier" not in equal[1.0].remedy and "harder" in equal[1.0].remedy
     paid, large, note = (Finding(kind, "seen", "mend it", level) for kind, level in SEEN)
     assert cause([equal[1.0], paid]) is paid and cause([paid, equal[0.0], large]) is large
@@ -75,12 +75,13 @@ def test_the_cause_is_what_explains_the_rest():
 
 
 def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn():
-    rollouts, rewards = rollout([1.0] * 8)
-    later = torch.tensor([True] * 6 + [False] * 2)
+    whole, later = rollout([1.0] * 8), torch.tensor([True] * 6 + [False] * 2)
     for to_go, level in (([0.0, 1, 0, 0, 1, 0, 0, 0], []), ([1.0] * 6 + [0.0] * 2, ["error"])):
-        counted = torch.cat([torch.ones(8, dtype=torch.bool), later])
-        credited = Rewards(torch.tensor([1.0] * 8 + to_go), {}, torch.ones(16, dtype=torch.bool), counted=counted)
-        assert [found.level for found in of_rollouts(rollouts, rewards, "the rollout", LIMITS, credited)] == level
+        first = torch.ones(8, dtype=torch.bool)
+        columns = (torch.tensor([[1.0] * 8, to_go]), torch.stack([first, first]), torch.stack([first, later]))
+        total, correct, counted = (column.view(2, 2, 4).movedim(0, 2) for column in columns)
+        credited = Rewards(total, {}, correct, counted=counted)
+        assert [found.level for found in of_rollout(whole, "the rollout", LIMITS, credited)] == level
 
 
 def test_the_change_of_a_step_by_hand():

@@ -101,7 +101,7 @@ MODELS["heads of 32, window"] = lambda: special_model(MistralConfig(**{**SIZES, 
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "wide window", "heads of 32", "heads of 32, window"])
 def test_messages_are_as_for_whole_contexts_whatever_the_model(tokenizer, name, monkeypatch):
-    monkeypatch.setattr(Session, "_sample_later", None)  # no whole context as a longer prompt
+    monkeypatch.setattr(Session, "sample", None)  # no whole context as a longer prompt
     model = MODELS[name]()
     turns = play(Sampler.session, Engine(model), tokenizer, stop=["7", "3", "a", "z"])
     assert_of_whole_contexts(model, turns)
@@ -119,7 +119,7 @@ def test_messages_on_accelerators_and_by_a_cache_of_transformers_too(tokenizer, 
     if way == "cache":
         monkeypatch.setattr(Engine, "packs", False)
     if (name, way) != ("wide window", "cache"):  # which cannot leave out columns, and is made again
-        monkeypatch.setattr(Session, "_sample_later", None)
+        monkeypatch.setattr(Session, "sample", None)
     model = MODELS[name]()
     engine = Engine(model, Backend() if way == "cache" else OfAccelerator())
     assert_of_whole_contexts(model, play(Sampler.session, engine, tokenizer, cuda_graphs=way == "graphs"))

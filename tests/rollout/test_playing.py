@@ -47,6 +47,13 @@ class Asks:
         return other
 
 
+def play_in_rounds(episodes, sample, around=None):
+    messages = []
+    with Rounds(episodes, around or Surroundings()) as rounds:
+        while asked := rounds.advance(messages):
+            messages = sample(asked)
+
+
 def test_a_round_has_the_requests_of_all_live_episodes_in_their_order():
     rounds = []
     episodes = [Asks(0, 1), Asks(1, 3, waits_s=0.05), Asks(2, 2, waits_s=0.01), Asks(3, 3)]
@@ -56,7 +63,7 @@ def test_a_round_has_the_requests_of_all_live_episodes_in_their_order():
         rounds.append([(request.episode, request.number) for request in requests])
         return list(map(message, requests))
 
-    Rounds(episodes, sample).play(Surroundings())
+    play_in_rounds(episodes, sample)
     assert rounds == [[(0, 0), (1, 0), (2, 0), (3, 0)], [(1, 1), (2, 1), (3, 1)], [(1, 2), (3, 2)]]
     assert [len(episode.heard) for episode in episodes] == [1, 3, 2, 3]
 
@@ -79,14 +86,14 @@ def test_the_first_failure_ends_all_episodes_and_what_surrounds_them(fails):
 
     began = time.monotonic()
     with pytest.raises(ValueError, match="the board is gone"):
-        Rounds(episodes, sample).play(Surroundings(finish=finished(log)))
+        play_in_rounds(episodes, sample, Surroundings(finish=finished(log)))
     assert log == ["finished"] and time.monotonic() - began < 30
 
 
 def test_episodes_go_on_elsewhere_where_they_waited_after_code_has_blocked_the_event_loop():
     free = threading.Event()
     episodes = [Asks(0, 3), Asks(1, 3, blocks=free), Asks(2, 3)]
-    Rounds(episodes, lambda requests: list(map(message, requests))).play(Surroundings(blocked_s=0.3))
+    play_in_rounds(episodes, lambda requests: list(map(message, requests)), Surroundings(blocked_s=0.3))
     free.set()
     ends = [episode.moved[-1] for episode in episodes]
     assert [episode.heard for episode in ends] == [[[number, turn] for turn in range(3)] for number in range(3)]

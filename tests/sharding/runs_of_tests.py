@@ -61,7 +61,7 @@ class Log(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch.rollout is not None:
-            self.prompts.append([prompt.index for prompt in batch.rollout.rollouts.prompts])
+            self.prompts.append([prompt.index for prompt in batch.rollout.prompts])
         self.runs.append(len(batch.sequences))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

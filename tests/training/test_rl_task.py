@@ -14,7 +14,7 @@ from hybrid_lightning import losses
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage, PerRewardAdvantage
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
 
-G, LONGEST, MINIBATCHES, MICRO_BATCHES = 4, 6, 2, 2
+LONGEST, MINIBATCHES, MICRO_BATCHES = 6, 2, 2
 ENTROPY, KL, TEMPERATURE = 0.05, 0.05, 0.9
 
 
@@ -115,11 +115,11 @@ class ByEquation(Callback):
         if batch.rollout is not self.rollout:
             self.rollout, self.minibatch = batch.rollout, 0
             with torch.no_grad():
-                sequences = self.rollout[0].sequences
+                sequences = self.rollout.sequences
                 self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
                 self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
                 self.importance = [torch.ones_like(old) for old, _ in self.old]
-                sampling = zip(self.rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)
+                sampling = zip(self.rollout.sampling_logprobs, sequences.sampled_mask, strict=True)
                 # The policy before the rollout's first step is not the one that sampled: weighed, or the ratio is to the latter.
                 if "rollouts_ahead" in self.options and self.options["correction"] is None:
                     self.old = [(own[mask], entropy) for (own, mask), (_, entropy) in zip(sampling, self.old, strict=True)]
@@ -128,12 +128,13 @@ class ByEquation(Callback):
                     self.importance = [weigh(old - own[mask]) for (own, mask), (old, _) in zip(sampling, self.old, strict=True)]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        (rollouts, rewards, shown), first = self.rollout, self.minibatch % MINIBATCHES * 8
+        rollout, first = self.rollout, self.minibatch % MINIBATCHES * 8
         self.minibatch += 1
-        rows = [row for row in range(first, first + 8) if rewards.counted[row]]
-        found = self.advantage.of_rewards(rewards, G)
-        assert not shown[~rewards.counted].any()
-        kept = rollouts.finished if "mask_truncated_completions" in self.options else torch.ones(16, dtype=torch.bool)
+        counted = rollout.rewards.counted.flatten()
+        rows = [row for row in range(first, first + 8) if counted[row]]
+        found = self.advantage.of_rewards(rollout.rewards).flatten()
+        assert not rollout.advantages.flatten()[~counted].any()
+        kept = rollout.finished.flatten() if "mask_truncated_completions" in self.options else torch.ones(16, dtype=torch.bool)
         lengths = torch.tensor([len(self.old[row][0]) * int(kept[row]) for row in rows])
         teaching = [self.old[row][1] for row in rows if kept[row] and abs(found[row]) > 1e-5]
         share = self.options["token_mask"].share if "token_mask" in self.options else 1.0
@@ -141,7 +142,7 @@ class ByEquation(Callback):
         total, entropies = torch.zeros(()), []
         for row, weight in zip(rows, self.weights(lengths), strict=True):
             if kept[row]:
-                new, entropy = completion(pl_module.model, rollouts.sequences, row)
+                new, entropy = completion(pl_module.model, rollout.sequences, row)
                 old, old_entropy = self.old[row]
                 self.ratios += (new - old).exp().tolist()
                 chosen = old_entropy >= threshold if share < 1 else torch.ones_like(old, dtype=torch.bool)

@@ -36,7 +36,7 @@ from hybrid_lightning.rollout.vllm.completing import (
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
-from hybrid_lightning.types import Rollouts
+from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -271,7 +271,7 @@ class VLLMSampler(VLLMEngine, BatchEngine):
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
     @torch.no_grad()
-    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request. `on_token` is called from time to time, not after every token."""
         assert self.version is not None, "the engine has to receive weights first"
         limits, samples, draws = self.checked_limits(runner, request), request.samples_per_prompt, prompt_draws(request)
@@ -296,7 +296,7 @@ class VLLMSampler(VLLMEngine, BatchEngine):
             logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
             steps[row, : len(answer.tokens)] = torch.tensor(steps_of(answer), device=device)
         finished = torch.tensor([answer.finished for answer in answers], device=device)
-        return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
+        return self.rollout(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
 
     def _completed(
         self,

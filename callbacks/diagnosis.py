@@ -180,7 +180,7 @@ def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
 
 
 class Doctor(Callback):
-    """Examines a `PolicyModule` in a `fit` of one optimizer step, on a copy of the model that the command has loaded.
+    """Examines a `PolicyModule` in a `fit` of one optimizer step.
 
     The rollout and the step are the same as in training, at the full learning rates. Nothing is written (see `Trainer.doctor`).
 
@@ -196,6 +196,11 @@ class Doctor(Callback):
         self._change: Change | None = None
         self._metrics: dict[str, float] = {}
         self._taught: tuple[float, float] | None = None  # accuracy of teacher and policy on the same prompts
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the step have the full learning rates, whatever the schedule."""
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the policy on some completions before the step."""

@@ -87,6 +87,11 @@ class RunReport(Callback):
         self._curves, self._peaks = state_dict["curves"], state_dict["peaks"]
         self._first, self._last = state_dict["first"], state_dict["last"]
 
+    def without_measurements(self, state: dict[str, Any]) -> dict[str, Any]:
+        """See `Measuring`."""
+        curves = {name: curve for name, curve in state["curves"].items() if not name.startswith("val/")}
+        return {**state, "first": None, "last": None, "curves": curves}
+
     # ---- collecting
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, Planning
 from hybrid_lightning.adapters.candidates import check_pattern, is_linear, share_of_experts, without_lora
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
@@ -18,7 +18,7 @@ from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_rows, plan
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
-from hybrid_lightning.callbacks.planning import Planner, Planning, applied_plan, check_adaptable, model_of
+from hybrid_lightning.callbacks.planning import Planner, applied_plan, check_adaptable, model_of
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to

@@ -128,7 +128,7 @@ def _of_lightning(callback: EarlyStopping | ModelCheckpoint, best_changes: bool)
     """New values in the saved state of Lightning's callbacks, which would restore options and the best checkpoint of old."""
     if isinstance(callback, EarlyStopping):
         return {"patience": callback.patience}
-    best = {"best_model_score": None, "best_model_path": "", "best_k_models": {}, "current_score": None}
+    best: dict[str, Any] = {"best_model_score": None, "best_model_path": "", "best_k_models": {}, "current_score": None}
     return {**best, "kth_best_model_path": "", "kth_value": callback.kth_value} if best_changes else {}
 
 

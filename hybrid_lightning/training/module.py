@@ -63,6 +63,7 @@ from hybrid_lightning.training.optim import (
     OptimizerCallable,
     with_hyper_parameters,
 )
+from hybrid_lightning.training.options import TaskParts
 from hybrid_lightning.training.task import Task
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts
 
@@ -72,10 +73,10 @@ __all__ = ["LanguageModule"]
 class LanguageModule(Configurable, LightningModule, ABC):
     """A language model under Lightning, for any kind of training data.
 
-    The model is loaded on first use, with all weights frozen; `HybridAdapterSetup` makes some of them trainable. A subclass sets
-    its `task`.
+    The model is loaded on first use, with all weights frozen; `HybridAdapterSetup` makes some of them trainable.
 
     Args:
+        make_task: Makes the task; a subclass's constructor gives it.
         model: The model to train: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a
             hub id.
         revision: Branch, tag or commit of a hub model.
@@ -114,9 +115,10 @@ class LanguageModule(Configurable, LightningModule, ABC):
     task: Task
     evaluation: Evaluation  # the task's; a part of this module, since its metrics move to the device
 
-    @abstractmethod  # a subclass's constructor makes the task
+    @abstractmethod
     def __init__(
         self,
+        make_task: Callable[[TaskParts], Task],
         *,
         model: str = "embedded",
         revision: str | None = None,
@@ -136,7 +138,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         schedule: LearningRateSchedule | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="make_task")
         if "_instantiator" not in self.hparams:  # made in Python; on the command line, the CLI saves its config instead
             given = dict(self.hparams)
             if given.get("reward") is not None:
@@ -149,11 +151,12 @@ class LanguageModule(Configurable, LightningModule, ABC):
         pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
         self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, partial(setattr, self, "model"))
         self.run = LightningRun(self)
-        self._sampler, self._seed = sampler or Sampler(), seed  # for the task, like the next ones
-        self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
         self._checked: tuple[Any, ...] = ()  # identifies the run with checked settings, until setup has ended
+        parts = TaskParts(self.policy, self.run, sampler or Sampler(), eval_samples, max_tokens_per_micro_batch, seed)
+        self.task = make_task(parts)
+        self.evaluation = self.task.evaluation
 
     # ---- the policy
 

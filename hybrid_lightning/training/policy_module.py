@@ -14,6 +14,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.options import RLOptions, TaskParts
 from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.training.teachers import Teacher
 
@@ -93,17 +94,8 @@ class PolicyModule(LanguageModule):
         rollouts_ahead: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        played = Episodes.of(environment, episodes, self._sampler, self.policy.pretrained, turn_template, credit == "turn")
-        scored_by = EpisodeReturn() if reward is None and environment is not None else reward
-        generation = Generation(self.policy, self._sampler, scored_by, self.run, self._seed, played, rollouts_ahead)
-        self.task = RLTask(
-            loss,
-            RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead),
-            generation,
-            Passes(self.policy, self._sampler.temperature, self._max_tokens, entropy_gradient=loss.needs_entropy),
-            Evaluation(generation, self._eval_samples, self._seed),
-            self._seed,
+        schedule = (prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead)
+        rl = RLOptions(
             advantage=advantage or GroupAdvantage(),
             credit=credit,
             correction=correction,
@@ -113,4 +105,14 @@ class PolicyModule(LanguageModule):
             teacher=teacher,
             distillation=distillation,
         )
-        self.evaluation = self.task.evaluation
+
+        def make_task(parts: TaskParts) -> RLTask:
+            sampler, seed = parts.sampler, parts.seed
+            played = Episodes.of(environment, episodes, sampler, parts.policy.pretrained, turn_template, credit == "turn")
+            scored_by = EpisodeReturn() if reward is None and environment is not None else reward
+            generation = Generation(parts.policy, sampler, scored_by, parts.run, seed, played, rollouts_ahead)
+            passes = Passes(parts.policy, sampler.temperature, parts.max_tokens, entropy_gradient=loss.needs_entropy)
+            evaluation = Evaluation(generation, parts.eval_samples, seed)
+            return RLTask(loss, RolloutSchedule(*schedule), generation, passes, evaluation, seed, rl)
+
+        super().__init__(make_task, **options)

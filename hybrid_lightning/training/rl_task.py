@@ -11,25 +11,27 @@ Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.episodes.episodes import episode_metrics, token_advantages
-from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses import PolicyLoss
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
+from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.rewards import rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.training import run_checks
 from hybrid_lightning.training.calibration import CalibrationLosses, calibration_rollouts, rollout_losses
-from hybrid_lightning.training.generation import repeat_prompts
+from hybrid_lightning.training.evaluation import Evaluation
+from hybrid_lightning.training.generation import Generation, repeat_prompts
+from hybrid_lightning.training.options import RLOptions
 from hybrid_lightning.training.sampled_groups import (
     ROLLOUT_METRICS,
     advantages_over_ranks,
@@ -39,14 +41,13 @@ from hybrid_lightning.training.sampled_groups import (
     with_advantages,
 )
 from hybrid_lightning.training.task import Task
-from hybrid_lightning.training.teachers import Teacher
 from hybrid_lightning.training.teaching import Teaching
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 
 class RLTask(Task):
-    """Trains a policy on its own rollouts. See `PolicyModule` for the arguments, and `Task` for the shared arguments.
+    """Trains a policy on its own rollouts. See `RLOptions` for the options, and `Task` for the other arguments.
 
     Attributes:
         last_calibration: Rollouts and rewards of `calibration_losses`, on the rank that made them; None before that.
@@ -58,27 +59,25 @@ class RLTask(Task):
 
     def __init__(
         self,
-        *shared: Any,
-        advantage: AdvantageEstimator,
-        credit: Literal["episode", "turn"] = "episode",
-        correction: ImportanceCorrection | None = None,
-        token_mask: TopEntropyMask | None = None,
-        mask_truncated_completions: bool = False,
-        dynamic_sampling: DynamicSampling | None = None,
-        teacher: Teacher | None = None,
-        distillation: Distillation | None = None,
+        loss: PolicyLoss,
+        schedule: RolloutSchedule,
+        generation: Generation,
+        passes: Passes,
+        evaluation: Evaluation,
+        seed: int,
+        options: RLOptions,
     ) -> None:
-        super().__init__(*shared)
-        self.advantage, self.credit, self.correction, self.token_mask = advantage, credit, correction, token_mask
-        self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
+        super().__init__(loss, schedule, generation, passes, evaluation, seed)
+        run_checks.check_options(options, generation, loss)
+        self.options, self.advantage, self.credit = options, options.advantage, options.credit
+        self.correction, self.token_mask, self.dynamic_sampling = options.correction, options.token_mask, options.dynamic_sampling
+        self.mask_truncated_completions = options.mask_truncated_completions
         self.last_calibration: tuple[Rollouts, Rewards] | None = None
-        run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, self.loss)
-        self.teaching = Teaching(self.passes, self.generation, teacher, distillation)
+        self.teaching = Teaching(self.passes, self.generation, options.teacher, options.distillation)
         self.shown_metrics = ("reward", "completions/mean_length", *self.teaching.shown_metrics)  # beside the progress bar
         if self.schedule.rollouts_ahead and self.generation.sampler.is_remote:
             self.shown_metrics += ("sampling/waited_s", "sampling/engine_idle_s")
         self.needs_start_policy |= self.teaching.needs_start_policy
-        run_checks.check_credit(credit, self.generation, self.loss)
 
     # ---- prompts -> rollout -> rewards
 
@@ -245,4 +244,4 @@ class RLTask(Task):
     def check(self) -> None:
         """Raise ConfigError if settings do not work with rollouts, rewards or advantages, and warn of doubtful ones."""
         self.teaching.check()
-        run_checks.check_rl(self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling)
+        run_checks.check_rl(self.options, self.schedule, self.generation, self.loss)

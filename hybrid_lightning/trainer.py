@@ -312,7 +312,7 @@ class Trainer(LightningTrainer):
         callbacks = [adapter.with_random_scores() if each is adapter else each for each in kept]
         if self.is_global_zero:
             say(f"One step: {schedule.prompts_per_rollout} prompts x {schedule.samples_per_prompt} completions ...")
-        _Trial(**{**self._flags, "callbacks": [*callbacks, doctor]}).fit(policy, datamodule=data)
+        _DoctorTrainer(**{**self._flags, "callbacks": [*callbacks, doctor]}).fit(policy, datamodule=data)
         if not self.is_global_zero:
             return
         steps, every = float(self.max_steps), self.val_check_interval if self.limit_val_batches else None
@@ -401,7 +401,7 @@ class Trainer(LightningTrainer):
             show(f"Add to the command: {' '.join(change.overrides for change in changes)}")
 
 
-class _Trial(Trainer):
+class _DoctorTrainer(Trainer):
     """The Trainer of `doctor`: a run of one step with a Trainer's flags, which validates and writes nothing."""
 
     command = "doctor"

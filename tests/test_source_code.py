@@ -70,6 +70,15 @@ def test_each_form_is_seen():
     assert not any(CHANNEL.search(code) or list(full_stops(ast.parse(code))) for code in NEITHER)
 
 
+def test_no_two_classes_have_the_same_name():
+    places: dict[str, list[str]] = {}
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
 def test_a_warning_of_ours_is_known_by_its_text():
     """So that conftest.py refuses one that a test does not expect, wherever it is said to come from."""
     known = warnings_of(list(FILES.values()))

@@ -349,7 +349,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.run.clock.switch("update")
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch (see `Step.micro_batch`)."""
+        """Loss of one micro-batch (see `OptimizerStep.micro_batch`)."""
         if not isinstance(batch, PolicyBatch):
             raise ConfigError(f"the train dataloader returned a {type(batch).__name__}, not a batch of rollouts; {_OWN_DATA}")
         with self.policy.precision():  # may differ from the Trainer's (see `Policy.precision`)

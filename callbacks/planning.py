@@ -102,7 +102,7 @@ class Planner:
                 try:
                     return self._make().to_dict() if trainer.is_global_zero else None
                 except RunStopped as stopped:
-                    signals.requested = stopped.number  # the module may not have the signals that stopped it
+                    signals.request(stopped.number)  # the module may not have the signals that stopped it
                     raise
 
             content = on_all_ranks(make, signals, "score the modules")[0]

@@ -18,7 +18,7 @@ from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
+from hybrid_lightning.reports.findings import PAGE, Finding, PolicyChange, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
@@ -69,7 +69,7 @@ class Diagnosis(OncePerRollout):
     def _begin(self, trainer: Trainer, policy: PolicyModule, rollout: Rollout, where: str) -> None:
         """Look at the first available completions, and score reference answers with the reward."""
         self._begun = True
-        credited, limits = policy.task.credited(rollout), policy.task.generation.limits
+        credited, limits = policy.task.credit(rollout), policy.task.generation.limits
         self._say(trainer, *findings.of_rollout(rollout, where, limits, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
@@ -180,7 +180,7 @@ def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
 
 
 class Doctor(Callback):
-    """Examines a `PolicyModule` in a `fit` of one optimizer step, on a copy of the model that the command has loaded.
+    """Examines a `PolicyModule` in a `fit` of one optimizer step.
 
     The rollout and the step are the same as in training, at the full learning rates. Nothing is written (see `Trainer.doctor`).
 
@@ -193,9 +193,14 @@ class Doctor(Callback):
         self._rollout: Rollout | None = None  # the step's rollout
         self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
         self._differs = False  # whether any group of the step has a difference: one minibatch may have none by chance
-        self._change: Change | None = None
+        self._change: PolicyChange | None = None
         self._metrics: dict[str, float] = {}
         self._taught: tuple[float, float] | None = None  # accuracy of teacher and policy on the same prompts
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the step have the full learning rates, whatever the schedule."""
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the policy on some completions before the step."""
@@ -203,7 +208,7 @@ class Doctor(Callback):
         self._differs = self._differs or bool(batch.advantages.any())
         if self._before is None:
             self._rollout = rollout = batch.rollout
-            sequences = pl_module.task.trained_sequences(rollout).rows(slice(0, _ROWS))
+            sequences = pl_module.task.rows_of_loss(rollout).rows(slice(0, _ROWS))
             self._before = sequences, _logprobs(pl_module, sequences)
             if (teacher := pl_module.task.teaching.teacher) is not None and not teacher.is_remote:
                 generation, asked = pl_module.task.generation, rollout.prompts[:_ASKED]
@@ -224,7 +229,7 @@ class Doctor(Callback):
         inputs = LossInputs(after, advantages, mask, before, reference, entropy=entropy, max_completion_tokens=length)
         with torch.no_grad():
             measured = pl_module.task.loss(inputs).metrics
-        self._change = Change.between(before, after, mask, measured)
+        self._change = PolicyChange.between(before, after, mask, measured)
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     # ---- report
@@ -272,7 +277,7 @@ class Doctor(Callback):
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*given.findings, *references.findings, *_tokens(policy, rollout)]
-        found = findings.of_rollout(rollout, "the rollout", limits, policy.task.credited(rollout))
+        found = findings.of_rollout(rollout, "the rollout", limits, policy.task.credit(rollout))
         self.found += [finding for finding in found if finding.kind not in _unneeded(policy)]
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)

@@ -72,8 +72,8 @@ class GracefulStop(Callback):
             self._taken, self._progress, self._due = 0, None, None
         self._mine = self._mine or not self.signals.taken_over
         self.signals.take_over()
-        self.signals.started_ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
-        self.signals.last_words = lambda: _how_to_resume(trainer)
+        started = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
+        self.signals.inform(started, lambda: _how_to_resume(trainer))
         self._processes = gather_objects((platform.node(), os.getpid()))
         if isinstance(pl_module, LanguageModule):
             pl_module.run.signals = self.signals

@@ -5,20 +5,20 @@ The plan comes from the checkpoint, else from a file, else from `planning.py`.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, Planning
 from hybrid_lightning.adapters.candidates import check_pattern, is_linear, share_of_experts, without_lora
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_rows, plan_table, plan_title
-from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
-from hybrid_lightning.callbacks.planning import Planner, Planning, applied_plan, check_adaptable, model_of
+from hybrid_lightning.callbacks.planning import Planner, applied_plan, check_adaptable, model_of
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
@@ -99,6 +99,10 @@ class HybridAdapterSetup(Configurable, Callback):
         self.plan_path, self.keep_start_weights = plan, keep_start_weights
         self.plan: AdapterPlan | None = None
         self.resume = Resume()
+
+    def with_random_scores(self) -> Self:
+        """A new callback with these arguments that chooses the fully trained modules at random, without rollouts."""
+        return type(self)(**{**self._init_args, "scorer": Random()})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the plan and apply it, at every stage.

@@ -77,6 +77,10 @@ class RunSummary(Callback):
         self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
         self._answers = state_dict.get("answers", {})
 
+    def without_measurements(self, state: dict[str, Any]) -> dict[str, Any]:
+        """See `Measuring`."""
+        return {**state, "before": {}, "after": {}, "validated_step": -1}
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the start policy, and log them as step 0."""
         loaders = trainer.num_sanity_val_batches

@@ -80,8 +80,7 @@ class StepTimer(Callback):
         if stage != "fit":
             return
         self._forget()
-        self.clock.device = trainer.strategy.root_device
-        self.clock.restart("startup")
+        self.clock.restart("startup", trainer.strategy.root_device)
         if isinstance(pl_module, LanguageModule):
             pl_module.run.clock = self.clock
 

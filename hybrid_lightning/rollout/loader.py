@@ -72,12 +72,11 @@ class LoaderRun(Protocol):
 class RolloutSource(Protocol):
     """Makes rollouts, and computes what the update needs beforehand: the training task."""
 
+    needs_all_rows: bool = True  # whether the update needs rows without advantage, too
     plays_elsewhere: bool = False  # whether rollouts that were begun are made while this process continues
 
     @abstractmethod
-    def begin(
-        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> Begun[Any]:
+    def begin(self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None) -> Begun[Any]:
         """Begin to complete prompts with the current weights. An engine in this process has completed them when this returns.
 
         Args:

@@ -93,7 +93,8 @@ class _ContinuedSession(Session):
             self._decoder = _Decoder(self._engine, self._runner, self._tokenizer, request)
             begin = self._decoder.read(request, self._capacity, keeps_rows=True)
         elif self._decoder.decoding.can_extend and all(self._continues(each) for each in asked):
-            request, rows, limits = self._request_later(asked), range(len(asked)), [each.limit for each in asked]
+            request, limits = self._request_later(asked), [each.limit for each in asked]
+            rows = list(range(len(asked)))
             prompts = [self._prompts[each.episode // self._request.samples_per_prompt] for each in asked]
             # The last token that was sampled has not been read.
             kept = [len(self._cached[each.episode]) - prompt - 1 for each, prompt in zip(asked, prompts, strict=True)]
@@ -166,8 +167,8 @@ class _Decoder:
             limits: Most tokens of each sequence, [B].
 
         Returns:
-            Tokens [B, T], their mask [B, T] bool, log-probabilities [B, T], and whether a stop token or string ended the sequence,
-            [B] bool.
+            Tokens [B, T], their mask [B, T] bool, log-probabilities [B, T], and whether a stop token or string ended each
+            sequence, [B] bool.
         """
         graphs, self.generator = self.engine.graphs, generator
         batch, most = len(limits), max(limits)

@@ -135,5 +135,12 @@ def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
             raise CheckpointError(f"the checkpoint has {found}, such as {names[0]!r}; it belongs to another model")
 
 
+def give_up_rollout(checkpoint: Mapping[str, Any]) -> None:
+    """Let the run that resumes draw the rollout in progress again (see `RolloutLoader.load_state_dict`)."""
+    for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+        if isinstance(state, dict) and "ranks" in state:  # state of `RolloutLoader`
+            state["given_up"] = True
+
+
 def _quantization_name(policy: Policy) -> str | None:
     return None if policy.quantization is None else type(policy.quantization).__name__

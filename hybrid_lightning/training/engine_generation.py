@@ -42,7 +42,6 @@ class EngineGeneration(Generation):
 
     def __init__(self, policy: Policy, sampler: WeightedEngine, *arguments: Any, rollouts_ahead: int = 0, **options: Any) -> None:
         super().__init__(policy, sampler, *arguments, **options)
-        self.run.shares_failures = True
         self.inflight_updates = sampler.is_remote and rollouts_ahead > 1
         self._agreement = Agreement(self.policy, sampler, self.run)
         self._under_way: list[Begun[Rollout]] = []  # completions with the engine's current weights

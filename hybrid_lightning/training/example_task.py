@@ -18,7 +18,7 @@ from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
-from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import Begun
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
 from hybrid_lightning.training.calibration import CalibrationLosses, training_losses
 from hybrid_lightning.training.evaluation import ExampleEvaluation
@@ -64,11 +64,15 @@ class ExampleTask(Task):
 
     # ---- training
 
-    def roll_out(
+    def begin(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> RolloutFuture[PolicyBatch]:
+    ) -> Begun[PolicyBatch]:
         """Look up the completions of prompts. They have no rewards; their advantages are 1."""
-        return RolloutFuture.of(self._batch(prompts))
+        return Begun.of(self._batch(prompts))
+
+    def finish(self, batch: PolicyBatch, number: int) -> list[PolicyBatch]:
+        """See `RolloutSource`."""
+        return self.minibatches(batch, number)
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Fill in reference log-probabilities, if the loss compares with the start policy."""

@@ -57,8 +57,6 @@ class Generation(ABC):
         self.episodes = None if self.player.environment is None else self.player
         self.reward = None if reward is None else as_reward(reward)
         self._seed = seed
-        # As a judge on a server, on one rank.
-        run.shares_failures |= any(term.max_failed_share is not None for term in self.reward_terms())
 
     # ---- completions
 

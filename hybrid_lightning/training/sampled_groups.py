@@ -75,8 +75,8 @@ def sample_groups(
 
 def unfilled(metrics: dict[str, float]) -> str:
     """Message for groups that are trained on without a learning signal, by the metrics of a rollout; "" if there are none."""
-    filled = metrics["sampling/filled_groups"]
-    if not filled:
+    filled = metrics.get("sampling/filled_groups")
+    if not filled or not metrics["sampling/extra_rollouts"]:
         return ""
     return (
         f"nothing is learned from {filled:.0%} of a rollout's groups, even after {metrics['sampling/extra_rollouts']:.0f} extra "

@@ -160,9 +160,7 @@ class ModelTeacher(Teacher):
         """See `Teacher`. The first call loads the model."""
         device = student.policy.device
         if self._passes is None:
-            self.pretrained.dtype = self.dtype or student.policy.pretrained.dtype
-            self.pretrained.encoder = student.policy.pretrained.encoder
-            policy = Policy(self.pretrained)
+            policy = Policy(self.pretrained.reading_as(student.policy.pretrained, self.dtype))
             if self.quantization is not None:
                 quantize_base(policy.model, self.quantization, (), device)
             self._passes = Passes(policy, student.temperature)

@@ -5,7 +5,6 @@ Axes: B sequences, T completion tokens.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,8 +42,6 @@ class Teaching:
         if teacher is not None:
             self.listen, self.needs_start_policy, self.shown_metrics = teacher.listen, teacher.needs_start_policy, ("teacher/kl",)
             self.needs_all_rows = self.distillation.of_distributions
-            self.run.shares_failures |= teacher.is_remote
-            passes.beside = partial(teacher.held_bytes, passes)
 
     def begin(self) -> None:
         """Free memory on the device for sampling."""

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from cli_runs import assert_refused, done, run
-from tiny_runs import Constant, fit
+from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.callbacks import Diagnosis
+from hybrid_lightning.policy import CosineSchedule
 
 GSPO = Path(__file__).parents[2] / "configs" / "gspo.yaml"
 NO_GRADIENT = "nothing was learned: no step had a gradient, since every completion earned 0"
@@ -138,3 +140,19 @@ def test_episodes_are_shown_by_their_messages(folder):
 def test_training_on_examples_is_refused_before_the_model_is_loaded(folder):
     result = run(folder, "doctor", "--config", "sft.yaml", "--model.model=nowhere")
     assert_refused(result, "doctor examines rollouts .* not of a SupervisedModule on a PromptDataModule; .*val/loss")
+
+
+def test_the_doctor_changes_neither_the_trainer_nor_its_callbacks(model, sums, tmp_path, capsys):
+    """Other objects make the trial step, so the same Trainer then trains a new policy as if nothing had been examined."""
+    adapter, steps = build_adapter(), []
+    trainer = build_trainer(tmp_path, adapter, max_steps=3)
+    for schedule in (CosineSchedule(warmup_steps=3), None):
+        torch.manual_seed(1)
+        policy = build_policy(model, schedule=schedule)
+        before = [*trainer.callbacks], adapter.planning, policy.optimization
+        trainer.doctor(policy, build_data(sums))
+        assert ([*trainer.callbacks], adapter.planning, policy.optimization) == before and adapter.plan is None
+        steps.append(values(capsys.readouterr().out)["trial step"])
+    assert steps[0] == steps[1], "at the full rates, whatever the schedule"
+    trainer.fit(build_policy(model), datamodule=build_data(sums))
+    assert trainer.global_step == 3 and "TailEnergy" in adapter.plan.scorer["class_path"]

@@ -71,7 +71,7 @@ def of_rollout(rollout: Rollout, where: str, limits: Mapping[str, int], credited
     """Findings about this rank's completions and rewards: whether there is something to learn, and whether completions are cut.
 
     `where` names the completions, such as "the first rollout"; `limits` are the limits on their length (see `Generation.limits`).
-    Advantages are estimated from `credited` (see `RLTask.credited`), or else from the rewards.
+    Advantages are estimated from `credited` (see `RLTask.credit`), or else from the rewards.
     """
     rewards = rollout.scored
     own, credited = rewards.of_counted(), rewards if credited is None else credited

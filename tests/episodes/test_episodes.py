@@ -139,8 +139,8 @@ def test_masking_leaves_out_what_a_limit_of_tokens_ended_and_no_other_end(play):
     policy, rollouts = play(Talk(9), samples=8, max_turns=2, max_new_tokens=4)
     masking, ends = policy.task, [completion.episode.end for completion in rollouts.completions]
     assert set(ends) == {"turns", "tokens"} and not rollouts.finished.any()
-    masking.mask_truncated_completions = True
-    learned = masking.trained_sequences(masking.generation.score(rollouts)).sampled_mask.any(dim=1).tolist()
+    masking.options = replace(masking.options, mask_truncated_completions=True)
+    learned = masking.rows_of_loss(masking.generation.score(rollouts)).sampled_mask.any(dim=1).tolist()
     assert learned == [end == "turns" for end in ends]
 
 
@@ -150,7 +150,7 @@ def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play
     scored = policy.task.generation.score(rollouts)
     assert 0 < failed.sum() < len(failed)
     assert torch.equal(scored.rewards.counted.flatten(), ~failed) and not rollouts.sequences.sampled_mask[failed].any()
-    advantages = policy.task.advantage.of_rewards(scored.rewards)
+    advantages = policy.task.options.advantage.of_rewards(scored.rewards)
     assert not advantages.flatten()[failed].any() and advantages.flatten()[~failed].any()
     trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
     lost = replace(scored.rewards, counted=torch.zeros_like(scored.rewards.counted))
@@ -297,9 +297,10 @@ def test_a_group_with_tied_returns_teaches_by_turn_what_was_left_to_earn(model):
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))
     rollouts, useful = policy.task.generation.score(rollouts), {}
-    for policy.task.credit in ("episode", "turn"):
-        of_groups = useful[policy.task.credit] = policy.task._useful_groups(rollouts)
-        metrics = rollout_metrics(rollouts, policy.task.credited(rollouts))
+    for credit in ("episode", "turn"):
+        policy.task.options = replace(policy.task.options, credit=credit)
+        of_groups = useful[credit] = policy.task.useful_groups(rollouts)
+        metrics = rollout_metrics(rollouts, policy.task.credit(rollouts))
         assert metrics["frac_reward_zero_std"] == pytest.approx(1 - float(of_groups.float().mean()))
     assert not (useful["episode"] & ~useful["turn"]).any() and useful["turn"].sum() > useful["episode"].sum()
 

@@ -89,9 +89,9 @@ class DrawsMore(Source):
 
     drawn = ()
 
-    def roll_out(self, prompts, generator, draw_more=None):
+    def begin(self, prompts, generator, draw_more=None):
         self.drawn += (*prompts, *(draw_more(2) if draw_more else ()))
-        return super().roll_out(prompts, generator)
+        return super().begin(prompts, generator)
 
 
 def test_replacements_are_the_next_prompts_of_the_order():

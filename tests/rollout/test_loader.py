@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.batching import minibatch
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.stopping import RunStopped
@@ -17,12 +18,13 @@ from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rew
 class Source:
     """Completions are random numbers; each sequence's prompt id is the index of its prompt."""
 
-    needs_all_rows = True
+    needs_all_rows, plays_elsewhere = True, False
+    minibatches, run = 1, Run()  # of its loader
 
     def __init__(self, samples, fail_at=None):
         self.samples, self.fail_at, self.calls, self.on_policy = samples, fail_at, 0, []
 
-    def roll_out(self, prompts, generator, draw_more=None):
+    def begin(self, prompts, generator, draw_more=None):
         self.calls += 1
         rows = len(prompts) * self.samples
         tokens = torch.randint(1000, (rows, 4), generator=generator)
@@ -36,6 +38,10 @@ class Source:
         logprobs, advantages, metrics = -tokens.float() * mask, torch.randn(rows), {"reward": float(tokens.float().mean())}
         rollout = scored_rollout(prompts, sequences, logprobs, advantages, metrics)
         return RolloutFuture.of(PolicyBatch(sequences, advantages, logprobs, rollout=rollout))
+
+    def finish(self, batch, number):
+        parts = batch.split(self.minibatches)
+        return [minibatch(part, number, self.needs_all_rows, self.samples, self.run.sum_over_ranks) for part in parts]
 
     def add_logprobs(self, batches, on_policy):
         self.on_policy += [on_policy] * len(batches)
@@ -74,7 +80,8 @@ def build(prompts=12, source=None, schedule=None, accumulate=1, run=None, **argu
     source = source or Source(schedule.samples_per_prompt)
     data = [Prompt(text=str(i), index=i) for i in range(prompts)]
     generator = torch.Generator().manual_seed(0)
-    run = run or run_with(accumulate_grad_batches=accumulate)
+    run = source.run = run or run_with(accumulate_grad_batches=accumulate)
+    source.minibatches = schedule.minibatches_per_rollout
     return RolloutLoader(data, source, schedule, run, generator=generator, **arguments)
 
 
@@ -141,8 +148,8 @@ def test_only_the_first_step_of_a_single_pass_is_on_policy():
 
 def test_rows_that_contribute_nothing_are_left_out_and_the_others_dealt_evenly():
     class Some(Source):
-        def roll_out(self, prompts, generator, draw_more=None):
-            return super().roll_out(prompts, generator).then(lambda made: replace(made, advantages=made.advantages.relu()))
+        def begin(self, prompts, generator, draw_more=None):
+            return super().begin(prompts, generator).then(lambda made: replace(made, advantages=made.advantages.relu()))
 
     def advantages_of(source):
         torch.manual_seed(3)
@@ -285,19 +292,21 @@ class Elsewhere(Source):
         super().__init__(samples)
         self.events, self.failure = [], failure
 
-    def roll_out(self, prompts, generator, draw_more=None):
-        rollout, number, made = super().roll_out(prompts, generator).result(), self.calls - 1, Future()
+    plays_elsewhere = True
+
+    def begin(self, prompts, generator, draw_more=None):
+        rollout, number, made = super().begin(prompts, generator).result(), self.calls - 1, Future()
         rollout.metrics["number"] = number
         made.set_result(None)
 
-        def finish():
+        def made_up():
             if self.failure is not None:
                 raise self.failure
             self.events.append(f"finish {number}")
             return rollout
 
         self.events.append(f"begin {number}")
-        return RolloutFuture(finish, made, on_wait=lambda: self.events.append(f"wait {number}"))
+        return RolloutFuture(made_up, made, on_wait=lambda: self.events.append(f"wait {number}"))
 
     def add_logprobs(self, batches, on_policy):
         self.events.append(f"train {batches[0].metrics['number']:.0f}")
@@ -348,8 +357,10 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_resumed_run(fai
 
 def test_no_rollout_begins_after_one_with_failed_completions():
     class Failing(Source):
-        def roll_out(self, prompts, generator, draw_more=None):
-            made, work = super().roll_out(prompts, generator, draw_more), Future()
+        plays_elsewhere = True
+
+        def begin(self, prompts, generator, draw_more=None):
+            made, work = super().begin(prompts, generator, draw_more), Future()
             work.set_exception(RolloutError("no server")) if self.calls == 2 else work.set_result(None)
             return RolloutFuture(lambda: (work.result(), made.result())[1], work)
 

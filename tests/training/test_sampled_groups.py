@@ -191,7 +191,7 @@ def test_a_metric_that_is_not_paid_does_not_decide_which_groups_teach(model):
         policy = build_policy(model, reward=WeightedSum([graded, Constant()], [1.0, weight]))
         prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(4)]
         rollout = policy.generate(prompts, 4, PromptDraws(prompts, 4, 5))
-        useful.append(policy.task._useful_groups(policy.task.generation.score(rollout)))
+        useful.append(policy.task.useful_groups(policy.task.generation.score(rollout)))
     assert useful[0].any() and not useful[1].any()
 
 

@@ -18,7 +18,7 @@ from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
+from hybrid_lightning.reports.findings import PAGE, Finding, PolicyChange, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
@@ -193,7 +193,7 @@ class Doctor(Callback):
         self._rollout: Rollout | None = None  # the step's rollout
         self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
         self._differs = False  # whether any group of the step has a difference: one minibatch may have none by chance
-        self._change: Change | None = None
+        self._change: PolicyChange | None = None
         self._metrics: dict[str, float] = {}
         self._taught: tuple[float, float] | None = None  # accuracy of teacher and policy on the same prompts
 
@@ -224,7 +224,7 @@ class Doctor(Callback):
         inputs = LossInputs(after, advantages, mask, before, reference, entropy=entropy, max_completion_tokens=length)
         with torch.no_grad():
             measured = pl_module.task.loss(inputs).metrics
-        self._change = Change.between(before, after, mask, measured)
+        self._change = PolicyChange.between(before, after, mask, measured)
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     # ---- report

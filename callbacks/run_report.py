@@ -29,7 +29,7 @@ from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, r
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.metrics import Difference
-from hybrid_lightning.reports.page import REPORT, Run, report_page
+from hybrid_lightning.reports.page import REPORT, RecordedRun, report_page
 from hybrid_lightning.reports.verdict import compare_validations
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
@@ -177,7 +177,7 @@ class RunReport(Callback):
             "curves": {name: self._curves[name] for name in sorted(self._curves, key=_place)},
         }
         _replace(folder / REPORT, json.dumps(report, ensure_ascii=False) + "\n")
-        return _replace(folder / "report.html", report_page(Run.read(folder)))
+        return _replace(folder / "report.html", report_page(RecordedRun.read(folder)))
 
 
 def shares_ahead(pl_module: LightningModule) -> set[str]:

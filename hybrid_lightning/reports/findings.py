@@ -131,7 +131,7 @@ def of_agreement(difference: float, precision: str) -> list[Finding]:
 
 
 @dataclass(frozen=True)
-class Change:
+class PolicyChange:
     """How one optimizer step changed the policy, on completions that the policy sampled before the step."""
 
     kl: float  # nats per token, from the policy before the step to the policy after it, k3
@@ -140,7 +140,7 @@ class Change:
     clipped: float | None  # share that the loss clips; None if it does not clip
 
     @classmethod
-    def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "Change":
+    def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "PolicyChange":
         """Compare log-probabilities before and after the step, [B, T], on the sampled tokens (`mask`, [B, T]).
 
         `metrics` are the loss's measurements for the same log-probabilities.
@@ -152,7 +152,7 @@ class Change:
         return cls(float(kl), float(moved), float(metrics["ratio/max"]), None if clipped is None else float(clipped))
 
 
-def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
+def of_change(change: PolicyChange, steps: float, precision: str) -> list[Finding]:
     """Whether the learning rates fit, from the change in one step at the full rates.
 
     `steps` is the length of the run, infinite without a limit. `precision` is the Trainer's. Rounding to 16 bits alone is a

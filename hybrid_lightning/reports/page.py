@@ -53,7 +53,7 @@ class Html(str):
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """The contents of a run folder."""
 
     folder: Path
@@ -61,7 +61,7 @@ class Run:
     summary: dict[str, Any] | None  # summary.json of a finished run
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def read(cls, folder: Path) -> "RecordedRun":
         """Read a run folder.
 
         Raises:
@@ -143,7 +143,7 @@ def shown_comparison(change: Difference, metric: str, paired: bool) -> str:
 # ---- one run
 
 
-def report_page(run: Run) -> str:
+def report_page(run: RecordedRun) -> str:
     """The page about one run."""
     report, summary, plan = run.report, run.summary, run.plan
     verdict = (summary or {}).get("verdict", "")
@@ -165,12 +165,12 @@ def report_page(run: Run) -> str:
     return page(f"Run {run.folder}", parts)
 
 
-def result_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> Html:
+def result_table(runs: Sequence[RecordedRun], rows: Sequence[Sequence[str]]) -> Html:
     """The results, one column per run."""
     return table(("", *(_marked(number, run) for number, run in enumerate(runs))) if len(runs) > 1 else (), rows)
 
 
-def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def results(runs: Sequence[RecordedRun]) -> list[tuple[str, ...]]:
     """The results as rows: the name, and its value in each run."""
     labels = {label: name for run in runs for label, name in run.measures.items()}
     rows: list[tuple[str, ...]] = []
@@ -186,7 +186,7 @@ def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _seconds(run: Run) -> str:
+def _seconds(run: RecordedRun) -> str:
     total, phases = run.report["seconds"], (run.summary or {}).get("seconds_by_phase", {})
     parts = ", ".join(f"{name} {value:.0f}" for name, value in phases.items() if value >= 0.5)
     return "-" if total is None else f"{total:.0f}" + (f" ({parts})" if parts else "")
@@ -252,12 +252,12 @@ def folded(title: str, content: str) -> Html:
     return Html(f"<details><summary>{escape(title)}</summary>{content}</details>")
 
 
-def charts(runs: Sequence[Run]) -> Html:
+def charts(runs: Sequence[RecordedRun]) -> Html:
     """A chart of each metric, with the curves of all runs that have it."""
     return Html(f"<div class=charts>{''.join(_chart(name, runs) for name in charted(runs))}</div>")
 
 
-def charted(runs: Sequence[Run]) -> list[str]:
+def charted(runs: Sequence[RecordedRun]) -> list[str]:
     """The metrics with a chart."""
     return list(dict.fromkeys(name for run in runs for name in run.curves if not name.endswith((f"/{LOWER}", f"/{UPPER}"))))
 
@@ -267,7 +267,7 @@ def letter(number: int) -> str:
     return chr(ord("A") + number) if number < 26 else str(number)
 
 
-def _marked(number: int, run: Run) -> Html:
+def _marked(number: int, run: RecordedRun) -> Html:
     return Html(f"<span class=t{number % 6}>{letter(number)}</span> {escape(str(run.folder))}")
 
 
@@ -287,7 +287,7 @@ def _cell(cell: str) -> str:
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 190, 50, 10, 8, 22  # of a chart, in its own units
 
 
-def _chart(name: str, runs: Sequence[Run]) -> str:
+def _chart(name: str, runs: Sequence[RecordedRun]) -> str:
     curves = {number: thinned(run.curves[name]) for number, run in enumerate(runs) if name in run.curves}
     bands = {
         number: [thinned(run.curves[f"{name}/{end}"]) for end in (LOWER, UPPER)]

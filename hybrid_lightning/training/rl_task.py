@@ -3,8 +3,8 @@
     prompts -> Rollout, with rewards, then advantages -> PolicyBatch -> loss -> optimizer
 
 The methods are in call order: `RolloutLoader` draws prompts, calls `roll_out`, splits the result into micro-batches and calls
-`add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards), `sampled_groups.py` (groups
-over ranks, dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
+`add_logprobs`; `OptimizerStep` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards),
+`sampled_groups.py` (groups over ranks, dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
 
 Axes: P prompts, G episodes per prompt, B rows, T completion tokens.
 """

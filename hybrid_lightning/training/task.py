@@ -5,7 +5,7 @@ The parts of an optimizer step; a subclass implements the methods marked with * 
     RolloutLoader                    the train dataloader
       roll_out *                     completions of a batch of prompts, and their advantages
       add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
-    Step                             splits a micro-batch into chunks that fit into memory
+    OptimizerStep                    splits a micro-batch into chunks that fit into memory
       chunk_loss *                   loss of a chunk
 
 `module.py` calls these from Lightning's hooks.
@@ -28,7 +28,7 @@ from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run_checks import warn_if_lost, warn_of_differences
-from hybrid_lightning.training.step import Step
+from hybrid_lightning.training.step import OptimizerStep
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 from hybrid_lightning.user_code import in_user_code
 
@@ -78,9 +78,9 @@ class Task(RolloutSource, ABC):
         with policy.inference():
             policy.weights.as_forward(policy.engine.prepare)
 
-    def new_step(self) -> Step:
-        """A new `Step` for an epoch, which takes one optimizer step after another."""
-        return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
+    def new_step(self) -> OptimizerStep:
+        """A new `OptimizerStep` for an epoch, which takes one optimizer step after another."""
+        return OptimizerStep(self.run, self.passes, self.chunk_loss, self.shown_metrics)
 
     def loader(self, prompts: Sequence[Prompt], epoch: int = 0, shuffle: bool = True) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts from this epoch on, reshuffled in each epoch or always in order."""

@@ -11,7 +11,7 @@ from cli_runs import run as run_command
 from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import StartsWithDigit
 
-from hybrid_lightning.reports.page import Run, report_page, thinned
+from hybrid_lightning.reports.page import RecordedRun, report_page, thinned
 
 BAD = '"\'></pre><script>alert(1)</script><img src="https://x.org/a" onerror=alert(1)>&'
 
@@ -32,7 +32,7 @@ class Tags(HTMLParser):
 
 
 def test_a_page_has_what_the_run_was(finished):
-    page, found = (finished.folder / "report.html").read_text(), Run.read(finished.folder)
+    page, found = (finished.folder / "report.html").read_text(), RecordedRun.read(finished.folder)
     assert found.report["state"] == "finished" and found.report["step"] == 6
     text = " ".join(Tags(page).text.split())
     for said in (found.summary["verdict"], "Samples, before and after", "Adapter plan: ", "model.lr_lora", "CPU", "peak memory"):
@@ -56,12 +56,12 @@ def test_nothing_that_a_run_says_runs_or_is_loaded(finished):
             return {(k + BAD if k.startswith("model.") else k): spoiled(v) for k, v in value.items()}
         return [spoiled(item) for item in value] if isinstance(value, list) else value + BAD if isinstance(value, str) else value
 
-    found = Run.read(finished.folder)
+    found = RecordedRun.read(finished.folder)
     clean = Tags(report_page(found)).elements
     report = {name: spoiled(value) if name != "curves" else value for name, value in found.report.items()}
     report["curves"] = {name + BAD * (name == "reward"): curve for name, curve in found.report["curves"].items()}
     summary = {**found.summary, "verdict": BAD, "try": [BAD]}
-    page = report_page(Run(found.folder, report, summary))
+    page = report_page(RecordedRun(found.folder, report, summary))
     spoiled_page = Tags(page)
     kinds = {tag for tag, _ in spoiled_page.elements}
     assert kinds == {tag for tag, _ in clean} and "script" not in kinds and BAD in spoiled_page.text
@@ -72,7 +72,7 @@ def test_nothing_that_a_run_says_runs_or_is_loaded(finished):
 
 
 def test_a_resumed_run_shows_the_curves_and_first_samples_of_the_whole(finished, resumed):
-    first, second = Run.read(finished.folder).report, Run.read(resumed.folder).report
+    first, second = RecordedRun.read(finished.folder).report, RecordedRun.read(resumed.folder).report
     for report in (first, second):
         report["curves"].pop("time/step_s")
     assert first["curves"] == second["curves"] and first["first"] == second["first"] and first["last"] == second["last"]
@@ -89,7 +89,7 @@ def test_a_run_that_fails_says_how_far_it_came_and_why(measured, tmp_path, monke
     monkeypatch.setattr(StartsWithDigit, "__call__", failing)
     with pytest.raises(Exception, match="alert"):
         measured(tmp_path, enable_checkpointing=True)
-    found = Run.read(tmp_path / "version_0")
+    found = RecordedRun.read(tmp_path / "version_0")
     assert found.report["state"].startswith("stopped: ") and BAD in found.report["state"] and found.report["step"] == 2
     assert "stopped.ckpt" in found.report["commands"][0]
     assert len(found.curves["reward"][0]) == found.report["step"] and "<script" not in (found.folder / "report.html").read_text()

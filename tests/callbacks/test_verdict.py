@@ -11,7 +11,7 @@ from tiny_runs import Constant, build_adapter, build_data, fit
 
 from hybrid_lightning.callbacks import Diagnosis, RunReport, RunSummary
 from hybrid_lightning.metrics import Difference
-from hybrid_lightning.reports.page import Run, charted
+from hybrid_lightning.reports.page import RecordedRun, charted
 from hybrid_lightning.reports.verdict import most_frequent
 from hybrid_lightning.rewards import RewardFunction
 
@@ -80,7 +80,7 @@ def test_a_run_ends_with(reward, steps, rate, said, model, mostly_fours, tmp_pat
     before, after = (summary[f"reward_{when}"] for when in ("before", "after"))
     assert f"{before:.3f} -> {after:.3f} ({after - before:+.3f} [" in said
     assert ", n=16" in said and "constant answer '4' for every problem would be right for 75.0%" in said
-    run = Run.read(next(tmp_path.rglob("report.json")).parent)
+    run = RecordedRun.read(next(tmp_path.rglob("report.json")).parent)
     assert charted([run])[:2] == ["val/reward", "val/avg@4"] and "reward" in run.change()
     cut, right = (summary["validation"]["after"][f"val/{name}"] for name in ("truncation_rate", "avg@4"))
     assert any("max_new_tokens" in advice for advice in summary["try"]) == (cut - right >= 0.5)

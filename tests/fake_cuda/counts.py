@@ -52,7 +52,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.trainer import Trainer
 from hybrid_lightning.training.calibration import training_losses
-from hybrid_lightning.training.step import Step
+from hybrid_lightning.training.step import OptimizerStep
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 PROMPTS, SAMPLES, PROMPT, COMPLETION, LAYERS = 4, 8, 384, 256, 2
@@ -174,7 +174,7 @@ def steps(share, sizes=(PROMPTS, SAMPLES, PROMPT, COMPLETION)):
 
 def planted():
     """Steps into which mistakes are put that the counts have to show."""
-    log = Step._log
+    log = OptimizerStep._log
 
     def mistaken(step, batch, shares):
         if float(shares["loss"]):
@@ -182,7 +182,7 @@ def planted():
             weight.detach().index_add_(0, torch.zeros(1, dtype=torch.long, device=weight.device), weight[:1].detach())
         log(step, batch, shares)
 
-    with mock.patch.object(Step, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
+    with mock.patch.object(OptimizerStep, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
         return steps(0)
 
 

@@ -11,8 +11,8 @@ from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import (
     PAGE,
     SECTIONS,
-    Change,
     Finding,
+    PolicyChange,
     TrainingMonitor,
     cause,
     of_agreement,
@@ -87,7 +87,7 @@ def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn()
 def test_the_change_of_a_step_by_hand():
     before, after = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
     mask = torch.tensor([[True, True, False]])
-    change = Change.between(before, after, mask, {"ratio/max": torch.tensor(2.7)})
+    change = PolicyChange.between(before, after, mask, {"ratio/max": torch.tensor(2.7)})
     by_hand = [math.exp(new - old) - (new - old) - 1 for old, new in ((-1.0, -1.5), (-2.0, -1.0))]
     assert change.kl == pytest.approx(sum(by_hand) / 2) and change.moved == pytest.approx(0.75) and change.clipped is None
 
@@ -101,8 +101,8 @@ RATES = [
 
 def test_rates_that_are_far_too_high_or_low_disagreement_and_gradients():
     for kl, moved, steps, kinds in RATES:
-        assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps, "32-true")] == kinds
-    hidden = of_change(Change(0.0, 0.0, 1.0, None), 100, "bf16-mixed")
+        assert [(found.kind, found.level) for found in of_change(PolicyChange(kl, moved, 1.0, None), steps, "32-true")] == kinds
+    hidden = of_change(PolicyChange(0.0, 0.0, 1.0, None), 100, "bf16-mixed")
     assert [found.level for found in hidden] == ["warning"], "a step that rounding hides may add up"
     assert not of_agreement(1e-3, "32-true") and of_agreement(1.1e-3, "32-true")
     for precision in ("bf16-mixed", "16-mixed", "bf16-true"):

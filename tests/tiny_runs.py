@@ -1,6 +1,7 @@
 """Small runs: a model folder, sums as JSON lines, and policy, data module and Trainer with short defaults."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_model
+from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.adapters import ModuleBudget, Random, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
@@ -19,7 +21,7 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.types import Completion, Rollout
+from hybrid_lightning.types import Completion, Rollout, Sequences
 
 
 class DigitShare(RewardFunction):
@@ -96,6 +98,23 @@ class Interrupted(OftenDone):
         return with_holes(super().sample(engine, tokenizer, request))
 
 
+def in_two_rows(rollout: Rollout) -> Rollout:
+    """The same episodes; of every other one, the tokens after the second are a row of their own, with a longer prompt."""
+    sequences, rows, episodes = rollout.sequences, [], []
+    columns = (sequences.completion_ids, sequences.weights_step, sequences.sampled_mask, rollout.sampling_logprobs)
+    for number, real in enumerate(sequences.completion_mask):
+        prompt = sequences.prompt_ids[number][sequences.prompt_mask[number]].tolist()
+        own, length = [column[number][real] for column in columns], int(real.sum())
+        cuts = [0, 2, length] if number % 2 == 0 and length > 2 else [0, length]
+        for start, end in pairwise(cuts):
+            rows.append([torch.tensor([*prompt, *own[0][:start].tolist()]).flip(0), *(column[start:end] for column in own)])
+            episodes.append(number)
+    ids, *own = (pad_sequence(column, batch_first=True) for column in zip(*rows, strict=True))
+    mask, real = (pad_sequence([torch.ones_like(row[i]) > 0 for row in rows], batch_first=True) for i in (0, 1))
+    split = Sequences(ids.flip(1), mask.flip(1), own[0], real, own[1], own[2])
+    return replace(rollout, sequences=split, sampling_logprobs=own[3], episode_of_row=torch.tensor(episodes))
+
+
 class Failing(PolicyModule):
     """One of every four completions of a prompt is left out: its rewards are not numbers."""
 
@@ -113,6 +132,19 @@ class Failing(PolicyModule):
             return replace(rollout, rewards=replace(rewards, total=rewards.total + lost, parts=parts, counted=counted))
 
         generation.score = some
+
+
+class InTwoRows(PolicyModule):
+    """Every other episode has two rows."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        generation, score = self.task.generation, self.task.generation.score
+        generation.score = lambda rollout, arriving=None: in_two_rows(score(rollout, arriving))
+
+
+class Rewritten(InTwoRows, Failing):
+    """Both."""
 
 
 class Log(Callback):

@@ -92,13 +92,13 @@ def plan_memory(settings: RunSettings) -> list[MethodMemory]:
         ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot run on a CPU.
         ModelError: If transformers does not have the model, or nothing in it can be adapted.
     """
-    run = _Run(settings)
+    run = _PlannedRun(settings)
     return [run.method(name) for name in dict.fromkeys(("FFT", "LoRA", own_method(settings)))]
 
 
 def plan_method(settings: RunSettings) -> MethodMemory:
     """Plan only the run's own method; raises like `plan_memory`."""
-    return _Run(settings).method(own_method(settings))
+    return _PlannedRun(settings).method(own_method(settings))
 
 
 def own_method(settings: RunSettings) -> str:
@@ -128,7 +128,7 @@ def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
     return EngineShare(weights, whole, {"nothing": whole, "kv_cache": weights, "weights": 0}[sampler.sleep], least)
 
 
-class _Run:
+class _PlannedRun:
     """A run, with everything that does not depend on the method."""
 
     def __init__(self, settings: RunSettings) -> None:

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_calibration import assert_same_gradient, calibrate, mean_gradient
 from tiny_models import build_model, plain_logprobs, tokens_of
-from tiny_runs import Log, OftenDone, Talk, build_data, build_policy, build_trainer, fit, trained
+from tiny_runs import InTwoRows, Log, OftenDone, Talk, build_data, build_policy, build_trainer, fit, trained
+from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
@@ -20,10 +21,11 @@ from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisode
 from hybrid_lightning.episodes.episodes import episode_metrics
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
+from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import DynamicSampling, sampler
 from hybrid_lightning.rollout.rng import PromptDraws, evaluation_draws
 from hybrid_lightning.training.sampled_groups import rollout_metrics
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Prompt, Sequences
 
 PROMPTS = [Prompt(text="3+4=", index=0), Prompt(text="12*3=", index=1, columns={"seed": 77})]
 
@@ -241,7 +243,7 @@ class ByTurn(Log):
     """Also computes the first step's gradient token by token, with the advantage of each token's turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        rollouts, loss = batch.rollout, pl_module.task.loss
+        rollouts, loss = in_one_row(batch.rollout), pl_module.task.loss
         advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
         assert torch.equal(rollouts.lengths.flatten(), lengths) and len({round(value, 5) for value in advantages.values()}) > len(
             lengths
@@ -255,11 +257,27 @@ class ByTurn(Log):
         self.expected = dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
 
 
+def in_one_row(rollout):
+    """Undo `in_two_rows`: its second rows repeat the first ones in their prompts."""
+    first = torch.tensor([rollout.first_row(number) for number in range(len(rollout.completions))])
+    rows = [(rollout.episode_of_row == number).nonzero().flatten().tolist() for number in range(len(first))]
+    joined = {}
+    for name in ("completion_ids", "completion_mask", "sampled_mask"):
+        of_rows = [
+            value[mask] for value, mask in zip(getattr(rollout.sequences, name), rollout.sequences.completion_mask, strict=True)
+        ]
+        joined[name] = pad_sequence([torch.cat([of_rows[row] for row in own]) for own in rows], batch_first=True)
+    prompts = {name: getattr(rollout.sequences, name)[first] for name in ("prompt_ids", "prompt_mask")}
+    return replace(rollout, sequences=Sequences(**prompts, **joined), episode_of_row=torch.arange(len(first)))
+
+
 # What each loss makes of advantages of tokens: `tests/losses/test_each_loss.py`.
+@pytest.mark.parametrize("kind", [PolicyModule, InTwoRows])
 @pytest.mark.parametrize("loss", [GSPOTokenLoss, DrGRPOLoss])
-def test_the_tokens_of_a_turn_are_weighed_by_what_it_and_later_ones_earn(model, sums, tmp_path, loss):
+def test_the_tokens_of_a_turn_are_weighed_by_what_it_and_later_ones_earn(model, sums, tmp_path, loss, kind):
     found = ByTurn()
-    fit(model, sums, tmp_path, found, policy=by_turn(loss(), max_tokens_per_micro_batch=60), max_steps=1)
+    fit(model, sums, tmp_path, found, policy=by_turn(loss(), max_tokens_per_micro_batch=60, kind=kind), max_steps=1)
+    assert (len(found.batches[0].rollout.sequences) > 16) == (kind is InTwoRows)
     assert not any(batch.advantages[~batch.sequences.sampled_mask].any() for batch in found.batches)
     scale = max(float(gradient.abs().max()) for gradient in found.expected.values())
     for name, gradient in found.gradients[0].items():

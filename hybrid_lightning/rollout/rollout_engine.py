@@ -67,7 +67,6 @@ class RolloutEngine(Configurable, ABC):
     # Whether completions are made in other processes, while this one continues (see `begin`), by engines that all ranks share.
     is_remote = False
     inflight_updates = False  # whether open requests continue with new weights from `update`; else no request may be open
-    idle_seconds = 0.0  # idle time before the last requests, for a remote engine
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or no own weights
     scores_prompts = False  # whether it has `prompt_logprobs`, which compare its weights with the policy's
     sends_adapter = False  # whether it receives LoRA separately from the base, instead of merged weights
@@ -198,6 +197,10 @@ class RolloutEngine(Configurable, ABC):
     def updating(self) -> AbstractContextManager[Any]:
         """Hold back completions that other threads request, while the engine receives weights within this context."""
         return nullcontext()
+
+    def take_idle_seconds(self) -> float:
+        """Seconds since the last call in which a remote engine had no request, as far as their end is known."""
+        return 0.0
 
     def release_memory(self) -> None:
         """Free memory that is not needed until the next call, if the engine shares a device with training."""

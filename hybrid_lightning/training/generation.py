@@ -355,12 +355,12 @@ class Generation:
 
         - `sampling/weights_update_s`: duration of the engine's last update.
         - `sampling/waited_s`: time that training waited for the completions of a remote engine.
-        - `sampling/engine_idle_s`: time that a remote engine was idle before the last requests.
+        - `sampling/engine_idle_s`: time that a remote engine was idle since the last call.
         - `sampling/mismatch/...`: the engine's distance from the policy (see `Agreement`).
         """
         sampler, found = self.sampler, {"sampling/weights_update_s": self.update_seconds, **self._agreement.metrics}
         if sampler.is_remote:
-            found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.idle_seconds}
+            found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.take_idle_seconds()}
         return found if sampler.needs_weight_sync else {}
 
     def check(self) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from hybrid_lightning.errors import RolloutError, shorten
 from hybrid_lightning.rollout.vllm import MISSING, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for requests that a server answers between two steps of its engine
 _PAUSE_S = 120.0  # for a server to stop its engine
+_OVERDUE_S = 10.0  # after which an answer to these paths, which take a moment, is reported as overdue
+_PROMPT = frozenset(("/version", "/weight_info", "/update_weight_version", "/pause", "/resume"))
 _T = TypeVar("_T")
 
 
@@ -273,6 +277,7 @@ class Server:
     ) -> Any:
         import httpx
 
+        overdue = asyncio.get_running_loop().call_later(_OVERDUE_S, self._report_overdue) if path in _PROMPT else None
         try:
             return self._content(
                 await client.request(method, f"{self.url}{path}", json=body, params=params, headers=self._headers)
@@ -281,6 +286,14 @@ class Server:
             raise ServerError(self.url, f"nothing answers there ({str(error) or 'no connection'})") from error
         except httpx.HTTPError as error:
             raise ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})") from error
+        finally:
+            if overdue is not None:
+                overdue.cancel()
+
+    def _report_overdue(self) -> None:
+        rank_zero_info(
+            f"vLLM: an answer of {self.url} is overdue by {_OVERDUE_S:g} s; it hangs or is overloaded, and is waited for"
+        )
 
     def _within(self, limit: float, answer: "Callable[[httpx.AsyncClient], Awaitable[_T]]") -> _T:
         """The answer, if it arrives completely within this many seconds."""

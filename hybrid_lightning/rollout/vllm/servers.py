@@ -105,6 +105,7 @@ class VLLMServerSampler(VLLMEngine):
         self._request_lock = threading.RLock()  # held while requests begin, and while weights are being sent
         self._refusing: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
         self._outage = Outage(give_up_after)
+        self._idle_s = 0.0  # since the last `take_idle_seconds`
 
     def check_model(self, model: ServedModel) -> None:
         """Make sure that all servers answer (one of them at a resume) and have the policy's model.
@@ -384,10 +385,16 @@ class VLLMServerSampler(VLLMEngine):
         """Begin to complete P prompts, with requests in a separate thread."""
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
         dispatch = Dispatch(self._servers, str(self.version), _UPDATING, requests, self.timeout, self._outage)
-        self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
+        self._idle_s += min((other.seconds_since_end for other in self._dispatches), default=0.0)
         begun = dispatch.start()
         self._dispatches = [*self._running, dispatch]
         return begun
+
+    def take_idle_seconds(self) -> float:
+        """Seconds without an open request between those since the last call, and before the first of them."""
+        with self._request_lock:
+            idle, self._idle_s = self._idle_s, 0.0
+        return idle
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
         """Begin to compute log-probabilities of sequences, on all servers that have the policy's weights."""
@@ -416,4 +423,4 @@ class VLLMServerSampler(VLLMEngine):
             self._disconnect(server)
         self._of_each(connected, lambda server: server.shutdown_weight_transfer_engine(limit=2.0), limit=5.0)
         self.version = None
-        self._outage.end()
+        self._outage = Outage(self.give_up_after)  # without a word: no server has answered

@@ -363,6 +363,16 @@ class Generation:
             found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.take_idle_seconds()}
         return found if sampler.needs_weight_sync else {}
 
+    @property
+    def doubt(self) -> str:
+        """Why completions of a rollout engine may not be the policy's, in words; "" if they are, or the policy makes them."""
+        return "; ".join(self._agreement.doubts.values())
+
+    @property
+    def agreed(self) -> dict[str, float]:
+        """How well each rollout engine has agreed with the policy in this run, for its checkpoints (see `Agreement.lowest`)."""
+        return self._agreement.lowest
+
     def check(self) -> None:
         """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""
         plan = self.policy.plan

@@ -47,6 +47,7 @@ class ServerFacts:
     max_lora_rank: int  # 0: no LoRA
     lora_anywhere: bool  # even at the output layer
     reads_weights: bool  # from files, when the server starts
+    in_float32: bool  # see `PromptLogprobs`
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
@@ -58,11 +59,12 @@ class ServerFacts:
         model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
         lora = config.get("lora_config") or {}
         on_cpu = "cpu" in (config.get("device_config") or {}).values()
+        dtype, cached = str(model["dtype"]).removeprefix("torch."), (config.get("cache_config") or {}).get("cache_dtype")
         return cls(
             str(names["data"][0]["id"]),
             int(model["max_model_len"]),
             int(scheduler["max_num_seqs"]),
-            str(model["dtype"]).removeprefix("torch."),
+            dtype,
             str(model["logprobs_mode"]),
             None if transfer is None else str(transfer["backend"]),
             int(size["world_size"]),
@@ -71,6 +73,7 @@ class ServerFacts:
             int(lora.get("max_lora_rank", 0)),
             lora.get("target_modules") is None,
             (config.get("load_config") or {}).get("load_format") != "dummy",
+            dtype == "float32" and not model.get("quantization") and cached in (None, "auto", "float32"),
         )
 
 
@@ -291,9 +294,8 @@ class Server:
                 overdue.cancel()
 
     def _report_overdue(self) -> None:
-        rank_zero_info(
-            f"vLLM: an answer of {self.url} is overdue by {_OVERDUE_S:g} s; it hangs or is overloaded, and is waited for"
-        )
+        late = f"an answer of {self.url} is overdue: none for {_OVERDUE_S:g} s"
+        rank_zero_info(f"vLLM: {late}; it hangs or is overloaded, and is waited for")
 
     def _within(self, limit: float, answer: "Callable[[httpx.AsyncClient], Awaitable[_T]]") -> _T:
         """The answer, if it arrives completely within this many seconds."""

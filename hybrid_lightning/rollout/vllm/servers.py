@@ -405,7 +405,8 @@ class VLLMServerSampler(VLLMEngine):
             for server, answer in self._of_each(servers, lambda server: server.prompt_logprobs(token_ids)).items():
                 if isinstance(answer, tuple):
                     labels, logprobs = answer
-                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs))
+                    in_float32 = server.is_known and server.facts.in_float32
+                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs, in_float32))
                 elif isinstance(answer, ServerError) and answer.is_final:  # completions will show any other error
                     rank_zero_warn(f"vLLM: {answer}; its agreement with the policy is not checked")
             return found

@@ -85,9 +85,7 @@ def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, t
     saves = After(4, lambda trainer: trainer.save_checkpoint(path))
     train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves)
     change_what_is_sent(monkeypatch, torch.Tensor.zero_)
-    with pytest.raises(
-        RolloutError, match=r"with the same weights: they agreed before, .* has not taken the weights of the last"
-    ):
+    with pytest.raises(RolloutError, match=r"with the same weights: they agreed before, .* has not taken the weights of"):
         train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), log, ckpt=path)
     assert not log.metrics
 

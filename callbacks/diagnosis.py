@@ -134,13 +134,18 @@ class Diagnosis(OncePerRollout):
     # ---- at the end
 
     def verdict(
-        self, accuracy: Difference | None, reward: Difference | None, losses: tuple[float, float] | None, one_answer: str = ""
+        self,
+        accuracy: Difference | None,
+        reward: Difference | None,
+        losses: tuple[float, float] | None,
+        one_answer: str = "",
+        doubt: str = "",
     ) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try (see `reports.verdict`).
 
         `losses` are the losses on held-out examples before and after training; they decide if nothing else was measured.
-        `one_answer` states that most problems get the same answer at the end (see `most_frequent`); it takes precedence over
-        everything else.
+        `one_answer` states that most problems get the same answer at the end (see `most_frequent`). It takes precedence over
+        everything but a `doubt` about the rollout engine's weights (see `Generation.doubt`).
         """
         text, direction = verdict(accuracy, reward)
         if direction is None and losses is not None:
@@ -148,6 +153,8 @@ class Diagnosis(OncePerRollout):
             said = ("no change", "learned", "worse than at the start")[direction]
             text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
         tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction == 1)]
+        if doubt:
+            return (finding := findings.of_engine(doubt)).text, [finding.advice, *tries]
         if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"

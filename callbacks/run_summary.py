@@ -176,10 +176,12 @@ class RunSummary(Callback):
         diagnosis = find_callback(trainer, Diagnosis)
         if diagnosis is None:
             return "", []
-        terms = pl_module.task.generation.reward_terms() if isinstance(pl_module, LanguageModule) else []
+        generation = pl_module.task.generation if isinstance(pl_module, LanguageModule) else None
+        terms, doubt = ([], "") if generation is None else (generation.reward_terms(), generation.doubt)
         accuracy = changes.get("accuracy") if any(term.measures_correctness for term in terms) else None
         losses = (self._before["val/loss"], after["val/loss"]) if "val/loss" in self._before.keys() & after.keys() else None
-        return diagnosis.verdict(accuracy, changes.get("reward"), losses, self._answers.get("one_answer", "") if after else "")
+        one_answer = self._answers.get("one_answer", "") if after else ""
+        return diagnosis.verdict(accuracy, changes.get("reward"), losses, one_answer, doubt)
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module

@@ -16,6 +16,7 @@ from hybrid_lightning.types import Rewards, Rollout, equal_groups
 
 PAGE = "docs/troubleshooting.md"
 SECTIONS = {  # finding -> its section of PAGE; the first finding explains the later ones
+    "engine": "vllm",
     "large": "a-step-is-too-large",
     "copy": "the-answer-is-in-the-prompt",
     "reference": "the-reference-answer-earns-nothing",
@@ -128,6 +129,12 @@ def of_agreement(difference: float, precision: str) -> list[Finding]:
         return []
     text = f"log-probabilities of sampling and training differ by {difference:.2g} nats, more than {most:g}"
     return [Finding("agreement", text, "set model.correction=TokenTruncation, or sample and train in float32")]
+
+
+def of_engine(doubt: str) -> Finding:
+    """That a rollout engine may not have the policy's weights, and why (see `Generation.doubt`)."""
+    remedy = "start the engine again with the policy's model and dtype, and resume from a checkpoint before that"
+    return Finding("engine", f"completions were made by other weights than the policy's: {doubt}", remedy)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class PromptLogprobs:
     engine: str  # which engine, such as the address of a server
     version: WeightsVersion | None  # of the weights it computed with; None: several versions, or another sender
     logprobs: Sequence[Sequence[float]]  # of each sequence's tokens except the first
+    in_float32: bool = True  # computed in float32, neither in 16 bits nor with a quantized model or cache
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,16 @@ class EngineGeneration(Generation):
             found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.take_idle_seconds()}
         return found
 
+    @property
+    def doubt(self) -> str:
+        """See `Generation`."""
+        return "; ".join(self._agreement.doubts.values())
+
+    @property
+    def agreed(self) -> dict[str, float]:
+        """See `Generation`."""
+        return self._agreement.lowest
+
     def check(self) -> None:
         """See `Generation`."""
         plan = self.policy.plan

@@ -145,6 +145,16 @@ class Generation(ABC):
     def metrics(self) -> dict[str, float]:
         """Measurements of the last rollout."""
 
+    @property
+    def doubt(self) -> str:
+        """Why completions of a rollout engine may not be the policy's, in words; "" if they are, or the policy makes them."""
+        return ""
+
+    @property
+    def agreed(self) -> dict[str, float]:
+        """How well each rollout engine has agreed with the policy in this run, for its checkpoints (see `Agreement.lowest`)."""
+        return {}
+
     @abstractmethod
     def check(self) -> None:
         """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""

@@ -46,6 +46,7 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import trained_names
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.checkpoint import (
+    CHECKPOINT_KEY,
     adapter_state,
     as_one_file,
     check_weights,
@@ -276,6 +277,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         """Keep only trainable weights, key the optimizer's state by their names, and add plan, base model and passes."""
         optimizers = self.trainer.optimizers if "optimizer_states" in checkpoint else ()
         save_policy(checkpoint, self.policy, self.task.passes, self, optimizers)
+        if agreed := self.task.generation.agreed:
+            checkpoint[CHECKPOINT_KEY]["agreed"] = dict(agreed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is already applied.
@@ -291,6 +294,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
             self.task.passes.restore(saved, run.device)
         if run.stage == "fit":
             self.policy.engine.continues(saved.get("passes", {}))
+            self.task.generation.agreed.update(saved.get("agreed", {}))
             for state in checkpoint.get("optimizer_states", []):
                 state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimization.optimizer, self.rates)
 

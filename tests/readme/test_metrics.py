@@ -68,7 +68,7 @@ def of_losses():
 
 def of_engines():
     """Metrics that only an engine with its own weights (vLLM) logs."""
-    sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, idle_seconds=0.0)
+    sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, take_idle_seconds=float)
     generation = Generation(None, sampler, None, Run())
     mismatch = {"sampling/mismatch/mean", "sampling/mismatch/max"}  # after the first comparison
     return generation.metrics().keys() | mismatch | {"sampling/weights_versions"}

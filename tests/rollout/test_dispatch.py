@@ -96,6 +96,66 @@ def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(st
         begun.result()
 
 
+def test_idle_times_of_servers_between_the_turns_of_a_rollout_add_up(start, build):
+    sampler = build(start(), weights=Weights(1))
+    for _ in range(3):
+        complete(sampler, prompts=1)
+        time.sleep(0.3)  # as an environment's step takes
+    complete(sampler, prompts=1)
+    assert 0.9 <= sampler.take_idle_seconds() < 60 and sampler.take_idle_seconds() == 0
+
+
+def lines_of(caplog, text):
+    return [line for line in caplog.messages if text in line]
+
+
+def test_an_answer_of_a_server_that_hangs_is_reported_as_overdue_before_it_counts_as_lost(start, build, monkeypatch, caplog):
+    monkeypatch.setattr(server_client, "_OVERDUE_S", 0.3)
+    monkeypatch.setattr(dispatch, "_QUIET_S", 0.1)
+    caplog.set_level("INFO", "lightning.pytorch")
+    server, other = start(delay=0.2), start(delay=0.2)
+    sampler, took = build(server, other, weights=Weights(1), give_up_after=90), server.on_inference_v1_generate
+
+    def stops(body):
+        server.hangs = True
+        return took(body)
+
+    def continues():
+        wait_until(lambda: lines_of(caplog, "is overdue"))
+        server.hangs = False
+
+    server.on_inference_v1_generate = stops
+    continuing = threading.Thread(target=continues)
+    continuing.start()
+    complete(sampler, prompts=4)
+    continuing.join()
+    assert all(server.url in line and "is waited for" in line for line in lines_of(caplog, "is overdue"))
+    assert lines_of(caplog, "is overdue") and not lines_of(caplog, "no server answers")
+
+
+def test_a_server_that_works_is_not_called_lost_for_one_failed_request_or_a_slow_answer(start, build, caplog):
+    caplog.set_level("INFO", "lightning.pytorch")
+    busy, late = start(delay=2), [True]
+    sampler, answer = build(busy, weights=Weights(1), give_up_after=60), busy.on_inference_v1_generate
+
+    def fails_once_late(body):
+        if body and late:
+            late.clear()
+            busy.stopped.wait(1.3)
+            return 500, {"error": {"message": "EngineCore encountered an issue"}}
+        return answer(body)
+
+    busy.on_inference_v1_generate = fails_once_late
+    complete(sampler, prompts=2)
+    assert shares(busy) == [3] and not lines_of(caplog, "no server answers")
+    slow, dead, label = start(), start(), PLAIN["weight_info"]
+    sampler = build(slow, dead, weights=Weights(1), give_up_after=60)
+    dead.stop()
+    slow.on_weight_info = lambda body: (slow.stopped.wait(1.5), label(slow, body))[1]
+    complete(sampler, prompts=2)
+    assert not lines_of(caplog, "no server answers")
+
+
 @pytest.mark.parametrize(("nccl", "dies"), [(False, False), (True, True)], indirect=["nccl"])
 def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, served, nccl, dies):
     servers = [start(delay=0.5), start(delay=0.5)]

@@ -273,10 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.fake.requests.append((path, body))
         if self.fake.key and self.headers.get("Authorization") != f"Bearer {self.fake.key}":
             status, content = 401, {"error": "Unauthorized"}
-        elif self.fake.hangs and path != "/inference/v1/generate":
-            self.fake.stopped.wait()
-            return
         else:
+            while self.fake.hangs and path != "/inference/v1/generate" and not self.fake.stopped.wait(0.005):
+                pass
             try:
                 status, content = self.fake.answer(path, body)
             except Exception as error:  # of the fake itself, or of the tokenizer

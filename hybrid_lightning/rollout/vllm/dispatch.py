@@ -2,7 +2,7 @@
 
 A server gets a request when it has room, so a slow server gets fewer. A server that fails is set aside, for longer each time, and
 checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's weights. A server
-that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers. All
+that has not completed anything for a moment is checked, too: it may hang. Each rollout begins with a check of all servers. All
 rollouts share the time limit for having no usable server (`Outage`).
 """
 
@@ -31,6 +31,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # interval of checks for work
 _FAREWELL_S = 2.0  # time to notify servers that answers are no longer needed
 _LOOK_S = 30.0  # time limit for a server to report its weights
+_QUIET_S = 2.0  # time without an answer from a server in use, after which it is asked for its weights
+_LOST = 2  # failures in a row after which a server is reported: a single one, or a slow answer, happens under load
 _GRACE_S = 1.0  # time for all servers to report, before requests go to the ones that have
 STARTED = "default"  # vLLM's label of the weights that a server was started with
 _ENDED = "the requests to vLLM servers were ended"
@@ -89,6 +91,7 @@ class _Place:
     usable: bool = False
     restarted: bool = False  # it has the weights that it was started with
     checking: bool = False  # a check is in progress
+    misses: int = 0  # failed requests and checks in a row
     failures: int = 0  # since its last answer
     aside_until: float = 0.0
     running: int = 0
@@ -241,7 +244,8 @@ class Dispatch:
     def _check_servers(self, now: float) -> None:
         """Request the label of the weights from servers that are not in use, or have not answered for a while."""
         for place in self._places:
-            due = now - place.answered_at > self._check_s if place.usable else now >= place.aside_until
+            quiet = now - place.answered_at > min(_QUIET_S, self._check_s)
+            due = quiet if place.usable else now >= place.aside_until
             if due and not (place.stale or place.checking):
                 place.checking = True
                 self._begin(self._check_s, place, None, place.server.label_now(self._client))
@@ -292,12 +296,14 @@ class Dispatch:
                 raise RolloutError(f"{error}; every server would refuse this request") from error
             if request is None or place.usable:  # several requests that fail together count once
                 self._set_aside(place)
+                place.misses += 1
             place.why = error.cause if isinstance(error, ServerError) else "it did not take the policy's weights"
             if request is not None:
                 self._try_again(place, request, hung=isinstance(error.__cause__, TimeoutError))
             return
         if request is None:
             place.usable = found in self._labels
+            place.misses = 0 if place.usable else _LOST
             place.restarted = found == STARTED
             if place.usable:
                 place.answered_at = time.monotonic()
@@ -310,7 +316,7 @@ class Dispatch:
             self._leave_out(place, min(others))
             self._waiting.appendleft(request)
         else:
-            place.failures = 0
+            place.failures = place.misses = 0
             place.answered_at = time.monotonic()
             self._outage.end(answered=True)
             self._open.discard(request)
@@ -350,8 +356,9 @@ class Dispatch:
             raise self._failure()
         elif any(place.failures for place in self._places):  # else their first answers have not arrived yet
             updating = any(place.why == _ON_THEIR_WAY for place in self._places)
+            lost = not updating and all(place.misses >= _LOST for place in self._places)
             since = max(place.answered_at for place in self._places)
-            if self._outage.left("" if updating else self._causes, since) < 0:
+            if self._outage.left(self._causes if lost else "", since) < 0:
                 raise self._failure()
 
     @property

@@ -53,6 +53,7 @@ _NOT_FURTHER = {
     **{name: f"give it as sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len")},
     "enable_sleep_mode": "give sampler.sleep",
 }
+_ROUNDS = frozenset(("quantization", "kv_cache_dtype"))  # arguments with which an engine in float32 rounds more than that
 _CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM's default is a share of the whole memory
 _CPU_SEQUENCES = 128  # sequences completed together there
 _CPU_TOKENS = 2**13  # tokens of prompts processed together there, at least
@@ -354,7 +355,8 @@ class VLLMSampler(VLLMEngine, BatchEngine):
         rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
         logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]
         answer: Future[list[PromptLogprobs]] = Future()
-        answer.set_result([PromptLogprobs("vLLM", completing.one_version(labels), logprobs)])
+        in_float32 = self._llm.llm_engine.model_config.dtype == torch.float32 and _ROUNDS.isdisjoint(self.engine_args)
+        answer.set_result([PromptLogprobs("vLLM", completing.one_version(labels), logprobs, in_float32)])
         return answer
 
     def release_memory(self) -> None:

@@ -420,7 +420,8 @@ class VLLMServerSampler(VLLMEngine):
             for server, answer in self._of_each(servers, lambda server: server.prompt_logprobs(token_ids)).items():
                 if isinstance(answer, tuple):
                     labels, logprobs = answer
-                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs))
+                    in_float32 = server.is_known and server.facts.in_float32
+                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs, in_float32))
                 elif isinstance(answer, ServerError) and answer.is_final:  # completions will show any other error
                     rank_zero_warn(f"vLLM: {answer}; its agreement with the policy is not checked")
             return found
@@ -438,7 +439,7 @@ class VLLMServerSampler(VLLMEngine):
             self._disconnect(server)
         self._of_each(connected, lambda server: server.shutdown_weight_transfer_engine(limit=2.0), limit=5.0)
         self.version = None
-        self._outage.end()
+        self._outage = Outage(self.give_up_after)  # without a word: no server has answered
 
 
 class Asking:

@@ -32,8 +32,6 @@ GIVEN = {
     "engine.prepacked": "layer.prepacked",  # for the time of a context, in layers of the engine
     "model.policy": "backend.why_float32",  # the model decides about its precision, and the engine reports it
     "rollout.sampler": "decoding.graphs",  # set once, before the first token
-    "training.generation": "sampler.inflight_updates run.shares_failures",
-    "training.teaching": "self.run.shares_failures passes.beside",
 }
 
 

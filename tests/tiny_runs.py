@@ -21,7 +21,7 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.types import Completion, Rollout, Sequences
+from hybrid_lightning.types import Rollout, Sequences
 
 
 class DigitShare(RewardFunction):
@@ -78,24 +78,22 @@ class Talk(Environment):
         )
 
 
-def with_holes(rollout: Rollout) -> Rollout:
-    """The same as if an environment had added every third token, from the second on."""
-    mask = rollout.sequences.completion_mask
-    sampled = mask & (torch.arange(mask.shape[1]) % 3 != 1)
-    texts = zip(rollout.completions, sampled.sum(dim=1).tolist(), strict=True)
-    return replace(
-        rollout,
-        sequences=replace(rollout.sequences, sampled_mask=sampled),
-        completions=tuple(Completion(text, count, text.finished, text.thinking) for text, count in texts),
-        sampling_logprobs=rollout.sampling_logprobs * sampled,
-    )
+class WithHoles:
+    """For an engine: the same as if an environment had added every third token, from the second on."""
+
+    holes = True
+
+    def play(self, runner, tokenizer, request, episodes, *rest):
+        begun = super().play(runner, tokenizer, request, episodes, *rest)
+        for episode in episodes if self.holes else ():
+            added = range(1, len(episode.ids), 3)
+            for place in added:
+                episode.sampled[place], episode.logprobs[place] = False, 0.0
+        return begun
 
 
-class Interrupted(OftenDone):
+class Interrupted(WithHoles, OftenDone):
     """Completions in which an environment added tokens."""
-
-    def sample(self, engine, tokenizer, request):
-        return with_holes(super().sample(engine, tokenizer, request))
 
 
 def in_two_rows(rollout: Rollout) -> Rollout:

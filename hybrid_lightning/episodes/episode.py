@@ -230,7 +230,7 @@ class LiveEpisode:
         """The policy's messages, for rewards and logs."""
         ended = self.end in ("answered", "over")
         if self.rules.environments is None:
-            return Completion(self.texts[0], len(self.ids), ended, self.thinking)
+            return Completion(self.texts[0], sum(self.sampled), ended, self.thinking)
         rewards, lengths = tuple(self.rewards), tuple(self.lengths)
         episode = Episode(tuple(self.messages), len(self.texts), self.end, rewards, dict(self.counts), lengths)
         return Completion("\n".join(self.texts), sum(self.sampled), ended, self.thinking, episode)

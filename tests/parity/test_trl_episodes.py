@@ -155,29 +155,25 @@ def run_trl(folder, root, said, starts, functions, options):
     return found
 
 
-class Played(sampler._ContinuedConversation):
+class Played(sampler._ContinuedSession):
     """Returns the texts of a script; its decoding and its log-probabilities are ours."""
 
-    def _first(self, *arguments):
-        return self._say(range(len(self._own)), super()._first, *arguments)
-
-    def _next(self, request, rows, added):
-        return self._say(rows, super()._next, request, rows, added)
-
-    def _say(self, rows, go_on, *arguments):
-        messages = [self._sampler.said[row][self._messages[row]] for row in rows]
+    def sample(self, asked):
+        messages = {each.episode: self._engine.said[each.episode][each.number] for each in asked}
+        order = range(len(self._engine.said)) if not asked[0].number else list(messages)  # the first batch has all episodes
 
         def choose(decoder, logits, rows, step):
-            token = torch.tensor([messages[row][min(step, len(messages[row]) - 1)] for row in rows])
+            texts = [messages.get(order[row], [0]) for row in rows]
+            token = torch.tensor([text[min(step, len(text) - 1)] for text in texts])
             return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sampler._Decoder, "_choose", choose)
-            return go_on(*arguments)
+            return super().sample(asked)
 
 
 class Scripted(Sampler):
-    def conversation(self, *arguments):
+    def session(self, *arguments):
         return Played(self, *arguments)
 
 

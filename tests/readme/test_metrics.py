@@ -12,7 +12,7 @@ from pages import PAGES, ROOT
 
 from hybrid_lightning import losses
 from hybrid_lightning.rewards import JudgeReward
-from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.engine_generation import EngineGeneration
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.training.teaching import Teaching
 from hybrid_lightning.types import LossInputs
@@ -68,8 +68,8 @@ def of_losses():
 
 def of_engines():
     """Metrics that only an engine with its own weights (vLLM) logs."""
-    sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, take_idle_seconds=float)
-    generation = Generation(None, sampler, None, Run())
+    sampler = SimpleNamespace(is_remote=True, take_idle_seconds=float)
+    generation = EngineGeneration(SimpleNamespace(pretrained=None), sampler, None, Run())
     mismatch = {"sampling/mismatch/mean", "sampling/mismatch/max"}  # after the first comparison
     return generation.metrics().keys() | mismatch | {"sampling/weights_versions"}
 

@@ -8,11 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from vllm_fake_server import ENGINE, Weights, begin_rollout, complete, shares
+from vllm_fake_server import ENGINE, PLAIN, Weights, begin_rollout, complete, shares
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.interface import MessageRequest, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm import dispatch, server_client
 from hybrid_lightning.types import Prompt
 
 

@@ -73,10 +73,10 @@ def test_nothing_is_computed_that_a_gpu_refuses(family, sums, tmp_path, monkeypa
 # ---- the messages
 
 
-class Elsewhere(Sampler):
+class Elsewhere(WeightedEngine, Sampler):
     """An engine, as far as it is asked."""
 
-    needs_weight_sync = is_remote = renormalizes = True
+    is_remote = True
 
 
 class OnDevice(Sampler):

@@ -191,23 +191,26 @@ class AtOnce:
         if self._run is None:
             self._on_end()
         else:
-            self._run.cancel()
+            begin_async(self._stop())
+
+    async def _stop(self) -> None:
+        self._tasks.failure = self._tasks.failure or RolloutError("the episodes were ended")
+        self._look()
 
     def _continue(self) -> None:
         self._run = begin_async(self._all())
         self._run.add_done_callback(self._end)
 
+    def _look(self) -> None:
+        if not len(self._tasks) or self._tasks.failure is not None:
+            self._ended.set()
+
     async def _all(self) -> None:
-        ended = asyncio.Event()
-
-        def look() -> None:
-            if not len(self._tasks) or self._tasks.failure is not None:
-                ended.set()
-
+        self._ended = asyncio.Event()
         try:
-            self._tasks.begin(look)
-            look()
-            await ended.wait()
+            self._tasks.begin(self._look)
+            self._look()
+            await self._ended.wait()
         finally:
             await self._tasks.cancel()
             await self._around.finish()
@@ -218,10 +221,7 @@ class AtOnce:
         if run is not self._run:
             return  # on an abandoned event loop
         self._on_end()
-        failure = None if run.cancelled() else run.exception()
-        if run.cancelled():
-            failure = RolloutError("the episodes were ended")
-        if failure is None:
+        if (failure := run.exception()) is None:
             self._work.set_result(None)
         else:
             self._work.set_exception(failure)

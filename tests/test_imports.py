@@ -136,7 +136,7 @@ from hybrid_lightning.types import LossInputs
 model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
 x = torch.randn(4, 6)
 print(len(Scoring(model, dict(model.named_children()), [model(x).square().mean()], TailEnergy(), 2).run()))
-advantages = GroupAdvantage()(torch.tensor([[1.0, 0.0]]))
+advantages = GroupAdvantage()(torch.tensor([[1.0, 0.0]])).flatten()
 print(GSPOLoss()(LossInputs(torch.randn(2, 3), advantages, torch.ones(2, 3, dtype=torch.bool))).loss.shape)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -59,6 +59,16 @@ def test_every_row_of_a_checkpoint_is_dealt_once_and_unchanged(ranks):
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_of_an_episode_stay_on_one_rank(ranks):
+    numbered = [(batch(4, 1), [0, 0, 3, 4]), (batch(5, 5), [0, 1, 1, 1, 2])]
+    saved = [[replace(part, episode_of_row=torch.tensor(episodes))] for part, episodes in numbered]
+    dealt = [batches_of_rank(saved, rank, ranks)[0] for rank in range(ranks)]
+    assert rows_of(dealt) == rows_of(part for part, _ in numbered)
+    sizes = {1: [[2, 1, 1, 1, 3, 1]], 3: [[2, 1], [1, 1], [3, 1]]}[ranks]
+    assert [part.episode_of_row.unique_consecutive(return_counts=True)[1].tolist() for part in dealt] == sizes
+
+
 def test_the_same_ranks_get_back_what_they_saved_and_nothing_stays_nothing():
     saved = [[batch(4, 1)], [batch(5, 5)]]
     assert all(batches_of_rank(saved, rank, 2)[0] is saved[rank][0] for rank in range(2))

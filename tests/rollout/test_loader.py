@@ -165,6 +165,24 @@ def test_rows_that_contribute_nothing_are_left_out_and_the_others_dealt_evenly()
         assert abs(len(step[0].sequences) - len(step[1].sequences)) <= 1
 
 
+def test_an_episode_of_several_rows_counts_once_and_is_in_one_micro_batch():
+    class Rows(Source):
+        def roll_out(self, prompts, generator, draw_more=None):
+            def joined(made):
+                rows = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7])
+                part = made.rows(rows)
+                weights = 1 / torch.bincount(rows)[rows] * (rows != 2)  # the third does not count
+                return replace(part, episode_of_row=rows, row_weights=weights)
+
+            return super().roll_out(prompts, generator).then(joined)
+
+    batches = list(build(prompts=4, source=Rows(2), accumulate=2))
+    assert [batch.episode_of_row.tolist() for batch in batches] == [[0, 0, 1], [2, 3, 3, 3], [4, 5], [6, 7]]
+    assert [(batch.num_sequences, batch.updated_sequences) for batch in batches] == [(3.0, 3.0)] * 2 + [(4.0, 4.0)] * 2
+    tokens = [float(batch.sequences.sampled_mask.sum()) for batch in batches]
+    assert [batch.num_tokens for batch in batches[::2]] == [tokens[0] + tokens[1], tokens[2] + tokens[3]]
+
+
 @pytest.mark.parametrize(("consumed", "ahead"), [(0, 0), (1, 0), (6, 0), (0, 1), (3, 1), (6, 2), (9, 4)])
 def test_resuming_anywhere_gives_the_same_micro_batches(tmp_path, consumed, ahead):
     schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=ahead)

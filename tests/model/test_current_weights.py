@@ -173,7 +173,7 @@ class Copying(WeightedEngine, Sampler):
 
     def sample(self, engine, tokenizer, request):
         self.prompts.append(len(request.prompts))
-        return super().sample(engine.of(self.model), tokenizer, request)
+        return super().sample(engine.of(self.model, is_copy=True), tokenizer, request)
 
     def session(self, *arguments):
         return Session(self, *arguments)

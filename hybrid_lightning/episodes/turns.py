@@ -36,8 +36,8 @@ from hybrid_lightning.model.prompts import KEEP_HISTORY, PromptEncoder
 from hybrid_lightning.types import Message, Prompt
 
 TURN_TEMPLATE = "\n{content}\n"
-# Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4.
-_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>")
+# Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4, GLM.
+_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>", "<|observation|>")
 # How to write a message with a role that the template does not know. The policy must see that no person wrote it.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
 T = TypeVar("T")

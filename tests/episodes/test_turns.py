@@ -131,6 +131,7 @@ def test_what_ends_a_turn_or_a_call_stops():
     assert stops("llama3") == {"<|endoftext|>", "<|eot_id|>", "<|eom_id|>"}
     assert stops("gemma") == stops("gemma", KEEP_HISTORY) == {"<|endoftext|>", "<end_of_turn>", "<|eom_id|>"}
     assert stops("smollm2") == {"<|im_end|>"}
+    assert "<|observation|>" in stops("glm4moe_training") and "<|call|>" in stops("gptoss", KEEP_HISTORY)
     assert TurnEncoder(PromptEncoder(build_tokenizer()), [2]).stop_ids == [2]
 
 

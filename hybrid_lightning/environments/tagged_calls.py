@@ -153,7 +153,7 @@ class PythonicCalls(TemplateFormat):
             try:
                 if len(body) > _MAX_CHARS:
                     raise ValueError("it is too long")
-                written = _parsed_python(_with_literals(body.strip(), tools, self._raw))
+                written = ast.parse(_with_literals(body.strip(), tools, self._raw), mode="eval").body
                 for node in written.elts if isinstance(written, ast.List) else [written]:
                     yield _python_call(node)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -255,57 +255,51 @@ def _between(text: str, begin: str, end: str) -> Iterator[str | None]:
 _PIECE = re.compile(  # of Python's source: the name of an argument that is a text, a text, a bracket
     r"""(?P<argument>[(,]\s*[A-Za-z_]\w*\s*=\s*(?=['"]))|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\[({]|[\])}]""", re.DOTALL
 )
-_NO_ESCAPE = re.compile(r"""\\(?![\\'"abfnrtv0-7xuUN\n])""")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def _with_literals(body: str, tools: Sequence[Schema], raw: bool) -> str:
-    """A list of calls in which the texts that are arguments became Python's literals.
+    """A list of calls in which texts are Python's literals.
 
     A single quote ends a raw text if the name of another argument or the end of the call follows, by the tools' schemas if they
     are known.
     """
     arguments = {tool["function"]["name"]: tool["function"].get("parameters", {}).get("properties", {}) for tool in tools}
     names = "|".join(map(re.escape, arguments)) or r"[\w.-]+"
-    done, end, within = [], 0, ""  # `within`: the open brackets
-    closing = re.compile("")
+    done, end, closing = list[str](), 0, re.compile("")
+    within = list[str]()  # the open brackets
     while piece := _PIECE.search(body, end):
         begin, first = piece.end(), piece[0][0]
-        done.append(body[end:begin])
+        plain_text = (
+            first in "'\"" and not body[max(0, piece.start() - 1) : piece.start()].isalpha()
+        )  # r"..." and the like are left to Python
+        done += [body[end : piece.start()], _literal(piece[0]) if plain_text else piece[0]]
         end = begin
-        within = within[:-1] if first in "])}" else within + first if first in "[({" else within
-        if first == "(":
+        del within[len(within) - (first in "])}") :]
+        within += [first] * (first in "[({")
+        if first == "(" and within in (["("], ["[", "("]):
             name = re.split(r"[^\w.-]", body[max(0, piece.start() - 100) : piece.start()])[-1]
             if name in arguments and "-" in name:  # not a name in Python
-                done[-1] = f"{done[-1].removesuffix(piece[0]).removesuffix(name)}_[{name!r}]{piece[0]}"
+                done[-2] = f"{done[-2].removesuffix(name)}_[{name!r}]"
             known = "|".join(map(re.escape, arguments.get(name, ()))) or r"[A-Za-z_]\w*"
             closing = re.compile(rf"'(?=\s*(?:,\s*(?:{known})\s*=|\)\s*(?:\]?\s*\Z|,\s*(?:{names})\()))")
-        if not piece["argument"] or within not in ("(", "[("):
-            continue
-        if raw and body[begin] == "'" and (quote := closing.search(body, begin + 1)):
+        raw_text = raw and piece["argument"] and within in (["("], ["[", "("]) and body[begin] == "'"
+        if raw_text and (quote := closing.search(body, begin + 1)):
             end = quote.end()
             done.append(repr(body[begin + 1 : quote.start()]))
-        elif text := _PIECE.match(body, begin):
-            end = text.end()
-            done.append(_literal(text[0]))
     return "".join([*done, body[end:]])
 
 
 def _literal(text: str) -> str:
     """A text in quotes as Python's literal; it may contain line breaks, and backslashes that begin no escape."""
-    literal = _NO_ESCAPE.sub(r"\\\\", text.replace("\n", "\\n"))
+    literal = _ESCAPE.sub(lambda found: found[0] if found[1] in "\\'\"abfnrtv01234567xuUN\n" else f"\\{found[0]}", text)
+    literal = literal.replace("\n", "\\n")
     try:
-        ast.parse(literal, mode="eval")
+        if "\\" in text:
+            ast.parse(literal, mode="eval")
     except SyntaxError:  # such as "C:\Users", whose \U begins a character's number
         return repr(text[1:-1])
     return literal
-
-
-def _parsed_python(text: str) -> ast.expr:
-    """Python's syntax tree of an expression; string literals may contain line breaks, as some templates write them."""
-    try:
-        return ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return ast.parse(text.replace("\n", "\\n"), mode="eval").body
 
 
 def _python_call(node: ast.expr) -> Call | MalformedCall:

@@ -235,7 +235,10 @@ def test_texts_in_pythons_calls_are_read_as_the_template_writes_them():
     for text, escaped, raw in (
         (r"a='C:\new'", "C:\new", r"C:\new"),
         (r"a='C:\\new'", r"C:\new", r"C:\\new"),
+        (r"a='C:\\8'", r"C:\8", r"C:\\8"),
         (r"a='it\'s'", "it's", r"it\'s"),
+        (r"a=r'C:\new'", r"C:\new", r"C:\new"),
+        (r"a=['C:\dir', 'C:\\new']", [r"C:\dir", r"C:\new"], [r"C:\dir", r"C:\new"]),
         ("a='it's'", None, "it's"),
         ("a='print('x'), h('y')'", None, "print('x'), h('y')"),
         (r"a='C:\Users\data'", r"C:\Users\data", r"C:\Users\data"),

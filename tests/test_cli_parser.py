@@ -9,7 +9,7 @@ import yaml
 from cli_runs import assert_refused, run
 from jsonargparse import ArgumentParser
 
-from hybrid_lightning.cli_parser import TRL_NAMES
+from hybrid_lightning.remedies import TRL_NAMES
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine import autocast_dtype, token_logprobs
 from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
@@ -106,7 +107,7 @@ class Agreement:
             most = _DOUBTFUL if autocast_dtype(self._policy.device) is None else _DOUBTFUL_HALF
         if mean > most and not self._warned:
             self._warned = True
-            rank_zero_warn(f"{apart}, more than {most:g}; see docs/troubleshooting.md#vllm (the run stops at {_LARGEST:g})")
+            rank_zero_warn(f"{apart}, more than {most:g}; see {EXPLAIN} vllm (the run stops at {_LARGEST:g})")
 
     def _logprobs(self) -> Tensor:
         """The policy's log-probabilities of all tokens but the first of each sequence."""

@@ -26,7 +26,7 @@ def parts(folder):
 def sections(text):
     """The sections of the page that the findings name; each finding has a remedy."""
     lines = [line for line in text.splitlines() if line.startswith(("Warning: ", "Error: "))]
-    return [re.fullmatch(r".+; .+ \(docs/troubleshooting\.md#(.*)\)", line)[1] for line in lines]
+    return [re.fullmatch(r".+; .+ \(hybrid-lightning explain (\S+)\)", line)[1] for line in lines]
 
 
 def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end(folder):

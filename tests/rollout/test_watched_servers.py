@@ -66,7 +66,7 @@ def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest
     liar.loses_weights = False
     log, fitted = run(liar, 1e-3, breaks)
     with pytest.warns(
-        UserWarning, match=rf"of {liar.url} differ .*, more than 0\.001; see docs/troubleshooting.md#vllm .*stops at 0\.5"
+        UserWarning, match=rf"of {liar.url} differ .*, more than 0\.001; see hybrid-lightning explain vllm .*stops at 0\.5"
     ):
         fitted()
     assert log.metrics[-1]["sampling/mismatch/max"] > 1e-3

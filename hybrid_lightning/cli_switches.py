@@ -1,0 +1,138 @@
+"""What a class keeps of the options of the class before it, when a later config or option names another class.
+
+jsonargparse keeps every option whose name the new class has, too: ExactMatch's `pattern` would become JudgeReward's, which finds
+grades with it. Here a class keeps an option only if it means the same for both classes (see `_means_the_same`).
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import Namespace, _typehints
+
+from hybrid_lightning.configurable import constructor_defaults, imported_class
+from hybrid_lightning.errors import shorten
+
+_LIBRARIES = ("lightning", "torch", "bitsandbytes")
+_MISSING = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Switched:
+    """An option of a class, with a value other than its default, when another class was named in its place."""
+
+    before: type
+    after: type
+    name: str
+    value: Any
+    kept: bool  # whether the new class took it over
+
+
+_found: ContextVar[list[Switched] | None] = ContextVar("switched", default=None)
+
+
+@contextmanager
+def switched_options() -> Iterator[list[Switched]]:
+    """Context in which a class keeps only options that mean the same; yields the list of all options of replaced classes."""
+    outer = _found.get()  # the command's, if this reads the arguments of a class
+    found: list[Switched] = [] if outer is None else outer
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
+
+
+def describe(switched: Sequence[Switched], config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """A line for each class in a command's config that kept or lost options of the class before it.
+
+    Leaves out options that `defaults`, the command's config without any file, has with the same value.
+    """
+    without, lines = dict(_classes(defaults)), []
+    for key, spec in _classes(config):
+        after, options, default = imported_class(spec["class_path"]), spec.get("init_args") or {}, without.get(key, {})
+        entries = [entry for entry in switched if entry.after is after]
+        for before in dict.fromkeys(entry.before for entry in entries):
+            unchosen = default.get("init_args", {}) if imported_class(default.get("class_path", "")) is before else {}
+            chosen = [entry for entry in entries if entry.before is before and entry.value != unchosen.get(entry.name, _MISSING)]
+            kept, lost = {}, {}
+            for entry in chosen:
+                is_now = options.get(entry.name, _MISSING) == entry.value
+                if entry.kept == is_now:
+                    (kept if is_now else lost)[entry.name] = entry.value
+            parts = [f"{verb} {_listed(values)}" for verb, values in (("keeps", kept), ("drops", lost)) if values]
+            if parts:
+                place = key.replace(".init_args", "")
+                lines.append(f"{place}: {after.__name__} in place of {before.__name__} {' and '.join(parts)}")
+    return lines
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={shorten(value)}" for name, value in values.items())
+
+
+def _classes(value: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Key and value of each class in a config, such as model.init_args.reward."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("class_path"), str):
+            yield key, value
+        for name, item in value.items():
+            yield from _classes(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _classes(item, f"{key}[{number}]")
+
+
+_drop_unknown = _typehints.discard_init_args_on_class_path_change
+
+
+def _drop_others(parser_or_action: Any, before: Any, after: Any) -> None:
+    """Remove options of the class before, in place; jsonargparse gives the rest to the new class."""
+    found, options = _found.get(), before.get("init_args") if isinstance(before, Namespace) else None
+    classes = [imported_class(str(spec["class_path"])) for spec in (before, after)] if options else [None]
+    if found is None or not all(classes) or classes[0] is classes[1]:
+        return _drop_unknown(parser_or_action, before, after)
+    old, new = classes
+    values = dict(vars(options))
+    for name, value in values.items():
+        if not _means_the_same(name, value, old, new):
+            options.pop(name)
+    _drop_unknown(parser_or_action, before, after)
+    defaults = constructor_defaults(old)
+    for name, value in values.items():
+        plain = value.as_dict() if isinstance(value, Namespace) else value
+        if plain != defaults.get(name, _MISSING):
+            found.append(Switched(old, new, name, plain, kept=name in options))
+
+
+# jsonargparse has no other place for a rule of one's own. Outside of `switched_options` nothing changes.
+_typehints.discard_init_args_on_class_path_change = _drop_others
+
+
+def _means_the_same(name: str, value: Any, before: type, after: type) -> bool:
+    """Whether two classes mean the same by an option.
+
+    They do if both have it from one class, with one default: `kl_coef` of all losses, but not the clip ranges of GRPO and GSPO.
+    Classes of libraries, such as optimizers and loggers, call the same things by the same names. Their defaults differ, so only
+    other values are kept.
+    """
+    defaults = [constructor_defaults(part).get(name, _MISSING) for part in (before, after)]
+    if is_of_a_library(before) and is_of_a_library(after):
+        return bool(value != defaults[0])
+    first = _first_with(name, before)
+    return first is not None and first is _first_with(name, after) and defaults[0] == defaults[1]
+
+
+def _first_with(name: str, part: type) -> type | None:
+    """The most basic class whose constructor has an argument of this name."""
+    found = [base for base in part.__mro__ if name in inspect.signature(base.__init__).parameters]  # type: ignore[misc]
+    return found[-1] if found else None
+
+
+def is_of_a_library(part: type) -> bool:
+    """Whether a class has a library's constructor, as our Trainer has Lightning's."""
+    maker = next(vars(base)["__init__"] for base in part.__mro__ if "__init__" in vars(base))
+    return getattr(maker, "__module__", "").partition(".")[0] in _LIBRARIES

@@ -216,11 +216,10 @@ class Parser(LightningArgumentParser):
         if not unknown or not wanted:
             return ""
         wanted = _TRAINED_WITH if unknown[1] == "trainer.precision" else wanted
-        value, option = unknown[3].strip(), self._option(unknown[1])
+        value = unknown[3].strip()
         if wanted.startswith("text") and re.match(r"\{'|Namespace\(", value):
-            wanted += "; put text that contains ': ' in quotes"
-            wanted += ", in a shell of two kinds, as in '\"text\"'" if option else ""
-        return f"{option or unknown[1]}: {shorten(value)} does not fit; give {wanted}"
+            wanted += "; put text that contains ': ' in quotes (in a shell '\"text\"')"
+        return f"{self._option(unknown[1]) or unknown[1]}: {shorten(value)} does not fit; give {wanted}"
 
     def _option(self, key: str) -> str:
         """The option of a key, if it is among the arguments; else empty."""

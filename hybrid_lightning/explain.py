@@ -26,7 +26,7 @@ def explanation(name: str | None) -> str:
     """
     known = sections()
     if (name or "") not in known:
-        near = get_close_matches(str(name), known, n=3, cutoff=0.4)
+        near = [key for key in known if str(name) in key][:3] or get_close_matches(str(name), known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else "the command 'explain' lists all of them"
         raise ConfigError(f"no section is called {name!r}; {hint}")
     title, text = known[name or ""]

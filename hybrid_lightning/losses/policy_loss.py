@@ -163,8 +163,8 @@ class PolicyLoss(Configurable, ABC):
         returned = self.policy_term(inputs, old_logprobs)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise ConfigError(
-                f"{type(self).__name__}.policy_term returned a {type(returned).__name__}; return (cost, ratio), where the ratio is "
-                "for example functional.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)"
+                f"{type(self).__name__}.policy_term returned a {type(returned).__name__}; return (cost, ratio), where the ratio "
+                "is for example functional.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)"
             )
         term, ratio = returned
         for what, value in (("loss", term), ("ratio", ratio)):

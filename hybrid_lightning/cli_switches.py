@@ -5,9 +5,8 @@ grades with it. Here a class keeps an option only if it means the same for both 
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +30,16 @@ class Switched:
     kept: bool  # whether the new class took it over
 
 
-_found: ContextVar[list[Switched] | None] = ContextVar("switched", default=None)
-
-
 @contextmanager
 def switched_options() -> Iterator[list[Switched]]:
     """Context in which a class keeps only options that mean the same; yields the list of all options of replaced classes."""
-    outer = _found.get()  # the command's, if this reads the arguments of a class
-    found: list[Switched] = [] if outer is None else outer
-    token = _found.set(found)
+    theirs = _typehints.discard_init_args_on_class_path_change  # no class or parser is asked what to keep
+    rule = theirs if isinstance(theirs, _Rule) else _Rule(theirs)  # ours for the arguments of a class, within a command's
+    _typehints.discard_init_args_on_class_path_change = rule
     try:
-        yield found
+        yield rule.found
     finally:
-        _found.reset(token)
+        _typehints.discard_init_args_on_class_path_change = theirs
 
 
 def describe(switched: Sequence[Switched], config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
@@ -86,44 +82,45 @@ def _classes(value: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]
             yield from _classes(item, f"{key}[{number}]")
 
 
-_drop_unknown = _typehints.discard_init_args_on_class_path_change
+class _Rule:
+    """Removes options of the class before, in place; jsonargparse gives the rest to the new class.
 
+    Args:
+        theirs: The function of jsonargparse that this replaces, which removes what the new class does not take.
+    """
 
-def _drop_others(parser_or_action: Any, before: Any, after: Any) -> None:
-    """Remove options of the class before, in place; jsonargparse gives the rest to the new class."""
-    found, options = _found.get(), before.get("init_args") if isinstance(before, Namespace) else None
-    classes = [imported_class(str(spec["class_path"])) for spec in (before, after)] if options else [None]
-    if found is None or not all(classes) or classes[0] is classes[1]:
-        return _drop_unknown(parser_or_action, before, after)
-    old, new = classes
-    values = dict(vars(options))
-    for name, value in values.items():
-        if not _means_the_same(name, value, old, new):
-            options.pop(name)
-    _drop_unknown(parser_or_action, before, after)
-    defaults = constructor_defaults(old)
-    for name, value in values.items():
-        plain = value.as_dict() if isinstance(value, Namespace) else value
-        if plain != defaults.get(name, _MISSING):
-            found.append(Switched(old, new, name, plain, kept=name in options))
+    def __init__(self, theirs: Callable[[Any, Any, Any], None]) -> None:
+        self.theirs = theirs
+        self.found: list[Switched] = []
 
-
-# jsonargparse has no other place for a rule of one's own. Outside of `switched_options` nothing changes.
-_typehints.discard_init_args_on_class_path_change = _drop_others
+    def __call__(self, parser_or_action: Any, before: Any, after: Any) -> None:
+        options = before.get("init_args") if isinstance(before, Namespace) else None
+        old, new = (imported_class(str(spec["class_path"])) if options else None for spec in (before, after))
+        if old is None or new is None or old is new:
+            return self.theirs(parser_or_action, before, after)
+        values, defaults = dict(vars(options)), constructor_defaults(old)
+        for name, value in values.items():
+            if not _means_the_same(name, value, old, new):
+                options.pop(name)
+        self.theirs(parser_or_action, before, after)
+        for name, value in values.items():
+            plain = value.as_dict() if isinstance(value, Namespace) else value
+            if plain != defaults.get(name, _MISSING):
+                self.found.append(Switched(old, new, name, plain, kept=name in options))
 
 
 def _means_the_same(name: str, value: Any, before: type, after: type) -> bool:
     """Whether two classes mean the same by an option.
 
-    They do if both have it from one class, with one default: `kl_coef` of all losses, but not the clip ranges of GRPO and GSPO.
-    Classes of libraries, such as optimizers and loggers, call the same things by the same names. Their defaults differ, so only
-    other values are kept.
+    They do if both have it from one class, and not with different defaults: `kl_coef` of all losses, but not the clip ranges of
+    GRPO and GSPO. Classes of libraries, such as optimizers and loggers, call the same things by the same names. Their defaults
+    differ, so only other values are kept.
     """
-    defaults = [constructor_defaults(part).get(name, _MISSING) for part in (before, after)]
+    old, new = (constructor_defaults(part).get(name, _MISSING) for part in (before, after))
     if is_of_a_library(before) and is_of_a_library(after):
-        return bool(value != defaults[0])
+        return bool(value != old)
     first = _first_with(name, before)
-    return first is not None and first is _first_with(name, after) and defaults[0] == defaults[1]
+    return first is not None and first is _first_with(name, after) and (old == new or _MISSING in (old, new))
 
 
 def _first_with(name: str, part: type) -> type | None:

@@ -21,6 +21,11 @@ class Bonus(StartsWithDigit):
         super().__init__(**others)
 
 
+class Required(StartsWithDigit):
+    def __init__(self, bonus: float) -> None:
+        super().__init__(bonus)
+
+
 class Another(RewardFunction):
     def __init__(self, bonus: float = 0.0) -> None: ...
     def __call__(self, completions, prompts): ...
@@ -75,6 +80,13 @@ SWITCHES = [
         ["model.optimizer: SGD in place of AdamW keeps weight_decay=0.0 and drops betas=(0.9, 0.99)"],
     ),
     ("t.yaml", ["--model.optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0}, []),
+    (
+        "t.yaml",
+        ["--model.reward.bonus=2", "--model.reward=my_parts.Required"],
+        "reward",
+        {"bonus": 2.0},
+        ["model.reward: Required in place of StartsWithDigit keeps bonus=2.0"],
+    ),
     (
         "t.yaml",
         ["--model.reward.bonus=2", "--model.reward=my_parts.Bonus"],

@@ -136,4 +136,4 @@ def test_one_answer_is_given_wrongly_to_most_of_the_problems_that_have_another(g
     assert answers["one_answer"] == said and most_frequent([("4", True, None)]) == {}
     text, tries = Diagnosis().verdict(UP, UP, None, said)
     assert text == said or not one
-    assert [advice.endswith("#one-answer-to-most-problems)") for advice in tries] == [True] * one
+    assert [advice.endswith(" explain one-answer-to-most-problems)") for advice in tries] == [True] * one

@@ -242,11 +242,17 @@ class HybridLightningCLI(LightningCLI):
         if self.subcommand not in _WITHOUT_TRAINER:
             super()._set_seed()
 
-    def before_instantiate_classes(self) -> None:
-        """Run the commands that need no objects; for others, print which options of replaced classes count."""
-        if self.parser.switched and rank_zero_only.rank == 0:
+    @rank_zero_only
+    def _say_switched(self) -> None:
+        """Print which options classes keep of the classes before them."""
+        assert isinstance(self.parser, Parser)
+        if self.parser.switched:
             config, defaults = self.config[self.subcommand], self._parser(self.subcommand).get_defaults(skip_validation=True)
             sys.stderr.writelines(f"{line}\n" for line in describe(self.parser.switched, config.as_dict(), defaults.as_dict()))
+
+    def before_instantiate_classes(self) -> None:
+        """Say what may surprise in the config, and run the commands that need no objects."""
+        self._say_switched()
         if self.subcommand == "compare":
             compare(self.config["compare"]["folders"], self.config["compare"]["html"])
         if self.subcommand == "configs":

@@ -49,20 +49,21 @@ def describe(switched: Sequence[Switched], config: Mapping[str, Any], defaults: 
     """
     without, lines = dict(_classes(defaults)), []
     for key, spec in _classes(config):
-        after, options, default = imported_class(spec["class_path"]), spec.get("init_args") or {}, without.get(key, {})
-        entries = [entry for entry in switched if entry.after is after]
+        options, default = spec.get("init_args") or {}, without.get(key, {})
+        entries = [entry for entry in switched if entry.after is imported_class(spec["class_path"])]
         for before in dict.fromkeys(entry.before for entry in entries):
             unchosen = default.get("init_args", {}) if imported_class(default.get("class_path", "")) is before else {}
-            chosen = [entry for entry in entries if entry.before is before and entry.value != unchosen.get(entry.name, _MISSING)]
-            kept, lost = {}, {}
-            for entry in chosen:
-                is_now = options.get(entry.name, _MISSING) == entry.value
-                if entry.kept == is_now:
-                    (kept if is_now else lost)[entry.name] = entry.value
+            kept: dict[str, Any] = {}
+            lost: dict[str, Any] = {}
+            for entry in entries:
+                if entry.before is before and entry.value != unchosen.get(entry.name, _MISSING):
+                    is_now = options.get(entry.name, _MISSING) == entry.value
+                    if entry.kept == is_now:
+                        (kept if is_now else lost)[entry.name] = entry.value
             parts = [f"{verb} {_listed(values)}" for verb, values in (("keeps", kept), ("drops", lost)) if values]
             if parts:
-                place = key.replace(".init_args", "")
-                lines.append(f"{place}: {after.__name__} in place of {before.__name__} {' and '.join(parts)}")
+                place, name = key.replace(".init_args", ""), entries[0].after.__name__
+                lines.append(f"{place}: {name} in place of {before.__name__} {' and '.join(parts)}")
     return lines
 
 
@@ -94,7 +95,7 @@ class _Rule:
         self.found: list[Switched] = []
 
     def __call__(self, parser_or_action: Any, before: Any, after: Any) -> None:
-        options = before.get("init_args") if isinstance(before, Namespace) else None
+        options: Any = before.get("init_args") if isinstance(before, Namespace) else None
         old, new = (imported_class(str(spec["class_path"])) if options else None for spec in (before, after))
         if old is None or new is None or old is new:
             return self.theirs(parser_or_action, before, after)

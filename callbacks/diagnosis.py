@@ -16,9 +16,10 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.progress import NORMS, logged_values
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Finding, PolicyChange, TrainingMonitor, worse
+from hybrid_lightning.reports.findings import Finding, PolicyChange, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
@@ -163,7 +164,7 @@ class Diagnosis(OncePerRollout):
             remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
             return one_answer, [Finding("one", one_answer, remedy).advice, *tries]
         if not tries and direction in (0, -1):
-            longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
+            longer = f"train longer, or raise the rates ({EXPLAIN} the-reward-does-not-move)"
             tries = [longer if direction == 0 else worse("").advice]
         return text, tries
 

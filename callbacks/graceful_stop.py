@@ -202,8 +202,9 @@ class GracefulStop(Callback):
 
     def _save(self, trainer: Trainer, exception: BaseException) -> None:
         folder = run_folder(trainer)
-        if folder is None:
-            say("Stopped: fast_dev_run keeps nothing to resume from")
+        if folder is None:  # fast_dev_run and `doctor` keep nothing
+            if isinstance(exception, RunStopped) and trainer.is_global_zero:
+                say("Stopped: start the command again")
             return
         if trainer.validating:
             # For a validation after the last step, which is not due by an interval.

@@ -3,10 +3,12 @@
 The plan comes from the checkpoint, else from a file, else from `planning.py`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, Planning
@@ -189,6 +191,8 @@ class HybridAdapterSetup(Configurable, Callback):
         if plan is None and trainer.state.fn != "fit":
             return None
         if isinstance(pl_module, LanguageModule):
+            if trainer.state.fn == "fit" and "PL_GLOBAL_SEED" not in os.environ:  # a script that has not called seed_everything
+                torch.manual_seed(pl_module.task.seed)
             pl_module.task.check_start_weights(self.keep_start_weights)
             if plan is None:
                 pl_module.check_settings()  # on every rank, so that each ends with the cause and none waits for the scores

@@ -203,6 +203,10 @@ class CallThreads:
         calls.put((function, outcome))
         try:
             return await outcome
+        except asyncio.CancelledError:  # it may have come after the outcome
+            if not outcome.cancelled() and outcome.done():
+                _discard(outcome.result())
+            raise
         finally:
             if late is not None:
                 late.cancel()
@@ -229,8 +233,16 @@ def _answer(calls: _Calls) -> None:
 
 
 def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
-    if not future.done():
+    if future.done():
+        _discard(outcome)
+    else:
         future.set_result(outcome)
+
+
+def _discard(outcome: Outcome) -> None:
+    """Close a coroutine that nobody will await any more; Python would warn."""
+    if inspect.iscoroutine(outcome[0]):
+        outcome[0].close()
 
 
 class _Shared:

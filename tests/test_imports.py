@@ -14,7 +14,7 @@ import hybrid_lightning
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
 GROUND = {"types", "errors", "configurable", "lazy", "stopping", "hub", "user_calls", "user_code", "reply_cache"}
-GROUND |= {"reasoning_gym_tasks"}
+GROUND |= {"reasoning_gym_tasks", "explain"}
 LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),
@@ -24,6 +24,7 @@ POLICY = {"model", "episodes", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "configurable": {"errors"},
+    "explain": {"errors"},
     "hub": {"errors"},
     "user_code": {"errors", "stopping"},
     "reasoning_gym_tasks": {"errors", "types"},
@@ -48,9 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     | LEAVES
     | POLICY
     | {"export", "memory", "callbacks", "trainer", "quiet", "cli_help", "cli_parser", "remedies"}
-    | {"shipped_configs"},
-    "cli_help": GROUND | {"cli_parser"},
-    "cli_parser": GROUND | {"remedies"},
+    | {"cli_switches", "shipped_configs"},
+    "cli_help": GROUND | {"cli_parser", "cli_switches"},
+    "cli_parser": GROUND | {"cli_switches", "remedies"},
+    "cli_switches": GROUND,
     "process": set(),
     "quiet": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},

@@ -164,7 +164,13 @@ class PolicyLoss(Configurable, ABC):
             self.check_token_advantages()
         inputs = clean_inputs(inputs)
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-        term, ratio = self.policy_term(inputs, old_logprobs)
+        returned = self.policy_term(inputs, old_logprobs)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise ConfigError(
+                f"{type(self).__name__}.policy_term returned a {type(returned).__name__}; return (cost, ratio), where the ratio "
+                "is for example functional.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)"
+            )
+        term, ratio = returned
         for what, value in (("loss", term), ("ratio", ratio)):
             self._check_shape("policy_term", what, value, inputs.logprobs.shape, inputs.logprobs.shape[:1])
         per_token_loss = F.per_token(term, inputs.sampled_mask)

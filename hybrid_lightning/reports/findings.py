@@ -1,4 +1,4 @@
-"""Findings: problems that keep a run from learning, each with its remedy and its section of `docs/troubleshooting.md`.
+"""Findings: problems that keep a run from learning, each with its remedy and the section on it that the command `explain` prints.
 
 `doctor` looks for them before a run, and `Diagnosis` during a run. The functions here turn measurements into findings and hold
 the thresholds; the docs give the reasons for them. No function communicates with other ranks.
@@ -11,11 +11,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import Rewards, Rollout, equal_groups
 
-PAGE = "docs/troubleshooting.md"
-SECTIONS = {  # finding -> its section of PAGE; the first finding explains the later ones
+SECTIONS = {  # finding -> its section of docs/troubleshooting.md; the first finding explains the later ones
     "engine": "vllm",
     "large": "a-step-is-too-large",
     "copy": "the-answer-is-in-the-prompt",
@@ -55,7 +55,7 @@ class Finding:
     @property
     def advice(self) -> str:
         """The remedy, and where to read more about it."""
-        return f"{self.remedy} ({PAGE}#{SECTIONS[self.kind]})"
+        return f"{self.remedy} ({EXPLAIN} {SECTIONS[self.kind]})"
 
     def __str__(self) -> str:
         return f"{self.text}; {self.advice}"

@@ -68,12 +68,9 @@ class ReportedRun:
             ConfigError: If it does not exist, does not belong to a run that has begun, or cannot be read.
         """
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is not a folder; give a run folder such as runs/gspo/version_0")
+            raise ConfigError(f"{folder} is not a folder; {_instead_of(folder)}")
         if not (folder / REPORT).is_file():
-            raise ConfigError(
-                f"{folder} has no {REPORT}, which fit writes from its first validation on; give a run folder such as "
-                "runs/gspo/version_0"
-            )
+            raise ConfigError(f"{folder} has no {REPORT}, which fit writes from its first validation on; {_instead_of(folder)}")
         report = _read(folder / REPORT)
         done = report["state"] == "finished" and (folder / "summary.json").is_file()
         return cls(folder, report, _read(folder / "summary.json") if done else None)
@@ -126,6 +123,15 @@ class ReportedRun:
         sides = self.report["first"], self.report["last"]
         found = {name: (metric, compare_validations(*sides, metric)) for name, metric in self.measures.items()}
         return {name: shown_comparison(change, metric, True) for name, (metric, change) in found.items() if change}
+
+
+def _instead_of(folder: Path) -> str:
+    """The remedy for a folder without a report: the latest run that has one, in this folder, beside it or in `runs`."""
+    places = (folder, folder.parent, Path("runs"))
+    found = [[*place.glob(f"*/{REPORT}"), *place.glob(f"*/*/{REPORT}")] for place in places]
+    reports = next(filter(None, found), [])
+    latest = max(reports, key=lambda path: path.stat().st_mtime, default=None)
+    return "give the folder of a run" if latest is None else f"give a run folder such as {latest.parent}"
 
 
 def _read(path: Path) -> Any:

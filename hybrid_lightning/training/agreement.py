@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine import autocast_dtype, token_logprobs
 from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import pad_left, pad_right
@@ -135,7 +136,7 @@ class Agreement:
             stops += f", or after {_IN_A_ROW} comparisons above {rise:.2g}" if rise < levels.wrong else ""
             # With the step, since Python shows a repeated text only once.
             at = f"{apart} at step {self._run.step}, more than {most:.2g}"
-            rank_zero_warn(f"{at}; see docs/troubleshooting.md#vllm ({stops})")
+            rank_zero_warn(f"{at}; see {EXPLAIN} vllm ({stops})")
 
     def _why(self, lowest: float, levels: _Levels) -> str:
         """The cause of a difference that stops the run, and the remedy."""

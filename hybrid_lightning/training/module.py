@@ -94,7 +94,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
             for all its completions. A smaller number needs less memory for activations and gives the same gradient. None for a
             number that fits the size of the model (see `default_token_budget`).
-        seed: Seed of the order of the data, of sampling and of evaluation.
+        seed: Seed of the order of the data, of sampling and of evaluation. Without `seed_everything`, a script's LoRA weights,
+            dropout and scoring follow it, too.
         quantization: Quantizes the frozen base after the modules are scored, such as `NF4()`; None for no quantization.
         optimizer: Class of the optimizer, or a function that makes it from the parameter groups.
         lr_full: Learning rate of fully trained modules; None for `lr_lora` times 96 / hidden size, at most `lr_lora`.

@@ -1,5 +1,6 @@
 """A run reports each obstacle to its learning once, and ends with a verdict; the command doctor reports them without a run."""
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -22,13 +23,14 @@ def parts(folder):
         file.write("\n\ndef nothing(completion):\n    return 0.0\n")
         file.write("\n\ndef anything(completion):\n    return 1.0\n")
         file.write("\n\nfrom tiny_runs import Talk\n")
+        file.write("\n\nclass Broken(Talk):\n    async def start(self, prompt, seed):\n        raise ValueError('no board')\n")
         file.write("\n\ndef late(completion, seen=[]):\n    seen.append(1)\n    return float(len(seen) > 8 and len(seen) % 2)\n")
 
 
 def sections(text):
     """The sections of the page that the findings name; each finding has a remedy."""
     lines = [line for line in text.splitlines() if line.startswith(("Warning: ", "Error: "))]
-    return [re.fullmatch(r".+; .+ \(docs/troubleshooting\.md#(.*)\)", line)[1] for line in lines]
+    return [re.fullmatch(r".+; .+ \(hybrid-lightning explain (\S+)\)", line)[1] for line in lines]
 
 
 def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end(folder):
@@ -102,7 +104,10 @@ def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folde
     assert re.fullmatch(r"about \S+ s a step, \d+ s for 4 steps with validation and scoring", said["time"])
     assert "Fits: hybrid 10% takes up to" in said["memory"]
     assert said["answers"].endswith("the most frequent one")
-    assert result.out.splitlines()[-1].startswith("The run may fail: ") and "(docs/" in result.out.splitlines()[-1]
+    assert (
+        result.out.splitlines()[-1].startswith("The run may fail: ")
+        and "(hybrid-lightning explain " in result.out.splitlines()[-1]
+    )
 
 
 def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):
@@ -135,6 +140,15 @@ def test_episodes_are_shown_by_their_messages(folder):
     assert re.search(r"^  -> assistant: .*\n     user: n\d", result.out, re.MULTILINE)
     assert re.search(r"\d turns?; paid", result.out)
     assert values(result.out)["reference"].startswith("not applicable: the reward of an episode")
+
+
+def test_an_environment_that_fails_ends_with_its_error_alone(folder, recwarn):
+    acting = ["--model.environment=my_parts.Broken", "--model.turn_template={content}", "--model.reward=null"]
+    result = doctor(folder, *acting, "--model.episodes.max_tokens=64")
+    assert_refused(result, r"the environment failed in .*: Broken\.start raised ValueError: no board \(my_parts\.py line")
+    assert "Stopped" not in result.out + result.err and "fast_dev_run" not in result.out + result.err
+    gc.collect()
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
 
 
 def test_training_on_examples_is_refused_before_the_model_is_loaded(folder):

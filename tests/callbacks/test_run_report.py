@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from cli_runs import done
@@ -11,6 +13,7 @@ from cli_runs import run as run_command
 from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import StartsWithDigit
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.reports.page import ReportedRun, report_page, thinned
 
 BAD = '"\'></pre><script>alert(1)</script><img src="https://x.org/a" onerror=alert(1)>&'
@@ -107,6 +110,23 @@ def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
     steps = list(range(1, 1001))
     points = thinned((steps, [float("nan") if step == 1000 else 2.0 * step for step in steps]), most=100)
     assert len(points) <= 100 and points[0] == (5.5, 11.0) and points[-1] == (995.0, 1990.0)
+
+
+def test_compare_offers_the_latest_run_with_a_report_and_none_that_only_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scored, *fitted = folders = [Path("runs") / place for place in ("gspo/version_0", "gspo/version_1", "other/version_0")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"version_0 has no report\.json, which fit writes .*; give the folder of a run$"):
+        ReportedRun.read(scored)
+    for seconds, folder in zip((2e9, 1e9), reversed(fitted), strict=True):
+        (folder / "report.json").write_text("{}")
+        os.utime(folder / "report.json", (seconds, seconds))
+        for other in (scored, Path("runs/gspo"), Path("none")):
+            with pytest.raises(
+                ConfigError, match=f"; give a run folder such as {fitted[1] if other == Path('none') else folder}$"
+            ):
+                ReportedRun.read(other)
 
 
 def test_compare_tells_runs_apart_by_their_problems(folder):

@@ -136,7 +136,7 @@ def test_one_answer_is_given_wrongly_to_most_of_the_problems_that_have_another(g
     assert answers["one_answer"] == said and most_frequent([("4", True, None)]) == {}
     text, tries = Diagnosis().verdict(UP, UP, None, said)
     assert text == said or not one
-    assert [advice.endswith("#one-answer-to-most-problems)") for advice in tries] == [True] * one
+    assert [advice.endswith(" explain one-answer-to-most-problems)") for advice in tries] == [True] * one
     text, tries = Diagnosis().verdict(SAME, DOWN, None, said, "the engine is off by 0.05 nats")
     assert text == "completions were made by other weights than the policy's: the engine is off by 0.05 nats"
     assert len(tries) == 1 and tries[0].startswith("start the engine again")

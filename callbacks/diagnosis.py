@@ -134,31 +134,43 @@ class Diagnosis(OncePerRollout):
     # ---- at the end
 
     def verdict(
-        self, accuracy: Difference | None, reward: Difference | None, losses: tuple[float, float] | None, one_answer: str = ""
+        self,
+        accuracy: Difference | None,
+        reward: Difference | None,
+        losses: tuple[float, float] | None,
+        one_answer: str = "",
+        unequal: str = "",
     ) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try (see `reports.verdict`).
 
         `losses` are the losses on held-out examples before and after training; they decide if nothing else was measured.
-        `one_answer` states that most problems get the same answer at the end (see `most_frequent`); it takes precedence over
-        everything else.
+        `one_answer` states that most problems get the same answer at the end (see `most_frequent`), and `unequal` that most rows
+        have it (see `unequal_rows`). One answer is the verdict, except for a policy that fell or moved too far: the rates then
+        come before the data.
         """
         text, direction = verdict(accuracy, reward)
         if direction is None and losses is not None:
             direction = (losses[1] < losses[0]) - (losses[1] > losses[0])
             said = ("no change", "learned", "worse than at the start")[direction]
             text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
-        tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction == 1)]
+        kept = {kind: finding for kind, finding in self.found.items() if kind not in self._gone(direction == 1)}
+        moved = kept.pop("worse", None)
+        fell = reward is not None and reward.direction < 0
+        if moved is None and direction == -1 and (fell or one_answer or not kept):
+            moved = worse("")
+        tries = [finding.advice for finding in kept.values()]
         if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
             return f"nothing was learned: no step had a gradient{why}", tries
-        if one_answer:
-            remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
-            return one_answer, [Finding("one", one_answer, remedy).advice, *tries]
-        if not tries and direction in (0, -1):
-            longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
-            tries = [longer if direction == 0 else worse("").advice]
-        return text, tries
+        if one_answer and (unequal or moved is None):
+            rows = f"give about the same number of rows for each answer ({unequal}), and " if unequal else ""
+            tries.insert(0, Finding("one", one_answer, f"{rows}see that the reward does not pay for one answer").advice)
+        if moved is not None:
+            return f"{text}; {one_answer}" if one_answer else text, [moved.advice, *tries]
+        if not tries and direction == 0:
+            tries = [f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"]
+        return one_answer or text, tries
 
     def _gone(self, learned: bool) -> set[str]:
         """Kinds of findings that no longer hold at the end of the run."""

@@ -23,7 +23,7 @@ from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.errors import shorten
 from hybrid_lightning.metrics import LOWER, UPPER, Difference
-from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference
+from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference, unequal_rows
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
@@ -175,7 +175,10 @@ class RunSummary(Callback):
         terms = pl_module.task.generation.reward_terms() if isinstance(pl_module, LanguageModule) else []
         accuracy = changes.get("accuracy") if any(term.measures_correctness for term in terms) else None
         losses = (self._before["val/loss"], after["val/loss"]) if "val/loss" in self._before.keys() & after.keys() else None
-        return diagnosis.verdict(accuracy, changes.get("reward"), losses, self._answers.get("one_answer", "") if after else "")
+        answers = self._answers if after else {}
+        prompts = getattr(trainer.datamodule, "train_prompts", None) or ()  # type: ignore[attr-defined]
+        unequal = unequal_rows(answers["given"], (prompt.answer for prompt in prompts)) if answers.get("given") else ""
+        return diagnosis.verdict(accuracy, changes.get("reward"), losses, answers.get("one_answer", ""), unequal)
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module

@@ -241,19 +241,27 @@ class TrainingMonitor:
         if all(entry["equal"] == 1 for entry in last):
             if all(entry["solved"] == 1 for entry in last):
                 return []  # a policy that solves every problem is fine
+            if fallen := self._fallen(self.rollouts[: -self.window][: self.window], last):
+                return [worse(f"{fallen}, where the completions of each prompt earn the same")]
             text = (
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"
             )
             return [Finding("gradient", text, "stop, and run doctor to see completions and the answers that the reward found")]
-        if len(self.rollouts) < 2 * self.window:
-            return []
-        before, now = (sum(entry["reward"] for entry in some) / self.window for some in (start, last))
-        floor = min(entry["worst"] for entry in start)
-        error = math.sqrt(2 / (self.groups * self.window)) * sum(entry["spread"] for entry in start) / self.window
+        fallen = self._fallen(start, last) if len(self.rollouts) == 2 * self.window else ""
+        return [worse(fallen)] if fallen else []
+
+    def _fallen(self, start: list[dict[str, float]], last: list[dict[str, float]]) -> str:
+        """Whether the reward fell by half of its mean and by more than 4 standard errors, as text; "" if it did not."""
+        if not start:
+            return ""
+        before, now = (sum(entry["reward"] for entry in some) / len(some) for some in (start, last))
+        floor, spread = min(entry["worst"] for entry in start), sum(entry["spread"] for entry in start) / len(start)
+        error = math.sqrt((1 / len(start) + 1 / len(last)) / self.groups) * spread
         if now - floor < 0.5 * (before - floor) and before - now > 4 * error:
-            return [worse(f"the reward fell from {before:.3g} in the first {self.window} rollouts to {now:.3g} in the last")]
-        return []
+            first = f"first {len(start)} rollouts" if len(start) > 1 else "first rollout"
+            return f"the reward fell from {before:.3g} in the {first} to {now:.3g} in the last {len(last)}"
+        return ""
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
         """Add an optimizer step by its logged metrics."""

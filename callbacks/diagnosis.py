@@ -19,7 +19,8 @@ from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
-from hybrid_lightning.reports.references import reference_answers, reference_rewards
+from hybrid_lightning.reports.references import has_paid, reference_answers, reference_rewards
+from hybrid_lightning.reports.repeats import scored_again
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.policy_module import PolicyModule
@@ -74,10 +75,10 @@ class Diagnosis(OncePerRollout):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            accuracy = _accuracy(rewards)
-            pays = accuracy > 0 or policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
-            references = reference_rewards(policy.task.generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
-            self._say(trainer, *reference_answers(prompts, accuracy).findings, *references.findings)
+            generation, validated = policy.task.generation, policy.evaluation.last.get("", {})
+            pays = has_paid(generation, rewards) or validated.get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
+            references = reference_rewards(generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
+            self._say(trainer, *reference_answers(prompts, _accuracy(rewards)).findings, *references.findings)
 
     # ---- in training
 
@@ -163,7 +164,7 @@ class Diagnosis(OncePerRollout):
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
             return f"nothing was learned: no step had a gradient{why}", tries
-        if one_answer and (unequal or moved is None):
+        if one_answer and (moved is None or (unequal and direction != -1)):  # a policy that fell was not paid for its answer
             rows = f"give about the same number of rows for each answer ({unequal}), and " if unequal else ""
             tries.insert(0, Finding("one", one_answer, f"{rows}see that the reward does not pay for one answer").advice)
         if moved is not None:
@@ -187,8 +188,9 @@ def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
         greedy = [] if evaluation.greedy is None else findings.of_rollouts(*evaluation.greedy, "the validation", limits)
         return [finding for finding in greedy if finding.kind == "cut"]
     values = evaluation.last.get("", {})
-    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}", 0.0)
-    return findings.of_cut(share, share - right, "the first validation", limits)  # at least this share is wrong
+    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}")
+    wrong = None if right is None else share - right  # at least this share
+    return findings.of_cut(share, wrong, "the first validation", limits)
 
 
 class Doctor(Callback):
@@ -222,7 +224,7 @@ class Doctor(Callback):
                 generation, asked = pl_module.task.generation, rollouts.prompts[:_ASKED]
                 right = _accuracy(generation.score(teacher.complete(generation, pl_module.task.passes, asked)))
                 own = rewards.correct[: len(asked) * rollouts.samples_per_prompt]
-                self._taught = right, float(own.float().mean())
+                self._taught = None if right is None else (right, float(own.float().mean()))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure the policy again after the step; all ranks compute, since each may hold part of the model."""
@@ -255,19 +257,21 @@ class Doctor(Callback):
         answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)
-        prompts, accuracy, limits = data.train_prompts, _accuracy(rewards), policy.task.generation.limits
-        references = reference_rewards(policy.task.generation, prompts, data.format, _ALL_REFERENCES, accuracy > 0)
-        given = reference_answers(prompts, accuracy)
+        generation, prompts, accuracy = policy.task.generation, data.train_prompts, _accuracy(rewards)
+        limits, pays = generation.limits, has_paid(generation, rewards)
+        references = reference_rewards(generation, prompts, data.format, _ALL_REFERENCES, pays)
+        given, (repeated, differing) = reference_answers(prompts, accuracy), scored_again(generation, rollouts, rewards)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
         rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
         validated = len(data.validation_prompts) * (1 + policy.task.evaluation.samples) * validations
+        counted = f"{len(rewards.of_counted().total)} completions"
+        counted = f" of {counted}" if accuracy is None else f", {accuracy:.1%} of {counted} right"
         values = {
             "answers": given.note,
             "reference": references.note,
-            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rewards.of_counted().total)} completions right"
-            if "reward" in m
-            else "no completion counts",
+            "reward": f"{m['reward']:.3g} on average{counted}" if "reward" in m else "no completion counts",
+            "repeated": repeated,
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards and teach nothing",
             "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
             f"{rollouts.cut.float().mean():.0%} cut at {findings.as_options(limits)}",
@@ -285,7 +289,7 @@ class Doctor(Callback):
             values["trial step"] = "not possible without a gradient"
         for name, text in values.items():
             say(f"{name:<16}{text}")
-        self.found += [*given.findings, *references.findings, *_tokens(policy, rollouts)]
+        self.found += [*given.findings, *references.findings, *differing, *_tokens(policy, rollouts)]
         credited = policy.task.credited(rollouts, rewards)
         found = findings.of_rollouts(rollouts, rewards, "the rollout", limits, credited)
         self.found += [finding for finding in found if finding.kind not in _unneeded(policy)]
@@ -312,10 +316,10 @@ def _unneeded(policy: PolicyModule) -> tuple[str, ...]:
     return () if policy.task.teaching.teacher is None else ("equal", "gradient")
 
 
-def _accuracy(rewards: Rewards) -> float:
-    """Share of right completions among the counted ones; 0 if there are none."""
+def _accuracy(rewards: Rewards) -> float | None:
+    """Share of right completions among the counted ones, 0 if there are none; None if nothing measures correctness."""
     right = rewards.of_counted().correct
-    return float(right.float().mean()) if len(right) else 0.0
+    return None if not rewards.measures_correctness else float(right.float().mean()) if len(right) else 0.0
 
 
 def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:

@@ -27,6 +27,7 @@ from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 _ON_SCREEN = 1_000  # characters of an episode
 _LINES = 2  # completions of a validation on the screen
+_SAID = {True: "yes", False: "no", None: "left out"}
 
 
 class OncePerRollout(Callback, ABC):
@@ -104,7 +105,7 @@ class RolloutSamples(OncePerRollout):
         texts = [policy.policy.pretrained.encoder.render(prompt) for prompt in rollouts.prompts]
         counted = [True] * len(advantages) if rewards.counted is None else rewards.counted.tolist()
         parts = {name: part.tolist() for name, part in rewards.parts.items()}
-        total, correct, of_all = rewards.total.tolist(), rewards.correct.tolist(), advantages.tolist()
+        total, of_all = rewards.total.tolist(), advantages.tolist()
         for row, completion in enumerate(rollouts.completions):
             number, sample = divmod(row, rollouts.samples_per_prompt)
             prompt, episode, counts = rollouts.prompts[number], completion.episode, counted[row]
@@ -123,7 +124,7 @@ class RolloutSamples(OncePerRollout):
                 "counted": counts,
                 "reward": total[row] if counts else None,
                 "reward_parts": {name: part[row] if counts else None for name, part in parts.items()},
-                "correct": correct[row] if counts else None,
+                "correct": rewards.right(row),
                 "advantage": of_all[row],
             }
 
@@ -136,11 +137,13 @@ class RolloutSamples(OncePerRollout):
             for row in range(number * samples, (number + 1) * samples)[: self.completions]:
                 texts = [shown_prompt(prompt), str(prompt.answer), shown_text(rollouts.completions[row])]
                 counts = rewards.counts(row)
-                marks = ["yes" if bool(mark[row]) else "no" for mark in (rollouts.finished, rewards.correct)]
+                finished, right = _SAID[bool(rollouts.finished[row])], _SAID[rewards.right(row)]
+                marks = [finished, right] if rewards.measures_correctness else [finished if counts else _SAID[None]]
                 values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
                 numbers = [float(value[row]) for value in values] if counts else [None] * len(values)
-                rows.append([*texts, *(marks if counts else [marks[0], "left out"]), *numbers])
-        return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
+                rows.append([*texts, *marks, *numbers])
+        marked = ["finished", "correct"] if rewards.measures_correctness else ["finished"]
+        return ["prompt", "answer", "completion", *marked, "reward", *names, "advantage"], rows
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -200,7 +203,7 @@ class RewardDivergence(OncePerRollout):
     def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Record the rollout's means, and warn of parts that diverge."""
         rewards = batch.rollout[1].of_counted()
-        if not len(rewards.total):
+        if not len(rewards.total) or not rewards.measures_correctness:
             return
         paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # excludes metrics and penalties
         means = {f"rewards/{name}": float(rewards.parts[name].mean()) for name in paid}

@@ -178,6 +178,7 @@ class Rewards(_TensorContainer):
     # [B] bool: False for a completion that is left out because its environment or judge failed. It enters no mean, deviation or
     # count, and its rewards are meaningless. None if all completions count; either all ranks have None or no rank has.
     counted: Tensor | None = None
+    measures_correctness: bool = True  # whether some part does; if not, `correct` is no accuracy: it is total >= 1
 
     def select(self, index: Tensor) -> "Rewards":
         """The rewards of the completions at `index`."""
@@ -188,6 +189,10 @@ class Rewards(_TensorContainer):
     def counts(self, row: int) -> bool:
         """Whether a completion counts."""
         return self.counted is None or bool(self.counted[row])
+
+    def right(self, row: int) -> bool | None:
+        """Whether a completion is right; None if it does not count, or if no part measures correctness."""
+        return bool(self.correct[row]) if self.measures_correctness and self.counts(row) else None
 
     def of_counted(self) -> "Rewards":
         """The rewards of the completions that count."""
@@ -208,7 +213,8 @@ class ScoredRollout(NamedTuple):
       that the policy sampled), bool of the same shapes. `sampling_logprobs` [B, T] float32 is in nats, 0 for tokens that were not
       sampled. `finished` is [B] bool.
     - `rewards`: `total` [B] float32, the training signal, in the reward's own unit; `parts`, name -> [B] float32 before
-      weighting; `correct` [B] bool; `counted` [B] bool, False for completions that are left out, or None if all count.
+      weighting; `correct` [B] bool, which means nothing if `measures_correctness` is False; `counted` [B] bool, False for
+      completions that are left out, or None if all count.
     - `advantages`: [B] float32, in the unit of the advantage estimator (`GroupAdvantage`: standard deviations of the group). If
       each token has its own advantage, the mean over the sampled tokens of a completion.
 

@@ -396,7 +396,7 @@ def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) 
                 "counts": dict(episode.counts),
                 "reward": float(rewards.total[row]),
                 "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
-                "correct": bool(rewards.correct[row]),
+                "correct": rewards.right(row),
                 "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
                 "completion_ids": sequences.completion_ids[row][real].tolist(),
                 "sampled": sequences.sampled_mask[row][real].tolist(),

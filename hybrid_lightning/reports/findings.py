@@ -18,6 +18,8 @@ PAGE = "docs/troubleshooting.md"
 SECTIONS = {  # finding -> its section of PAGE; the first finding explains the later ones
     "large": "a-step-is-too-large",
     "copy": "the-answer-is-in-the-prompt",
+    "judge": "the-rewards-server-fails",
+    "repeat": "the-reward-is-not-repeatable",
     "reference": "the-reference-answer-earns-nothing",
     "accident": "wrong-answers-are-paid",
     "tokens": "the-prompt-is-not-what-it-seems",
@@ -83,7 +85,8 @@ def of_rollouts(
     equal = equal_in_turns[some_count].double().mean().item()
     cut = rollouts.cut.to(own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
-    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
+    wrong = (cut & ~own.correct).float().mean().item() if own.measures_correctness else None
+    found = of_cut(cut.float().mean().item(), wrong, where, limits)
     if equal < _EQUAL:
         return found
     text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so nothing is learned from them"
@@ -97,13 +100,16 @@ def of_rollouts(
     return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 
 
-def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
-    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`."""
-    if wrong < _CUT:
+def of_cut(share: float, wrong: float | None, where: str, limits: Mapping[str, int]) -> list[Finding]:
+    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`.
+
+    `wrong` is None if nothing measures whether completions are right.
+    """
+    if (share if wrong is None else wrong) < _CUT:
         return []
     cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
     remedy = f"raise {' or '.join(limits)}, or end completions with sampler.stop"
-    return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
+    return [Finding("cut", cut if wrong is None else f"{cut}, {wrong:.0%} before they are right", remedy)]
 
 
 def as_options(limits: Mapping[str, int]) -> str:
@@ -230,8 +236,9 @@ class TrainingMonitor:
         """Add a rollout: its logged metrics, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
-        names = {"reward": "reward", "equal": "frac_reward_zero_std", "solved": "solve_rate/all"}
-        row = {"worst": worst, "spread": spread, **{name: metrics[metric] for name, metric in names.items()}}
+        solved = metrics.get("solve_rate/all", float(worst >= 1))  # absent where nothing measures correctness
+        row = {"worst": worst, "spread": spread, "solved": solved}
+        row |= {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"]}
         if len(self.rollouts) == 2 * self.window:
             del self.rollouts[self.window]
         self.rollouts.append(row)

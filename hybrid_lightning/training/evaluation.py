@@ -6,6 +6,7 @@ last batch. Predict calls `predict`.
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,17 +25,19 @@ from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences
 
+ACCURACY = re.compile(r"greedy_accuracy|(?:avg|pass|maj)@\d+")  # metrics that count right completions
 Answers = Sequence[str | None]
 Scored = tuple[Rollouts, Rewards, Answers]
 
 
-def evaluation_means(samples: int) -> ProblemMeans:
+def evaluation_means(samples: int, correctness: bool = True) -> ProblemMeans:
     """The metrics of one evaluation, from one greedy and n sampled completions of each prompt.
 
     The metrics are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
-    `truncation_rate`, and the bounds of confidence intervals.
+    `truncation_rate`, and the bounds of confidence intervals; without `correctness` none that counts right completions.
     """
-    return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
+    draws = {"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)}
+    return ProblemMeans({name: of for name, of in draws.items() if correctness or not ACCURACY.fullmatch(name)})
 
 
 def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, Rewards], answers: Answers) -> None:
@@ -105,7 +108,7 @@ class Evaluation(nn.Module):
         by_problem: (set, index) -> metric -> value, for each problem in the last evaluation, over all ranks.
         greedy: This rank's first batch of greedy completions in the last evaluation, and their rewards; None without completions.
         answers: For each of this rank's greedy completions in the last evaluation: the answer that the reward finds, whether it
-            is right, and the reference answer; empty for episodes.
+            is right, and the reference answer; empty for episodes, and where no part of the reward measures correctness.
         last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
     Raises:
@@ -123,7 +126,8 @@ class Evaluation(nn.Module):
         self.answers: list[tuple[str | None, bool, str | None]] = []
         self._first: tuple[Rollouts, Rewards] | None = None
         self._answers: list[tuple[str | None, bool, str | None]] = []
-        means = partial(evaluation_means, samples) if generation.reward is not None else partial(ProblemMeans, _UNSCORED)
+        means = partial(evaluation_means, samples, generation.measures_correctness)
+        means = partial(ProblemMeans, _UNSCORED) if generation.reward is None else means
         self._prompts = nn.ModuleDict({stage: means() for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
@@ -140,7 +144,7 @@ class Evaluation(nn.Module):
             return
         greedy, sampled = self._scored(batch)
         self._first = self._first or greedy
-        if self.generation.episodes is None:
+        if self.generation.episodes is None and self.generation.measures_correctness:
             found = self.generation.answers(greedy[0])
             self._answers += zip(found, greedy[1].correct.tolist(), (prompt.answer for prompt in batch), strict=True)
         add_prompts(self._means(stage), greedy[1], sampled, self.generation.answers(sampled[0]))
@@ -309,5 +313,5 @@ def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
         "finished": bool(rollouts.finished[row]),
         "reward": float(rewards.total[row]) if rewards.counts(row) else None,
         "reward_parts": {name: float(part[row]) if rewards.counts(row) else None for name, part in rewards.parts.items()},
-        "correct": bool(rewards.correct[row]) if rewards.counts(row) else None,
+        "correct": rewards.right(row),
     }

@@ -154,7 +154,7 @@ def test_rates_come_before_rows_where_a_policy_fell_to_one_answer(change, answer
     rows = [(answer, True, answer)] * right + [(answer, False, "x")] * (count - right) + [(None, False, "x")] * (150 - count)
     found = most_frequent(rows)
     fell = Difference(change, change - 0.02, change + 0.02, 150)
-    text, tries = Diagnosis().verdict(fell, fell, None, found["one_answer"])
+    text, tries = Diagnosis().verdict(fell, fell, None, found["one_answer"], "16% of 718 rows have '2'")
     assert text.startswith(f"worse than at the start: accuracy {100 * change:+.1f} points ")
     assert text.endswith(f"; one answer to most problems, which is not learning: {answer!r} to {count} of 150, right for {right}")
     assert len(tries) == 1 and tries[0].startswith("lower model.lr_lora and model.lr_full"), "nothing is wrong with the rows"

@@ -20,7 +20,8 @@ from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import Finding, PolicyChange, TrainingMonitor, worse
-from hybrid_lightning.reports.references import reference_answers, reference_rewards
+from hybrid_lightning.reports.references import has_paid, reference_answers, reference_rewards
+from hybrid_lightning.reports.repeats import scored_again
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.policy_module import PolicyModule
@@ -75,10 +76,10 @@ class Diagnosis(OncePerRollout):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            accuracy = _accuracy(rollout)
-            pays = accuracy > 0 or policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
-            references = reference_rewards(policy.task.generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
-            self._say(trainer, *reference_answers(prompts, accuracy).findings, *references.findings)
+            generation, validated = policy.task.generation, policy.evaluation.last.get("", {})
+            pays = has_paid(generation, rollout) or validated.get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
+            references = reference_rewards(generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
+            self._say(trainer, *reference_answers(prompts, _accuracy(rollout)).findings, *references.findings)
 
     # ---- in training
 
@@ -140,33 +141,42 @@ class Diagnosis(OncePerRollout):
         reward: Difference | None,
         losses: tuple[float, float] | None,
         one_answer: str = "",
+        unequal: str = "",
         doubt: str = "",
     ) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try (see `reports.verdict`).
 
         `losses` are the losses on held-out examples before and after training; they decide if nothing else was measured.
-        `one_answer` states that most problems get the same answer at the end (see `most_frequent`). It takes precedence over
-        everything but a `doubt` about the rollout engine's weights (see `Generation.doubt`).
+        `one_answer` states that most problems get the same answer at the end (see `most_frequent`), and `unequal` that most rows
+        have it (see `unequal_rows`). One answer is the verdict, except for a policy that fell or moved too far: the rates then
+        come before the data. A `doubt` about the rollout engine's weights (see `Generation.doubt`) comes before everything else.
         """
         text, direction = verdict(accuracy, reward)
         if direction is None and losses is not None:
             direction = (losses[1] < losses[0]) - (losses[1] > losses[0])
             said = ("no change", "learned", "worse than at the start")[direction]
             text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
-        tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction == 1)]
+        kept = {kind: finding for kind, finding in self.found.items() if kind not in self._gone(direction == 1)}
         if doubt:
-            return (finding := findings.of_engine(doubt)).text, [finding.advice, *tries]
+            finding = findings.of_engine(doubt)
+            return finding.text, [finding.advice, *(each.advice for each in kept.values())]
+        moved = kept.pop("worse", None)
+        fell = reward is not None and reward.direction < 0
+        if moved is None and direction == -1 and (fell or one_answer or not kept):
+            moved = worse("")
+        tries = [finding.advice for finding in kept.values()]
         if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
             return f"nothing was learned: no step had a gradient{why}", tries
-        if one_answer:
-            remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
-            return one_answer, [Finding("one", one_answer, remedy).advice, *tries]
-        if not tries and direction in (0, -1):
-            longer = f"train longer, or raise the rates ({EXPLAIN} the-reward-does-not-move)"
-            tries = [longer if direction == 0 else worse("").advice]
-        return text, tries
+        if one_answer and (moved is None or (unequal and direction != -1)):  # a policy that fell was not paid for its answer
+            rows = f"give about the same number of rows for each answer ({unequal}), and " if unequal else ""
+            tries.insert(0, Finding("one", one_answer, f"{rows}see that the reward does not pay for one answer").advice)
+        if moved is not None:
+            return f"{text}; {one_answer}" if one_answer else text, [moved.advice, *tries]
+        if not tries and direction == 0:
+            tries = [f"train longer, or raise the rates ({EXPLAIN} the-reward-does-not-move)"]
+        return one_answer or text, tries
 
     def _gone(self, learned: bool) -> set[str]:
         """Kinds of findings that no longer hold at the end of the run."""
@@ -183,8 +193,9 @@ def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
         greedy = [] if evaluation.greedy is None else findings.of_rollout(evaluation.greedy, "the validation", limits)
         return [finding for finding in greedy if finding.kind == "cut"]
     values = evaluation.last.get("", {})
-    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}", 0.0)
-    return findings.of_cut(share, share - right, "the first validation", limits)  # at least this share is wrong
+    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}")
+    wrong = None if right is None else share - right  # at least this share
+    return findings.of_cut(share, wrong, "the first validation", limits)
 
 
 class Doctor(Callback):
@@ -221,7 +232,8 @@ class Doctor(Callback):
             if (teacher := pl_module.task.teaching.teacher) is not None and not teacher.is_remote:
                 generation, asked = pl_module.task.generation, rollout.prompts[:_ASKED]
                 right = _accuracy(generation.score(teacher.complete(generation, pl_module.task.passes, asked)))
-                self._taught = right, float(rollout.scored.correct[: len(asked)].float().mean())
+                own = rollout.scored.correct[: len(asked)].float().mean()
+                self._taught = None if right is None else (right, float(own))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure the policy again after the step; all ranks compute, since each may hold part of the model."""
@@ -251,22 +263,24 @@ class Doctor(Callback):
         """
         assert self._rollout is not None and self._change is not None
         rollout, m, change = self._rollout, self._metrics, self._change
-        answers, counted = policy.task.generation.answers(rollout), len(rollout.scored.of_counted().total)
+        answers = policy.task.generation.answers(rollout)
         for line in _prompts(policy, rollout, answers):
             say(line)
-        prompts, accuracy, limits = data.train_prompts, _accuracy(rollout), policy.task.generation.limits
-        references = reference_rewards(policy.task.generation, prompts, data.format, _ALL_REFERENCES, accuracy > 0)
-        given = reference_answers(prompts, accuracy)
+        generation, prompts, accuracy = policy.task.generation, data.train_prompts, _accuracy(rollout)
+        limits, pays = generation.limits, has_paid(generation, rollout)
+        references = reference_rewards(generation, prompts, data.format, _ALL_REFERENCES, pays)
+        given, (repeated, differing) = reference_answers(prompts, accuracy), scored_again(generation, rollout)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
         rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
         validated = len(data.validation_prompts) * (1 + policy.task.evaluation.samples) * validations
+        counted = f"{len(rollout.scored.of_counted().total)} completions"
+        counted = f" of {counted}" if accuracy is None else f", {accuracy:.1%} of {counted} right"
         values = {
             "answers": given.note,
             "reference": references.note,
-            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {counted} completions right"
-            if "reward" in m
-            else "no completion counts",
+            "reward": f"{m['reward']:.3g} on average{counted}" if "reward" in m else "no completion counts",
+            "repeated": repeated,
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards and teach nothing",
             "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
             f"{rollout.cut.float().mean():.0%} cut at {findings.as_options(limits)}",
@@ -284,7 +298,7 @@ class Doctor(Callback):
             values["trial step"] = "not possible without a gradient"
         for name, text in values.items():
             say(f"{name:<16}{text}")
-        self.found += [*given.findings, *references.findings, *_tokens(policy, rollout)]
+        self.found += [*given.findings, *references.findings, *differing, *_tokens(policy, rollout)]
         found = findings.of_rollout(rollout, "the rollout", limits, policy.task.credit(rollout))
         self.found += [finding for finding in found if finding.kind not in _unneeded(policy)]
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
@@ -310,10 +324,10 @@ def _unneeded(policy: PolicyModule) -> tuple[str, ...]:
     return () if policy.task.teaching.teacher is None else ("equal", "gradient")
 
 
-def _accuracy(rollout: Rollout) -> float:
-    """Share of right completions among the counted ones; 0 if there are none."""
+def _accuracy(rollout: Rollout) -> float | None:
+    """Share of right completions among the counted ones, 0 if there are none; None if nothing measures correctness."""
     right = rollout.scored.of_counted().correct
-    return float(right.float().mean()) if len(right) else 0.0
+    return None if not rollout.scored.measures_correctness else float(right.float().mean()) if len(right) else 0.0
 
 
 def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:

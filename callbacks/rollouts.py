@@ -27,6 +27,7 @@ from hybrid_lightning.types import Completion, Prompt, Rollout
 
 _ON_SCREEN = 1_000  # characters of an episode
 _LINES = 2  # completions of a validation on the screen
+_SAID = {True: "yes", False: "no", None: "left out"}
 
 
 class OncePerRollout(Callback, ABC):
@@ -122,7 +123,7 @@ class RolloutSamples(OncePerRollout):
                 "counted": counts,
                 "reward": float(rewards.total[place]) if counts else None,
                 "reward_parts": {name: float(part[place]) if counts else None for name, part in rewards.parts.items()},
-                "correct": bool(rewards.correct[place]) if counts else None,
+                "correct": rewards.right(*place),
                 "advantage": float(advantages[place]),
             }
 
@@ -136,11 +137,13 @@ class RolloutSamples(OncePerRollout):
                 place, completion = (number, sample), rollout.completions[number * rollout.group_size + sample]
                 texts = [shown_prompt(prompt), str(prompt.answer), shown_text(completion)]
                 counts = rewards.counts(*place)
-                marks = ["yes" if mark else "no" for mark in (completion.finished, bool(rewards.correct[place]))]
+                finished, right = _SAID[completion.finished], _SAID[rewards.right(*place)]
+                marks = [finished, right] if rewards.measures_correctness else [finished if counts else _SAID[None]]
                 values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
                 numbers = [float(value[place]) for value in values] if counts else [None] * len(values)
-                rows.append([*texts, *(marks if counts else [marks[0], "left out"]), *numbers])
-        return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
+                rows.append([*texts, *marks, *numbers])
+        marked = ["finished", "correct"] if rewards.measures_correctness else ["finished"]
+        return ["prompt", "answer", "completion", *marked, "reward", *names, "advantage"], rows
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -200,7 +203,7 @@ class RewardDivergence(OncePerRollout):
     def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Record the rollout's means, and warn of parts that diverge."""
         rewards = batch.rollout.rewards.of_counted()
-        if not len(rewards.total):
+        if not len(rewards.total) or not rewards.measures_correctness:
             return
         paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # excludes metrics and penalties
         means = {f"rewards/{name}": float(rewards.parts[name].mean()) for name in paid}

@@ -209,7 +209,8 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     evaluation, names = pl_module.evaluation, (f"avg@{pl_module.task.evaluation.samples}", "greedy_accuracy", "reward")
     rows = []
     for problem, values in evaluation.by_problem.items():
-        rows.append([*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)])
+        measured = [values.get(name, math.nan) for name in names]
+        rows.append([*problem, *(None if math.isnan(value) else round(value, 6) for value in measured)])
     samples: list[dict[str, Any]] = []
     if evaluation.greedy is None:
         return {"problems": rows, "samples": samples}
@@ -220,7 +221,7 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
             "answer": greedy.prompts[row].answer,
             "completion": shown_text(greedy.completions[row])[:_CHARACTERS],
             "finished": greedy.completions[row].finished,
-            "correct": bool(rewards.correct[row, 0]),
+            "correct": rewards.right(row, 0),
             "reward": round(float(rewards.total[row, 0]), 6) if rewards.counts(row, 0) else None,
         }
         samples.append(sample)

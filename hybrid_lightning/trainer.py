@@ -205,6 +205,9 @@ class Trainer(LightningTrainer):
         assert self.state.fn is not None
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ModelCheckpoint):
+                    callback.monitor_what_is_measured(self, model)
             if sets:
                 check_monitors(self, model.evaluation.names(sets), model.task.training_metrics)
         datamodule.setup(self.state.fn)

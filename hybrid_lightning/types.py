@@ -162,6 +162,7 @@ class Rewards(_TensorContainer):
     # bool: False for a completion that is left out because its environment or judge failed. It enters no mean, deviation or
     # count, and its rewards are meaningless. None if all completions count; either all ranks have None or no rank has.
     counted: Tensor | None = None
+    measures_correctness: bool = True  # whether some part does; if not, `correct` is no accuracy: it is total >= 1
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Rewards":
         """The rewards with a function applied to each tensor."""
@@ -176,6 +177,11 @@ class Rewards(_TensorContainer):
     def counts(self, prompt: int, sample: int) -> bool:
         """Whether a completion counts."""
         return self.counted is None or bool(self.counted[prompt, sample])
+
+    def right(self, prompt: int, sample: int) -> bool | None:
+        """Whether a completion is right; None if it does not count, or if no part measures correctness."""
+        measured = self.measures_correctness and self.counts(prompt, sample)
+        return bool(self.correct[prompt, sample]) if measured else None
 
     def of_counted(self) -> "Rewards":
         """The rewards of the completions that count, [N]."""

@@ -261,7 +261,7 @@ def episode_records(rollout: Rollout, greedy: bool = False) -> list[dict[str, An
                 "counts": dict(episode.counts),
                 "reward": float(rewards.total[place]),
                 "reward_parts": {name: float(part[place]) for name, part in rewards.parts.items()},
-                "correct": bool(rewards.correct[place]),
+                "correct": rewards.right(*place),
                 "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
                 "completion_ids": sequences.completion_ids[row][real].tolist(),
                 "sampled": sequences.sampled_mask[row][real].tolist(),

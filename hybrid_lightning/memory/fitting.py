@@ -55,7 +55,8 @@ def verdict(method: MethodMemory, settings: RunSettings) -> str:
     sums = {name: sum(getattr(peak, part) for part in parts) for name, parts in COMPONENT_NAMES.items()}
     part = max(sums, key=sums.__getitem__)
     phase, size = method.peak_phase, format_bytes(sums[part])
-    most = f"{method.method} takes up to {format_bytes(needed)}, most of it while {phase} ({part} {size})"
+    about, full = "about " * settings.flags.on_cpu, f"if every completion has all {settings.completion_tokens} tokens"
+    most = f"{method.method} takes up to {about}{format_bytes(needed)} {full}, most of it while {phase} ({part} {size})"
     memory = settings.flags.device_bytes
     if free is None or memory is None:
         return f"{most}; give --device_gib, the memory of a device in GiB, to see whether that fits"

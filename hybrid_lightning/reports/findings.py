@@ -19,6 +19,8 @@ SECTIONS = {  # finding -> its section of docs/troubleshooting.md; the first fin
     "engine": "vllm",
     "large": "a-step-is-too-large",
     "copy": "the-answer-is-in-the-prompt",
+    "judge": "the-rewards-server-fails",
+    "repeat": "the-reward-is-not-repeatable",
     "reference": "the-reference-answer-earns-nothing",
     "accident": "wrong-answers-are-paid",
     "tokens": "the-prompt-is-not-what-it-seems",
@@ -82,7 +84,8 @@ def of_rollout(rollout: Rollout, where: str, limits: Mapping[str, int], credited
     some_count = slice(None) if rewards.counted is None else rewards.counted.any(dim=1)
     equal = equal_in_turns[some_count].double().mean().item()
     cut = rollout.cut.flatten() if rewards.counted is None else rollout.cut[rewards.counted]
-    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
+    wrong = (cut & ~own.correct).float().mean().item() if own.measures_correctness else None
+    found = of_cut(cut.float().mean().item(), wrong, where, limits)
     if equal < _EQUAL:
         return found
     text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so nothing is learned from them"
@@ -96,13 +99,16 @@ def of_rollout(rollout: Rollout, where: str, limits: Mapping[str, int], credited
     return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 
 
-def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
-    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`."""
-    if wrong < _CUT:
+def of_cut(share: float, wrong: float | None, where: str, limits: Mapping[str, int]) -> list[Finding]:
+    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`.
+
+    `wrong` is None if nothing measures whether completions are right.
+    """
+    if (share if wrong is None else wrong) < _CUT:
         return []
     cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
     remedy = f"raise {' or '.join(limits)}, or end completions with sampler.stop"
-    return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
+    return [Finding("cut", cut if wrong is None else f"{cut}, {wrong:.0%} before they are right", remedy)]
 
 
 def as_options(limits: Mapping[str, int]) -> str:
@@ -235,8 +241,9 @@ class TrainingMonitor:
         """Add a rollout: its logged metrics, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
-        names = {"reward": "reward", "equal": "frac_reward_zero_std", "solved": "solve_rate/all"}
-        row = {"worst": worst, "spread": spread, **{name: metrics[metric] for name, metric in names.items()}}
+        solved = metrics.get("solve_rate/all", float(worst >= 1))  # absent where nothing measures correctness
+        row = {"worst": worst, "spread": spread, "solved": solved}
+        row |= {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"]}
         if len(self.rollouts) == 2 * self.window:
             del self.rollouts[self.window]
         self.rollouts.append(row)
@@ -246,19 +253,27 @@ class TrainingMonitor:
         if all(entry["equal"] == 1 for entry in last):
             if all(entry["solved"] == 1 for entry in last):
                 return []  # a policy that solves every problem is fine
+            if fallen := self._fallen(self.rollouts[: -self.window][: self.window], last):
+                return [worse(f"{fallen}, where the completions of each prompt earn the same")]
             text = (
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"
             )
             return [Finding("gradient", text, "stop, and run doctor to see completions and the answers that the reward found")]
-        if len(self.rollouts) < 2 * self.window:
-            return []
-        before, now = (sum(entry["reward"] for entry in some) / self.window for some in (start, last))
-        floor = min(entry["worst"] for entry in start)
-        error = math.sqrt(2 / (self.groups * self.window)) * sum(entry["spread"] for entry in start) / self.window
+        fallen = self._fallen(start, last) if len(self.rollouts) == 2 * self.window else ""
+        return [worse(fallen)] if fallen else []
+
+    def _fallen(self, start: list[dict[str, float]], last: list[dict[str, float]]) -> str:
+        """Whether the reward fell by half of its mean and by more than 4 standard errors, as text; "" if it did not."""
+        if not start:
+            return ""
+        before, now = (sum(entry["reward"] for entry in some) / len(some) for some in (start, last))
+        floor, spread = min(entry["worst"] for entry in start), sum(entry["spread"] for entry in start) / len(start)
+        error = math.sqrt((1 / len(start) + 1 / len(last)) / self.groups) * spread
         if now - floor < 0.5 * (before - floor) and before - now > 4 * error:
-            return [worse(f"the reward fell from {before:.3g} in the first {self.window} rollouts to {now:.3g} in the last")]
-        return []
+            first = f"first {len(start)} rollouts" if len(start) > 1 else "first rollout"
+            return f"the reward fell from {before:.3g} in the {first} to {now:.3g} in the last {len(last)}"
+        return ""
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
         """Add an optimizer step by its logged metrics."""

@@ -22,6 +22,7 @@ from hybrid_lightning.reports.verdict import GREEDY, REWARD, compare_validations
 
 REPORT = "report.json"
 Curve = tuple[list[int], list[float]]  # steps and values
+_MARKS = {True: "<span class=right>right</span> ", False: "<span class=wrong>wrong</span> ", None: ""}
 _POINTS = 300  # drawn points of a curve; more points are averaged
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c1e21;--faint:#5d6670;--page:#fff;--box:#f5f6f8;--line:#d5d9de;--good:#17743a;--bad:#b3261e;
@@ -203,8 +204,8 @@ def _samples(first: Mapping[str, Any], last: Mapping[str, Any]) -> Html:
     for before, after in zip(first["samples"], last["samples"], strict=False):
         sides = [(first["step"], before)] + ([(last["step"], after)] if last["step"] != first["step"] else [])
         told = "".join(
-            f"<div><span class=faint>step {step}</span> <span class={'right' if side['correct'] else 'wrong'}>"
-            f"{'right' if side['correct'] else 'wrong'}</span> {_paid(side['reward'])}{'' if side['finished'] else ', cut'}"
+            f"<div><span class=faint>step {step}</span> {_MARKS[side['correct']]}"
+            f"{_paid(side['reward'])}{'' if side['finished'] else ', cut'}"
             f"<pre>{escape(side['completion'])}</pre></div>"
             for step, side in sides
         )

@@ -6,6 +6,7 @@ last batch. Predict calls `predict`.
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, cast
@@ -23,17 +24,19 @@ from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import LossInputs, Prompt, Rollout, Sequences
 
+ACCURACY = re.compile(r"greedy_accuracy|(?:avg|pass|maj)@\d+")  # metrics that count right completions
 Answers = Sequence[str | None]
 Scored = tuple[Rollout, Answers]
 
 
-def evaluation_means(samples: int) -> ProblemMeans:
+def evaluation_means(samples: int, correctness: bool = True) -> ProblemMeans:
     """The metrics of one evaluation, from one greedy and n sampled completions of each prompt.
 
     The metrics are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
-    `truncation_rate`, and the bounds of confidence intervals.
+    `truncation_rate`, and the bounds of confidence intervals; without `correctness` none that counts right completions.
     """
-    return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
+    draws = {"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)}
+    return ProblemMeans({name: of for name, of in draws.items() if correctness or not ACCURACY.fullmatch(name)})
 
 
 def add_prompts(means: ProblemMeans, greedy: Rollout, sampled: Rollout, answers: Answers) -> None:
@@ -101,7 +104,7 @@ class Evaluation(nn.Module):
         by_problem: (set, index) -> metric -> value, for each problem in the last evaluation, over all ranks.
         greedy: This rank's first batch of greedy completions in the last evaluation, scored; None without completions.
         answers: For each of this rank's greedy completions in the last evaluation: the answer that the reward finds, whether it
-            is right, and the reference answer; empty for episodes.
+            is right, and the reference answer; empty for episodes, and where no part of the reward measures correctness.
         last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
     Raises:
@@ -119,7 +122,8 @@ class Evaluation(nn.Module):
         self.answers: list[tuple[str | None, bool, str | None]] = []
         self._first: Rollout | None = None
         self._answers: list[tuple[str | None, bool, str | None]] = []
-        means = partial(evaluation_means, samples) if generation.reward is not None else partial(ProblemMeans, _UNSCORED)
+        means = partial(evaluation_means, samples, generation.measures_correctness)
+        means = partial(ProblemMeans, _UNSCORED) if generation.reward is None else means
         self._prompts = nn.ModuleDict({stage: means() for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
@@ -136,7 +140,7 @@ class Evaluation(nn.Module):
             return
         greedy, sampled = self._scored(batch)
         self._first = self._first or greedy
-        if self.generation.episodes is None:
+        if self.generation.episodes is None and self.generation.measures_correctness:
             found, right = self.generation.answers(greedy), greedy.scored.correct.flatten().tolist()
             self._answers += zip(found, right, (prompt.answer for prompt in batch), strict=True)
         add_prompts(self._means(stage), greedy, sampled, self.generation.answers(sampled))
@@ -304,5 +308,5 @@ def _scored_record(scored: Scored, prompt: int, sample: int) -> dict[str, Any]:
         "finished": completion.finished,
         "reward": float(rewards.total[prompt, sample]) if counts else None,
         "reward_parts": {name: float(part[prompt, sample]) if counts else None for name, part in rewards.parts.items()},
-        "correct": bool(rewards.correct[prompt, sample]) if counts else None,
+        "correct": rewards.right(prompt, sample),
     }

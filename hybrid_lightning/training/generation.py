@@ -194,6 +194,11 @@ class Generation(ABC):
         """The rewards in the reward's weighted sum; none without a reward."""
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
+    @property
+    def measures_correctness(self) -> bool:
+        """Whether a term of the reward measures correctness; if not, there is no accuracy."""
+        return any(term.measures_correctness for term in self.reward_terms())
+
     # ---- prompts
 
     def encode(self, prompt: Prompt, begun: Sequence[Message] = ()) -> list[int]:

@@ -182,7 +182,7 @@ def rollout_metrics(rollout: Rollout, credited: Rewards | None = None) -> dict[s
         - `frac_reward_zero_std`: share of groups without a learning signal: in each turn, their credited rewards are all equal.
         - `rewards/{name}/mean` and `/std`: of each term of the reward.
         - `solve_rate/{all,none,mixed}`: shares of groups in which all, none or some completions are correct.
-        - `accuracy`: share of correct completions.
+        - `accuracy`: share of correct completions; like `solve_rate`, only if a part of the reward measures correctness.
         - `completions/*`: lengths in sampled tokens, and `clipped_ratio`, the share that is not finished.
         - `num_tokens`: tokens of prompts and completions, with added tokens (the cost of a rollout).
         - `sets/{name}/{reward,accuracy,mean_length}`: for each set of a mixture.
@@ -223,10 +223,7 @@ def rollout_metrics(rollout: Rollout, credited: Rewards | None = None) -> dict[s
         "reward": columns["total"].mean(),
         "reward_std": std.mean(),
         "frac_reward_zero_std": all_equal.float().mean(),
-        "accuracy": columns["correct"].float().mean(),
-        "solve_rate/all": (solved == 1).float().mean(),
-        "solve_rate/none": (solved == 0).float().mean(),
-        "solve_rate/mixed": ((solved > 0) & (solved < 1)).float().mean(),
+        **({"accuracy": columns["correct"].float().mean(), **_solve_rates(solved)} if rewards.measures_correctness else {}),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -242,9 +239,16 @@ def rollout_metrics(rollout: Rollout, credited: Rewards | None = None) -> dict[s
         if not rows.any():
             continue
         metrics[f"sets/{name}/reward"] = columns["total"][rows].mean()
-        metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
+        if rewards.measures_correctness:
+            metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
         metrics[f"sets/{name}/mean_length"] = lengths[rows].mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _solve_rates(solved: Tensor) -> dict[str, Tensor]:
+    """Shares of groups, from the share of correct completions in each."""
+    shares = {"all": solved == 1, "none": solved == 0, "mixed": (solved > 0) & (solved < 1)}
+    return {f"solve_rate/{name}": share.float().mean() for name, share in shares.items()}
 
 
 def _exchange(batch: PolicyBatch, chosen: list[int], minibatches: int, rank: int, samples: int) -> PolicyBatch:

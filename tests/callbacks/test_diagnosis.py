@@ -24,6 +24,9 @@ def parts(folder):
         file.write("\n\ndef anything(completion):\n    return 1.0\n")
         file.write("\n\nfrom tiny_runs import Talk\n")
         file.write("\n\nclass Broken(Talk):\n    async def start(self, prompt, seed):\n        raise ValueError('no board')\n")
+        file.write("\n\ndef coin(completion):\n    import random\n\n    return float(random.random() < 0.5)\n")
+        file.write("\n\ndef style(completion):\n    return sum(not letter.isdigit() for letter in completion) / 100\n")
+        file.write("\n\ndef minus_length(completion):\n    return -float(len(completion))\n")
         file.write("\n\ndef late(completion, seen=[]):\n    seen.append(1)\n    return float(len(seen) > 8 and len(seen) % 2)\n")
 
 
@@ -102,7 +105,7 @@ def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folde
     assert said["reference"].startswith("24 of 24 reference answers are paid")
     assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
     assert re.fullmatch(r"about \S+ s a step, \d+ s for 4 steps with validation and scoring", said["time"])
-    assert "Fits: hybrid 10% takes up to" in said["memory"]
+    assert "Fits: hybrid 10% takes up to about " in said["memory"]
     assert said["answers"].endswith("the most frequent one")
     assert (
         result.out.splitlines()[-1].startswith("The run may fail: ")
@@ -125,6 +128,39 @@ def test_what_pays_for_anything_is_the_cause_and_a_rate_that_is_too_high_has_the
     assert "easier" not in result.out
     result = doctor(folder, "--model.lr_lora=30", "--model.lr_full=3", "--model.mask_truncated_completions=true")
     assert result.code == 0 and re.match("The run may fail: .*one step changes", result.out.splitlines()[-1]), result.out[-600:]
+
+
+def function(folder, name):
+    return ["--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:{name}"]
+
+
+def test_a_reward_with_chance_in_it_is_named_with_how_far_it_differs(folder):
+    result = doctor(folder, *function(folder, "coin"))
+    repeated = values(result.out)["repeated"]
+    assert re.match(r"different for \d+ of 16 completions that are scored twice, by [\d.]+ on average, up to 1", repeated)
+    assert result.code == 0 and f"the reward coin is {repeated}; " in result.out
+    assert "the-reward-is-not-repeatable)" in result.out
+
+
+def test_what_pays_for_style_or_against_length_is_no_error(folder):
+    result = doctor(folder, *function(folder, "style"), "--model.reward.measures_correctness=false")
+    assert result.code == 0 and "Error:" not in result.out and "Warning: your reward" not in result.out
+    assert re.fullmatch(r"0\.\d+ on average of 16 completions", values(result.out)["reward"]), "no accuracy"
+    assert values(result.out)["reference"].startswith("0 of 24 reference answers are paid")
+    assert "Note: your reward gives the reference answer 0 in" in result.out
+    result = doctor(folder, *function(folder, "style"))
+    assert result.code == 0 and "Error:" not in result.out, "a graded reward has paid"
+    result = doctor(folder, *function(folder, "minus_length"))
+    assert result.code == 0 and "correct these rows" not in result.out and "it does not check the answer" in result.out
+
+
+def test_a_best_checkpoint_by_accuracy_is_one_by_reward_where_nothing_measures_it(folder):
+    reward = [*function(folder, "style"), "--model.reward.measures_correctness=false"]
+    steps = ["--trainer.max_steps=2", "--trainer.logger.init_args.name=style"]
+    for monitor in ("val/avg@2", "val/greedy_accuracy"):
+        result = done(folder, "fit", "--config", "t.yaml", f"--checkpoint.monitor={monitor}", *steps, *reward)
+        assert f"chosen by val/reward, since no part of the reward measures correctness, and there is no {monitor}" in result.out
+    assert_refused(run(folder, "fit", "--config", "t.yaml", "--checkpoint.monitor=val/accuracy", *steps, *reward), "val/reward")
 
 
 def test_a_minibatch_in_which_all_groups_are_equal_by_chance_is_not_an_error(folder):

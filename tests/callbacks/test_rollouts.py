@@ -125,6 +125,15 @@ def test_a_page_shows_every_text_as_it_is():
         assert html.unescape(page).count("\n") == page.count("\n") == 3
 
 
+def test_pages_have_no_column_of_right_completions_where_nothing_measures_that():
+    texts, values = (Completion("a", 1, True), Completion("b", 1, False)), torch.tensor([[1.0, 0.5]])
+    for counted, marks in ((None, ["yes", "no"]), (torch.tensor([[True, False]]), ["yes", "left out"])):
+        rewards = Rewards(values, {"style": values}, values >= 1, counted=counted, measures_correctness=False)
+        columns, rows = RolloutSamples().table(rollout_of((Prompt(text="?"),), texts, rewards))
+        assert columns == ["prompt", "answer", "completion", "finished", "reward", "advantage"]
+        assert [row[3] for row in rows] == marks and [rewards.right(0, sample) for sample in (0, 1)] == [None, None]
+
+
 def test_impossible_settings_are_refused():
     for kind, name, value, message in (
         (RolloutSamples, "prompts", 0, r"samples\.prompts must be at least 1, got 0"),

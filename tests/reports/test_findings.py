@@ -130,6 +130,20 @@ def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not
     assert TrainingMonitor(8).add_rollout({"num_tokens": 3.0}, 0.0, 0.0) == [], "no completion counts"
 
 
+def test_a_fall_to_rewards_that_are_all_equal_is_a_fall_and_not_a_lack_of_gradient():
+    def kinds(rewards, equal):
+        monitor = TrainingMonitor(32)
+        rows = zip(rewards, equal, strict=True)
+        return [[one.kind for one in monitor.add_rollout(logged(paid, same), 0.0, 0.3 * (same < 1))] for paid, same in rows]
+
+    # As logged with rates 100 times too high, seeds 0 to 2: products of two digits with GRPO and GSPO, and with three.
+    for first in (0.75, 0.848, 0.332):
+        assert kinds([first, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.3, 1, 1, 1, 1, 1, 1])[3:] == [["worse"]] * 4
+    assert kinds([0.004, 0.0, 0.0, 0.0, 0.004, 0.0, 0.0], [0.97, 1, 1, 1, 0.97, 1, 1])[3] == ["gradient"], (
+        "it had nothing to lose"
+    )
+
+
 def test_a_ratio_or_an_entropy_that_collapses_is_noticed():
     def steps(rewards, *entropies, ratio=1.0):
         monitor = TrainingMonitor(32)

@@ -77,7 +77,7 @@ def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest
     with (
         pytest.warns(
             UserWarning,
-            match=rf"of {liar.url} differ .* at step \d, more than 0\.0001; see hybrid-lightning explain vllm .*stops at 0\.05",
+            match=rf"of {liar.url} differ .* at step \d, more than 0\.0001; see .* explain vllm .*at 0\.05",
         ),
         pytest.raises(RolloutError, match=r"they agreed before, to .*, so it has not taken the weights of the last updates"),
     ):

@@ -200,9 +200,8 @@ def test_completions_are_scored_while_others_are_still_generated(model):
     arriving = policy.task.generation.arriving(prompts, 4)
     rollouts = policy.task.generation.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
     assert seen == [True]
-    assert torch.equal(
-        policy.task.generation.score(rollouts, arriving).rewards.total, policy.task.generation.score(rollouts).rewards.total
-    )
+    early, late = (policy.task.generation.score(rollouts, *given) for given in ((arriving,), ()))
+    assert torch.equal(early.scored.total, late.scored.total)
 
 
 def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):

@@ -35,7 +35,7 @@ def play(begin, engine, tokenizer, rows=ROWS, capacity=CAPACITY, **settings):
 
     def noted(rows, turn):
         tokens, lengths = turn.sequences.completion_ids.tolist(), turn.sequences.completion_mask.sum(dim=1).tolist()
-        parts, messages = (tokens, turn.sampling_logprobs, lengths, turn.finished.tolist()), []
+        parts, messages = (tokens, turn.sampling_logprobs, lengths, turn.finished.flatten().tolist()), []
         for row, tokens, logprobs, length, finished in zip(rows, *parts, strict=True):
             messages.append((row, tokens[:length], logprobs[:length], list(contexts[row]), finished))
             assert not logprobs[length:].any() and set(tokens[length:]) <= {tokenizer.pad_token_id}

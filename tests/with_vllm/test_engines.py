@@ -87,10 +87,10 @@ def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token
     told = {}
     rollouts = complete(policy, samples=4, on_completion=told.__setitem__)
     assert all(completion == rollouts.completions[row] for row, completion in told.items())
-    assert set(rollouts.finished.nonzero().flatten().tolist()) <= set(told)
-    assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.samples_per_prompt == 4
+    assert set(rollouts.finished.flatten().nonzero().flatten().tolist()) <= set(told)
+    assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.group_size == 4
     stop = set(policy.policy.pretrained.stop_ids)
-    rows = zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True)
+    rows = zip(tokens_of(rollouts), rollouts.finished.flatten().tolist(), rollouts.completions, strict=True)
     for row, (tokens, finished, text) in enumerate(rows):
         ids = rollouts.sequences.prompt_ids[row][rollouts.sequences.prompt_mask[row]].tolist()
         assert ids == policy.task.generation.encode(rollouts.prompts[row // 4]), "completions of a prompt are neighbours"
@@ -114,7 +114,7 @@ def logits_of(policy: PolicyModule, rollouts) -> Iterator[tuple[list[int], torch
     """The tokens of each completion, and the policy's logits for them."""
     with policy.policy.inference():
         for row, tokens in enumerate(tokens_of(rollouts)):
-            prompt = policy.task.generation.encode(rollouts.prompts[row // rollouts.samples_per_prompt])
+            prompt = policy.task.generation.encode(rollouts.prompts[row // rollouts.group_size])
             yield tokens, policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
 
 
@@ -127,7 +127,7 @@ def test_greedy_takes_the_most_probable_token_and_a_completion_ends_by_its_stop_
     first = tokens_of(rollouts)[0][0]  # with which the policy stops at once, if it is a stop token
     policy.task.generation.__dict__["_stops"] = type(policy.task.generation._stops)((first,), None)
     rollouts = complete(policy, TEXTS[:1], samples=1, greedy=True)
-    assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [True]
+    assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [[True]]
     assert rollouts.sampling_logprobs.shape == (1, 1)
 
 

@@ -118,4 +118,4 @@ def test_a_judge_grades_some_again_although_its_replies_are_kept(model, fake, tm
 
 def test_an_environments_own_rewards_are_not_scored_again(model):
     generation = build_policy(model, reward=None, environment=Talk(), turn_template="{content}").task.generation
-    assert scored_again(generation, *[None] * 2)[0].startswith("not applicable")
+    assert scored_again(generation, None)[0].startswith("not applicable")

@@ -167,14 +167,14 @@ def test_rows_that_contribute_nothing_are_left_out_and_the_others_dealt_evenly()
 
 def test_an_episode_of_several_rows_counts_once_and_is_in_one_micro_batch():
     class Rows(Source):
-        def roll_out(self, prompts, generator, draw_more=None):
+        def begin(self, prompts, generator, draw_more=None):
             def joined(made):
                 rows = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7])
                 part = made.rows(rows)
                 weights = 1 / torch.bincount(rows)[rows] * (rows != 2)  # the third does not count
                 return replace(part, episode_of_row=rows, row_weights=weights)
 
-            return super().roll_out(prompts, generator).then(joined)
+            return super().begin(prompts, generator).then(joined)
 
     batches = list(build(prompts=4, source=Rows(2), accumulate=2))
     assert [batch.episode_of_row.tolist() for batch in batches] == [[0, 0, 1], [2, 3, 3, 3], [4, 5], [6, 7]]

@@ -37,7 +37,7 @@ class ByPrompt(WithHoles, Sampler):
         for prompt, ids in zip(request.prompts, request.prompt_ids, strict=True):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
-            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own, on_completion=None)
+            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own, limits=None, on_completion=None)
             parts.append(sampler.sample(engine, tokenizer, alone))
         return join_rollouts(parts)
 

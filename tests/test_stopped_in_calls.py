@@ -77,7 +77,8 @@ def test_resume_is_bit_exact(servers, folder, monkeypatch):
         return shlex.split(re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1])
 
     runs = []
-    for server, what, rollout in ((judge, "grade", 2), (teacher, "logprobs", 1)):
+    # The teacher first: it answers faster than the judge, and whatever it has answered is not asked again.
+    for server, what, rollout in ((teacher, "logprobs", 2), (judge, "grade", 1)):
         stop_in(server, what, rollout)
         runs.append(run(folder, *(go_on(runs[-1]) if runs else ("fit", *options, "--samples.write_rows=true"))))
         assert runs[-1].code == 143 and not server.ended.is_set(), runs[-1].err[-2000:]

@@ -173,7 +173,7 @@ class EngineGeneration(Generation):
         waits = sampler.is_remote and not (ahead and self.inflight_updates)
         if waits:
             with stopping(), run.interruptible():
-                for future in self._under_way:
+                for future in self._still_under_way():  # others that failed have told those who asked for them
                     future.wait()
             self._under_way = []
         if sampler.is_remote and not waits:

@@ -179,7 +179,7 @@ def passes(day: Day) -> Iterator[Found]:
     seen = Seen()
     policy, _, found = day.train(day.check, 2, seen)
     yield found
-    engine, sequences = policy.to(day.device).policy.engine, seen.rollout.rollouts.sequences.to(day.device)
+    engine, sequences = policy.to(day.device).policy.engine, seen.rollout.sequences.to(day.device)
     used, repeated = engine.packed(sequences), PackedSequences(sequences, engine.backend)
     heads = (day.config.num_attention_heads, *[day.config.num_key_value_heads] * 2)
     parts = [torch.randn(len(used.ids), n, day.config.head_dim, device=day.device).bfloat16() for n in heads]

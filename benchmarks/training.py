@@ -81,8 +81,7 @@ class Gated(Callback):
         loader = trainer.train_dataloader
         assert isinstance(loader, RolloutLoader)
         if (trainer.fit_loop.batch_idx + 1) % loader.micro_batches_per_rollout == 0:
-            lengths = batch.rollout.rollouts.sequences.sampled_mask.sum(dim=1)
-            self.gate.done(lengths.tolist(), trainer.global_step, **self.details(trainer))
+            self.gate.done(batch.rollout.lengths.flatten().tolist(), trainer.global_step, **self.details(trainer))
             trainer.should_stop = not self.gate.wait()
 
     def facts(self, policy: PolicyModule) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hybrid_lightning.callbacks.display import say, show_table
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.reports.page import (
     Html,
-    Run,
+    ReportedRun,
     charted,
     charts,
     letter,
@@ -47,7 +47,7 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
     if html is not None and (Path(html).exists() or not Path(html).absolute().parent.is_dir()):
         problem = "it exists" if Path(html).exists() else "its folder does not exist"
         raise ConfigError(f"--html={html}: {problem}; give a new file")
-    runs = [Run.read(Path(folder)) for folder in folders]
+    runs = [ReportedRun.read(Path(folder)) for folder in folders]
     letters, options = [letter(number) for number in range(len(runs))], differing_options(runs)
     rows = [("state", *(run.state for run in runs)), ("verdict", *((run.summary or {}).get("verdict") or "-" for run in runs))]
     rows += [*results(runs), *differences(runs)]
@@ -72,7 +72,7 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
         say(f"\nWritten to {html}")
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def differences(runs: Sequence[ReportedRun]) -> list[tuple[str, ...]]:
     """Rows with each run's accuracy and reward at its last validation, as differences from the first run, with intervals."""
     rows, first = [], runs[0]
     for label, name in first.measures.items():
@@ -85,7 +85,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def notes_on(runs: Sequence[Run], options: Sequence[tuple[str, ...]]) -> list[str]:
+def notes_on(runs: Sequence[ReportedRun], options: Sequence[tuple[str, ...]]) -> list[str]:
     """What to know when reading the numbers of runs that differ in these options."""
     notes = []
     if not all(_same(runs[0], run) for run in runs):
@@ -97,7 +97,7 @@ def notes_on(runs: Sequence[Run], options: Sequence[tuple[str, ...]]) -> list[st
     return notes
 
 
-def differing_options(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def differing_options(runs: Sequence[ReportedRun]) -> list[tuple[str, ...]]:
     """Rows with the options that differ between runs; options of a logger or strategy that only some runs have are left out."""
     settings = [run.report["settings"] for run in runs]
     names = dict.fromkeys(name for found in settings for name in found)
@@ -105,7 +105,7 @@ def differing_options(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return [row for row in rows if len(set(row[1:])) > 1 and not (row[0].startswith("trainer.") and "-" in row[1:])]
 
 
-def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[float, float]], str]]:
+def text_curves(name: str, runs: Sequence[ReportedRun]) -> list[tuple[int, list[tuple[float, float]], str]]:
     """The curves of a metric as text on shared axes: the run's number, its points, and one character for each interval."""
     curves = {number: points for number, run in enumerate(runs) if (points := thinned(run.curves.get(name, ([], []))))}
     points = [point for curve in curves.values() for point in curve]
@@ -122,7 +122,7 @@ def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[fl
     return found
 
 
-def _same(first: Run, other: Run) -> bool:
+def _same(first: ReportedRun, other: ReportedRun) -> bool:
     """Whether two runs were validated on the same problems."""
     known = first.report["settings"]["validation prompts"]
     return known is not None and known == other.report["settings"]["validation prompts"]

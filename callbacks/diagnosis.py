@@ -16,14 +16,16 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.progress import NORMS, logged_values
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
-from hybrid_lightning.reports.references import reference_answers, reference_rewards
+from hybrid_lightning.reports.findings import Finding, PolicyChange, TrainingMonitor, worse
+from hybrid_lightning.reports.references import has_paid, reference_answers, reference_rewards
+from hybrid_lightning.reports.repeats import scored_again
 from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.policy_module import PolicyModule
-from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
+from hybrid_lightning.types import LossInputs, Rollout, Sequences, counted_groups
 
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers tried before the first step, and by `Doctor`
 _PROMPTS, _COMPLETIONS = 4, 2  # what `Doctor` shows: prompts, and completions per prompt
@@ -64,34 +66,34 @@ class Diagnosis(OncePerRollout):
             return
         calibration, pl_module.task.last_calibration = pl_module.task.last_calibration, None
         if calibration is not None and not self._begun:
-            self._begin(trainer, pl_module, *calibration, "the calibration")
+            self._begin(trainer, pl_module, calibration, "the calibration")
 
-    def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
+    def _begin(self, trainer: Trainer, policy: PolicyModule, rollout: Rollout, where: str) -> None:
         """Look at the first available completions, and score reference answers with the reward."""
         self._begun = True
-        credited, limits = policy.task.credited(rollouts, rewards), policy.task.generation.limits
-        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, limits, credited))
+        credited, limits = policy.task.credit(rollout), policy.task.generation.limits
+        self._say(trainer, *findings.of_rollout(rollout, where, limits, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            accuracy = _accuracy(rewards)
-            pays = accuracy > 0 or policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
-            references = reference_rewards(policy.task.generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
-            self._say(trainer, *reference_answers(prompts, accuracy).findings, *references.findings)
+            generation, validated = policy.task.generation, policy.evaluation.last.get("", {})
+            pays = has_paid(generation, rollout) or validated.get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
+            references = reference_rewards(generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
+            self._say(trainer, *reference_answers(prompts, _accuracy(rollout)).findings, *references.findings)
 
     # ---- in training
 
     def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Look at a rollout."""
-        policy, (rollouts, rewards, _) = trainer.lightning_module, batch.rollout
+        policy, rewards = trainer.lightning_module, batch.rollout.scored
         if not isinstance(policy, PolicyModule) or not trainer.is_global_zero:
             return
         if not self._begun:
-            self._begin(trainer, policy, rollouts, rewards, "the first rollout")
-        groups = counted_groups(rewards.total, rollouts.samples_per_prompt, rewards.counted)
+            self._begin(trainer, policy, batch.rollout, "the first rollout")
+        groups = counted_groups(rewards.total, rewards.counted)
         if not groups:
             return
-        means = torch.cat([rewards.total[rows].mean(dim=1) for rows in groups])
+        means = torch.cat([rewards.total.flatten()[numbers].mean(dim=1) for numbers in groups])
         spread = float(means.std()) if len(means) > 1 else 0.0
         self._say(trainer, *self._monitored(policy).add_rollout(batch.metrics, float(rewards.of_counted().total.min()), spread))
 
@@ -134,31 +136,47 @@ class Diagnosis(OncePerRollout):
     # ---- at the end
 
     def verdict(
-        self, accuracy: Difference | None, reward: Difference | None, losses: tuple[float, float] | None, one_answer: str = ""
+        self,
+        accuracy: Difference | None,
+        reward: Difference | None,
+        losses: tuple[float, float] | None,
+        one_answer: str = "",
+        unequal: str = "",
+        doubt: str = "",
     ) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try (see `reports.verdict`).
 
         `losses` are the losses on held-out examples before and after training; they decide if nothing else was measured.
-        `one_answer` states that most problems get the same answer at the end (see `most_frequent`); it takes precedence over
-        everything else.
+        `one_answer` states that most problems get the same answer at the end (see `most_frequent`), and `unequal` that most rows
+        have it (see `unequal_rows`). One answer is the verdict, except for a policy that fell or moved too far: the rates then
+        come before the data. A `doubt` about the rollout engine's weights (see `Generation.doubt`) comes before everything else.
         """
         text, direction = verdict(accuracy, reward)
         if direction is None and losses is not None:
             direction = (losses[1] < losses[0]) - (losses[1] > losses[0])
             said = ("no change", "learned", "worse than at the start")[direction]
             text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
-        tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction == 1)]
+        kept = {kind: finding for kind, finding in self.found.items() if kind not in self._gone(direction == 1)}
+        if doubt:
+            finding = findings.of_engine(doubt)
+            return finding.text, [finding.advice, *(each.advice for each in kept.values())]
+        moved = kept.pop("worse", None)
+        fell = reward is not None and reward.direction < 0
+        if moved is None and direction == -1 and (fell or one_answer or not kept):
+            moved = worse("")
+        tries = [finding.advice for finding in kept.values()]
         if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
             return f"nothing was learned: no step had a gradient{why}", tries
-        if one_answer:
-            remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
-            return one_answer, [Finding("one", one_answer, remedy).advice, *tries]
-        if not tries and direction in (0, -1):
-            longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
-            tries = [longer if direction == 0 else worse("").advice]
-        return text, tries
+        if one_answer and (moved is None or (unequal and direction != -1)):  # a policy that fell was not paid for its answer
+            rows = f"give about the same number of rows for each answer ({unequal}), and " if unequal else ""
+            tries.insert(0, Finding("one", one_answer, f"{rows}see that the reward does not pay for one answer").advice)
+        if moved is not None:
+            return f"{text}; {one_answer}" if one_answer else text, [moved.advice, *tries]
+        if not tries and direction == 0:
+            tries = [f"train longer, or raise the rates ({EXPLAIN} the-reward-does-not-move)"]
+        return one_answer or text, tries
 
     def _gone(self, learned: bool) -> set[str]:
         """Kinds of findings that no longer hold at the end of the run."""
@@ -172,15 +190,16 @@ def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
     """Whether completions of the last validation are cut; for episodes, which also end for other reasons, greedy ones."""
     evaluation, limits = policy.evaluation, policy.task.generation.limits
     if policy.task.generation.episodes is not None:
-        greedy = [] if evaluation.greedy is None else findings.of_rollouts(*evaluation.greedy, "the validation", limits)
+        greedy = [] if evaluation.greedy is None else findings.of_rollout(evaluation.greedy, "the validation", limits)
         return [finding for finding in greedy if finding.kind == "cut"]
     values = evaluation.last.get("", {})
-    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}", 0.0)
-    return findings.of_cut(share, share - right, "the first validation", limits)  # at least this share is wrong
+    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}")
+    wrong = None if right is None else share - right  # at least this share
+    return findings.of_cut(share, wrong, "the first validation", limits)
 
 
 class Doctor(Callback):
-    """Examines a `PolicyModule` in a `fit` of one optimizer step, on a copy of the model that the command has loaded.
+    """Examines a `PolicyModule` in a `fit` of one optimizer step.
 
     The rollout and the step are the same as in training, at the full learning rates. Nothing is written (see `Trainer.doctor`).
 
@@ -190,27 +209,31 @@ class Doctor(Callback):
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
-        self._rollout: ScoredRollout | None = None  # the step's rollout
+        self._rollout: Rollout | None = None  # the step's rollout
         self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
         self._differs = False  # whether any group of the step has a difference: one minibatch may have none by chance
-        self._change: Change | None = None
+        self._change: PolicyChange | None = None
         self._metrics: dict[str, float] = {}
         self._taught: tuple[float, float] | None = None  # accuracy of teacher and policy on the same prompts
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the step have the full learning rates, whatever the schedule."""
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the policy on some completions before the step."""
         assert isinstance(pl_module, PolicyModule)
         self._differs = self._differs or bool(batch.advantages.any())
         if self._before is None:
-            self._rollout = batch.rollout
-            rollouts, rewards, _ = batch.rollout
-            sequences = pl_module.task.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
+            self._rollout = rollout = batch.rollout
+            sequences = pl_module.task.rows_of_loss(rollout).rows(slice(0, _ROWS))
             self._before = sequences, _logprobs(pl_module, sequences)
             if (teacher := pl_module.task.teaching.teacher) is not None and not teacher.is_remote:
-                generation, asked = pl_module.task.generation, rollouts.prompts[:_ASKED]
+                generation, asked = pl_module.task.generation, rollout.prompts[:_ASKED]
                 right = _accuracy(generation.score(teacher.complete(generation, pl_module.task.passes, asked)))
-                own = rewards.correct[: len(asked) * rollouts.samples_per_prompt]
-                self._taught = right, float(own.float().mean())
+                own = rollout.scored.correct[: len(asked)].float().mean()
+                self._taught = None if right is None else (right, float(own))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure the policy again after the step; all ranks compute, since each may hold part of the model."""
@@ -219,14 +242,14 @@ class Doctor(Callback):
         assert isinstance(pl_module, PolicyModule) and self._before is not None
         sequences, before = self._before
         after, mask = _logprobs(pl_module, sequences), sequences.sampled_mask
-        advantages = batch.rollout.advantages[: len(mask)]
+        advantages = batch.rollout.of_rows(batch.rollout.mean_advantages)[: len(mask)]
         reference = before if pl_module.task.loss.needs_reference else None
         entropy = torch.zeros_like(after) if pl_module.task.loss.needs_entropy else None
         length = float(pl_module.task.generation.max_completion_tokens)
         inputs = LossInputs(after, advantages, mask, before, reference, entropy=entropy, max_completion_tokens=length)
         with torch.no_grad():
             measured = pl_module.task.loss(inputs).metrics
-        self._change = Change.between(before, after, mask, measured)
+        self._change = PolicyChange.between(before, after, mask, measured)
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     # ---- report
@@ -239,31 +262,33 @@ class Doctor(Callback):
         not score.
         """
         assert self._rollout is not None and self._change is not None
-        rollouts, rewards, _ = self._rollout
-        answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
-        for line in _prompts(policy, rollouts, rewards, answers):
+        rollout, m, change = self._rollout, self._metrics, self._change
+        answers = policy.task.generation.answers(rollout)
+        for line in _prompts(policy, rollout, answers):
             say(line)
-        prompts, accuracy, limits = data.train_prompts, _accuracy(rewards), policy.task.generation.limits
-        references = reference_rewards(policy.task.generation, prompts, data.format, _ALL_REFERENCES, accuracy > 0)
-        given = reference_answers(prompts, accuracy)
+        generation, prompts, accuracy = policy.task.generation, data.train_prompts, _accuracy(rollout)
+        limits, pays = generation.limits, has_paid(generation, rollout)
+        references = reference_rewards(generation, prompts, data.format, _ALL_REFERENCES, pays)
+        given, (repeated, differing) = reference_answers(prompts, accuracy), scored_again(generation, rollout)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
         rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
         validated = len(data.validation_prompts) * (1 + policy.task.evaluation.samples) * validations
+        counted = f"{len(rollout.scored.of_counted().total)} completions"
+        counted = f" of {counted}" if accuracy is None else f", {accuracy:.1%} of {counted} right"
         values = {
             "answers": given.note,
             "reference": references.note,
-            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} of {len(rewards.of_counted().total)} completions right"
-            if "reward" in m
-            else "no completion counts",
+            "reward": f"{m['reward']:.3g} on average{counted}" if "reward" in m else "no completion counts",
+            "repeated": repeated,
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} have equal rewards and teach nothing",
             "completions": f"{m.get('completions/mean_length', 0):.1f} tokens on average, "
-            f"{rollouts.cut.float().mean():.0%} cut at {findings.as_options(limits)}",
+            f"{rollout.cut.float().mean():.0%} cut at {findings.as_options(limits)}",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
             "gradient": "norm " + ", ".join(f"{value:.3g} ({name})" for name, value in norms.items()),
             "trial step": f"at the full rates ({rates}): KL {change.kl:.2g} nats a token, log-probabilities moved by "
             f"{change.moved:.2g}, ratio up to {change.ratio:.3g}{clipped}",
-            "time": self._time(policy, steps, validated, scored_prompts * rollouts.samples_per_prompt, len(rollouts.completions)),
+            "time": self._time(policy, steps, validated, scored_prompts * rollout.group_size, len(rollout.completions)),
         }
         if policy.task.teaching.teacher is not None:
             right = "" if self._taught is None else "{:.0%} right, and the policy {:.0%}; ".format(*self._taught)
@@ -273,9 +298,8 @@ class Doctor(Callback):
             values["trial step"] = "not possible without a gradient"
         for name, text in values.items():
             say(f"{name:<16}{text}")
-        self.found += [*given.findings, *references.findings, *_tokens(policy, rollouts)]
-        credited = policy.task.credited(rollouts, rewards)
-        found = findings.of_rollouts(rollouts, rewards, "the rollout", limits, credited)
+        self.found += [*given.findings, *references.findings, *differing, *_tokens(policy, rollout)]
+        found = findings.of_rollout(rollout, "the rollout", limits, policy.task.credit(rollout))
         self.found += [finding for finding in found if finding.kind not in _unneeded(policy)]
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
@@ -300,10 +324,10 @@ def _unneeded(policy: PolicyModule) -> tuple[str, ...]:
     return () if policy.task.teaching.teacher is None else ("equal", "gradient")
 
 
-def _accuracy(rewards: Rewards) -> float:
-    """Share of right completions among the counted ones; 0 if there are none."""
-    right = rewards.of_counted().correct
-    return float(right.float().mean()) if len(right) else 0.0
+def _accuracy(rollout: Rollout) -> float | None:
+    """Share of right completions among the counted ones, 0 if there are none; None if nothing measures correctness."""
+    right = rollout.scored.of_counted().correct
+    return None if not rollout.scored.measures_correctness else float(right.float().mean()) if len(right) else 0.0
 
 
 def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
@@ -312,11 +336,12 @@ def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
     return logprobs
 
 
-def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers: list[str | None]) -> Iterator[str]:
+def _prompts(policy: PolicyModule, rollout: Rollout, answers: list[str | None]) -> Iterator[str]:
     """Some prompts as tokenised, each with completions, the answers found in them, and their rewards by part."""
-    samples, sequences = rollouts.samples_per_prompt, rollouts.sequences
-    for number, prompt in enumerate(rollouts.prompts[:_PROMPTS]):
-        row = number * samples
+    sequences, rewards = rollout.sequences, rollout.scored
+    for number, prompt in enumerate(rollout.prompts[:_PROMPTS]):
+        first = number * rollout.group_size
+        row = rollout.first_row(first)
         ids = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
         pieces = policy.tokenizer.convert_ids_to_tokens(ids)
         shown = " ".join(map(repr, pieces if len(pieces) <= 12 else [*pieces[:5], "...", *pieces[-6:]]))
@@ -324,10 +349,10 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
         yield f"Prompt {number + 1}, {count}, {prompt.place}, reference answer {_cut(prompt.answer)}"
         yield f"  {_cut(policy.tokenizer.decode(ids, skip_special_tokens=False))}"
         yield f"  tokens {shown}"
-        for place in range(row, row + min(samples, _COMPLETIONS)):
-            parts = ", ".join(f"{name} {float(part[place]):.3g}" for name, part in rewards.parts.items())
-            paid = f"paid {float(rewards.total[place]):.3g} ({parts})" if rewards.counts(place) else "left out"
-            completion, answer = rollouts.completions[place], answers[place]
+        for sample in range(min(rollout.group_size, _COMPLETIONS)):
+            parts = ", ".join(f"{name} {float(part[number, sample]):.3g}" for name, part in rewards.parts.items())
+            paid = f"paid {float(rewards.total[number, sample]):.3g} ({parts})" if rewards.counts(number, sample) else "left out"
+            completion, answer = rollout.completions[first + sample], answers[first + sample]
             found = "no answer found" if answer is None else f"found {_cut(answer, 100)}"
             if completion.episode is None:
                 yield f"  -> {_cut(str(completion))}"
@@ -340,9 +365,9 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
                     yield f"     {term.name}: {_cut(' '.join(why.split()))}"
 
 
-def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:
+def _tokens(policy: PolicyModule, rollout: Rollout) -> list[Finding]:
     """Check whether prompts begin with the same special token twice, as when a template and the tokenizer both write it."""
-    ids, begin = rollouts.sequences.prompt_ids[0][rollouts.sequences.prompt_mask[0]].tolist(), policy.tokenizer.bos_token_id
+    ids, begin = rollout.sequences.prompt_ids[0][rollout.sequences.prompt_mask[0]].tolist(), policy.tokenizer.bos_token_id
     if begin is None or ids[:2] != [begin, begin]:
         return []
     text = f"prompts begin with {policy.tokenizer.bos_token!r} twice"

@@ -43,6 +43,13 @@ def show_table(table: Table) -> None:
     (console() if console().is_terminal else Console(width=10_000)).print(table)
 
 
+def show_markdown(text: str) -> None:
+    """Print a text in Markdown, as wide as the terminal; in a file or pipe 80 columns."""
+    from rich.markdown import Markdown  # takes a quarter of a second to import
+
+    console().print(Markdown(text))
+
+
 def command_line(*arguments: str | Path) -> str:
     """A command of this package with its arguments, quoted for a shell.
 

@@ -72,8 +72,8 @@ class GracefulStop(Callback):
             self._taken, self._progress, self._due = 0, None, None
         self._mine = self._mine or not self.signals.taken_over
         self.signals.take_over()
-        self.signals.started_ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
-        self.signals.last_words = lambda: _how_to_resume(trainer)
+        started = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
+        self.signals.inform(started, lambda: _how_to_resume(trainer))
         self._processes = gather_objects((platform.node(), os.getpid()))
         if isinstance(pl_module, LanguageModule):
             pl_module.run.signals = self.signals
@@ -202,8 +202,9 @@ class GracefulStop(Callback):
 
     def _save(self, trainer: Trainer, exception: BaseException) -> None:
         folder = run_folder(trainer)
-        if folder is None:
-            say("Stopped: fast_dev_run keeps nothing to resume from")
+        if folder is None:  # fast_dev_run and `doctor` keep nothing
+            if isinstance(exception, RunStopped) and trainer.is_global_zero:
+                say("Stopped: start the command again")
             return
         if trainer.validating:
             # For a validation after the last step, which is not due by an interval.

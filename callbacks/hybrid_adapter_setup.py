@@ -3,27 +3,30 @@
 The plan comes from the checkpoint, else from a file, else from `planning.py`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, Planning
 from hybrid_lightning.adapters.candidates import check_pattern, is_linear, share_of_experts, without_lora
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_rows, plan_table, plan_title
-from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
-from hybrid_lightning.callbacks.planning import Planner, Planning, applied_plan, check_adaptable, model_of
+from hybrid_lightning.callbacks.planning import Planner, applied_plan, check_adaptable, model_of
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, new_state
 from hybrid_lightning.training.module import LanguageModule
@@ -99,6 +102,10 @@ class HybridAdapterSetup(Configurable, Callback):
         self.plan: AdapterPlan | None = None
         self.resume = Resume()
 
+    def with_random_scores(self) -> Self:
+        """A new callback with these arguments that chooses the fully trained modules at random, without rollouts."""
+        return type(self)(**{**self._init_args, "scorer": Random()})
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the plan and apply it, at every stage.
 
@@ -161,11 +168,13 @@ class HybridAdapterSetup(Configurable, Callback):
             experts = any(rank and not is_linear(candidates[name]) for name, rank in planning.ranks(candidates).items())
         if plan is None:
             ranks = planning.rank_pattern.values() or [planning.lora.rank]
-            sampler.check_adapter(planning.budget.share > 0, planning.lora.use_dora, [*ranks], experts)
+            received = (planning.budget.share > 0, planning.lora.use_dora, [*ranks], experts)
         else:
-            sampler.check_adapter(bool(plan.full_modules), plan.lora.use_dora, plan.ranks, plan.has_experts)
+            received = (bool(plan.full_modules), plan.lora.use_dora, [*plan.ranks], plan.has_experts)
             plan.check_model(pl_module.policy.pretrained.skeleton())
             check_lora_modules(plan.lora_modules)
+        if isinstance(sampler, WeightedEngine):
+            sampler.check_adapter(*received)
 
     def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
         """Refuse a plan file that differs from the plan that the model has or gets."""
@@ -182,6 +191,8 @@ class HybridAdapterSetup(Configurable, Callback):
         if plan is None and trainer.state.fn != "fit":
             return None
         if isinstance(pl_module, LanguageModule):
+            if trainer.state.fn == "fit" and "PL_GLOBAL_SEED" not in os.environ:  # a script that has not called seed_everything
+                torch.manual_seed(pl_module.task.seed)
             pl_module.task.check_start_weights(self.keep_start_weights)
             if plan is None:
                 pl_module.check_settings()  # on every rank, so that each ends with the cause and none waits for the scores

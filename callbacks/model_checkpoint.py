@@ -12,6 +12,8 @@ from torch import Tensor
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.evaluation_report import OF_VALIDATION
 from hybrid_lightning.reports.verdict import REWARD
+from hybrid_lightning.training.evaluation import ACCURACY
+from hybrid_lightning.training.module import LanguageModule
 
 
 class ModelCheckpoint(LightningModelCheckpoint):
@@ -23,12 +25,31 @@ class ModelCheckpoint(LightningModelCheckpoint):
     `every_n_train_steps` or `train_time_interval` is set, it is written whenever that is due, and the next validation decides
     about the best. `save_last: link` works as in Lightning.
 
+    Where no part of the reward measures correctness, there is no accuracy to monitor: `val/reward` takes its place.
+
     Among checkpoints with the same value of the monitored metric, the best has the highest `val/reward`; if that is equal too,
     the latest is best. A resumed run continues with the best checkpoints of the run that it resumes.
     """
 
     _step_of_last = -1  # step for which this process has written `last.ckpt`
     _rewards: Mapping[str, float] = {}  # path of each of the best checkpoints -> its `val/reward`
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose what to monitor, before a checkpoint restores the best ones."""
+        self.monitor_what_is_measured(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
+
+    def monitor_what_is_measured(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Monitor the reward in place of an accuracy that the module does not measure, and print that."""
+        generation = pl_module.task.generation if isinstance(pl_module, LanguageModule) else None
+        if generation is None or generation.reward is None or generation.measures_correctness or self.monitor is None:
+            return
+        sets, _, metric = self.monitor.rpartition("/")
+        if sets.startswith("val") and ACCURACY.fullmatch(metric):
+            before, self.monitor = self.monitor, f"{sets}/reward"
+            if trainer.is_global_zero and trainer.state.fn == "fit":
+                why = f"since no part of the reward measures correctness, and there is no {before}"
+                say(f"The best checkpoint is chosen by {self.monitor}, {why}")
 
     # ---- when
 

@@ -6,7 +6,7 @@ Ranks of FSDP2 score together. With other strategies the first rank scores, and 
 waits.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates, is_linear, ranks_by_pattern
-from hybrid_lightning.adapters.gradients import GradientMode
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.budgets import ModuleScores, Planning, make_plan
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
-from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.callbacks.display import console, progress_bar
 from hybrid_lightning.engine import Backend
@@ -77,32 +73,6 @@ def applied_plan(pl_module: LightningModule) -> AdapterPlan | None:
 
 
 @dataclass(frozen=True)
-class Planning:
-    """The settings that determine a plan."""
-
-    budget: Budget  # chooses the fully trained modules by their scores
-    scorer: Scorer
-    gradients: GradientMode  # how gradients are held while scoring
-    lora: LoraSettings  # for modules that are not fully trained
-    rank_pattern: Mapping[str, int]  # ranks of modules that differ from the rank of `lora`
-    target_modules: Sequence[str] | None  # candidates by the end of their names; None takes all
-    calibration_prompts: int | None  # None lets the module choose
-
-    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """The trainable candidates: full dotted name -> module; ModelError if there are none."""
-        return find_candidates(model, self.target_modules, self.rank_pattern)
-
-    def ranks(self, candidates: Mapping[str, nn.Module]) -> dict[str, int]:
-        """LoRA rank of each candidate; ModelError if `rank_pattern` matches none, ConfigError if experts cannot have the rank."""
-        ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
-        if self.budget.share < 1 and any(ranks[name] and not is_linear(module) for name, module in candidates.items()):
-            self.lora.check_experts()
-        if self.budget.share == 0 and not any(ranks.values()):
-            raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully; raise a rank")
-        return ranks
-
-
-@dataclass(frozen=True)
 class Planner:
     """Makes the plan of a run."""
 
@@ -132,7 +102,7 @@ class Planner:
                 try:
                     return self._make().to_dict() if trainer.is_global_zero else None
                 except RunStopped as stopped:
-                    signals.requested = stopped.number  # the module may not have the signals that stopped it
+                    signals.request(stopped.number)  # the module may not have the signals that stopped it
                     raise
 
             content = on_all_ranks(make, signals, "score the modules")[0]

@@ -7,7 +7,7 @@ not affect rollouts and updates, such as `trainer.max_steps`, a logger or a call
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +17,7 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_settings import describe_part, flatten_settings, settings_of
 from hybrid_lightning.configurable import Configurable, imported_class
 from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.training.checkpoint import give_up_rollout
 from hybrid_lightning.training.example_module import ExampleModule
 
 SETTINGS_KEY = "hybrid_lightning_settings"
@@ -61,6 +62,14 @@ class Change:
         return f"{self.name} {_shown(self.before)} -> {_shown(self.after)}"
 
 
+@runtime_checkable
+class Measuring(Protocol):
+    """A callback that has measurements in its saved state."""
+
+    def without_measurements(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A saved state without accuracies, which cannot be compared with those of a run with other problems or rewards."""
+
+
 class Resume:
     """The settings of a run, and their changes at each resume."""
 
@@ -90,29 +99,21 @@ class Resume:
     def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Remove the entries that the changes have made invalid from a checkpoint that is being restored."""
         changed = [change.name for change in self._new or ()]
-        states = checkpoint.get("callbacks", {})
         if any(_gives_up_rollout(name) for name in changed):
             if trainer.is_global_zero:
                 say("the change discards the rest of the rollout in progress, and the epoch starts over")
-            for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
-                if isinstance(state, dict) and "ranks" in state:  # state of `RolloutLoader`
-                    state["given_up"] = True
+            give_up_rollout(checkpoint)
         held_out = ("model.loss",) if isinstance(trainer.lightning_module, ExampleModule) else ()  # its loss is measured by this
         measured_by = (*_MEASURED_BY, *held_out)
         measured = any(_is(option, name) for option in measured_by for name in changed if name not in _PLACES)
-        if measured and "RunSummary" in states:
-            states["RunSummary"].update(before={}, after={}, validated_step=-1)
-        if measured and "RunReport" in states:
-            curves = states["RunReport"]["curves"]
-            kept = {name: curve for name, curve in curves.items() if not name.startswith("val/")}
-            states["RunReport"].update(first=None, last=None, curves=kept)
+        states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state = states.get(callback.state_key)
-            if state and isinstance(callback, EarlyStopping):
-                state["patience"] = callback.patience  # Lightning would take it from the checkpoint
-            if state and isinstance(callback, ModelCheckpoint) and (measured or any(_is("checkpoint", name) for name in changed)):
-                state.update(best_model_score=None, best_model_path="", best_k_models={}, current_score=None)
-                state.update(kth_best_model_path="", kth_value=callback.kth_value)
+            key = callback.state_key
+            if states.get(key) and isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+                best = measured or any(_is("checkpoint", name) for name in changed)
+                states[key] |= _of_lightning(callback, best)
+            elif states.get(key) and measured and isinstance(callback, Measuring):
+                states[key] = callback.without_measurements(states[key])
 
     def state(self) -> dict[str, Any]:
         """Settings and changes for the checkpoint, as plain data."""
@@ -121,6 +122,14 @@ class Resume:
     def record(self) -> list[dict[str, Any]]:
         """All changes as plain data."""
         return [asdict(change) for change in self.changes]
+
+
+def _of_lightning(callback: EarlyStopping | ModelCheckpoint, best_changes: bool) -> dict[str, Any]:
+    """New values in the saved state of Lightning's callbacks, which would restore options and the best checkpoint of old."""
+    if isinstance(callback, EarlyStopping):
+        return {"patience": callback.patience}
+    best: dict[str, Any] = {"best_model_score": None, "best_model_path": "", "best_k_models": {}, "current_score": None}
+    return {**best, "kth_best_model_path": "", "kth_value": callback.kth_value} if best_changes else {}
 
 
 def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.cells import cell_len, set_cell_size
-from torch import Tensor
 
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
@@ -23,10 +23,11 @@ from hybrid_lightning.callbacks.prediction_writer import new_file, write_lines
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.training.module import LanguageModule
-from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
+from hybrid_lightning.types import Completion, Prompt, Rollout
 
 _ON_SCREEN = 1_000  # characters of an episode
 _LINES = 2  # completions of a validation on the screen
+_SAID = {True: "yes", False: "no", None: "left out"}
 
 
 class OncePerRollout(Callback, ABC):
@@ -84,30 +85,29 @@ class RolloutSamples(OncePerRollout):
 
     def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Log a page of the rollout if one is due, and write its rows."""
-        rollouts, rewards, advantages = batch.rollout
+        rollout: Rollout = batch.rollout
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                write_lines(file, self._rows(trainer, rollouts, rewards, advantages))
+                write_lines(file, self._rows(trainer, rollout))
         if batch.rollout_number % self.every_n_rollouts == 0 and trainer.is_global_zero:
-            columns, rows = self.table(rollouts, rewards, advantages)
+            rewards = rollout.scored
+            columns, rows = self.table(rollout)
             log_table(trainer, "samples", columns, rows, trainer.global_step)
             if len(values := rewards.of_counted().total):
                 log_histogram(trainer, "rewards/histogram", values.float().cpu(), trainer.global_step)
-            if rollouts.completions[0].episode is not None:
-                text = shown_text(rollouts.completions[0]).replace("\n", "\n  ")
-                earned = f"reward {float(rewards.total[0]):.3g}" if rewards.counts(0) else "left out"
+            if rollout.completions[0].episode is not None:
+                text = shown_text(rollout.completions[0]).replace("\n", "\n  ")
+                earned = f"reward {float(rewards.total[0, 0]):.3g}" if rewards.counts(0, 0) else "left out"
                 say(f"An episode of rollout {batch.rollout_number + 1}, {earned}:\n  {text[:_ON_SCREEN]}")
 
-    def _rows(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Iterator[dict[str, Any]]:
+    def _rows(self, trainer: Trainer, rollout: Rollout) -> Iterator[dict[str, Any]]:
         """A JSON-ready record of each completion; a completion that is left out has no rewards."""
         policy: Any = trainer.lightning_module
-        texts = [policy.policy.pretrained.encoder.render(prompt) for prompt in rollouts.prompts]
-        counted = [True] * len(advantages) if rewards.counted is None else rewards.counted.tolist()
-        parts = {name: part.tolist() for name, part in rewards.parts.items()}
-        total, correct, of_all = rewards.total.tolist(), rewards.correct.tolist(), advantages.tolist()
-        for row, completion in enumerate(rollouts.completions):
-            number, sample = divmod(row, rollouts.samples_per_prompt)
-            prompt, episode, counts = rollouts.prompts[number], completion.episode, counted[row]
+        texts = [policy.policy.pretrained.encoder.render(prompt) for prompt in rollout.prompts]
+        rewards, advantages = rollout.scored.apply(torch.Tensor.cpu), rollout.mean_advantages.cpu()
+        for row, completion in enumerate(rollout.completions):
+            place = number, sample = divmod(row, rollout.group_size)
+            prompt, episode, counts = rollout.prompts[number], completion.episode, rewards.counts(*place)
             yield {
                 "step": trainer.global_step,
                 "rollout": self._last,
@@ -119,28 +119,31 @@ class RolloutSamples(OncePerRollout):
                 "completion": str(completion),
                 **({} if episode is None else {"messages": [dict(message) for message in episode.messages], "end": episode.end}),
                 "length": completion.num_tokens,
-                "finished": bool(rollouts.finished[row]),
+                "finished": completion.finished,
                 "counted": counts,
-                "reward": total[row] if counts else None,
-                "reward_parts": {name: part[row] if counts else None for name, part in parts.items()},
-                "correct": correct[row] if counts else None,
-                "advantage": of_all[row],
+                "reward": float(rewards.total[place]) if counts else None,
+                "reward_parts": {name: float(part[place]) if counts else None for name, part in rewards.parts.items()},
+                "correct": rewards.right(*place),
+                "advantage": float(advantages[place]),
             }
 
-    def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
+    def table(self, rollout: Rollout) -> tuple[list[str], list[list[Any]]]:
         """The first prompts and completions as a table: column names, and rows of texts and numbers."""
+        rewards, advantages = rollout.scored, rollout.mean_advantages
         names = list(rewards.parts) if len(rewards.parts) > 1 else []
-        samples = rollouts.samples_per_prompt
         rows: list[list[Any]] = []
-        for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
-            for row in range(number * samples, (number + 1) * samples)[: self.completions]:
-                texts = [shown_prompt(prompt), str(prompt.answer), shown_text(rollouts.completions[row])]
-                counts = rewards.counts(row)
-                marks = ["yes" if bool(mark[row]) else "no" for mark in (rollouts.finished, rewards.correct)]
+        for number, prompt in enumerate(rollout.prompts[: self.prompts]):
+            for sample in range(rollout.group_size)[: self.completions]:
+                place, completion = (number, sample), rollout.completions[number * rollout.group_size + sample]
+                texts = [shown_prompt(prompt), str(prompt.answer), shown_text(completion)]
+                counts = rewards.counts(*place)
+                finished, right = _SAID[completion.finished], _SAID[rewards.right(*place)]
+                marks = [finished, right] if rewards.measures_correctness else [finished if counts else _SAID[None]]
                 values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
-                numbers = [float(value[row]) for value in values] if counts else [None] * len(values)
-                rows.append([*texts, *(marks if counts else [marks[0], "left out"]), *numbers])
-        return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
+                numbers = [float(value[place]) for value in values] if counts else [None] * len(values)
+                rows.append([*texts, *marks, *numbers])
+        marked = ["finished", "correct"] if rewards.measures_correctness else ["finished"]
+        return ["prompt", "answer", "completion", *marked, "reward", *names, "advantage"], rows
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -164,9 +167,9 @@ def say_completions(pl_module: LightningModule) -> None:
     greedy = pl_module.evaluation.greedy if isinstance(pl_module, LanguageModule) else None
     if greedy is None or console().is_jupyter:
         return
-    rollouts, rewards = greedy
-    for row, (prompt, completion) in enumerate(zip(rollouts.prompts[:_LINES], rollouts.completions, strict=False)):
-        end = f" (reward {float(rewards.total[row]):.3g})" if rewards.counts(row) else " (left out)"
+    rewards = greedy.scored
+    for number, (prompt, completion) in enumerate(zip(greedy.prompts[:_LINES], greedy.completions, strict=False)):
+        end = f" (reward {float(rewards.total[number, 0]):.3g})" if rewards.counts(number, 0) else " (left out)"
         room = max(20, console().width - len(f"   -> {end}"))
         asked = _ending(shown_prompt(prompt), room // 2)
         say(f"  {asked} -> {_ending(shown_text(completion), room - cell_len(asked)) or '(empty)'}{end}")
@@ -199,8 +202,8 @@ class RewardDivergence(OncePerRollout):
 
     def on_rollout(self, trainer: Trainer, batch: Any) -> None:
         """Record the rollout's means, and warn of parts that diverge."""
-        rewards = batch.rollout[1].of_counted()
-        if not len(rewards.total):
+        rewards = batch.rollout.rewards.of_counted()
+        if not len(rewards.total) or not rewards.measures_correctness:
             return
         paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # excludes metrics and penalties
         means = {f"rewards/{name}": float(rewards.parts[name].mean()) for name in paid}

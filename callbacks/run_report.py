@@ -29,7 +29,7 @@ from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, r
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.metrics import Difference
-from hybrid_lightning.reports.page import REPORT, Run, report_page
+from hybrid_lightning.reports.page import REPORT, ReportedRun, report_page
 from hybrid_lightning.reports.verdict import compare_validations
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
@@ -86,6 +86,11 @@ class RunReport(Callback):
         """Continue from the resumed run's data."""
         self._curves, self._peaks = state_dict["curves"], state_dict["peaks"]
         self._first, self._last = state_dict["first"], state_dict["last"]
+
+    def without_measurements(self, state: dict[str, Any]) -> dict[str, Any]:
+        """See `Measuring`."""
+        curves = {name: curve for name, curve in state["curves"].items() if not name.startswith("val/")}
+        return {**state, "first": None, "last": None, "curves": curves}
 
     # ---- collecting
 
@@ -177,7 +182,7 @@ class RunReport(Callback):
             "curves": {name: self._curves[name] for name in sorted(self._curves, key=_place)},
         }
         _replace(folder / REPORT, json.dumps(report, ensure_ascii=False) + "\n")
-        return _replace(folder / "report.html", report_page(Run.read(folder)))
+        return _replace(folder / "report.html", report_page(ReportedRun.read(folder)))
 
 
 def shares_ahead(pl_module: LightningModule) -> set[str]:
@@ -204,19 +209,20 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     evaluation, names = pl_module.evaluation, (f"avg@{pl_module.task.evaluation.samples}", "greedy_accuracy", "reward")
     rows = []
     for problem, values in evaluation.by_problem.items():
-        rows.append([*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)])
+        measured = [values.get(name, math.nan) for name in names]
+        rows.append([*problem, *(None if math.isnan(value) else round(value, 6) for value in measured)])
     samples: list[dict[str, Any]] = []
     if evaluation.greedy is None:
         return {"problems": rows, "samples": samples}
-    rollouts, rewards = evaluation.greedy
-    for row in sorted({number * len(rollouts.prompts) // _SAMPLES for number in range(_SAMPLES)}):
+    greedy, rewards = evaluation.greedy, evaluation.greedy.scored
+    for row in sorted({number * len(greedy.prompts) // _SAMPLES for number in range(_SAMPLES)}):
         sample = {
-            "prompt": shown_prompt(rollouts.prompts[row]),
-            "answer": rollouts.prompts[row].answer,
-            "completion": shown_text(rollouts.completions[row])[:_CHARACTERS],
-            "finished": bool(rollouts.finished[row]),
-            "correct": bool(rewards.correct[row]),
-            "reward": round(float(rewards.total[row]), 6) if rewards.counts(row) else None,
+            "prompt": shown_prompt(greedy.prompts[row]),
+            "answer": greedy.prompts[row].answer,
+            "completion": shown_text(greedy.completions[row])[:_CHARACTERS],
+            "finished": greedy.completions[row].finished,
+            "correct": rewards.right(row, 0),
+            "reward": round(float(rewards.total[row, 0]), 6) if rewards.counts(row, 0) else None,
         }
         samples.append(sample)
     return {"problems": rows, "samples": samples}

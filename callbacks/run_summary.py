@@ -23,7 +23,7 @@ from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.errors import shorten
 from hybrid_lightning.metrics import LOWER, UPPER, Difference
-from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference
+from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference, unequal_rows
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
@@ -77,6 +77,10 @@ class RunSummary(Callback):
         self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
         self._answers = state_dict.get("answers", {})
 
+    def without_measurements(self, state: dict[str, Any]) -> dict[str, Any]:
+        """See `Measuring`."""
+        return {**state, "before": {}, "after": {}, "validated_step": -1}
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the start policy, and log them as step 0."""
         loaders = trainer.num_sanity_val_batches
@@ -123,7 +127,7 @@ class RunSummary(Callback):
             curves, report = curve_hints(trainer, folder), find_callback(trainer, RunReport)
             commands = [command for command in (summary["next_command"], *curves) if command]
             page = None if report is None else report.write(trainer, "finished", commands)
-            self._print(summary, curves, page)
+            self._print(summary, curves, page, "accuracy" in _measures(pl_module))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         plan, now = applied_plan(pl_module), time.perf_counter()
@@ -172,10 +176,13 @@ class RunSummary(Callback):
         diagnosis = find_callback(trainer, Diagnosis)
         if diagnosis is None:
             return "", []
-        terms = pl_module.task.generation.reward_terms() if isinstance(pl_module, LanguageModule) else []
-        accuracy = changes.get("accuracy") if any(term.measures_correctness for term in terms) else None
         losses = (self._before["val/loss"], after["val/loss"]) if "val/loss" in self._before.keys() & after.keys() else None
-        return diagnosis.verdict(accuracy, changes.get("reward"), losses, self._answers.get("one_answer", "") if after else "")
+        answers = self._answers if after else {}
+        prompts = getattr(trainer.datamodule, "train_prompts", None) or ()  # type: ignore[attr-defined]
+        unequal = unequal_rows(answers["given"], (prompt.answer for prompt in prompts)) if answers.get("given") else ""
+        doubt = pl_module.task.generation.doubt if isinstance(pl_module, LanguageModule) else ""
+        one_answer = answers.get("one_answer", "")
+        return diagnosis.verdict(changes.get("accuracy"), changes.get("reward"), losses, one_answer, unequal, doubt)
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module
@@ -184,7 +191,7 @@ class RunSummary(Callback):
             say(f"Validation ({when}): {_headline(metrics, sets, _eval_samples(module))}")
             say_completions(module)
 
-    def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
+    def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None, measured: bool) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
         samples = summary["eval_samples"]
         before, after = (summary["validation"][when] for when in ("before", "after"))
@@ -194,11 +201,12 @@ class RunSummary(Callback):
         if "val/rewards/accuracies" in after:  # a comparison with the start policy, without a value before training
             preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, compared with the start policy (chance: 50%)"
             table.add_row("preferred as chosen", preferred)
-        if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
+        if summary["reward_before"] is not None or summary["reward_after"] is not None or table.row_count == 0:
+            names = {"accuracy": f"accuracy (avg@{samples})", "reward": "reward", "greedy": "greedy accuracy"}
             problems = f", n={after['val/problems']:.0f}" if "val/problems" in after else ""
-            table.add_row(f"accuracy (avg@{samples})", _change(summary, "accuracy") + problems)
-            table.add_row("reward", _change(summary, "reward"))
-            table.add_row("greedy accuracy", _change(summary, "greedy"))
+            for name in names if measured else ("reward",):
+                table.add_row(names[name], _change(summary, name) + problems)
+                problems = ""  # once
             if summary["answers"]:
                 answer, share = shorten(summary["answers"]["reference"]), summary["answers"]["share"]
                 table.add_row("constant answer", f"{answer} for every problem would be right for {share:.1%}")
@@ -253,11 +261,9 @@ def _eval_samples(pl_module: LightningModule) -> int:
 
 def _measures(pl_module: LightningModule) -> dict[str, str]:
     """Name of a result in the summary -> the validation metric that has its value."""
-    measures = {"accuracy": f"val/avg@{_eval_samples(pl_module)}"}
-    if isinstance(pl_module, PolicyModule):
-        return measures
-    scored = isinstance(pl_module, LanguageModule) and pl_module.task.reward is not None
-    return {"loss": "val/loss"} | (measures if scored else {})
+    measured = isinstance(pl_module, LanguageModule) and pl_module.task.generation.measures_correctness
+    losses = {} if isinstance(pl_module, PolicyModule) else {"loss": "val/loss"}
+    return losses | ({"accuracy": f"val/avg@{_eval_samples(pl_module)}"} if measured else {})
 
 
 def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.step_times import Amortized, PhaseClock
-from hybrid_lightning.types import PolicyBatch, ScoredRollout
+from hybrid_lightning.types import PolicyBatch, Rollout
 
 # Phases of a rollout, before its first optimizer step; the module marks them on its `clock`.
 ROLLOUT_PHASES = ("generate", "reward", "logprobs")
@@ -80,8 +80,7 @@ class StepTimer(Callback):
         if stage != "fit":
             return
         self._forget()
-        self.clock.device = trainer.strategy.root_device
-        self.clock.restart("startup")
+        self.clock.restart("startup", trainer.strategy.root_device)
         if isinstance(pl_module, LanguageModule):
             pl_module.run.clock = self.clock
 
@@ -156,9 +155,9 @@ def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None
     return nullcontext() if timer is None else timer.clock.phase(phase)
 
 
-def _rollout_tokens(rollout: ScoredRollout) -> dict[str, float]:
+def _rollout_tokens(rollout: Rollout) -> dict[str, float]:
     """Tokens of this process's rollout: the sampled ones, and all tokens with prompts and added ones."""
-    sequences = rollout.rollouts.sequences
+    sequences = rollout.sequences
     tokens = float(sequences.completion_mask.sum()) + float(sequences.prompt_mask.sum())
     return {"generated_tokens": float(sequences.sampled_mask.sum()), "tokens": tokens}
 

@@ -15,8 +15,16 @@ from hybrid_lightning.stopping import RunStopped, StopSignals
 _CLEAN_UP_S = 600.0  # time for a process to end, in which loggers may send pending data
 
 
+def _find_own_code() -> None:
+    """Let imports look in the working folder first, as with `python -m`; for a console script they look in the script's."""
+    here = os.getcwd()
+    if not sys.flags.safe_path and sys.path[0] != here:
+        sys.path.insert(0, here)
+
+
 def run() -> None:
     """Run the command line. Signals are handled from the start, before anything slow, until the process has ended."""
+    _find_own_code()
     signals = StopSignals()
     signals.started_by_rank = end_with_starter(signals)
     signals.take_over()

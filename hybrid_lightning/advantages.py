@@ -1,7 +1,7 @@
 """Group-relative advantages: how much better a completion is than the other completions of its prompt. Swap estimators by class.
 
-Axes: P prompts, G samples per prompt, B = P * G in prompt-major order. R is the reward. Means and standard deviations are over a
-group, unless marked "over the batch", which means the whole rollout over all ranks.
+Axes: P prompts, G samples per prompt, K turns. R is the reward. Means and standard deviations are over a group, unless marked
+"over the batch", which means the whole rollout over all ranks.
 
 - `GroupAdvantage`, GRPO (DeepSeekMath, arXiv 2402.03300): A = (R - mean) / (std + eps)
 - `GroupMeanAdvantage`, Dr. GRPO (arXiv 2503.20783): A = R - mean
@@ -57,6 +57,7 @@ issue 7244).
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,8 @@ class AdvantageEstimator(Configurable, ABC):
         >>> class BestOfGroup(AdvantageEstimator):
         ...     def estimate(self, groups):
         ...         return (groups - groups.amax(dim=1, keepdim=True))
-        >>> BestOfGroup()(torch.tensor([1.0, 0.0]), samples_per_prompt=2).tolist()
-        [0.0, -1.0]
+        >>> BestOfGroup()(torch.tensor([[1.0, 0.0]])).tolist()
+        [[0.0, -1.0]]
     """
 
     divides_by_group_std = False  # True favours prompts with almost equal rewards (see `PolicyLoss.takes_group_std`)
@@ -108,24 +109,26 @@ class AdvantageEstimator(Configurable, ABC):
         """
         return advantages
 
-    def __call__(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None = None) -> Tensor:
-        """Compute the advantage of each completion, [B] float32 (float64 for float64 rewards), without gradient.
+    def __call__(self, rewards: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Compute the advantage of each completion, float32 (float64 for float64 rewards), without gradient.
 
         Args:
-            rewards: [B], finite for all completions that count.
-            samples_per_prompt: G; adjacent rewards belong to the same prompt.
-            counted: See `Rewards`, [B] bool or None.
+            rewards: [P, G], or by turn [P, G, K]; finite for all completions that count.
+            counted: See `Rewards`, of the same shape or None.
+
+        Returns:
+            The advantages, in the shape of the rewards.
 
         Raises:
             ConfigError: If G is below 2.
         """
-        self.check_samples(samples_per_prompt)
-        rewards = _detached(rewards)
-        return self._over_rollout(self._in_groups(rewards, samples_per_prompt, counted), rewards, counted)
+        self.check_samples(rewards.shape[1])
+        groups, counted = _by_turn(_detached(rewards)), _by_turn(counted)
+        return _from_turns(self._over_rollout(self._in_groups(groups, counted), groups, counted), rewards.shape)
 
-    def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-        """Compute the advantage of each completion, [B] as `__call__`, from its rewards: by default from their weighted sum."""
-        return self(rewards.total, samples_per_prompt, rewards.counted)
+    def of_rewards(self, rewards: Rewards) -> Tensor:
+        """Compute the advantage of each completion, as `__call__`, from its rewards: by default from their weighted sum."""
+        return self(rewards.total, rewards.counted)
 
     def check_samples(self, samples_per_prompt: int) -> None:
         """Check that there are completions to compare. Called before anything is generated.
@@ -139,19 +142,19 @@ class AdvantageEstimator(Configurable, ABC):
                 "each other; set samples_per_prompt to 2 or more"
             )
 
-    def _in_groups(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
-        """Advantages within groups, [B]; arguments as in `__call__`."""
-        advantages = torch.zeros_like(rewards)
-        for rows in counted_groups(rewards, samples_per_prompt, counted):
-            if rows.shape[1] > 1:
-                advantages[rows] = self.estimate(rewards[rows])
-        return advantages
+    def _in_groups(self, groups: Tensor, counted: Tensor | None) -> Tensor:
+        """Advantages within groups, both [K * P, G]."""
+        rewards, advantages = groups.flatten(), torch.zeros_like(groups).flatten()
+        for numbers in counted_groups(groups, counted):
+            if numbers.shape[1] > 1:
+                advantages[numbers] = self.estimate(rewards[numbers])
+        return advantages.view_as(groups)
 
     def _over_rollout(self, advantages: Tensor, rewards: Tensor, counted: Tensor | None) -> Tensor:
-        """Apply `rescale` to the advantages that count, [B]."""
-        rows = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
-        if int(rows.sum()) > 1:
-            advantages[rows] = self.rescale(advantages[rows], rewards[rows])
+        """Apply `rescale` to the advantages that count, [K * P, G]."""
+        some = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
+        if int(some.sum()) > 1:
+            advantages[some] = self.rescale(advantages[some], rewards[some])
         return advantages
 
 
@@ -234,14 +237,14 @@ class NoAdvantage(AdvantageEstimator):
 class PerRewardAdvantage(GroupAdvantage):
     """GDPO's advantage: each reward is normalised in its group, and the weighted sum is divided by its std over the rollout."""
 
-    def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
+    def of_rewards(self, rewards: Rewards) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
-        self.check_samples(samples_per_prompt)
-        counted, whole = rewards.counted, _detached(rewards.total)
+        self.check_samples(rewards.total.shape[1])
+        counted, whole = _by_turn(rewards.counted), _by_turn(_detached(rewards.total))
         total = torch.zeros_like(whole)
         for name, part in rewards.parts.items():
-            total = total + rewards.weights.get(name, 1.0) * self._in_groups(_detached(part), samples_per_prompt, counted)
-        return self._over_rollout(total, whole, counted)
+            total = total + rewards.weights.get(name, 1.0) * self._in_groups(_by_turn(_detached(part)), counted)
+        return _from_turns(self._over_rollout(total, whole, counted), rewards.total.shape)
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over their standard deviation, [N]."""
@@ -251,6 +254,16 @@ class PerRewardAdvantage(GroupAdvantage):
 def _detached(rewards: Tensor) -> Tensor:
     """Rewards without gradient, in float32, or in float64 if they are."""
     return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def _by_turn(values: Tensor | None) -> Any:
+    """The groups of each turn, one turn after the other, [K * P, G], from [P, G, K]; [P, G] and None stay unchanged."""
+    return values if values is None or values.dim() == 2 else values.movedim(2, 0).flatten(0, 1)
+
+
+def _from_turns(groups: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_by_turn` for values of this shape."""
+    return groups if len(shape) == 2 else groups.view(shape[2], *shape[:2]).movedim(0, 2)
 
 
 def centred(groups: Tensor) -> Tensor:

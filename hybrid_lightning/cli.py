@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with more commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
+"""The command line: LightningCLI with more commands: `score`, `export`, `plan`, `doctor`, `compare`, `configs` and `explain`.
 
 This file defines the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
 `cli_parser.py` reads arguments and configs and reports mistakes in them, `cli_help.py` writes the help, and `remedies.py` adds
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import hybrid_lightning.adapters.scorers
 import hybrid_lightning.adapters.sketch
@@ -38,14 +39,16 @@ from hybrid_lightning.callbacks import (
     StepTimer,
 )
 from hybrid_lightning.callbacks.compare_runs import compare
-from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.display import say, show_markdown
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, first_sentence, help_asked_last
 from hybrid_lightning.cli_parser import Parser, cause_of, is_ours, print_error, unwrapped
+from hybrid_lightning.cli_switches import describe
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.explain import explanation
 from hybrid_lightning.lazy import load_names
 from hybrid_lightning.memory import TrainerFlags
 from hybrid_lightning.quiet import quiet_libraries
@@ -84,7 +87,7 @@ _TRAINER_WITHOUT_DEVICE = {
     "precision": None,
     "logger": False,
 }
-_WITHOUT_TRAINER = ("compare", "configs")
+_WITHOUT_TRAINER = ("compare", "configs", "explain")
 # Descriptions of Lightning's commands; the others have their docstrings.
 _DESCRIPTIONS = {
     "fit": "Score the modules, adapt the model and train it.",
@@ -239,13 +242,24 @@ class HybridLightningCLI(LightningCLI):
         if self.subcommand not in _WITHOUT_TRAINER:
             super()._set_seed()
 
+    @rank_zero_only
+    def _say_switched(self) -> None:
+        """Print which options classes keep of the classes before them."""
+        assert isinstance(self.parser, Parser)
+        if self.parser.switched:
+            config, defaults = self.config[self.subcommand], self._parser(self.subcommand).get_defaults(skip_validation=True)
+            sys.stderr.writelines(f"{line}\n" for line in describe(self.parser.switched, config.as_dict(), defaults.as_dict()))
+
     def before_instantiate_classes(self) -> None:
-        """Run the commands that need no objects."""
+        """Say what may surprise in the config, and run the commands that need no objects."""
+        self._say_switched()
         if self.subcommand == "compare":
             compare(self.config["compare"]["folders"], self.config["compare"]["html"])
         if self.subcommand == "configs":
             name = self.config["configs"]["name"]
             sys.stdout.write(f"{config_list()}\n" if name is None else read_config(name))
+        if self.subcommand == "explain":
+            show_markdown(explanation(self.config["explain"]["name"]))
         if self.subcommand in _WITHOUT_TRAINER:
             sys.exit()
 
@@ -274,6 +288,10 @@ class HybridLightningCLI(LightningCLI):
         of_configs = Parser(description=text)
         of_configs.add_argument("name", metavar="NAME", nargs="?", help="Config to print, such as gspo or loss/dapo.")
         parser._subcommands_action.add_subcommand("configs", of_configs, help=text)  # type: ignore[union-attr]
+        text = "Print what to do when something is wrong, or the section on it that a message names."
+        of_sections = Parser(description=text)
+        of_sections.add_argument("name", metavar="NAME", nargs="?", help="Section to print, such as out-of-memory.")
+        parser._subcommands_action.add_subcommand("explain", of_sections, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

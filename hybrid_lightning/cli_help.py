@@ -22,6 +22,7 @@ from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from hybrid_lightning.cli_parser import Parser, is_ours, known_classes, suggestion, type_of
+from hybrid_lightning.cli_switches import is_of_a_library
 from hybrid_lightning.errors import ConfigError
 
 _HOW = """\
@@ -173,7 +174,7 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
         named = section.part is not base
         title = f"{section.key} ({section.part.__name__})" if named else section.key
         actions = section.add_to(shown, title, _paragraphs(section.part)[0], base if named else None)
-        if _is_of_a_library(section.part):  # libraries have pages of their own
+        if is_of_a_library(section.part):  # libraries have pages of their own
             for action in actions:
                 action.help = first_sentence(action.help)
     return shown.format_help()
@@ -317,12 +318,6 @@ def first_sentence(text: str | None) -> str:
     text = " ".join((text or "").replace("``", "`").split())
     sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)
-
-
-def _is_of_a_library(part: type) -> bool:
-    """Whether a class has a library's constructor, as our Trainer has Lightning's."""
-    maker = next(vars(base)["__init__"] for base in part.__mro__ if "__init__" in vars(base))
-    return getattr(maker, "__module__", "").partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 
 
 def _imported(path: str) -> Any:

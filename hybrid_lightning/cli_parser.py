@@ -19,9 +19,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from hybrid_lightning.cli_switches import Switched, switched_options
 from hybrid_lightning.configurable import constructor_defaults, imported_class, public_path
 from hybrid_lightning.errors import HybridLightningError, shorten
-from hybrid_lightning.remedies import broken_config, config_paths, is_machine_error, with_remedy
+from hybrid_lightning.remedies import broken_config, config_paths, is_machine_error, of_trl, with_remedy
+from hybrid_lightning.user_code import import_problem
 
 # Messages of jsonargparse that name no remedy -> replacement; above them, text to remove in front of the reason.
 _REWRITES = (
@@ -70,37 +72,6 @@ def _load_value(text: str) -> Any:
 _MODE = "hybrid_lightning"  # for our parsers only: others in this process read YAML as jsonargparse does
 
 
-# Names in TRL's GRPOConfig and PEFT's LoraConfig that differ from ours -> our option.
-TRL_NAMES = {
-    "num_generations": "model.samples_per_prompt",
-    "num_iterations": "model.epochs_per_rollout",
-    "max_completion_length": "model.sampler.max_new_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "generation_batch_size": "model.prompts_per_rollout",
-    "per_device_train_batch_size": "model.prompts_per_rollout",
-    "steps_per_generation": "model.minibatches_per_rollout",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "train_dataset": "data.source",
-    "reward_funcs": "model.reward",
-    "loss_type": "model.loss",
-    "scale_rewards": "model.advantage",
-    "beta": "model.loss.kl_coef",
-    "epsilon": "model.loss.clip_low",
-    "epsilon_high": "model.loss.clip_high",
-    "learning_rate": "model.lr_lora",
-    "lr_scheduler_type": "model.schedule",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "num_train_epochs": "trainer.max_epochs",
-    "bf16": "trainer.precision",
-    "use_vllm": "model.sampler",
-    "output_dir": "trainer.logger",
-    "peft_config": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-}
-
-
 class Refusal(SystemExit):
     """Raised by a class's parser for an option that the class does not have, or with a value that does not fit (`misfit`).
 
@@ -124,6 +95,7 @@ class Parser(LightningArgumentParser):
 
     Attributes:
         parts: Key -> class that defines its options; for `model` and `data` a base class of the classes that can be named.
+        switched: Options of classes that another class replaced while arguments were read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -131,6 +103,7 @@ class Parser(LightningArgumentParser):
         # With abbreviations --trainer.max_epoch=3 would silently be read as max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, "parser_mode": _MODE, **kwargs})
         self.parts: dict[str, type] = {}
+        self.switched: list[Switched] = []
         self.part: type | None = None  # the class, if this parses the arguments of one class only
 
     @property
@@ -152,7 +125,8 @@ class Parser(LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse arguments; the error for an unknown option of a class names where it was given."""
         try:
-            return super().parse_args(*args, **kwargs)
+            with switched_options() as self.switched:
+                return super().parse_args(*args, **kwargs)
         except Refusal as refusal:
             if not self.exit_on_error:
                 raise
@@ -175,7 +149,7 @@ class Parser(LightningArgumentParser):
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
-        mistake = self._unknown_class(message) or self._misfit(message)
+        mistake = self._unimportable(message) or self._unknown_class(message) or self._misfit(message)
         if mistake and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, mistake.partition(":")[0], [], mistake.partition(": ")[2])
         cause = cause_of(ex)
@@ -192,6 +166,9 @@ class Parser(LightningArgumentParser):
             return f"{self._where(unknown[2]) or unknown[2]}: {unknown[1]} has no option {unknown[2]}{near}"
         if unknown := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
             return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
+        if mistake := self._unimportable(message):
+            key, _, reason = mistake.partition(": ")
+            return f"{self._option(key) or self._where(key.rpartition('.')[2]) or key}: {reason}"
         if mistake := self._unknown_class(message):
             return mistake
         if "Problems parsing config" in message and (broken := broken_config(getattr(self, "args", []))):
@@ -201,9 +178,23 @@ class Parser(LightningArgumentParser):
         message = re.sub(r'^Parser key "(\S+)":\s*(?=\S+ is not a class)', r"\1: ", message)
         if misfit := self._misfit(message):
             return misfit
-        if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
-            message += suggestion(unknown[2], dir(sys.modules.get(unknown[1])), f"{unknown[1]}.{{}}")
         return message
+
+    def _unimportable(self, message: str) -> str:
+        """For a class that cannot be imported: the option, the import's own message and the file; empty for other mistakes."""
+        option = re.search(r'Parser key "(\S+?)"', message)
+        if not option or not self._classes_for(option[1]):
+            return ""
+        for inner, *paths in _CLASS_PATH.findall(message):
+            path = "".join(paths)
+            if problem := import_problem(path):
+                module, _, name = path.rpartition(".")
+                near = suggestion(name, dir(sys.modules.get(module)), f"{module}.{{}}")
+                return f"{option[1]}{inner and f'.{inner}'}: cannot import {path}: {problem}{near}"
+        return ""
+
+    def _classes_for(self, key: str) -> dict[str, type]:
+        return known_classes(next((type_of(action) for action in self._actions if action.dest == key), None))
 
     def _unknown_class(self, message: str) -> str:
         """For an unknown class or a base class: the option, and the classes that it takes; empty for other mistakes."""
@@ -212,7 +203,7 @@ class Parser(LightningArgumentParser):
         )
         if not unknown:
             return ""
-        known = known_classes(next((type_of(action) for action in self._actions if action.dest == unknown[1]), None))
+        known = self._classes_for(unknown[1])
         if unknown[2].startswith("an"):
             return _which(unknown[1], unknown[3].rpartition(".")[2], known)
         near = suggestion(unknown[3], known) or f"; give one of {', '.join(known)}, or module.Class"
@@ -225,9 +216,15 @@ class Parser(LightningArgumentParser):
         if not unknown or not wanted:
             return ""
         wanted = _TRAINED_WITH if unknown[1] == "trainer.precision" else wanted
+        value = unknown[3].strip()
+        if wanted.startswith("text") and re.match(r"\{'|Namespace\(", value):
+            wanted += "; put text that contains ': ' in quotes (in a shell '\"text\"')"
+        return f"{self._option(unknown[1]) or unknown[1]}: {shorten(value)} does not fit; give {wanted}"
+
+    def _option(self, key: str) -> str:
+        """The option of a key, if it is among the arguments; else empty."""
         options = [argument.partition("=")[0] for argument in getattr(self, "args", [])]
-        where = f"--{unknown[1]}" if f"--{unknown[1]}" in options else unknown[1]
-        return f"{where}: {shorten(unknown[3].strip())} does not fit; give {wanted}"
+        return f"--{key}" if f"--{key}" in options else ""
 
     def _placed(self, refusal: Refusal) -> str:
         where = self._where(refusal.name)
@@ -236,7 +233,7 @@ class Parser(LightningArgumentParser):
         key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0] or "KEY"
         if inspect.isabstract(refusal.part):
             return _which(key, refusal.part.__name__, known_classes(refusal.part))
-        near = _of_trl(refusal.name) or suggestion(refusal.name, refusal.names, f"--{key}.{{}}")
+        near = of_trl(refusal.name) or suggestion(refusal.name, refusal.names, f"--{key}.{{}}")
         near = near or f"; --{key}.help={refusal.part.__name__} lists its options"
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
@@ -261,7 +258,7 @@ class Parser(LightningArgumentParser):
 
     def _near(self, name: str) -> str:
         """A hint at the option that was meant, which has a similar spelling or ending."""
-        if theirs := _of_trl(name.rpartition(".")[2]):
+        if theirs := of_trl(name.rpartition(".")[2]):
             return theirs
         names = self._names()
         near = [full for full in names if full.endswith(f".{name}")]
@@ -276,6 +273,9 @@ _MISFIT = re.compile(
     r"(?:\. Got|\s+Given value type: \S+ \S+\s+Given) value: (.*)",
     re.DOTALL,
 )
+# Paths of classes in a message: in a config, given to an option of a class (with its key), or to the option itself.
+_PATH = r"(\w+(?:\.\w+)+)"
+_CLASS_PATH = re.compile(rf"(?:class_path'?[:=]? ?|NestedArg\(key='(.*?)', val=)'{_PATH}'|G(?:iven|ot) value: {_PATH}$")
 _TRAINED_WITH = "32-true, bf16-mixed or 16-mixed"  # among all precisions of Lightning
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
@@ -297,11 +297,6 @@ def _wanted(expected: str) -> str:
 def _public(path: str) -> str:
     kind = imported_class(path)
     return path if kind is None else public_path(kind)
-
-
-def _of_trl(name: str) -> str:
-    """Our name for a TRL option, and where to find the others; empty if it is not a TRL option."""
-    return f"; TRL's {name} is --{TRL_NAMES[name]} here (docs/trl.md)" if name in TRL_NAMES else ""
 
 
 def _which(key: str, base: str, known: Iterable[str]) -> str:

@@ -32,6 +32,10 @@ class RewardError(HybridLightningError, RuntimeError):
     """A reward function raised, or returned something other than one finite number per completion."""
 
 
+class JudgeError(RewardError):
+    """A judge does not answer, or some reward could not score too many completions."""
+
+
 class RolloutError(HybridLightningError, RuntimeError):
     """A rollout engine does not answer, fails, or has different weights than the policy."""
 

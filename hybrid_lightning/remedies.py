@@ -36,6 +36,35 @@ _REMEDIES = (
         "give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER",
     ),
 )
+# Names in TRL's GRPOConfig and PEFT's LoraConfig that differ from ours -> our option.
+TRL_NAMES = {
+    "num_generations": "model.samples_per_prompt",
+    "num_iterations": "model.epochs_per_rollout",
+    "max_completion_length": "model.sampler.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "generation_batch_size": "model.prompts_per_rollout",
+    "per_device_train_batch_size": "model.prompts_per_rollout",
+    "steps_per_generation": "model.minibatches_per_rollout",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "train_dataset": "data.source",
+    "reward_funcs": "model.reward",
+    "loss_type": "model.loss",
+    "scale_rewards": "model.advantage",
+    "beta": "model.loss.kl_coef",
+    "epsilon": "model.loss.clip_low",
+    "epsilon_high": "model.loss.clip_high",
+    "learning_rate": "model.lr_lora",
+    "lr_scheduler_type": "model.schedule",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "num_train_epochs": "trainer.max_epochs",
+    "bf16": "trainer.precision",
+    "use_vllm": "model.sampler",
+    "output_dir": "trainer.logger",
+    "peft_config": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+}
 # Errors of the machine, not of the code: of a full disk, which may name no file, and of a file or folder that cannot be used.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -50,6 +79,11 @@ def with_remedy(message: str) -> str:
         if re.search(pattern, message) and remedy not in message:
             return f"{message.strip().rstrip('.!')}; {remedy}"
     return message
+
+
+def of_trl(name: str) -> str:
+    """Our name for a TRL option, and where to find the others; empty if it is not a TRL option."""
+    return f"; TRL's {name} is --{TRL_NAMES[name]} here (docs/trl.md)" if name in TRL_NAMES else ""
 
 
 def is_machine_error(error: BaseException) -> bool:
@@ -87,12 +121,14 @@ def broken_config(arguments: Sequence[str]) -> str:
     """The first config among a command's arguments that is not YAML, and the place of the mistake; empty if there is none."""
     for path in config_paths(arguments):
         try:
-            with open(path, encoding="utf-8") as file:
-                yaml.safe_load(file)
+            yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:  # a MarkedYAMLError, or a ReaderError of a character that YAML refuses
             problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
             place = "" if mark is None else f" in line {mark.line + 1}"
-            return f"--config {path} is not valid YAML: {problem or one_line(error)}{place}; correct it"
+            before = "" if mark is None else mark.buffer[: mark.pointer].rpartition("\n")[2]  # on the line of the mistake
+            in_text = str(problem).startswith("mapping values") or ": " in before  # as in `rubric: One of: a, b`
+            remedy = "put a text that contains ': ' in quotes, or correct the line" if in_text else "correct it"
+            return f"--config {path} is not valid YAML: {problem or one_line(error)}{place}; {remedy}"
         except (OSError, ValueError):  # unreadable, or not UTF-8
             continue
     return ""

@@ -72,6 +72,14 @@ class StopSignals:
                 self._previous.setdefault(number, current)
                 signal.signal(number, self._handle)
 
+    def inform(self, started_ranks: Sequence[int], last_words: Callable[[], str]) -> None:
+        """Take what a run knows: the processes that it has started, and how to resume it."""
+        self.started_ranks, self.last_words = started_ranks, last_words
+
+    def request(self, number: int) -> None:
+        """Note a signal that stopped a part of the run; the next `check` raises."""
+        self.requested = number
+
     def give_back(self) -> None:
         """Restore the previous handlers, and forget a handled signal."""
         for number, handler in self._previous.items():

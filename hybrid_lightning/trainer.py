@@ -1,5 +1,6 @@
 """`Trainer`: Lightning's Trainer with `score`, `export`, `plan` and `doctor`, and with checks before a model is loaded."""
 
+import copy
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
@@ -12,7 +13,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonito
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.callbacks.diagnosis import Diagnosis, Doctor
 from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
@@ -46,7 +46,6 @@ from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.training.lightning_internals import attach, name_checkpoint
 from hybrid_lightning.training.module import LanguageModule
-from hybrid_lightning.training.optim import ConstantSchedule
 from hybrid_lightning.training.policy_module import PolicyModule
 
 # Defaults: of the Trainer, of its checkpoints, and of its logger.
@@ -101,6 +100,7 @@ class Trainer(LightningTrainer):
             callbacks.append(StepLines())
         if flags.get("enable_progress_bar") is not False and not _any(callbacks, ProgressBar):
             callbacks.append(RolloutProgress())
+        self._flags = {**flags, "strategy": copy.deepcopy(flags.get("strategy", "auto"))}  # a strategy belongs to one Trainer
         super().__init__(**{**flags, "callbacks": callbacks, "strategy": chosen_strategy(flags.get("strategy", "auto"))})
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
@@ -205,6 +205,9 @@ class Trainer(LightningTrainer):
         assert self.state.fn is not None
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ModelCheckpoint):
+                    callback.monitor_what_is_measured(self, model)
             if sets:
                 check_monitors(self, model.evaluation.names(sets), model.task.training_metrics)
         datamodule.setup(self.state.fn)
@@ -297,31 +300,25 @@ class Trainer(LightningTrainer):
     def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Find problems that would keep a run from learning, with one rollout and one optimizer step; keeps and writes nothing.
 
-        Modules are not scored: the fully trained modules are chosen at random. The module and the Trainer cannot be used again.
+        Modules are not scored: the fully trained modules are chosen at random. The module makes the step: train another one.
 
         Raises:
             ConfigError: If the callback HybridAdapterSetup is missing, or if the module does not sample its training data.
             DiagnosisError: If the run cannot learn.
         """
-        adapter = _adapter_of(self, "doctor")
+        adapter, doctor = _adapter_of(self, "doctor"), Doctor()
         policy, data = _examined(model, datamodule)
         schedule, planning = policy.task.schedule, adapter.planning
         scored = adapter.given_plan is None and planning.budget.needs_scores
         scored_prompts = (planning.calibration_prompts or schedule.prompts_per_rollout) if scored else 0
-        steps, every = float(self.max_steps), self.val_check_interval if self.limit_val_batches else None
-        if scored:
-            adapter.planning = replace(planning, scorer=Random())
-        policy.optimization, doctor = replace(policy.optimization, schedule=ConstantSchedule()), Doctor()
-        kept = (StepTimer, HybridAdapterSetup, GracefulStop)
-        self.callbacks[:] = [*(each for each in self.callbacks if isinstance(each, kept)), doctor]  # type: ignore[attr-defined]
-        self.loggers, self.fast_dev_run, self.command = [], True, "doctor"  # no folder, no checkpoint
-        self.fit_loop.epoch_loop.max_steps, self.num_sanity_val_steps, self.limit_val_batches = 1, 0, 0
+        kept = [each for each in self.callbacks if isinstance(each, (StepTimer, HybridAdapterSetup, GracefulStop))]  # type: ignore[attr-defined]
+        callbacks = [adapter.with_random_scores() if each is adapter else each for each in kept]
         if self.is_global_zero:
             say(f"One step: {schedule.prompts_per_rollout} prompts x {schedule.samples_per_prompt} completions ...")
-        self.fit(policy, datamodule=data)
+        _DoctorTrainer(**{**self._flags, "callbacks": [*callbacks, doctor]}).fit(policy, datamodule=data)
         if not self.is_global_zero:
             return
-        adapter.planning = planning
+        steps, every = float(self.max_steps), self.val_check_interval if self.limit_val_batches else None
         if steps < 0:  # limited by epochs alone
             rollouts = len(data.train_prompts) // schedule.prompts_per_rollout
             epoch = rollouts * schedule.minibatches_per_rollout * schedule.epochs_per_rollout
@@ -405,6 +402,18 @@ class Trainer(LightningTrainer):
             )
         if changes:
             show(f"Add to the command: {' '.join(change.overrides for change in changes)}")
+
+
+class _DoctorTrainer(Trainer):
+    """The Trainer of `doctor`: a run of one step with a Trainer's flags, which validates and writes nothing."""
+
+    command = "doctor"
+
+    def __init__(self, **flags: Any) -> None:
+        limits = {"max_steps": 1, "max_epochs": None, "max_time": None, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        unwritten = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "fast_dev_run": False}
+        super().__init__(**{**flags, **limits, **unwritten})
+        self.fast_dev_run = True  # for callbacks: no folder; as a flag, Lightning would also limit the step's micro-batches
 
 
 def _any(callbacks: list[Callback], kind: type[Callback]) -> bool:

@@ -1,9 +1,10 @@
 """The data that one stage of training passes to the next, as frozen dataclasses.
 
-    Prompt -> Rollouts (Completion, Sequences) -> Rewards -> PolicyBatch -> LossInputs -> LossOutput
+    Prompt -> Rollout (Completion, Sequences, Rewards, advantages) -> PolicyBatch -> LossInputs -> LossOutput
 
-Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are adjacent), S
-prompt tokens (left-padded), T completion tokens (right-padded).
+Axes: P prompts, G episodes per prompt in prompt-major order (the G completions of a prompt are adjacent), K turns; R or B rows of
+tokens, one or more for each episode in the order of the episodes; S prompt tokens (left-padded), T completion tokens
+(right-padded).
 
 A completion holds everything after the prompt: the tokens that the policy sampled and, in an episode of several turns, the tokens
 that an environment added. `completion_mask` marks real tokens, as opposed to padding, for forward passes and their cost;
@@ -11,9 +12,9 @@ that an environment added. `completion_mask` marks real tokens, as opposed to pa
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -151,112 +152,175 @@ class Sequences(_TensorContainer):
 
 
 @dataclass(frozen=True)
-class Rollouts(_TensorContainer):
-    """Completions of P prompts, G for each prompt."""
+class Rewards(_TensorContainer):
+    """The rewards of completions. In a rollout, each tensor is [P, G]; by turn (see `rewards_to_go`) it is [P, G, K]."""
 
-    prompts: tuple[Prompt, ...]  # P
-    sequences: Sequences  # B = P * G rows
-    completions: tuple[Completion, ...]  # B decoded texts without special tokens
-    sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`), 0 elsewhere
-    finished: Tensor  # [B] bool (see `Completion.finished`)
-    samples_per_prompt: int  # G
+    total: Tensor  # float32, the training signal, in the reward's own unit
+    parts: dict[str, Tensor]  # name -> float32 before weighting; a single reward has one part
+    correct: Tensor  # bool: True if all parts that measure correctness are fully earned
+    weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
+    # bool: False for a completion that is left out because its environment or judge failed. It enters no mean, deviation or
+    # count, and its rewards are meaningless. None if all completions count; either all ranks have None or no rank has.
+    counted: Tensor | None = None
+    measures_correctness: bool = True  # whether some part does; if not, `correct` is no accuracy: it is total >= 1
 
-    @property
-    def cut(self) -> Tensor:
-        """[B] bool: True if a token limit ended the completion (see `Completion.is_cut`)."""
-        return torch.tensor([completion.is_cut for completion in self.completions], device=self.finished.device)
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Rewards":
+        """The rewards with a function applied to each tensor."""
+        parts = {name: function(part) for name, part in self.parts.items()}
+        counted = None if self.counted is None else function(self.counted)
+        return replace(self, total=function(self.total), correct=function(self.correct), parts=parts, counted=counted)
+
+    def select(self, index: Tensor | slice) -> "Rewards":
+        """The rewards of the groups at `index`, or of the completions where a mask [P, G] is True, [N]."""
+        return self.apply(lambda values: values[index])
+
+    def counts(self, prompt: int, sample: int) -> bool:
+        """Whether a completion counts."""
+        return self.counted is None or bool(self.counted[prompt, sample])
+
+    def right(self, prompt: int, sample: int) -> bool | None:
+        """Whether a completion is right; None if it does not count, or if no part measures correctness."""
+        measured = self.measures_correctness and self.counts(prompt, sample)
+        return bool(self.correct[prompt, sample]) if measured else None
+
+    def of_counted(self) -> "Rewards":
+        """The rewards of the completions that count, [N]."""
+        return self.apply(torch.flatten) if self.counted is None else self.select(self.counted)
 
 
 @dataclass(frozen=True)
-class Rewards(_TensorContainer):
-    """The rewards of B completions."""
+class Rollout(_TensorContainer):
+    """Completions of P prompts, G of each, with what is found out about them on the way: rewards, advantages, metrics.
 
-    total: Tensor  # [B] float32, the training signal
-    parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
-    correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
-    weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
-    # [B] bool: False for a completion that is left out because its environment or judge failed. It enters no mean, deviation or
-    # count, and its rewards are meaningless. None if all completions count; either all ranks have None or no rank has.
-    counted: Tensor | None = None
+    A callback gets it as `batch.rollout` with each training micro-batch. With several processes, each has its own share of the
+    prompts. All values are from the time when the rollout was made, before it updated the policy.
 
-    def select(self, index: Tensor) -> "Rewards":
-        """The rewards of the completions at `index`."""
-        parts = {name: part[index] for name, part in self.parts.items()}
-        counted = None if self.counted is None else self.counted[index]
-        return replace(self, total=self.total[index], correct=self.correct[index], parts=parts, counted=counted)
+    An *episode* is one of the P * G attempts at a prompt, and a completion is what a reward reads of it. Without an environment,
+    an episode is one sampled text. Its tokens are a row of `sequences`, or several rows if its history was rewritten.
 
-    def counts(self, row: int) -> bool:
-        """Whether a completion counts."""
-        return self.counted is None or bool(self.counted[row])
-
-    def of_counted(self) -> "Rewards":
-        """The rewards of the completions that count."""
-        return self if self.counted is None else self.select(self.counted)
-
-
-class ScoredRollout(NamedTuple):
-    """A rollout with its rewards and advantages, for callbacks: `batch.rollout` of a training micro-batch.
-
-    With several processes, each has its own share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
-    `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. All values are from the
-    time when the rollout was made, before it updated the policy.
-
-    - `rollouts`: P prompts with G = `rollouts.samples_per_prompt` completions each. `prompts` holds P objects with `text` or
-      `messages`, `answer` and `columns`. `completions` holds B = P * G texts, with `num_tokens` (sampled tokens), `finished`
-      (False if cut at `max_new_tokens`) and `episode`. `sequences` holds their tokens: `prompt_ids` [B, S] and `completion_ids`
-      [B, T], int64, with `prompt_mask`, `completion_mask` (True on tokens, False on padding) and `sampled_mask` (True on tokens
-      that the policy sampled), bool of the same shapes. `sampling_logprobs` [B, T] float32 is in nats, 0 for tokens that were not
-      sampled. `finished` is [B] bool.
-    - `rewards`: `total` [B] float32, the training signal, in the reward's own unit; `parts`, name -> [B] float32 before
-      weighting; `correct` [B] bool; `counted` [B] bool, False for completions that are left out, or None if all count.
-    - `advantages`: [B] float32, in the unit of the advantage estimator (`GroupAdvantage`: standard deviations of the group). If
-      each token has its own advantage, the mean over the sampled tokens of a completion.
+    Attributes:
+        prompts: P prompts, with `text` or `messages`, `answer` and `columns`.
+        completions: P * G texts without special tokens, with `num_tokens` (sampled tokens), `finished` (False if cut) and
+            `episode`. The G completions of a prompt are adjacent.
+        sequences: R rows of tokens: `prompt_ids` [R, S] and `completion_ids` [R, T], int64, with `prompt_mask`, `completion_mask`
+            (True on tokens, False on padding) and `sampled_mask` (True on tokens that the policy sampled), bool.
+        sampling_logprobs: [R, T] float32 in nats: log-probability of each token when it was sampled, 0 elsewhere.
+        episode_of_row: [R] int64, ascending: the episode of each row, a number of `completions`. By default, one row each.
+        rewards: `total`, `parts` and others, [P, G] each (see `Rewards`); None before scoring.
+        advantages: [P, G] float32, or by turn [P, G, K], in the unit of the estimator (`GroupAdvantage`: standard deviations of
+            the group); None before they are estimated.
+        token_advantages: [R, T] float32: the advantage of each token, 0 where nothing was sampled, with credit by turn or from a
+            teacher (its part included); None if all tokens of an episode have its advantage.
+        useful: [P] bool: groups that give a learning signal, with dynamic sampling; None without.
+        metrics: Over all ranks, logged with the first step of the rollout.
 
     Example:
-        `rollouts, rewards, advantages = batch.rollout`, or `batch.rollout.rewards.total.mean()`.
+        `rollout.rewards.total.mean(dim=1)` are the mean rewards of the prompts.
     """
 
-    rollouts: Rollouts
-    rewards: Rewards
-    advantages: Tensor
+    prompts: tuple[Prompt, ...]
+    completions: tuple[Completion, ...]
+    sequences: Sequences
+    sampling_logprobs: Tensor
+    episode_of_row: Tensor = None  # type: ignore[assignment]  # set below
+    rewards: Rewards | None = None
+    advantages: Tensor | None = None
+    token_advantages: Tensor | None = None
+    useful: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.episode_of_row is None:
+            rows = torch.arange(len(self.sequences), device=self.sequences.completion_ids.device)
+            object.__setattr__(self, "episode_of_row", rows)
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.completions) // max(1, len(self.prompts))
+
+    @property
+    def scored(self) -> Rewards:
+        """The rewards, known to be there."""
+        assert self.rewards is not None, "it has not been scored"
+        return self.rewards
+
+    @property
+    def finished(self) -> Tensor:
+        """[P, G] bool (see `Completion.finished`)."""
+        return self._of_completions([completion.finished for completion in self.completions])
+
+    @property
+    def cut(self) -> Tensor:
+        """[P, G] bool: True if a token limit ended the completion (see `Completion.is_cut`)."""
+        return self._of_completions([completion.is_cut for completion in self.completions])
+
+    @property
+    def lengths(self) -> Tensor:
+        """[P, G] int64: sampled tokens of each episode."""
+        return self.sum_rows(self.sequences.sampled_mask.sum(dim=1))
+
+    @property
+    def mean_advantages(self) -> Tensor:
+        """[P, G]: the advantage of each episode, the mean over its sampled tokens if these have their own."""
+        assert self.advantages is not None, "they have been estimated"
+        if self.token_advantages is None:
+            return self.advantages
+        sums = self.sum_rows(self.token_advantages.where(self.sequences.sampled_mask, 0.0).sum(dim=1))
+        return sums / self.lengths.clamp(min=1)
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """The sum over the rows of each episode, [P, G], from one value per row, [R]."""
+        sums = values.new_zeros(len(self.completions)).index_add_(0, self.episode_of_row, values)
+        return sums.view(len(self.prompts), -1)
+
+    def first_row(self, episode: int) -> int:
+        """The first row of an episode, or the number of rows after the last one."""
+        return int(torch.searchsorted(self.episode_of_row, episode))
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """The value of each row's episode, [R], from [P, G]."""
+        return values.flatten()[self.episode_of_row]
+
+    def _of_completions(self, values: list[bool]) -> Tensor:
+        return torch.tensor(values, dtype=torch.bool, device=self.episode_of_row.device).view(len(self.prompts), -1)
 
 
-def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> list[Tensor]:
+def counted_groups(values: Tensor, counted: Tensor | None) -> list[Tensor]:
     """The groups of completions of the same prompt, without completions that are left out.
 
     Args:
-        rewards: [B], or other values of completions.
-        samples_per_prompt: G.
-        counted: See `Rewards`, [B] bool or None.
+        values: [P, G], values of completions.
+        counted: See `Rewards`, [P, G] bool or None.
 
     Returns:
-        For each n from 1 on: the rows of the completions that count in the p groups that have exactly n of them, [p, n].
+        For each n from 1 on: the numbers, among all P * G, of the completions that count in the p groups that have exactly n of
+        them, [p, n].
 
     Example:
-        >>> [rows.tolist() for rows in counted_groups(torch.zeros(4), 2, torch.tensor([True, True, False, True]))]
+        >>> counted = torch.tensor([[True, True], [False, True]])
+        >>> [numbers.tolist() for numbers in counted_groups(torch.zeros(2, 2), counted)]
         [[[3]], [[0, 1]]]
     """
     if counted is None:
-        return [torch.arange(len(rewards), device=rewards.device).view(-1, samples_per_prompt)] if len(rewards) else []
-    groups = counted.view(-1, samples_per_prompt)
-    sizes = groups.sum(dim=1)
+        return [torch.arange(values.numel(), device=values.device).view(values.shape)] if values.numel() else []
+    sizes = counted.sum(dim=1)
     return [
-        (groups & (sizes == size)[:, None]).flatten().nonzero().view(-1, size) for size in sizes.unique().tolist() if size > 0
+        (counted & (sizes == size)[:, None]).flatten().nonzero().view(-1, size) for size in sizes.unique().tolist() if size > 0
     ]
 
 
-def equal_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
-    """Whether all completions that count in a group earn the same reward, [p] bool; True if only one counts, or none.
+def equal_groups(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Whether all completions that count in a group earn the same, [P] bool; True if only one counts, or none.
 
     Args:
-        rewards: [p * G], or other values of completions.
-        samples_per_prompt: G.
-        counted: See `Rewards`, [p * G] bool or None.
+        values: Rewards or other values of completions, [P, G]; by turn [P, G, K], which gives [P, K].
+        counted: See `Rewards`, of the same shape or None.
     """
-    low, high = rewards, rewards
+    low, high = values, values
     if counted is not None:
-        low, high = rewards.masked_fill(~counted, math.inf), rewards.masked_fill(~counted, -math.inf)
-    return high.view(-1, samples_per_prompt).amax(dim=1) <= low.view(-1, samples_per_prompt).amin(dim=1)
+        low, high = values.masked_fill(~counted, math.inf), values.masked_fill(~counted, -math.inf)
+    return high.amax(dim=1) <= low.amin(dim=1)
 
 
 @dataclass(frozen=True)
@@ -269,7 +333,7 @@ class LossInputs(_TensorContainer):
     old_logprobs: Tensor | None = None  # [B, T] under the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
     sampling_logprobs: Tensor | None = None  # [B, T] as the sampler computed them; None: `old_logprobs`
-    num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: only these
+    num_sequences: float | None = None  # episodes in the optimizer step, over micro-batches and ranks; None: only these
     num_tokens: float | None = None  # number of sampled tokens in the optimizer step, likewise
     updated_sequences: float | None = None  # how many of `num_sequences` are in the update; metrics are means over these
     updated_tokens: float | None = None  # how many of `num_tokens`, likewise
@@ -279,6 +343,8 @@ class LossInputs(_TensorContainer):
     max_completion_tokens: float | None = None  # most tokens that can be sampled in a row; `DrGRPOLoss` needs it
     micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch that these rows belong to; None: only these
     num_micro_batches: float | None = None  # number of micro-batches in the optimizer step, over ranks; None: 1
+    # [B] float32: the row's share of its episode's sampled tokens, by which it weighs in means over sequences; None: all 1.
+    row_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -291,44 +357,74 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class PolicyBatch(_TensorContainer):
-    """One micro-batch of training data, made when the rollout is made."""
+    """Rows to train on: this rank's whole rollout, then one micro-batch of it, then a chunk of that."""
 
-    sequences: Sequences  # B rows
+    sequences: Sequences  # B rows, as the loss sees them: rows of episodes that are left out have no tokens
     advantages: Tensor  # [B] float32; or [B, T] with credit by turn or from a teacher, 0 for tokens that were not sampled
-    sampling_logprobs: Tensor  # [B, T] float32, as the sampler computed them (see `Rollouts`)
-    old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
-    ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
-    num_sequences: float  # number of sequences in the optimizer step of this micro-batch, over all its micro-batches and ranks
-    num_tokens: float  # number of sampled tokens in that optimizer step, likewise
-    updated_sequences: float  # how many of `num_sequences` are in a micro-batch: rows without advantage may be left out
-    updated_tokens: float  # how many of `num_tokens`, likewise
-    metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to log
-    rollout: ScoredRollout | None = None  # this process's part of its rollout; None for demonstrations and pairs
+    sampling_logprobs: Tensor  # [B, T] float32, as the sampler computed them (see `Rollout`)
+    old_logprobs: Tensor | None = None  # [B, T]; None if the micro-batch is exactly on-policy
+    ref_logprobs: Tensor | None = None  # [B, T]; None if the loss has no KL term
+    num_sequences: float = 0.0  # number of episodes in the optimizer step of this micro-batch, over all micro-batches and ranks
+    num_tokens: float = 0.0  # number of sampled tokens in that optimizer step, likewise
+    updated_sequences: float = 0.0  # how many of `num_sequences` are in a micro-batch: some without advantage may be left out
+    updated_tokens: float = 0.0  # how many of `num_tokens`, likewise
+    rollout: Rollout | None = None  # this process's part of its rollout; None for demonstrations and pairs
     rollout_number: int = 0  # number of the rollout in the run
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
     seen_by_teacher: Sequences | None = None  # the same completions after other prompts; None: after these
+    # [B] int64, ascending: equal numbers mark rows of the same episode. By default, each row is an episode.
+    episode_of_row: Tensor = None  # type: ignore[assignment]  # set below
+    # [B] float32: the share of each row in its episode's sampled tokens; 0 if the episode does not count. By default, all 1.
+    row_weights: Tensor = None  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        device = self.advantages.device
+        if self.episode_of_row is None:
+            object.__setattr__(self, "episode_of_row", torch.arange(len(self.sequences), device=device))
+        if self.row_weights is None:
+            object.__setattr__(self, "row_weights", torch.ones(len(self.sequences), device=device))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the rollout, to log."""
+        return {} if self.rollout is None else self.rollout.metrics
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "PolicyBatch":
+        """A copy with its own tensors on `device`; the rollout, which several batches share, stays the same object."""
+        own = super(PolicyBatch, replace(self, rollout=None)).to(device, **kwargs)
+        return replace(own, rollout=self.rollout)
 
     def rows(self, index: Tensor | slice) -> "PolicyBatch":
         """The rows at `index`, without the columns that are padding in all of them."""
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
 
-        def cut(values: Tensor | None) -> Any:
-            return values if values is None else values[index] if values.dim() == 1 else values[index][:, :width]
+        def cut(value: Any) -> Any:
+            if isinstance(value, Sequences):
+                return value.rows(index)
+            if not isinstance(value, Tensor):
+                return value
+            return value[index] if value.dim() == 1 else value[index][:, :width]
 
-        return replace(
-            self,
-            sequences=sequences,
-            advantages=cut(self.advantages),
-            sampling_logprobs=cut(self.sampling_logprobs),
-            old_logprobs=cut(self.old_logprobs),
-            ref_logprobs=cut(self.ref_logprobs),
-            policy_mask=cut(self.policy_mask),
-            seen_by_teacher=None if self.seen_by_teacher is None else self.seen_by_teacher.rows(index),
-        )
+        return type(self)(**{name: cut(value) for name, value in vars(self).items()} | {"sequences": sequences})
 
-    def loss_inputs(self, logprobs: Tensor) -> LossInputs:
-        """Combine the log-probabilities of the policy being trained, [B, T], with the values computed at rollout time."""
+    def split(self, parts: int) -> "list[PolicyBatch]":
+        """Parts with whole episodes, in order, and as equal in the number of episodes as possible."""
+        rows_of_episodes = self.episode_of_row.unique_consecutive(return_counts=True)[1].cpu()
+        sizes = [int(part.sum()) for part in rows_of_episodes.tensor_split(parts)]
+        return [self.rows(rows) for rows in torch.arange(len(self.sequences), device=self.advantages.device).split(sizes)]
+
+    def loss_inputs(self, logprobs: Tensor, importance_weights: Tensor | None = None, **values: Any) -> LossInputs:
+        """Combine the values of the update with the values computed at rollout time.
+
+        Args:
+            logprobs: Log-probabilities of the policy being trained, [B, T].
+            importance_weights: Weights of tokens, [B, T]; tokens outside `policy_mask` get 0 instead.
+            values: Other fields of `LossInputs`.
+        """
+        if self.policy_mask is not None:
+            kept = self.policy_mask.to(logprobs.dtype)
+            importance_weights = kept if importance_weights is None else importance_weights * kept
         return LossInputs(
             logprobs=logprobs,
             advantages=self.advantages,
@@ -340,5 +436,7 @@ class PolicyBatch(_TensorContainer):
             num_tokens=self.num_tokens,
             updated_sequences=self.updated_sequences,
             updated_tokens=self.updated_tokens,
-            importance_weights=None if self.policy_mask is None else self.policy_mask.to(logprobs.dtype),
+            importance_weights=importance_weights,
+            row_weights=self.row_weights,
+            **values,
         )

@@ -17,10 +17,11 @@ from concurrent import futures
 from contextlib import suppress
 from contextvars import ContextVar
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 _SLICE_S = 0.1  # interval at which a caller checks that the event loop still runs
 _SIDE_BY_SIDE = 64  # most ordinary functions that run at the same time
+_T = TypeVar("_T")
 
 Outcome = tuple[Any, BaseException | None]  # result of a call, or the exception that it raised
 
@@ -41,7 +42,9 @@ def outcome_of(function: Callable[[], Any]) -> Outcome:
         return None, error
 
 
-def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), on_wait: Callable[[], None] = lambda: None) -> Any:
+def run_async(
+    work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), on_wait: Callable[[], object] = lambda: None
+) -> Any:
     """Run a coroutine to its end on the event loop that all calls in this process share.
 
     The loop is shared because HTTP clients and similar objects belong to the loop that first used them. It runs in its own
@@ -55,25 +58,41 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
     Raises:
         LoopLostError: If the loop was blocked for longer.
     """
-    shared = _shared()
-    loop = shared.loop
-    future = asyncio.run_coroutine_threadsafe(work, loop)
-    answered, since = threading.Event(), time.monotonic()
-    loop.call_soon_threadsafe(answered.set)
+    future, heartbeat = begin_async(work), Heartbeat(blocked_s)
     try:
         while not futures.wait([future], _SLICE_S).done:
             on_wait()
-            if answered.is_set():
-                answered, since = threading.Event(), time.monotonic()
-                loop.call_soon_threadsafe(answered.set)
-            elif time.monotonic() - since > blocked_s:
-                with _lock:
-                    if _shared_by.get(os.getpid()) is shared:
-                        del _shared_by[os.getpid()]
-                raise LoopLostError("code on the event loop has blocked it")
+            heartbeat.check()
         return future.result()
     finally:  # above all after Ctrl-C: the coroutine must not continue in the background
         future.cancel()
+
+
+def begin_async(work: Coroutine[Any, Any, _T]) -> futures.Future[_T]:
+    """Begin to run a coroutine on the event loop that all calls in this process share (see `run_async`)."""
+    return asyncio.run_coroutine_threadsafe(work, _shared().loop)
+
+
+class Heartbeat:
+    """Notices that code blocks the event loop of this process for longer than `blocked_s` seconds."""
+
+    def __init__(self, blocked_s: float) -> None:
+        self._shared, self._blocked_s = _shared(), blocked_s
+        self._beat()
+
+    def _beat(self) -> None:
+        self._answered, self._since = threading.Event(), time.monotonic()
+        self._shared.loop.call_soon_threadsafe(self._answered.set)
+
+    def check(self) -> None:
+        """Raise LoopLostError if the loop is blocked for too long; later calls then get a new loop."""
+        if self._answered.is_set():
+            self._beat()
+        elif time.monotonic() - self._since > self._blocked_s:
+            with _lock:
+                if _shared_by.get(os.getpid()) is self._shared:
+                    del _shared_by[os.getpid()]
+            raise LoopLostError("code on the event loop has blocked it")
 
 
 def is_shared(loop: asyncio.AbstractEventLoop) -> bool:
@@ -184,6 +203,10 @@ class CallThreads:
         calls.put((function, outcome))
         try:
             return await outcome
+        except asyncio.CancelledError:  # it may have come after the outcome
+            if not outcome.cancelled() and outcome.done():
+                _discard(outcome.result())
+            raise
         finally:
             if late is not None:
                 late.cancel()
@@ -210,8 +233,16 @@ def _answer(calls: _Calls) -> None:
 
 
 def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
-    if not future.done():
+    if future.done():
+        _discard(outcome)
+    else:
         future.set_result(outcome)
+
+
+def _discard(outcome: Outcome) -> None:
+    """Close a coroutine that nobody will await any more; Python would warn."""
+    if inspect.iscoroutine(outcome[0]):
+        outcome[0].close()
 
 
 class _Shared:

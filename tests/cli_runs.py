@@ -127,6 +127,7 @@ def run(folder, *arguments) -> Result:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(hybrid_adapter_setup, "draw_heatmap", empty_picture)
         patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "0")  # set by the command, and gone afterwards
         patch.setattr(sys, "argv", ["hybrid_lightning", *map(str, arguments)])
         torch.set_num_threads(1)
         try:
@@ -146,6 +147,7 @@ def done(folder, *arguments) -> Result:
 def command(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One command in the working directory, which prints and raises as it does."""
     monkeypatch.setattr(sys, "argv", ["hybrid_lightning", *arguments])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # set by the command, and gone afterwards
     cli.main()
 
 

@@ -16,7 +16,7 @@ from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 from hybrid_lightning.training import evaluation, generation
-from hybrid_lightning.training.rl_task import RLTask
+from hybrid_lightning.training.loop import RLLoop
 
 # An epoch has three rollouts of two steps of two micro-batches; a validation comes after the fourth step, and one at the end.
 FIT = (
@@ -39,16 +39,16 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "a score": (Scoring, "_score", 3),
     "the plan is written": (AdapterPlan, "save", 1),
     "the first validation": (evaluation, "evaluation_draws", 1),
-    "the first rollout": (RLTask, "roll_out", 1),
+    "the first rollout": (RLLoop, "begin", 1),
     "the middle of the first step": (PolicyModule, "training_step", 2),
-    "old log-probabilities": (RLTask, "add_logprobs", 2),
-    "the second rollout": (RLTask, "roll_out", 2),
+    "old log-probabilities": (RLLoop, "add_logprobs", 2),
+    "the second rollout": (RLLoop, "begin", 2),
     "the middle of a later step": (PolicyModule, "training_step", 6),
     "the step before a validation": (PolicyModule, "on_before_optimizer_step", 4),
     "a validation": (evaluation, "evaluation_draws", 2),
     "a checkpoint is saved": (WholeFiles, "save_checkpoint", 1),
     "the last update of an epoch": (PolicyModule, "training_step", 12),
-    "the first rollout of an epoch": (RLTask, "roll_out", 4),
+    "the first rollout of an epoch": (RLLoop, "begin", 4),
     "the last validation": (evaluation, "evaluation_draws", 3),
     "the summary": (RunSummary, "_summary", 1),
 }

@@ -26,10 +26,10 @@ ESTIMATORS += [ReinforcePlusPlusAdvantage()]
 
 @st.composite
 def grouped_rewards(draw):
-    """Rewards [B] in eighths, which float64 adds exactly, and G."""
+    """Rewards [P, G] in eighths, which float64 adds exactly."""
     prompts, samples = draw(st.integers(1, 4)), draw(st.integers(2, 6))
     eighths = draw(st.lists(st.integers(-16, 16), min_size=prompts * samples, max_size=prompts * samples))
-    return torch.tensor(eighths, dtype=torch.float64) / 8, samples
+    return torch.tensor(eighths, dtype=torch.float64).view(prompts, samples) / 8
 
 
 def by_hand(estimator: AdvantageEstimator, groups: list[list[float]]) -> list[list[float]]:
@@ -52,49 +52,48 @@ def by_hand(estimator: AdvantageEstimator, groups: list[list[float]]) -> list[li
 @given(case=grouped_rewards(), data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_values_equal_a_scalar_loop_in_which_what_does_not_count_is_not_there(estimator, case, data):
-    rewards, samples = case
-    whole, rows = estimator(rewards, samples), list(range(len(rewards)))
-    every = by_hand(estimator, [rewards[rows[place : place + samples]].tolist() for place in rows[::samples]])
-    assert whole.tolist() == pytest.approx([value for group in every for value in group], rel=1e-9, abs=1e-12)
-    assert torch.equal(whole, estimator(rewards, samples, torch.ones_like(rewards, dtype=torch.bool))), "to the bit"
-    counted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
-    groups = [[row for row in rows[place : place + samples] if counted[row]] for place in rows[::samples]]
-    want = dict.fromkeys(rows, 0.0)
-    for group, values in zip(groups, by_hand(estimator, [rewards[group].tolist() for group in groups]), strict=True):
-        want |= zip(group, values, strict=True)
+    rewards, whole, size = case, estimator(case), case.numel()
+    every = by_hand(estimator, rewards.tolist())
+    assert whole.flatten().tolist() == pytest.approx([value for group in every for value in group], rel=1e-9, abs=1e-12)
+    assert torch.equal(whole, estimator(rewards, torch.ones_like(rewards, dtype=torch.bool))), "to the bit"
+    counted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))).view_as(rewards)
+    want = torch.zeros_like(rewards)
+    values = by_hand(estimator, [group[some].tolist() for group, some in zip(rewards, counted, strict=True)])
+    want[counted] = torch.tensor([value for group in values for value in group], dtype=torch.float64)
+    want = want.flatten().tolist()
     known = torch.where(counted, rewards, torch.nan)
-    assert estimator(known, samples, counted).tolist() == pytest.approx(list(want.values()), rel=1e-9, abs=1e-12)
+    assert estimator(known, counted).flatten().tolist() == pytest.approx(want, rel=1e-9, abs=1e-12)
     # All but one look at the total alone.
     parts = {"a": known, "b": known * 0} if isinstance(estimator, PerRewardAdvantage) else {"a": known * known}
-    found = estimator.of_rewards(Rewards(known, parts, rewards > 0, {"b": -0.5}, counted), samples)
-    assert found.tolist() == pytest.approx(list(want.values()), rel=1e-9, abs=1e-12)
+    found = estimator.of_rewards(Rewards(known, parts, rewards > 0, {"b": -0.5}, counted))
+    assert found.flatten().tolist() == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_groups_of_equal_rewards_get_exactly_zero(estimator):
     for reward, samples in ((0.1, 8), (1 / 3, 3), (1e6, 8)):
         mixed = torch.linspace(0, 1, samples)
-        advantages = estimator(torch.cat([torch.full((samples,), reward), mixed]), samples)
-        assert (advantages[:samples] == 0).all() and (advantages[samples:] != 0).any()
-    parts = {"a": [1 / 3] * 3 + [0.0, 1.0, 0.5], "b": [0.7] * 3 + [0.2, 0.0, 0.4]}
-    advantages = of_parts(estimator, 3, **parts)
-    assert (advantages[:3] == 0).all() and (advantages[3:] != 0).any()
-    assert (of_parts(estimator, 3, **{name: part[:3] for name, part in parts.items()}) == 0).all()
+        advantages = estimator(torch.stack([torch.full((samples,), reward), mixed]))
+        assert (advantages[0] == 0).all() and (advantages[1] != 0).any()
+    parts = {"a": [[1 / 3] * 3, [0.0, 1.0, 0.5]], "b": [[0.7] * 3, [0.2, 0.0, 0.4]]}
+    advantages = of_parts(estimator, **parts)
+    assert (advantages[0] == 0).all() and (advantages[1] != 0).any()
+    assert (of_parts(estimator, **{name: part[:1] for name, part in parts.items()}) == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_dtypes_and_no_gradient(estimator):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool):
-        advantages = estimator(torch.tensor([1, 0, 0, 1]).to(dtype), 2)
-        assert advantages.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and advantages.shape == (4,)
-    assert not estimator(torch.rand(4, requires_grad=True), 2).requires_grad
-    assert estimator(torch.zeros(0), 4).shape == (0,)
+        advantages = estimator(torch.tensor([[1, 0], [0, 1]]).to(dtype))
+        assert advantages.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and advantages.shape == (2, 2)
+    assert not estimator(torch.rand(2, 2, requires_grad=True)).requires_grad
+    assert estimator(torch.zeros(0, 4)).shape == (0, 4)
 
 
 @pytest.mark.parametrize(
     ("compute", "error", "message"),
     [
-        (lambda: GroupAdvantage()(torch.zeros(4), 1), ConfigError, "samples_per_prompt=1: .*set samples_per_prompt to 2 or more"),
+        (lambda: GroupAdvantage()(torch.zeros(4, 1)), ConfigError, "samples_per_prompt=1: .*set samples_per_prompt to 2 or more"),
         (lambda: GroupAdvantage(0.0), ConfigError, "GroupAdvantage: eps=0.0"),
         (lambda: BatchStdAdvantage(math.nan), ConfigError, "BatchStdAdvantage: eps=nan"),
         (lambda: PerRewardAdvantage(math.inf), ConfigError, "PerRewardAdvantage: eps=inf"),
@@ -105,19 +104,19 @@ def test_what_gives_no_advantages_is_said(compute, error, message):
         compute()
 
 
-def of_parts(estimator, samples=2, weights=None, **parts):
+def of_parts(estimator, weights=None, **parts):
     columns = {name: torch.tensor(values) for name, values in parts.items()}
     total = sum((weights or {}).get(name, 1.0) * column for name, column in columns.items())
-    return estimator.of_rewards(Rewards(total, columns, total > 0, weights or {}), samples)
+    return estimator.of_rewards(Rewards(total, columns, total > 0, weights or {}))
 
 
 def credit_by_turn(estimator, episodes, samples):
-    """Advantages [B, K] of episodes that are given by the rewards of their turns."""
+    """Advantages [P * G, K] of episodes that are given by the rewards of their turns."""
     texts = [Completion("", 1, True, episode=Episode((), len(rewards), "over", tuple(rewards))) for rewards in episodes]
     prompts, turns = [Prompt(text="?")] * len(texts), max(map(len, episodes))
-    rewards = evaluate_reward(EpisodeReturn(), texts, prompts)
+    rewards = evaluate_reward(EpisodeReturn(), texts, prompts).apply(lambda values: values.view(-1, samples))
     to_go = rewards_to_go(EpisodeReturn(), texts, prompts, rewards, turns)
-    return estimator.of_rewards(to_go, samples).view(turns, -1).T
+    return estimator.of_rewards(to_go).flatten(0, 1)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -15,7 +15,7 @@ from hybrid_lightning.adapters import AdapterPlan
 # All lines that `fit` and `test` may print; tables stand in frames of their own.
 FIT = re.compile(
     r"Adapter plan: |[┏┃┡│└]|Plan(, with \d+ more modules?,)? written to |Validation \((start|step \d+)\): |What happened"
-    r"|[┌├]|Run folder: |Curves: |Report: |Next: |Verdict: |Try: |Warning: .* \(docs/troubleshooting.md#"
+    r"|[┌├]|Run folder: |Curves: |Report: |Next: |Verdict: |Try: |Warning: .* \(hybrid-lightning explain "
     r"|(Calibration rollouts|Scoring modules|Validation before training|Step \d|Validation) \.\.\.$"
     r"|Step \d/4: reward .* loss .* entropy |  .* -> .* \(reward \S+\)"
 )

@@ -30,10 +30,14 @@ class Prepared(PromptDataModule):
     def prepare_data(self):
         Path("prepared.jsonl").write_text(Path("sums.jsonl").read_text())
 """
+JUDGE = "model:\n  reward:\n    class_path: JudgeReward\n    init_args:\n"
 FILES = {
     "foreign.ckpt": "hello",
     "broken.yaml": "model:\n  loss: {class_path: GSPOLoss\n  a: b",
     "bell.yaml": "model: \a",
+    "colon.yaml": f"{JUDGE}      rubric: Grade the answer: 10 if it is right\n",
+    "flow.yaml": "model: {reward: {class_path: JudgeReward, rubric: Grade the answer: 10 if it is right}}\n",
+    "map.yaml": f"{JUDGE}      rubric:\n        Grade the answer: 10 if it is right\n",
     "file": "",
     "long.jsonl": "\n".join(f'{{"question": "{"1" * (125 if n == 5 else 4)}{n}", "answer": "1"}}' for n in range(40)),
     "words.jsonl": "\n".join(f'{{"question": "{n}", "answer": "an answer"}}' for n in range(40)),
@@ -60,6 +64,18 @@ COMMANDS = [
     ("fit --config nowhere.yaml", r"--config \S*nowhere\.yaml: there is no such file; .* that the command 'configs' lists$"),
     ("fit --config broken.yaml", r"--config broken\.yaml is not valid YAML: .* in line 3; correct it$"),
     ("fit --config bell.yaml", r"--config bell\.yaml is not valid YAML: unacceptable character #x0007: .*; correct it$"),
+    (
+        "fit --config colon.yaml",
+        r"not valid YAML: mapping values are not .* in line 5; put a text that contains ': ' in quotes, or",
+    ),
+    (
+        "fit --config flow.yaml",
+        r"not valid YAML: .*got ':' in line 1; put a text that contains ': ' in quotes, or correct the line$",
+    ),
+    (
+        "fit --config t.yaml --config map.yaml",
+        r"map\.yaml: model\.reward\S*\.rubric: .* does not fit; give text; put text that .* in quotes ",
+    ),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is not a writable folder; give another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]
@@ -140,6 +156,14 @@ def test_a_mistake_is_said_in_the_last_line_and_leaves_nothing(folder, command, 
     before = content(folder)
     assert_refused(run(folder, *command.split()), message)
     assert content(folder) == before
+
+
+def test_a_text_with_a_colon_is_put_in_quotes_within_those_of_the_shell(folder):
+    given = ["fit", "--config", "t.yaml", "--model.reward=JudgeReward", "--model.reward.rubric=Grade it: 10 if it is right"]
+    remedy = "put text that contains ': ' in quotes (in a shell '\"text\"')"
+    assert run(folder, *given).last.endswith(f" does not fit; give text; {remedy}")
+    given[-1] = given[-1].replace("=", '="') + '"'
+    assert "rubric" not in run(folder, *given).last, "only what else is missing"
 
 
 def test_what_a_callback_of_ones_own_logs_may_be_monitored(folder):

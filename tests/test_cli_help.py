@@ -109,7 +109,7 @@ def test_help_without_a_command_tells_each_in_a_whole_sentence(folder):
     assert "Hybrid-LoRA" in text and "--adapter" not in text
     told = re.split(r"^    (?=[a-z])", text.partition("its options.")[2], flags=re.MULTILINE)[1:]
     sentences = [" ".join(command.split()) for command in told]
-    assert len(sentences) == 10 and all(re.fullmatch(r"[a-z]+ [A-Z].*[a-z]\.", sentence) for sentence in sentences), sentences
+    assert len(sentences) == 11 and all(re.fullmatch(r"[a-z]+ [A-Z].*[a-z]\.", sentence) for sentence in sentences), sentences
 
 
 def test_each_class_that_is_not_a_base_is_found_by_its_short_name():

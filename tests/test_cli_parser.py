@@ -9,7 +9,7 @@ import yaml
 from cli_runs import assert_refused, run
 from jsonargparse import ArgumentParser
 
-from hybrid_lightning.cli_parser import TRL_NAMES
+from hybrid_lightning.remedies import TRL_NAMES
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +52,48 @@ def test_what_was_meant_is_said(folder, command, config, message):
     result = run(folder, *command.split(), *(["--config=o.yaml"] if config else []))
     assert_refused(result, message)
     assert result.code == 2 and "usage" not in result.err
+
+
+# An option or a config, and what is said of a class that cannot be imported.
+UNIMPORTABLE = [
+    (
+        "--model.reward=nowhere.Mine",
+        r"--model\.reward: cannot import nowhere\.Mine: No module named 'nowhere'; nowhere\.py is neither in {here}\b.* nor in "
+        r"an installed package; correct the name, or start in the folder of that file$",
+    ),
+    ("--data=nowhere.Mine", r"--data: cannot import nowhere\.Mine: No module named 'nowhere'; nowhere\.py is neither in {here}"),
+    (
+        "--model.loss=divides.Mine",
+        r"--model\.loss: cannot import divides\.Mine: importing {here}/divides\.py raised ZeroDivisionError: division by zero "
+        r"\(divides\.py line 2\)$",
+    ),
+    (
+        "--model.reward=needs.Mine",
+        r"importing {here}/needs\.py raised ModuleNotFoundError: No module named 'no_such_module' \(needs\.py line 1\)$",
+    ),
+    (
+        "--model.reward=my_parts.StartWithDigit",
+        r"{here}/my_parts\.py: module 'my_parts' has no attribute 'StartWithDigit'; did you mean my_parts\.StartsWithDigit\?$",
+    ),
+    (
+        {"model": {"reward": {"class_path": "divides.Mine", "init_args": {"scale": 1}}}},
+        r"o\.yaml: model\.reward: cannot import divides\.Mine: importing {here}/divides\.py raised ZeroDivisionError",
+    ),
+    (
+        {"trainer": {"callbacks": [{"class_path": "nowhere.Mine"}]}},
+        r"o\.yaml: trainer\.callbacks: cannot import nowhere\.Mine: No module named 'nowhere'; nowhere\.py is neither in {here}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), UNIMPORTABLE, ids=[str(given) for given, _ in UNIMPORTABLE])
+def test_a_class_that_cannot_be_imported_is_refused_with_the_imports_own_message(folder, given, message):
+    (folder / "divides.py").write_text('"""Divides."""\n1 / 0\n')
+    (folder / "needs.py").write_text("import no_such_module\n")
+    (folder / "o.yaml").write_text(yaml.safe_dump(given))
+    result = run(folder, "fit", "--config", "t.yaml", given if isinstance(given, str) else "--config=o.yaml")
+    assert_refused(result, message.format(here=folder))
+    assert result.code == 2 and "NoneType" not in result.err
 
 
 # Packages that take long to import; neither a help nor an error needs them.

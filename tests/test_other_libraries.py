@@ -24,15 +24,15 @@ TAKEN = {
     "_option_string_actions _subparsers",
     "collections": "_asdict",
     "os": "_exit",
-    "jsonargparse._core": "_subcommands_action",
-    "jsonargparse._typehints": "_typehint",
+    "jsonargparse._core": "_subcommands_action _typehints",
+    "jsonargparse._typehints": "_typehint discard_init_args_on_class_path_change",
     "lightning.fabric.utilities.logger": "_convert_params _flatten_dict _sanitize_params",
     "lightning.pytorch.callbacks.model_checkpoint": "_every_n_epochs _every_n_train_steps _last_checkpoint_saved "
     "_last_global_step_saved _monitor_candidates _save_last_checkpoint _save_topk_checkpoint _should_skip_saving_checkpoint "
     "_train_time_interval",
     "lightning.pytorch.callbacks.progress.rich_progress": "_add_task _get_train_description _progress_stopped _stop_progress",
     "lightning.pytorch.cli": "_add_instantiators _add_subcommands _get _parse_ckpt_path _prepare_subcommand_kwargs "
-    "_prepare_subcommand_parser _run_subcommand _set_seed",
+    "_parser _prepare_subcommand_parser _run_subcommand _set_seed",
     "lightning.pytorch.core.mixins.hparams_mixin": "_set_hparams _to_hparams_dict",
     "lightning.pytorch.core.module": "_trainer",
     "lightning.pytorch.core.optimizer": "_optimizer",

@@ -16,7 +16,7 @@ from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import _Decoder
 from hybrid_lightning.training.evaluation import add_prompts
-from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollout, Sequences
 
 ROOT, TO = Path(__file__).parents[1], Tensor.to
 SMALL = [
@@ -151,9 +151,10 @@ def test_a_device_without_float64_is_evaluated(mps):
     ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.bool)
     sequences = Sequences(ids, mask, ids, mask).to("mps")
     texts = tuple(Completion("1", num_tokens=3, finished=True) for _ in range(4))
-    prompts = (Prompt(text="a"), Prompt(text="b", index=1))
-    rollouts = Rollouts(prompts, sequences, texts, mps(torch.zeros(4, 3)), mps(torch.ones(4, dtype=torch.bool)), 2)
-    rewards = Rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]), {}, torch.tensor([True, False, False, False])).to("mps")
+    prompts, rows = (Prompt(text="a"), Prompt(text="b", index=1)), mps(torch.arange(4))
+    rewards = Rewards(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), {}, torch.tensor([[True, False], [False, False]])).to("mps")
+    sampled = Rollout(prompts, texts, sequences, mps(torch.zeros(4, 3)), rows, rewards)
+    greedy = Rollout(prompts, texts[:2], sequences, mps(torch.zeros(4, 3)), rows, rewards.apply(lambda values: values[:, :1]))
     means = SimpleNamespace(update=lambda names, index, values: noted.append(values))
-    add_prompts(means, rewards.select(torch.tensor([0, 2])), (rollouts, rewards), ["1"] * 4)
+    add_prompts(means, greedy, sampled, ["1"] * 4)
     assert noted[0].keys() >= completion_draws(2).keys() and noted[0]["avg@2"].tolist() == [0.5, 0.0]

@@ -83,6 +83,20 @@ def test_python_dash_m_prepares_its_process():
     assert f"spins {process._SPINS} False" in run(code)
 
 
+def test_the_console_script_finds_files_of_the_working_folder_first(tmp_path):
+    """As `python -m` does; Python itself looks in the script's folder."""
+    script, work = tmp_path / "bin" / "hybrid-lightning", tmp_path / "work"
+    for folder in (script.parent, work):
+        folder.mkdir()
+        (folder / "tower.py").write_text(f"print('found in {folder.name}')\n")
+    code = "import sys, types\nmain = lambda signals: __import__('tower')\n"
+    code += "sys.modules['hybrid_lightning.cli'] = types.SimpleNamespace(main=main)\n"
+    script.write_text(code + "from hybrid_lightning.__main__ import run\nrun()\n")
+    for options, said in (([], "found in work\n"), (["-P"], "")):  # with -P neither
+        command = [sys.executable, *options, str(script)]
+        assert subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=60, check=False).stdout == said
+
+
 @pytest.mark.parametrize("left", ["atexit.register(time.sleep, 1000)", "ThreadPoolExecutor().submit(time.sleep, 1000)"])
 def test_what_other_code_leaves_running_does_not_hold_up_the_end_for_ever(left):
     code = f"""

@@ -1,14 +1,18 @@
-"""Configs by name, in whatever folder a command runs."""
+"""What the package brings: configs by name, in whatever folder a command runs, and the page on what is wrong."""
 
 import pkgutil
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from cli_runs import done, run
+from test_imports import FILES
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.explain import EXPLAIN, explanation, sections
+from hybrid_lightning.reports.findings import SECTIONS
 from hybrid_lightning.shipped_configs import FOLDER, config_list, config_names, with_paths
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +65,33 @@ def test_the_command_lists_all_and_copies_one(folder):
     assert all(10 < len(line.partition(" ")[2].strip()) < 160 for line in lines), lines
     assert done(folder, "configs", "loss/dapo").out == (ROOT / "configs/loss/dapo.yaml").read_text()
     assert "no config is called 'gpso'; did you mean gspo?" in run(folder, "configs", "gpso").err
+
+
+def test_each_section_on_what_is_wrong_is_printed_without_markup(folder):
+    overview = done(folder, "explain").out
+    assert "plan --fit prints the fewest options" in overview and f"{EXPLAIN} NAME prints a section" in overview
+    named = set(sections()) - {""}
+    assert named <= set(re.findall(r"[\w-]+", overview)) and len(named) > 20
+    for name in named:
+        assert "](" not in (text := explanation(name)) and set(re.findall(r"\(`explain (\S+)`\)", text)) <= named
+    said = done(folder, "explain", "a-step-is-too-large").out
+    assert said.startswith("A step is too large") and re.search(r"^ 8, 0\.003 \(as shipped\) +0\.18 +92%", said, re.MULTILINE)
+    assert not re.search(r"[*`|\[\]]", said) and max(map(len, said.splitlines())) <= 80
+    near = "error: no section is called 'a-step-too-large'; did you mean a-step-is-too-large or a-step-is-too-small?"
+    assert run(folder, "explain", "a-step-too-large").last.startswith(near)
+    assert run(folder, "explain", "memory").last.endswith("; did you mean out-of-memory?")
+    assert run(folder, "explain", "xyzzy").last.endswith("; the command 'explain' lists all of them")
+
+
+def test_messages_name_sections_that_the_package_has_and_no_page_that_it_has_not():
+    text = "".join(path.read_text(encoding="utf-8") for path in FILES.values())
+    named = re.findall(r"\{EXPLAIN\} ([\w-]+)", text)
+    assert len(named) > 1 and {*named, *SECTIONS.values()} <= set(sections()) | {"NAME"}
+    assert "troubleshooting.md#" not in text
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hybrid_lightning"]
+    assert (
+        "troubleshooting.md" in shipped and (FOLDER.parent / "troubleshooting.md").resolve() == ROOT / "docs/troubleshooting.md"
+    )
 
 
 def test_a_command_takes_names(folder):

@@ -16,7 +16,7 @@ from fake_teacher import FakeTeacher
 from stopped_runs import points, run_of
 from tiny_models import build_tokenizer
 
-from hybrid_lightning.training.rl_task import RLTask
+from hybrid_lightning.training.loop import RLLoop
 
 KEY = "sk-very-secret-1234567890"
 
@@ -55,8 +55,8 @@ def test_resume_is_bit_exact(servers, folder, monkeypatch):
     options = ["--config=t.yaml", "--model.reward=JudgeReward", *(f"--model.reward.{name}={given[name]}" for name in given)]
     options += ["--model.teacher=ServerTeacher", f"--model.teacher.url={teacher.url}", "--model.teacher.cache_dir=taught"]
     options += ["--model.loss=GRPOLoss", "--trainer.max_steps=4", "--trainer.val_check_interval=4", "--adapter.scorer=Random"]
-    begun, roll_out = [], RLTask.roll_out
-    monkeypatch.setattr(RLTask, "roll_out", lambda *given: begun.append(judge.requests[:]) or roll_out(*given))
+    begun, begin = [], RLLoop.begin
+    monkeypatch.setattr(RLLoop, "begin", lambda *given: begun.append(judge.requests[:]) or begin(*given))
 
     def stop_in(server, what, rollout):
         """Send a signal in the fourth call of a rollout, which is not answered before the signal has ended the run."""
@@ -77,7 +77,8 @@ def test_resume_is_bit_exact(servers, folder, monkeypatch):
         return shlex.split(re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1])
 
     runs = []
-    for server, what, rollout in ((judge, "grade", 2), (teacher, "logprobs", 1)):
+    # The teacher first: it answers faster than the judge, and whatever it has answered is not asked again.
+    for server, what, rollout in ((teacher, "logprobs", 2), (judge, "grade", 1)):
         stop_in(server, what, rollout)
         runs.append(run(folder, *(go_on(runs[-1]) if runs else ("fit", *options, "--samples.write_rows=true"))))
         assert runs[-1].code == 143 and not server.ended.is_set(), runs[-1].err[-2000:]

@@ -1,6 +1,7 @@
 """Small runs: a model folder, sums as JSON lines, and policy, data module and Trainer with short defaults."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_model
+from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.adapters import ModuleBudget, Random, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
@@ -19,7 +21,7 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.types import Completion, Rollouts
+from hybrid_lightning.types import Rollout, Sequences
 
 
 class DigitShare(RewardFunction):
@@ -76,24 +78,39 @@ class Talk(Environment):
         )
 
 
-def with_holes(rollouts: Rollouts) -> Rollouts:
-    """The same as if an environment had added every third token, from the second on."""
-    mask = rollouts.sequences.completion_mask
-    sampled = mask & (torch.arange(mask.shape[1]) % 3 != 1)
-    texts = zip(rollouts.completions, sampled.sum(dim=1).tolist(), strict=True)
-    return replace(
-        rollouts,
-        sequences=replace(rollouts.sequences, sampled_mask=sampled),
-        completions=tuple(Completion(text, count, text.finished, text.thinking) for text, count in texts),
-        sampling_logprobs=rollouts.sampling_logprobs * sampled,
-    )
+class WithHoles:
+    """For an engine: the same as if an environment had added every third token, from the second on."""
+
+    holes = True
+
+    def play(self, runner, tokenizer, request, episodes, *rest):
+        begun = super().play(runner, tokenizer, request, episodes, *rest)
+        for episode in episodes if self.holes else ():
+            added = range(1, len(episode.ids), 3)
+            for place in added:
+                episode.sampled[place], episode.logprobs[place] = False, 0.0
+        return begun
 
 
-class Interrupted(OftenDone):
+class Interrupted(WithHoles, OftenDone):
     """Completions in which an environment added tokens."""
 
-    def sample(self, engine, tokenizer, request):
-        return with_holes(super().sample(engine, tokenizer, request))
+
+def in_two_rows(rollout: Rollout) -> Rollout:
+    """The same episodes; of every other one, the tokens after the second are a row of their own, with a longer prompt."""
+    sequences, rows, episodes = rollout.sequences, [], []
+    columns = (sequences.completion_ids, sequences.weights_step, sequences.sampled_mask, rollout.sampling_logprobs)
+    for number, real in enumerate(sequences.completion_mask):
+        prompt = sequences.prompt_ids[number][sequences.prompt_mask[number]].tolist()
+        own, length = [column[number][real] for column in columns], int(real.sum())
+        cuts = [0, 2, length] if number % 2 == 0 and length > 2 else [0, length]
+        for start, end in pairwise(cuts):
+            rows.append([torch.tensor([*prompt, *own[0][:start].tolist()]).flip(0), *(column[start:end] for column in own)])
+            episodes.append(number)
+    ids, *own = (pad_sequence(column, batch_first=True) for column in zip(*rows, strict=True))
+    mask, real = (pad_sequence([torch.ones_like(row[i]) > 0 for row in rows], batch_first=True) for i in (0, 1))
+    split = Sequences(ids.flip(1), mask.flip(1), own[0], real, own[1], own[2])
+    return replace(rollout, sequences=split, sampling_logprobs=own[3], episode_of_row=torch.tensor(episodes))
 
 
 class Failing(PolicyModule):
@@ -103,14 +120,29 @@ class Failing(PolicyModule):
         super().__init__(*given, **named)
         generation, score = self.task.generation, self.task.generation.score
 
-        def some(rollouts, arriving=None):
-            rewards, samples = score(rollouts), rollouts.samples_per_prompt
-            counted = torch.tensor([(prompt.index + row) % 4 > 0 for prompt in rollouts.prompts for row in range(samples)])
+        def some(rollout, arriving=None):
+            rewards = score(rollout).rewards
+            counted = torch.tensor(
+                [[(prompt.index + i) % 4 > 0 for i in range(rollout.group_size)] for prompt in rollout.prompts]
+            )
             lost = torch.where(counted, 0.0, torch.nan)
             parts = {name: part + lost for name, part in rewards.parts.items()}
-            return replace(rewards, total=rewards.total + lost, parts=parts, counted=counted)
+            return replace(rollout, rewards=replace(rewards, total=rewards.total + lost, parts=parts, counted=counted))
 
         generation.score = some
+
+
+class InTwoRows(PolicyModule):
+    """Every other episode has two rows."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        generation, score = self.task.generation, self.task.generation.score
+        generation.score = lambda rollout, arriving=None: in_two_rows(score(rollout, arriving))
+
+
+class Rewritten(InTwoRows, Failing):
+    """Both."""
 
 
 class Log(Callback):

@@ -60,7 +60,7 @@ class MemoryProbe(Callback):
         self.policy, self.trainer = pl_module, trainer
         self.live.count([*pl_module.parameters(), *pl_module.buffers()])
         task = pl_module.task
-        self._replace(task.generation, "_finished", self._generate)
+        self._replace(task.generation, "begin", self._generate)
         self._replace(task, "chunk_loss", self._chunk_loss)
         self._replace(task, "calibration_losses", self._calibration_losses)
         self._replace(pl_module.policy, "adapt", self._adapt)

@@ -22,7 +22,7 @@ class ShareWorked(lightning.Callback):
     def on_train_batch_end(self, trainer, policy, outputs, batch, batch_idx):
         """`batch.rollout` has the completions, their rewards and advantages."""
         if trainer.global_step % 10 == 0:
-            texts, rewards = batch.rollout.rollouts.completions, batch.rollout.rewards.total
+            texts, rewards = batch.rollout.completions, batch.rollout.rewards.total
             share = sum(text.startswith("[") for text in texts) / len(texts)
             print(f"step {trainer.global_step}: worked out {share:.0%}, reward {rewards.mean():.2f}")
 

@@ -1,4 +1,6 @@
-"""Budgets choose which modules are fully trained, and `make_plan` turns scores and a budget into an `AdapterPlan`.
+"""Budgets choose which modules are fully trained; `make_plan` turns scores and a budget into an `AdapterPlan`.
+
+`Planning` has all settings that a plan depends on.
 
 The candidates compete by score, greedily. Ties are broken by name, so that the same scores always give the same plan, and a
 larger budget only ever adds modules.
@@ -11,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from hybrid_lightning.adapters.candidates import candidate_shape, ranks_by_pattern
-from hybrid_lightning.adapters.gradients import matrices_of
+from hybrid_lightning.adapters.candidates import candidate_shape, find_candidates, is_linear, ranks_by_pattern
+from hybrid_lightning.adapters.gradients import GradientMode, matrices_of
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule, plain
+from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
 
@@ -178,3 +181,29 @@ def config_with_defaults(part: Configurable) -> dict[str, Any]:
 def _score(module: PlannedModule) -> float:
     assert module.score is not None
     return module.score
+
+
+@dataclass(frozen=True)
+class Planning:
+    """The settings that determine a plan."""
+
+    budget: Budget  # chooses the fully trained modules by their scores
+    scorer: Scorer
+    gradients: GradientMode  # how gradients are held while scoring
+    lora: LoraSettings  # for modules that are not fully trained
+    rank_pattern: Mapping[str, int]  # ranks of modules that differ from the rank of `lora`
+    target_modules: Sequence[str] | None  # candidates by the end of their names; None takes all
+    calibration_prompts: int | None  # None lets the module choose
+
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The trainable candidates: full dotted name -> module; ModelError if there are none."""
+        return find_candidates(model, self.target_modules, self.rank_pattern)
+
+    def ranks(self, candidates: Mapping[str, nn.Module]) -> dict[str, int]:
+        """LoRA rank of each candidate; ModelError if `rank_pattern` matches none, ConfigError if experts cannot have the rank."""
+        ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
+        if self.budget.share < 1 and any(ranks[name] and not is_linear(module) for name, module in candidates.items()):
+            self.lora.check_experts()
+        if self.budget.share == 0 and not any(ranks.values()):
+            raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully; raise a rank")
+        return ranks

@@ -70,7 +70,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.eval_batch_size = eval_batch_size
         self.seed = seed
-        self._limits = {"train": None, "validation": validation_prompts, "test": test_prompts}
+        self.limits = {"train": None, "validation": validation_prompts, "test": test_prompts}  # most prompts of each split
         self._encode: Encode | None = None
         self._prompts: dict[str, list[Prompt]] = {}
 
@@ -178,7 +178,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         return kept
 
     def _draw(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
-        limit = self._limits[split]
+        limit = self.limits[split]
         if limit is None or limit >= len(prompts):
             return prompts
         drawn = random.Random(self.seed).sample(range(len(prompts)), limit)

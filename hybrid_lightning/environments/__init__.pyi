@@ -9,6 +9,7 @@ from hybrid_lightning.environments.foreign import GymEnvironment as GymEnvironme
 from hybrid_lightning.environments.foreign import OpenEnvEnvironment as OpenEnvEnvironment
 from hybrid_lightning.environments.games import GuessNumber as GuessNumber
 from hybrid_lightning.environments.games import ReasoningGymEnvironment as ReasoningGymEnvironment
+from hybrid_lightning.environments.json_calls import DeepSeekCalls as DeepSeekCalls
 from hybrid_lightning.environments.json_calls import HermesCalls as HermesCalls
 from hybrid_lightning.environments.json_calls import LlamaCalls as LlamaCalls
 from hybrid_lightning.environments.json_calls import PlainCalls as PlainCalls
@@ -23,6 +24,7 @@ from hybrid_lightning.environments.tagged_calls import GemmaCalls as GemmaCalls
 from hybrid_lightning.environments.tagged_calls import GlmCalls as GlmCalls
 from hybrid_lightning.environments.tagged_calls import HarmonyCalls as HarmonyCalls
 from hybrid_lightning.environments.tagged_calls import PythonicCalls as PythonicCalls
+from hybrid_lightning.environments.tagged_calls import RawPythonicCalls as RawPythonicCalls
 from hybrid_lightning.environments.tagged_calls import XmlCalls as XmlCalls
 from hybrid_lightning.environments.tool import Tool as Tool
 from hybrid_lightning.environments.tool_environment import ToolEnvironment as ToolEnvironment

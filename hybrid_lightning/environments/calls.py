@@ -92,27 +92,60 @@ def parsed_json(text: str) -> Any:
 
 
 def typed_value(text: str, schema: Schema) -> Any:
-    """The value that a text represents: the text itself if the schema accepts text, else its value as JSON or a Python constant.
+    """The value that a text represents, where a format writes values without their types: the schema decides.
 
-    Any other text is returned unchanged, and the schema then rejects it.
+    If the schema accepts only texts, it is the text itself. Otherwise it is the text's value as JSON or a Python constant, if the
+    schema accepts that, and else the text. So an optional text is None if it is written as `None` or `null`.
 
     Example:
-        >>> typed_value("3", {"type": "string"}), typed_value("3", {"type": "integer"}), typed_value("True", {"type": "boolean"})
-        ('3', 3, True)
+        >>> typed_value("3", {"type": "string"}), typed_value("3", {"type": ["string", "integer"]})
+        ('3', 3)
+        >>> typed_value("True", {"type": "boolean"}), typed_value("None", {"type": "string", "nullable": True})
+        (True, None)
     """
-    from jsonschema import Draft202012Validator  # slow to import
-
-    if Draft202012Validator(schema).is_valid(text):
-        return text
     constants = {"True": True, "False": False, "None": None}
     try:
-        return constants[text.strip()] if text.strip() in constants else json.loads(text)
+        value = constants[text.strip()] if text.strip() in constants else json.loads(text)
     except (ValueError, RecursionError):
         return text
+    if not isinstance(value, str) and is_valid(value, schema):
+        return value
+    return text if is_valid(text, schema) else value
+
+
+def is_valid(value: Any, schema: Schema) -> bool:
+    """Whether a schema accepts a value."""
+    from jsonschema import Draft202012Validator  # slow to import
+
+    try:
+        return bool(Draft202012Validator(without_nullable(schema)).is_valid(value))
+    except RecursionError:  # of a value that is too deep
+        return False
+
+
+def without_nullable(schema: Any) -> Any:
+    """A schema with OpenAPI's `"nullable": True` rewritten in JSON Schema's form."""
+    if isinstance(schema, list):
+        return [without_nullable(entry) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    plain = {name: without_nullable(entry) for name, entry in schema.items() if not (name == "nullable" and entry is True)}
+    if len(plain) < len(schema):
+        for name, null in (("type", "null"), ("enum", None), ("anyOf", {"type": "null"})):
+            if name in plain:
+                plain[name] = [*([plain[name]] if isinstance(plain[name], str) else plain[name]), null]
+    return plain
+
+
+def schemas_of_arguments(parameters: Schema) -> dict[str, Schema]:
+    """The schema of each argument of a tool, with the definitions to which it may refer."""
+    definitions = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
+    properties = parameters.get("properties", {})
+    return {name: {**definitions, **schema} if isinstance(schema, Mapping) else {} for name, schema in properties.items()}
 
 
 def typed_arguments(name: str, texts: Mapping[str, str], tools: Sequence[Schema]) -> dict[str, Any]:
     """The arguments of a call, given as texts, converted to the types of the tool's schema."""
-    schemas = (tool["function"].get("parameters", {}).get("properties", {}) for tool in tools if tool["function"]["name"] == name)
-    known: Schema = next(schemas, {})
+    parameters = (tool["function"].get("parameters", {}) for tool in tools if tool["function"]["name"] == name)
+    known = schemas_of_arguments(next(parameters, {}))
     return {key: typed_value(text, known[key]) if key in known else text for key, text in texts.items()}

@@ -2,18 +2,20 @@
 
 HermesCalls    <tool_call>{"name": "search", "arguments": {"query": "..."}}</tool_call>     Qwen 2.5 and 3, Hermes
 LlamaCalls     {"name": "search", "parameters": {"query": "..."}}                           Llama 3
+DeepSeekCalls  <｜tool▁call▁begin｜>function<｜tool▁sep｜>search, and arguments in JSON      DeepSeek V3
 PlainCalls     [search: ...]                                                                for base models
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from hybrid_lightning.environments.calls import Call, MalformedCall, Schema, TemplateFormat, parsed_json
 from hybrid_lightning.errors import ConfigError, shorten
 from hybrid_lightning.user_code import compile_pattern
 
-_HEAD = re.compile(r"\[([A-Za-z_]\w*):")
+_NAME = r"[A-Za-z_][\w.-]*"
 _BRACKET = re.compile(r"[\[\]]")
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
@@ -72,10 +74,37 @@ class LlamaCalls(TemplateFormat):
             end = _skip_space(text, end + 1)
 
 
+class DeepSeekCalls(TemplateFormat):
+    """The format of DeepSeek V3: the name, and the arguments as JSON in a block of code, which V3.1 leaves out.
+
+    Example:
+        >>> DeepSeekCalls().parse('<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\\n```json\\n{"x": 1}\\n```<｜tool▁call▁end｜>')
+        [Call(name='add', arguments={'x': 1}, text=None)]
+    """
+
+    OPEN, CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+    _example = f'{OPEN}function<｜tool▁sep｜>NAME\n```json\n{{"ARGUMENT": ...}}\n```{CLOSE}'
+    _when = "for each call, with <｜tool▁calls▁begin｜> before and <｜tool▁calls▁end｜> after them"
+    _form = re.compile(r"(?:\w*<｜tool▁sep｜>)?([^\s<｜]+)(?:<｜tool▁sep｜>|\s*```json)(.*?)(?:```)?", re.DOTALL)
+
+    def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
+        for part in text.split(self.OPEN)[1:]:
+            body, closed, _ = part.partition(self.CLOSE)
+            form = self._form.fullmatch(body.strip())
+            arguments = parsed_json(form[2]) if form else None
+            if not closed or form is None:
+                yield MalformedCall(f"it is not of the form {self._example}" if closed else f"{self.CLOSE} is missing")
+            elif isinstance(arguments, dict):
+                yield Call(form[1], arguments)
+            else:
+                yield MalformedCall(f"the arguments of {form[1][:40]} must be a JSON object, such as {{}}")
+
+
 class PlainCalls(TemplateFormat):
     r"""A format for base models, such as `[calculator: 12*3]`.
 
-    The name is followed by the only argument of the tool, or by JSON such as {"x": 1, "y": 2}. Brackets inside it must be paired.
+    The name is followed by the only argument of the tool, or by JSON such as {"x": 1, "y": 2}. Brackets must be paired, but not
+    in JSON. Text that begins like JSON must be JSON.
 
     Args:
         pattern: Regular expression for another format, with the groups `name` and `argument`; without these groups, group 1 is
@@ -106,8 +135,9 @@ class PlainCalls(TemplateFormat):
             for match in self._pattern.finditer(text):
                 yield _plain_call(match["name"] if self._named else None, match[self._argument] or "")
             return
-        end = 0
-        while begin := _HEAD.search(text, end):
+        others = [re.escape(name) for tool in tools if not re.fullmatch(_NAME, name := tool["function"]["name"])]
+        head, end = re.compile(rf"\[({'|'.join([*others, _NAME])}):"), 0
+        while begin := head.search(text, end):
             end = _closing(text, begin.end())
             if end < 0:  # later brackets are not closed either
                 yield MalformedCall(f"the ] of [{begin[1][:40]}: is missing")
@@ -160,6 +190,12 @@ def _plain_call(name: str | None, text: str) -> Call:
 
 def _closing(text: str, begin: int) -> int:
     """Position of the bracket that closes the one before `begin`; -1 if there is none."""
+    begin = _skip_space(text, begin)
+    if text.startswith("{", begin):
+        with suppress(ValueError, RecursionError):  # not JSON
+            end = _skip_space(text, _DECODER.raw_decode(text, begin)[1])
+            if text.startswith("]", end):
+                return end
     depth = 1
     for match in _BRACKET.finditer(text, begin):
         depth += 1 if match[0] == "[" else -1

@@ -5,9 +5,9 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import cycle
+from math import inf
 from typing import Any, Literal
 
 from hybrid_lightning.configurable import Configurable
@@ -33,8 +33,8 @@ class EpisodeLimits(Configurable):
         max_tokens: Most tokens of an episode after its prompt, sampled or added; the episode then ends with the reason "tokens".
         step_timeout_s: Longest time of each call of an environment in seconds. A step that takes longer ends its episode with the
             reason "time". If this happens to the first eight steps of a rollout, the run stops.
-        too_long: What happens if an answer of the environment does not fit into `max_tokens`: "cut" truncates it, with a mark;
-            "end" leaves it out and ends the episode with the reason "tokens".
+        too_long: What happens if an answer of the environment does not fit into `max_tokens`: "cut" truncates it, with a mark
+            if the tokenizer can write it; "end" leaves it out and ends the episode with the reason "tokens".
         max_failed_share: Share of a rollout's episodes that may be left out because their environment failed. The run stops if
             more fail.
         workers: Number of processes for environments. Each process runs one environment at a time. Use them for environments that
@@ -68,45 +68,42 @@ class EpisodeLimits(Configurable):
 
 
 class RunningEpisodes:
-    """The environments of the episodes of a rollout.
+    """The environments of the episodes of a rollout; its methods are awaited on the event loop of `user_calls`.
 
     Each episode has its own object. Episodes are independent: one episode's actions and timing do not affect another. An
     environment that fails (it raises, or returns a malformed answer) is started again with the same seed, at most twice, and the
     policy's messages are replayed.
 
     In this process `async` methods are awaited together, and ordinary methods run in threads, one per episode (see
-    `Environment.thread_safe`). The states of the global random generators and the working folder are restored afterwards, but the
-    episodes share them: draws from global generators are repeatable only with `limits.workers`.
+    `Environment.thread_safe`). The states of the global random generators and the working folder are restored afterwards (see
+    `process_kept`), but the episodes share them: draws from global generators are repeatable only with `limits.workers`.
 
     Args:
         environment: The object of the config, prepared for the model.
         limits: Limits of the episodes.
-        on_wait: Called from time to time while waiting for environments; an exception from it ends the wait.
         turn_rewards: Whether the reward of each turn counts by itself (see `Environment.turn_rewards`).
+
+    Raises:
+        EpisodeError: From every method that waits, if more than `max_failed_share` of the episodes have failed, or if the first
+            calls of a kind all took too long. HybridLightningError if an environment raises one.
 
     Example:
         >>> class Echo(Environment):
         ...     def step(self, message):
         ...         return f"You said {message['content']}", 1.0, message["content"] == "bye"
+        >>> async def play(episodes):
+        ...     started = await episodes.start(0, Prompt(text="Hello"), seed=5)
+        ...     answer = await episodes.step(0, {"role": "assistant", "content": "bye"})
+        ...     return started, answer.messages, answer.over, await episodes.conclude(0)
         >>> episodes = RunningEpisodes(Echo(), EpisodeLimits())
-        >>> episodes.start([Prompt(text="Hello"), Prompt(text="Hello")], seeds=[5, 5])
-        [(), ()]
-        >>> answers = episodes.step({1: {"role": "assistant", "content": "bye"}})
-        >>> answers[1].messages, answers[1].over
-        (({'role': 'user', 'content': 'You said bye'},), True)
-        >>> episodes.conclude([1])
-        {1: 0.0}
+        >>> episodes.begin(count=1)
+        >>> run_async(play(episodes))
+        ((), ({'role': 'user', 'content': 'You said bye'},), True, 0.0)
         >>> episodes.close()
     """
 
-    def __init__(
-        self,
-        environment: Environment,
-        limits: EpisodeLimits,
-        on_wait: Callable[[], None] = lambda: None,
-        turn_rewards: bool = False,
-    ) -> None:
-        self.environment, self.limits, self._on_wait = environment, limits, on_wait
+    def __init__(self, environment: Environment, limits: EpisodeLimits, turn_rewards: bool = False) -> None:
+        self.environment, self.limits = environment, limits
         told = limits.step_timeout_s, turn_rewards
         self._workers = workers_for(environment, limits.workers, *told) if limits.workers else []
         self._places: Sequence[Objects | Worker] = self._workers or [Objects(environment, *told)]
@@ -117,105 +114,86 @@ class RunningEpisodes:
         self._late: Counter[str] = Counter()  # calls that took too long
         self._warned: set[str] = set()
 
-    def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
-        """Begin the episodes of a rollout, numbered from 0. Closes the environments of the previous rollout.
+    @property
+    def blocked_s(self) -> float:
+        """Longest time in seconds for which code may block the event loop. Processes have their own loops."""
+        return inf if self._workers else max(_BLOCKED_S, self.limits.step_timeout_s)
 
-        The seeds are in [0, 2^31), and the same for all episodes of a group.
-
-        Returns:
-            For each episode the messages to add after its prompt, or the reason why it is left out.
-
-        Raises:
-            EpisodeError: If more than `max_failed_share` of the episodes have failed, or the first ones all took too long.
-            HybridLightningError: If an environment raises one.
-        """
-        assert len(prompts) == len(seeds), f"{len(seeds)} seeds for {len(prompts)} prompts"
-        self.finish()
-        self._count, self._failures = len(prompts), []
+    def begin(self, count: int) -> None:
+        """Begin a rollout of this many episodes, after `finish` of the one before."""
+        assert not self._episodes, "the rollout before has been finished"
+        self._count, self._failures = count, []
         self._answered, self._late = Counter(), Counter()
-        self._episodes = {
-            number: RunningEpisode(number, prompt, int(seed), place, self.limits.step_timeout_s)
-            for number, (prompt, seed, place) in enumerate(zip(prompts, seeds, cycle(self._places), strict=False))
-        }
-        answers = self._ask("start", {number: episode.answer(None) for number, episode in self._episodes.items()})
-        return [answers[number] for number in range(len(prompts))]
 
-    def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Failure | TimedOut]:
-        """Pass the policy's messages to the environments, by episode number. Episodes end if the environment fails or is late.
-
-        Raises:
-            EpisodeError, HybridLightningError: See `start`.
-        """
-        answers = self._ask("step", {number: self._episodes[number].answer(message) for number, message in messages.items()})
-        return {number: answers[number] for number in messages}
-
-    def conclude(self, numbers: Iterable[int]) -> dict[int, float | Failure]:
-        """End episodes that have not ended, and close their environments.
+    async def start(self, number: int, prompt: Prompt, seed: int) -> Started:
+        """Begin an episode, with a seed in [0, 2^31) that is the same for all episodes of a group.
 
         Returns:
-            Episode number -> its final reward (besides the rewards of its turns), or the reason why it is left out after all.
-
-        Raises:
-            EpisodeError, HybridLightningError: See `start`.
+            The messages to add after its prompt, or the reason why it is left out.
         """
-        ended = [number for number in numbers if number in self._episodes]
-        earned: dict[int, Any] = dict.fromkeys(ended, 0.0)
-        if type(self.environment).final_reward is not Environment.final_reward:
-            earned = self._ask("final reward", {number: self._episodes[number].final_reward() for number in ended})
-        self.finish(ended)
+        place = self._places[number % len(self._places)]
+        episode = self._episodes[number] = RunningEpisode(number, prompt, seed, place, self.limits.step_timeout_s)
+        return await self._noted("start", episode, episode.answer(None))  # type: ignore[no-any-return]
+
+    async def step(self, number: int, message: Message) -> Step | Failure | TimedOut:
+        """Pass the policy's message to the environment. The episode ends if the environment fails or is late."""
+        episode = self._episodes[number]
+        return await self._noted("step", episode, episode.answer(message))  # type: ignore[no-any-return]
+
+    async def conclude(self, number: int) -> float | Failure:
+        """End an episode that has not failed, and close its environment.
+
+        Returns:
+            Its final reward (besides the rewards of its turns), or the reason why it is left out after all.
+        """
+        episode, earned = self._episodes.get(number), 0.0
+        if episode is not None and type(self.environment).final_reward is not Environment.final_reward:
+            earned = await self._noted("final reward", episode, episode.final_reward())
+        if number in self._episodes:
+            await self._close([self._episodes.pop(number)])
         return earned
 
-    def finish(self, numbers: Iterable[int] | None = None) -> None:
-        """Close the environments of these episodes that are not yet closed; None for all."""
-        ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
-        episodes = [self._episodes.pop(number) for number in ended]
-        if episodes and type(self.environment).close is not Environment.close:
-            for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others get less time
-                with suppress(LoopLostError):
-                    self._run(_together([episode.close() for episode in together]))
-        for episode in episodes:
-            episode.forget()
-        self._warn_close(episodes)
+    def lost(self, number: int, kind: str) -> TimedOut | Failure:
+        """The answer to a call of this kind ("start", "step", "final reward") that was in progress on a lost event loop."""
+        late = (
+            f"{type(self.environment).__name__}: code on the event loop has blocked it (episodes.step_timeout_s="
+            f"{self.limits.step_timeout_s:g} s), and with it all its episodes; `await` slow calls, or make the method or tool an "
+            "ordinary function"
+        )
+        answer = TimedOut(late) if kind == "step" else Failure(late, late=True)
+        if number in self._episodes:
+            self._episodes[number].forget()
+            self._note(kind, number, answer)
+        return answer
+
+    async def finish(self) -> None:
+        """Close the environments that are not yet closed."""
+        episodes, self._episodes = list(self._episodes.values()), {}
+        for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others get less time
+            await self._close(together)
 
     def close(self) -> None:
         """Finish all episodes and end all processes. Episodes may be started again."""
-        self.finish()
+        with suppress(LoopLostError):
+            run_async(self.finish(), self.blocked_s)
         run_async(self._end_workers())
 
     async def _end_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
 
-    def _ask(self, kind: str, works: Mapping[int, Coroutine[Any, Any, Any]]) -> dict[int, Any]:
-        """The answers of environments, in the order of arrival."""
-        answers: dict[int, Any] = {}
+    async def _close(self, episodes: Sequence[RunningEpisode]) -> None:
+        if type(self.environment).close is not Environment.close:
+            await asyncio.gather(*(episode.close() for episode in episodes))
+        for episode in episodes:
+            episode.forget()
+        self._warn_close(episodes)
 
-        def note(number: int, answer: Any) -> None:
-            if number not in answers:  # an abandoned event loop may continue
-                answers[number] = answer
-                self._note(kind, number, answer)
-
-        async def one(number: int, work: Coroutine[Any, Any, Any]) -> None:
-            note(number, await work)
-
-        try:
-            self._run(_together([one(*item) for item in works.items()]))
-        except LoopLostError as lost:
-            late = (
-                f"{type(self.environment).__name__}: {lost} (episodes.step_timeout_s={self.limits.step_timeout_s:g} s), and with "
-                "it all its episodes; `await` slow calls, or make the method or tool an ordinary function"
-            )
-            for number in works.keys() - answers.keys():
-                self._episodes[number].forget()
-                note(number, TimedOut(late) if kind == "step" else Failure(late, late=True))
-        return answers
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._workers:
-            run_async(work, on_wait=self._on_wait)
-            return
-        with self._process_kept():
-            run_async(work, max(_BLOCKED_S, self.limits.step_timeout_s), self._on_wait)
+    async def _noted(self, kind: str, episode: RunningEpisode, work: Coroutine[Any, Any, Any]) -> Any:
+        answer = await work
+        if self._episodes.get(episode.number) is episode:  # an abandoned event loop may continue
+            self._note(kind, episode.number, answer)
+        return answer
 
     def _note(self, kind: str, number: int, answer: _Answer) -> None:
         self._answered[kind] += 1
@@ -240,12 +218,13 @@ class RunningEpisodes:
                 )
 
     @contextmanager
-    def _process_kept(self) -> Iterator[None]:
+    def process_kept(self) -> Iterator[None]:
         """Restore the states of the global generators and the working folder, which training and environments share.
 
-        A rollout ahead of training runs in its own thread and cannot do this, since the main thread continues in the meantime.
+        Used while the main thread waits for environments of this process. A rollout ahead of training cannot do this, since the
+        main thread continues in the meantime.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if self._workers or threading.current_thread() is not threading.main_thread():
             yield
             return
         before, folder = random_states(), os.getcwd()
@@ -270,13 +249,3 @@ class RunningEpisodes:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning("%s", text)
-
-
-async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Await all; the first exception cancels the others."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

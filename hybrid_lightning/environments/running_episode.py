@@ -44,7 +44,7 @@ class RunningEpisode:
 
     def __init__(self, number: int, prompt: Prompt, seed: int, place: Objects | Worker, step_timeout_s: float) -> None:
         self.close_fault = ""
-        self._number, self._prompt, self._seed, self._place, self._step_timeout_s = number, prompt, seed, place, step_timeout_s
+        self.number, self._prompt, self._seed, self._place, self._step_timeout_s = number, prompt, seed, place, step_timeout_s
         self._started: tuple[Message, ...] | None = None  # messages from `start`; None before
         self._turns: list[tuple[Message, Step]] = []  # messages of the policy, each with its answer
         self._turn = 0  # the current turn; 0: it starts
@@ -54,7 +54,7 @@ class RunningEpisode:
         """Start and return the messages after the prompt (`message` None), or pass the policy's message to the environment."""
         while True:
             try:
-                if not self._place.has(self._number):
+                if not self._place.has(self.number):
                     await self._begin()
                 if message is None:
                     assert self._started is not None
@@ -76,12 +76,12 @@ class RunningEpisode:
 
     def forget(self) -> None:
         """Forget the environment, without closing it."""
-        self._place.drop(self._number)
+        self._place.drop(self.number)
 
     async def final_reward(self) -> float | Failure:
         """The final reward (see `Environment.final_reward`)."""
         try:
-            if not self._place.has(self._number):
+            if not self._place.has(self.number):
                 await self._begin()
             return await self._call("final_reward")  # type: ignore[no-any-return]
         except LostError:
@@ -93,7 +93,7 @@ class RunningEpisode:
     async def close(self) -> None:
         """Close the environment, if there is one. Errors are stored in `close_fault`."""
         try:
-            if self._place.has(self._number):
+            if self._place.has(self.number):
                 await self._call("close")
         except (FaultError, HybridLightningError) as fault:
             self.close_fault = "" if isinstance(fault, LostError) else str(fault)
@@ -126,7 +126,7 @@ class RunningEpisode:
     async def _call(self, method: str, *arguments: Any) -> Any:
         timeout_s = min(self._step_timeout_s, self._place.close_s) if method == "close" else self._step_timeout_s
         try:
-            return await self._place.call(self._number, method, arguments, timeout_s)
+            return await self._place.call(self.number, method, arguments, timeout_s)
         except FaultError as fault:
             raise type(fault)(f"{fault} {self._where()}") from fault
 

@@ -4,7 +4,8 @@ XmlCalls         <tool_call><function=search><parameter=query>...</parameter></f
 GlmCalls         <tool_call>search<arg_key>query</arg_key><arg_value>...</arg_value></tool_call>        GLM-4.5 on
 AtemCalls        <atem:invoke name="search"><atem:parameter name="query">...</atem:parameter></atem:invoke>
 HarmonyCalls     <|channel|>commentary to=functions.search<|message|>{"query": "..."}<|call|>           gpt-oss
-PythonicCalls    <|tool_call_start|>[search(query="...")]<|tool_call_end|>                              LFM2
+PythonicCalls    <|tool_call_start|>[search(query="...")]<|tool_call_end|>                              LFM2, LFM2.5-VL
+RawPythonicCalls <|tool_call_start|>[search(query='...')]<|tool_call_end|>                              LFM2.5
 GemmaCalls       <|tool_call>call:search{query:<|"|>...<|"|>}<tool_call|>                               Gemma 4
 
 Each parser follows the chat templates of these models.
@@ -25,7 +26,7 @@ from hybrid_lightning.environments.calls import (
     parsed_json,
     typed_arguments,
 )
-from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
+from hybrid_lightning.environments.json_calls import DeepSeekCalls, HermesCalls, LlamaCalls, PlainCalls
 from hybrid_lightning.errors import ConfigError, one_line
 
 _MAX_CHARS = 100_000  # per call: Python's parser needs much memory for more
@@ -133,7 +134,7 @@ class HarmonyCalls(TemplateFormat):
 
 
 class PythonicCalls(TemplateFormat):
-    """The format of LFM2: a list of calls as Python writes them, with constants as arguments.
+    """The format of LFM2 and LFM2.5-VL: a list of calls as Python writes them, with constants as arguments.
 
     Example:
         >>> PythonicCalls().parse('<|tool_call_start|>[add(x=1), search(query="two")]<|tool_call_end|>')
@@ -142,6 +143,7 @@ class PythonicCalls(TemplateFormat):
 
     OPEN, CLOSE = "<|tool_call_start|>", "<|tool_call_end|>"
     _example, _when = f"{OPEN}[NAME(ARGUMENT=...)]{CLOSE}", "with all calls in one list"
+    _raw: ClassVar[bool] = False  # whether texts between single quotes have no escapes
 
     def _calls(self, text: str, tools: Sequence[Schema]) -> Iterator[Call | MalformedCall]:
         for body in _between(text, self.OPEN, self.CLOSE):
@@ -151,11 +153,24 @@ class PythonicCalls(TemplateFormat):
             try:
                 if len(body) > _MAX_CHARS:
                     raise ValueError("it is too long")
-                written = _parsed_python(body.strip())
+                written = ast.parse(_with_literals(body.strip(), tools, self._raw), mode="eval").body
                 for node in written.elts if isinstance(written, ast.List) else [written]:
                     yield _python_call(node)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 yield MalformedCall(f"it is not a list of Python calls with constants: {one_line(error)[:100]}")
+
+
+class RawPythonicCalls(PythonicCalls):
+    r"""The format of LFM2.5: as `PythonicCalls`, but a text between single quotes is as it is written, its backslashes too.
+
+    Between double quotes, and in lists and dicts, the escapes of Python hold.
+
+    Example:
+        >>> RawPythonicCalls().parse(r"<|tool_call_start|>[show(path='C:\new', text='it's')]<|tool_call_end|>")
+        [Call(name='show', arguments={'path': 'C:\\new', 'text': "it's"}, text=None)]
+    """
+
+    _raw: ClassVar[bool] = True
 
 
 class GemmaCalls(TemplateFormat):
@@ -197,8 +212,10 @@ _TAUGHT: tuple[tuple[str, type[CallFormat]], ...] = (
     ("<arg_key>", GlmCalls),
     ("<atem:invoke", AtemCalls),
     (r"<\|channel\|>commentary", HarmonyCalls),
+    (r"(?s)\A(?=.*<\|tool_call_start\|>).*\"'\" \+ arg_value \+ \"'\"", RawPythonicCalls),
     (r"<\|tool_(call_start|list_start)\|>", PythonicCalls),
     (r"<\|tool_call>call:", GemmaCalls),
+    ("<｜tool▁call▁begin｜>", DeepSeekCalls),
     ("<tool_call>", HermesCalls),
     ("python_tag|ipython", LlamaCalls),
 )
@@ -235,22 +252,65 @@ def _between(text: str, begin: str, end: str) -> Iterator[str | None]:
         yield body if closed else None
 
 
-def _parsed_python(text: str) -> ast.expr:
-    """Python's syntax tree of an expression; string literals may contain line breaks, as some templates write them."""
+_PIECE = re.compile(  # of Python's source: the name of an argument that is a text, a text, a bracket
+    r"""(?P<argument>[(,]\s*[A-Za-z_]\w*\s*=\s*(?=['"]))|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\[({]|[\])}]""", re.DOTALL
+)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+
+
+def _with_literals(body: str, tools: Sequence[Schema], raw: bool) -> str:
+    """A list of calls in which texts are Python's literals.
+
+    A single quote ends a raw text if the name of another argument or the end of the call follows, by the tools' schemas if they
+    are known.
+    """
+    arguments = {tool["function"]["name"]: tool["function"].get("parameters", {}).get("properties", {}) for tool in tools}
+    names = "|".join(map(re.escape, arguments)) or r"[\w.-]+"
+    done, end, closing = list[str](), 0, re.compile("")
+    within = list[str]()  # the open brackets
+    while piece := _PIECE.search(body, end):
+        begin, first = piece.end(), piece[0][0]
+        plain_text = (
+            first in "'\"" and not body[max(0, piece.start() - 1) : piece.start()].isalpha()
+        )  # r"..." and the like are left to Python
+        done += [body[end : piece.start()], _literal(piece[0]) if plain_text else piece[0]]
+        end = begin
+        del within[len(within) - (first in "])}") :]
+        within += [first] * (first in "[({")
+        if first == "(" and within in (["("], ["[", "("]):
+            name = re.split(r"[^\w.-]", body[max(0, piece.start() - 100) : piece.start()])[-1]
+            if name in arguments and "-" in name:  # not a name in Python
+                done[-2] = f"{done[-2].removesuffix(name)}_[{name!r}]"
+            known = "|".join(map(re.escape, arguments.get(name, ()))) or r"[A-Za-z_]\w*"
+            closing = re.compile(rf"'(?=\s*(?:,\s*(?:{known})\s*=|\)\s*(?:\]?\s*\Z|,\s*(?:{names})\()))")
+        raw_text = raw and piece["argument"] and within in (["("], ["[", "("]) and body[begin] == "'"
+        if raw_text and (quote := closing.search(body, begin + 1)):
+            end = quote.end()
+            done.append(repr(body[begin + 1 : quote.start()]))
+    return "".join([*done, body[end:]])
+
+
+def _literal(text: str) -> str:
+    """A text in quotes as Python's literal; it may contain line breaks, and backslashes that begin no escape."""
+    literal = _ESCAPE.sub(lambda found: found[0] if found[1] in "\\'\"abfnrtv01234567xuUN\n" else f"\\{found[0]}", text)
+    literal = literal.replace("\n", "\\n")
     try:
-        return ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return ast.parse(text.replace("\n", "\\n"), mode="eval").body
+        if "\\" in text:
+            ast.parse(literal, mode="eval")
+    except SyntaxError:  # such as "C:\Users", whose \U begins a character's number
+        return repr(text[1:-1])
+    return literal
 
 
 def _python_call(node: ast.expr) -> Call | MalformedCall:
     """The call that a Python syntax node represents; ValueError if an argument is not a constant."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Name, ast.Attribute)):
+    if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Name, ast.Attribute, ast.Subscript)):
         return MalformedCall("it is not of the form NAME(ARGUMENT=...)")
+    name = str(ast.literal_eval(node.func.slice)) if isinstance(node.func, ast.Subscript) else ast.unparse(node.func)
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        return MalformedCall(f"the arguments of {ast.unparse(node.func)[:40]} must have names")
+        return MalformedCall(f"the arguments of {name[:40]} must have names")
     return Call(
-        ast.unparse(node.func),
+        name,
         {str(keyword.arg): ast.literal_eval(_Constants().visit(keyword.value)) for keyword in node.keywords},
     )
 

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.environments.calls import Call, typed_value
+from hybrid_lightning.environments.calls import Call, is_valid, parsed_json, schemas_of_arguments, typed_value, without_nullable
 from hybrid_lightning.errors import ConfigError, one_line, shorten
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ class ToolSchema:
     def _validator(self) -> "Draft202012Validator":
         from jsonschema import Draft202012Validator
 
-        return Draft202012Validator({**_without_nullable(self.schema["function"]["parameters"]), "additionalProperties": False})
+        return Draft202012Validator({**without_nullable(self.schema["function"]["parameters"]), "additionalProperties": False})
 
     def arguments(self, call: Call) -> tuple[dict[str, Any], str]:
         """The arguments of a call by name, and a description of the mistake in them, if any."""
         from jsonschema.exceptions import best_match
 
         known = self._validator.schema.get("properties", {})
-        arguments, wrong = (dict(call.arguments), "") if call.text is None else self._of_text(call, call.text)
+        arguments, wrong = (dict(call.arguments), "") if call.text is None else self._of_text(call.text.strip())
         if wrong:
             return {}, wrong
         try:
@@ -94,31 +94,25 @@ class ToolSchema:
             wrong = "got wrong arguments: they are too deep"
         return {}, f"{wrong}; its arguments are {', '.join(known) or 'none'}"
 
-    def _of_text(self, call: Call, text: str) -> tuple[dict[str, Any], str]:
-        """Arguments of a call with plain text. If the tool has several arguments, text that begins like JSON must be JSON."""
-        known, required = self._validator.schema.get("properties", {}), self._validator.schema.get("required", [])
-        if call.arguments and (len(known) != 1 or call.arguments.keys() <= known.keys()):
-            return dict(call.arguments), ""
-        if not known:
-            return {}, "takes no arguments" if text.strip("{} \n\t") else ""
-        needed = required or list(known)[:1]
-        if len(known) > 1 and (len(needed) > 1 or text[:1] in ("{", "[")):
-            return {}, f"takes several arguments; give them as JSON: {', '.join(known)}"
-        return {name: typed_value(text, known[name]) for name in needed}, ""
-
-
-def _without_nullable(schema: Any) -> Any:
-    """A schema with OpenAPI's `"nullable": True` rewritten in JSON Schema's form."""
-    if isinstance(schema, list):
-        return [_without_nullable(entry) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    plain = {name: _without_nullable(entry) for name, entry in schema.items() if not (name == "nullable" and entry is True)}
-    if len(plain) < len(schema):
-        for name, null in (("type", "null"), ("enum", None), ("anyOf", {"type": "null"})):
-            if name in plain:
-                plain[name] = [*([plain[name]] if isinstance(plain[name], str) else plain[name]), null]
-    return plain
+    def _of_text(self, text: str) -> tuple[dict[str, Any], str]:
+        """Arguments of a call with plain text. Text that begins like JSON must be JSON: it is never passed on by a guess."""
+        known = schemas_of_arguments(self._validator.schema)
+        needed = [name for name in self._validator.schema.get("required", []) if name in known]
+        several = f"takes several arguments; give them as JSON: {', '.join(known)}" if len(known) > 1 else ""
+        names = "|".join(map(re.escape, known)) or "(?!)"
+        if re.match(rf"(?:```\w*\s*)?(?:\{{|[\"'](?:{names})[\"']\s*:)", text):
+            value, first = parsed_json(text), next(iter(known), "")
+            if not isinstance(value, dict):
+                broken = f'got text that begins like JSON and is not; give text alone, or JSON such as {{"{first}": ...}}'
+                return {}, several or (broken if known else "takes no arguments")
+            by_name = set(needed) <= value.keys() <= known.keys()
+            return {first: value} if len(known) == 1 and not by_name and is_valid(value, known[first]) else value, ""
+        if not known and text:
+            return {}, "takes no arguments"
+        if len(needed) > 1 or (several and text.startswith("[")):
+            return {}, several
+        given = needed or list(known)[:1] if text else needed
+        return {name: typed_value(text, known[name]) for name in given}, ""
 
 
 def describe_tool(tool: Callable[..., Any]) -> tuple[str, ToolSchema]:

@@ -27,23 +27,20 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
+from lightning.pytorch.utilities import rank_zero_warn
 
 from hybrid_lightning.data.template import fill_template, template_fields
+from hybrid_lightning.episodes.template_trial import NEW, REFUSED, TemplateTrial, new_message
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.model.prompts import ANSWERED, ASKED, KEEP_HISTORY, PromptEncoder
+from hybrid_lightning.model.prompts import KEEP_HISTORY, PromptEncoder
 from hybrid_lightning.types import Message, Prompt
 
 TURN_TEMPLATE = "\n{content}\n"
-_ANSWER = ANSWERED["content"]
-_NEW = "NEW-CONTENT"  # stands for the text of a new message
-# Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4.
-_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>")
+# Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4, GLM.
+_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>", "<|observation|>")
 # How to write a message with a role that the template does not know. The policy must see that no person wrote it.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
 T = TypeVar("T")
-_NAME = "NAME"  # name of a tool, or of its call
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
 class TurnEncoder:
@@ -79,8 +76,7 @@ class TurnEncoder:
         self._encoder = encoder
         self._given_stops = [int(token) for token in stop_ids]
         self._turn_template = turn_template
-        self._faults: dict[str, str] = {}  # role -> why the template cannot render such messages; "" if it can
-        self._after_calls = False  # whether the template renders tool results only after a call, not after any answer
+        self._trial = TemplateTrial(encoder, self.tools)
         self._sampled_ends: dict[str, int] = {}  # role of the first new message -> see `_sampled_end`
 
     # ---- before the run
@@ -92,7 +88,7 @@ class TurnEncoder:
         vocabulary = tokenizer.get_vocab()
         found = {*self._given_stops, *(vocabulary[token] for token in _CALL_ENDS if token in vocabulary)}
         if self._encoder.has_template:
-            closed, followed = self._trial([], False), self._trial([{"role": "user", "content": _NEW}])
+            closed, followed = self._trial.attempt([], False), self._trial.attempt([new_message("user")])
             pairs = zip(self._tokenize(closed or ""), self._tokenize(followed or ""), strict=False)
             end = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]  # the same whatever follows
             if not found.intersection(end):
@@ -104,7 +100,8 @@ class TurnEncoder:
         """Before the run, test that messages of these roles can be added to its prompts.
 
         Raises:
-            ConfigError: If the chat template renders earlier turns differently when messages follow.
+            ConfigError: If the chat template renders earlier turns differently when messages follow, shows tools but not their
+                results, or takes no texts.
             DataError: If the tokenizer cannot encode `turn_template`, or a row names tools that do not exist.
         """
         chat = set[bool]()
@@ -114,8 +111,19 @@ class TurnEncoder:
         if False in chat:
             self._tokenize(self._write({"role": "", "content": ""}))
         if True in chat and self._encoder.has_template:  # without one the prompt itself is rejected
-            for role in roles:
-                self._fit_after([_new(role)])
+            self._encoder.check_contents()
+            fitted = self._fit_after([new_message(role) for role in roles])
+            change = self._trial.change([message["role"] for message in fitted]) if len(fitted) > 1 else ""
+            if change:
+                raise ConfigError(change)
+            if self._trial.empty_thought:
+                count = len(self._tokenize(self._trial.empty_thought))
+                rank_zero_warn(
+                    f"the chat template writes an empty thought ({count} tokens) before some answers without a thought, and "
+                    "episodes keep answers as they were sampled: for each such answer a server with this template shows the "
+                    f"trained model up to {count} tokens that training did not show; set model.chat_template={KEEP_HISTORY}, "
+                    "which writes answers as they were sampled"
+                )
 
     # ---- in the run
 
@@ -157,37 +165,26 @@ class TurnEncoder:
             return self._tokenize("".join(map(self._write, new)), mark)
         new = self._joined(new)
         try:
-            ids = self._tokenize(self._after_answer(new), mark)
-        except (TemplateError, TypeError) as error:
+            ids = self._tokenize(self._trial.after_answer(new), mark)
+        except REFUSED as error:
             raise DataError(
                 f"the chat template rejects the environment's messages for {prompt.place}: {error}; correct the messages, or "
                 "change model.chat_template"
             ) from error
         stopped, end = len(sampled_ids) > 0 and sampled_ids[-1] in self.stop_ids, self._sampled_end(new)
-        if new and new[0]["role"] == "tool" and self._after_calls and end:  # the rest of the call comes before its end
+        if new and new[0]["role"] == "tool" and self._trial.after_calls and end:  # the rest of the call comes before its end
             return ids[end if sampled_ids[-1:] == [ids[end - 1]] else end - 1 :]
         return ids[end:] if stopped else ids
 
-    # ---- parts
-
-    def _after_answer(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The template's text after an answer: the end of the turn, and new messages."""
-        conversation = [ASKED, self._answered(new), *new]
-        return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
-
-    def _answered(self, new: Sequence[Message]) -> dict[str, Any]:
-        """The placeholder answer before new messages: a call, if a tool's result needs one."""
-        if not (self._after_calls and new and new[0]["role"] == "tool"):
-            return ANSWERED
-        function = {"name": new[0].get("name", _NAME), "arguments": {"value": _ANSWER}}
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": _NAME, "function": function}]}
-
-    def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
-        """The template's text after an answer; None if the template rejects the messages."""
+    def can_write(self, text: str) -> bool:
+        """Whether the tokenizer can encode a text."""
         try:
-            return self._after_answer(new, add_generation_prompt)
-        except (TemplateError, TypeError):  # TypeError: a template adds a text to something else
-            return None
+            self._tokenize(text)
+        except DataError:
+            return False
+        return True
+
+    # ---- parts
 
     def _sampled_end(self, new: Sequence[Message]) -> int:
         """Number of tokens after an answer that are already there if a stop token ended it."""
@@ -195,7 +192,7 @@ class TurnEncoder:
         if role not in self._sampled_ends:
             # The template's own token for ending turns counts, even if the policy sampled a different one. Tokens are counted,
             # not characters, since some tokenizers drop a line break after a special token.
-            written = self._after_answer([_new(role)] if new else []).partition(_NEW)[0]
+            written = self._trial.after_answer([new_message(role)] if new else []).partition(NEW)[0]
             ids = self._tokenize(written)
             self._sampled_ends[role] = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), 0)
         return self._sampled_ends[role]
@@ -205,71 +202,29 @@ class TurnEncoder:
         fitted: list[Message] = []
         for message in messages:
             role = str(message["role"])
-            if role != "user" and self._fault(role):
+            if role != "user" and self._trial.fault(role):
                 prefix = _PREFIXES.get(role, f"{role.capitalize()}:\n")
                 message = {"role": "user", "content": f"{prefix}{message['content']}"}
             fitted.append(message)
         return fitted
 
     def _fit_after(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages after an answer, with the roles that the template can add; ConfigError if it cannot add any."""
+        """Messages after an answer, with the roles that the template can add; ConfigError if it cannot add any.
+
+        Where the template shows tools, a result that it cannot add is not passed off as a message of the user.
+        """
         fitted = self._fit(messages)
-        if any(message["role"] == "user" for message in fitted) and self._fault("user"):
-            raise ConfigError(self._fault("user"))
+        if any(message["role"] == "tool" for message in messages) and self._trial.fault("tool") and self._trial.shows_tools:
+            raise ConfigError(self._trial.fault("tool"))
+        if any(message["role"] == "user" for message in fitted) and self._trial.fault("user"):
+            raise ConfigError(self._trial.fault("user"))
         return fitted
-
-    def _fault(self, role: str) -> str:
-        """Why the template cannot add messages of a role; "" if it can."""
-        if role not in self._faults:
-            self._faults[role] = self._find_fault(role)
-        return self._faults[role]
-
-    def _find_fault(self, role: str) -> str:
-        new = _new(role)
-        rest = self._trial([new])
-        if role == "tool" and self.tools and _NEW not in (rest or ""):
-            self._after_calls = True
-            rest = self._trial([new])
-            self._after_calls = _NEW in (rest or "")
-        if rest is None or _NEW not in rest:
-            return f"the chat template cannot render a message of role {role!r} after an answer; change model.chat_template"
-        if role not in ("user", "system") and not self.tools:
-            # A role that is rendered like any word means nothing to the model, unless its template shows tools.
-            other = self._trial([{**new, "role": "unknown"}])
-            if other is not None and other.replace("unknown", role) == rest:
-                return f"the chat template does not know the role {role!r}; change model.chat_template"
-        answered = self._answered([new])
-        for head in ([ASKED], [{"role": "system", "content": "SYSTEM"}, ASKED]):
-            try:
-                opened = self._encoder.apply_template(head, self.tools)
-                if any(message["content"] not in opened for message in head):
-                    continue
-                for text in [""] if "tool_calls" in answered else _answers(opened):
-                    turn: dict[str, Any] = {"role": "assistant", "content": text}
-                    if "tool_calls" in answered:
-                        once = self._encoder.apply_template([*head, answered, new], self.tools)
-                        turn, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
-                    whole = self._encoder.apply_template([*head, turn, new, turn, new], self.tools)
-                    if "<think>" not in opened + text:  # an empty thought before an answer without one loses nothing
-                        whole = _EMPTY_THOUGHT.sub("", whole)
-                    if whole != opened + 2 * (text + rest):
-                        what = "drops or changes the thoughts in" if "think>" in opened + text else "changes"
-                        return (
-                            f"the chat template {what} earlier turns when a message of role {role!r} follows, but training needs "
-                            f"turns as they were sampled; set model.chat_template={KEEP_HISTORY}, which keeps them, also in the "
-                            "exported model"
-                        )
-            except (TemplateError, TypeError) as error:
-                if len(head) == 1:
-                    return f"the chat template rejects a conversation of two turns: {error}; change model.chat_template"
-                # A system role is optional.
-        return ""
 
     @cached_property
     def _alternates(self) -> bool:
         """Whether the template rejects two user messages in a row."""
-        new = {"role": "user", "content": _NEW}
-        return self._trial([new, new]) is None
+        new = new_message("user")
+        return self._trial.attempt([new, new]) is None
 
     def _joined(self, messages: Sequence[Message], fixed: int = 0) -> list[Message]:
         """Messages with successive user messages joined, if the template requires it; the first `fixed` stay unchanged."""
@@ -293,7 +248,7 @@ class TurnEncoder:
         try:
             if text.strip() in self._encoder.apply_template([system, *messages], self.tools):
                 return [system, *messages]
-        except (TemplateError, TypeError):
+        except REFUSED:
             pass
         return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
 
@@ -337,11 +292,6 @@ class TurnEncoder:
             ) from error
 
 
-def _new(role: str) -> Message:
-    """A new message of a role, as an environment may add one."""
-    return {"role": role, "content": _NEW, **({"name": _NAME} if role == "tool" else {})}
-
-
 def _texts(value: Any) -> Iterator[str]:
     """All texts in nested data."""
     if isinstance(value, str):
@@ -349,11 +299,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
-
-
-def _answers(opened: str) -> list[str]:
-    """Possible answers of a policy after the template's opening of a turn: with and without a thought."""
-    thought = "THOUGHT\n</think>\n\nTEXT"
-    if opened.rstrip().endswith("<think>"):
-        return [thought]
-    return ["TEXT"] if opened.rstrip().endswith("</think>") else ["TEXT", f"<think>\n{thought}"]

@@ -16,7 +16,7 @@ in TRL.
 The metric `sampling/logp_difference/mean` shows whether you need a correction. In float32 it is about 1e-6, and w is 1. In
 bfloat16 it was 0.02 for SmolLM2-135M, and the w of a token was at most 1.3, so a cap of 2 cuts only ratios that have gone wrong.
 
-With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollouts.sampling_logprobs`): truncation is not corrected.
+With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollout.sampling_logprobs`): truncation is not corrected.
 """
 
 import math

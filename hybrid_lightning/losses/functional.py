@@ -10,6 +10,9 @@ Axes: B sequences, T completion tokens (right-padded). Throughout:
 - `values`: per token, [B, T], or per sequence, [B].
 - A mean is the share of these sequences in it, a scalar: the shares of all micro-batches and ranks add up to the mean. Its
   denominators (`num_sequences`, `num_tokens`, `max_tokens`, ...) count all of them; None counts only the ones in this call.
+- An episode whose history was rewritten has several rows. In a mean over sequences it counts once: `row_weights`, [B], are the
+  rows' shares of its tokens, so that the mean over sequences of the mean over tokens is over all tokens of the episode. None
+  weighs each row with 1. Whatever else belongs to a sequence (a ratio, the length of a mean) belongs to the row.
 """
 
 import torch
@@ -91,14 +94,17 @@ def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def mean_over_sequences(values: Tensor, num_sequences: float | None = None) -> Tensor:
-    """Mean over sequences, empty ones included, of one value per sequence, [B]."""
-    return values.sum() / _denominator(num_sequences, len(values))
+def mean_over_sequences(values: Tensor, num_sequences: float | None = None, row_weights: Tensor | None = None) -> Tensor:
+    """Mean over sequences, empty ones included, of one value per row, [B]."""
+    weighted = values if row_weights is None else values * row_weights
+    return weighted.sum() / _sequences(num_sequences, values, row_weights)
 
 
-def mean_of_sequence_means(values: Tensor, mask: Tensor, num_sequences: float | None = None) -> Tensor:
+def mean_of_sequence_means(
+    values: Tensor, mask: Tensor, num_sequences: float | None = None, row_weights: Tensor | None = None
+) -> Tensor:
     """Mean over sequences of the mean over tokens (GRPO)."""
-    return mean_over_sequences(sequence_means(values, mask), num_sequences)
+    return mean_over_sequences(sequence_means(values, mask), num_sequences, row_weights)
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = None) -> Tensor:
@@ -107,12 +113,16 @@ def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = No
     return total / (mask.sum().clamp(min=1) if num_tokens is None else _denominator(num_tokens, 1))
 
 
-def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_sequences: float | None = None) -> Tensor:
+def mean_over_positions(
+    values: Tensor, mask: Tensor, max_tokens: float, num_sequences: float | None = None, row_weights: Tensor | None = None
+) -> Tensor:
     """Mean over all positions that a completion could fill (Dr. GRPO).
 
-    `max_tokens` positions of a sequence may be more than T; positions without a token count as 0.
+    `max_tokens` positions of a sequence may be more than T; positions without a token count as 0. `row_weights` only count the
+    sequences here.
     """
-    return mean_over_sequences(torch.where(mask, values, 0.0).sum(dim=1), num_sequences) / _denominator(max_tokens, 1)
+    sums = torch.where(mask, values, 0.0).sum(dim=1)
+    return sums.sum() / _sequences(num_sequences, values, row_weights) / _denominator(max_tokens, 1)
 
 
 def per_token(values: Tensor, mask: Tensor) -> Tensor:
@@ -128,6 +138,13 @@ def per_sequence_as(like: Tensor, values: Tensor) -> Tensor:
 def any_advantage(advantages: Tensor) -> Tensor:
     """Which sequences have an advantage that is not 0, [B] bool, from advantages per sequence, [B], or per token, [B, T]."""
     return advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(dim=1)
+
+
+def _sequences(count: float | None, values: Tensor, row_weights: Tensor | None) -> float:
+    """`_denominator` for sequences; the weights of an episode's rows add up to 1."""
+    if count is None and row_weights is not None:
+        count = float(row_weights.sum())
+    return _denominator(count, len(values))
 
 
 def _denominator(count: float | None, here: int) -> float:

@@ -170,7 +170,8 @@ class DrGRPOLoss(GRPOLoss):
                 f"{type(self).__name__}: max_completion_tokens is None, but the loss divides by it; give the "
                 "max_new_tokens of the sampler"
             )
-        return mean_over_positions(per_token_loss, inputs.sampled_mask, inputs.max_completion_tokens, inputs.num_sequences)
+        counts = inputs.num_sequences, inputs.row_weights
+        return mean_over_positions(per_token_loss, inputs.sampled_mask, inputs.max_completion_tokens, *counts)
 
 
 class BNPOLoss(GRPOLoss):

@@ -5,6 +5,10 @@
 Everything but the policy term is optional; `divergence` comes from a teacher (see `distillation`). Axes: B sequences, T
 completion tokens (right-padded).
 
+What a loss averages over as a sequence is an episode. Mostly that is one row. An episode whose history was rewritten has several
+rows, which share its weight by their numbers of sampled tokens (`LossInputs.row_weights`); a ratio, mask or weight "of a
+sequence" is then the row's.
+
 A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
 `policy_metrics`. The base class checks the inputs, casts half precision to float32, sets tokens that were not sampled to 0, adds
 the KL and entropy terms, and computes the metrics. `ClippedLoss` is the base class of losses with a clip.
@@ -129,7 +133,7 @@ class PolicyLoss(Configurable, ABC):
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Reduce the loss of each token, [B, T], to these sequences' share in the optimizer step's loss."""
-        return F.mean_of_sequence_means(per_token_loss, inputs.sampled_mask, inputs.num_sequences)
+        return F.mean_of_sequence_means(per_token_loss, inputs.sampled_mask, inputs.num_sequences, inputs.row_weights)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
         """Metrics besides the ratio and the KL: name -> scalar share (see the head of this file)."""
@@ -160,7 +164,13 @@ class PolicyLoss(Configurable, ABC):
             self.check_token_advantages()
         inputs = clean_inputs(inputs)
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-        term, ratio = self.policy_term(inputs, old_logprobs)
+        returned = self.policy_term(inputs, old_logprobs)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise ConfigError(
+                f"{type(self).__name__}.policy_term returned a {type(returned).__name__}; return (cost, ratio), where the ratio "
+                "is for example functional.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)"
+            )
+        term, ratio = returned
         for what, value in (("loss", term), ("ratio", ratio)):
             self._check_shape("policy_term", what, value, inputs.logprobs.shape, inputs.logprobs.shape[:1])
         per_token_loss = F.per_token(term, inputs.sampled_mask)
@@ -278,7 +288,8 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability per completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights", "entropy", "divergence")
     of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
-    for field, want in {"advantages": of_advantages, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():
+    per_row = {"advantages": of_advantages, "row_weights": shape[:1]}
+    for field, want in {**per_row, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():
         value = getattr(inputs, field)
         if value is not None and tuple(value.shape) != want:
             raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}; it must be {want}")

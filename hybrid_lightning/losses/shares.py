@@ -22,7 +22,8 @@ def share(values: Tensor, inputs: LossInputs) -> Tensor:
     if values.dim() == 2:
         tokens = inputs.num_tokens if inputs.updated_tokens is None else inputs.updated_tokens
         return F.mean_over_tokens(values, inputs.sampled_mask, tokens)
-    return F.mean_over_sequences(values, inputs.num_sequences if inputs.updated_sequences is None else inputs.updated_sequences)
+    sequences = inputs.num_sequences if inputs.updated_sequences is None else inputs.updated_sequences
+    return F.mean_over_sequences(values, sequences, inputs.row_weights)
 
 
 def largest(values: Tensor, inputs: LossInputs) -> Tensor:

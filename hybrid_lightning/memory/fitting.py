@@ -27,7 +27,7 @@ _OTHER_REMEDIES = (
 
 
 @dataclass(frozen=True)
-class Change:
+class Saving:
     """A change of a run that saves memory."""
 
     overrides: str  # options for the command line
@@ -55,7 +55,8 @@ def verdict(method: MethodMemory, settings: RunSettings) -> str:
     sums = {name: sum(getattr(peak, part) for part in parts) for name, parts in COMPONENT_NAMES.items()}
     part = max(sums, key=sums.__getitem__)
     phase, size = method.peak_phase, format_bytes(sums[part])
-    most = f"{method.method} takes up to {format_bytes(needed)}, most of it while {phase} ({part} {size})"
+    about, full = "about " * settings.flags.on_cpu, f"if every completion has all {settings.completion_tokens} tokens"
+    most = f"{method.method} takes up to {about}{format_bytes(needed)} {full}, most of it while {phase} ({part} {size})"
     memory = settings.flags.device_bytes
     if free is None or memory is None:
         return f"{most}; give --device_gib, the memory of a device in GiB, to see whether that fits"
@@ -101,7 +102,7 @@ def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
     return None
 
 
-def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Change], MethodMemory]:
+def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Saving], MethodMemory]:
     """The fewest changes that make a run fit, and the plan with them. If no changes are enough, that plan does not fit either.
 
     At the worst moment, take the cheapest change that helps; repeat until all moments fit. Then undo changes that turn out not to
@@ -133,18 +134,18 @@ def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Cha
     return _chosen(strengths, kinds), found
 
 
-def _stronger(strengths: list[int], kinds: list[list[Change]]) -> Iterator[list[int]]:
+def _stronger(strengths: list[int], kinds: list[list[Saving]]) -> Iterator[list[int]]:
     """Candidates: the next form of each kind, then the strongest of each (with a budget of zero nothing is scored)."""
     further = [(kind, strengths[kind] + 1) for kind, forms in enumerate(kinds) if strengths[kind] < len(forms)]
     for kind, strength in further + [(kind, len(kinds[kind])) for kind, following in further if following < len(kinds[kind])]:
         yield [*strengths[:kind], strength, *strengths[kind + 1 :]]
 
 
-def _chosen(strengths: list[int], kinds: list[list[Change]]) -> list[Change]:
+def _chosen(strengths: list[int], kinds: list[list[Saving]]) -> list[Saving]:
     return [forms[strength - 1] for forms, strength in zip(kinds, strengths, strict=True) if strength]
 
 
-def _planned(settings: RunSettings, changes: list[Change]) -> MethodMemory | None:
+def _planned(settings: RunSettings, changes: list[Saving]) -> MethodMemory | None:
     """The plan with these changes; None if they cannot be combined, for example if prompts cannot be split."""
     for change in changes:
         settings = replace(settings, planning=replace(settings.planning, **change.planning), **change.settings)
@@ -154,40 +155,40 @@ def _planned(settings: RunSettings, changes: list[Change]) -> MethodMemory | Non
         return None
 
 
-def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
+def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Saving]]:
     """The kinds of changes, cheapest first, each with increasingly strong forms."""
     planning, schedule, sharding = settings.planning, settings.schedule, settings.flags.sharding
     cost = "nothing: no KL term needs them"
-    kinds = [[Change("--adapter.keep_start_weights=false", cost, {"keep_start_weights": False})]]
+    kinds = [[Saving("--adapter.keep_start_weights=false", cost, {"keep_start_weights": False})]]
     kinds = [] if needs_reference or not settings.keep_start_weights else kinds
     counts, cost = _halves(settings.eval_prompts, 1), "time, in validations"
-    kinds.append([Change(f"--data.eval_batch_size={count}", cost, {"eval_prompts": count}) for count in counts])
+    kinds.append([Saving(f"--data.eval_batch_size={count}", cost, {"eval_prompts": count}) for count in counts])
     cost = "fewer problems in each step, so more steps for the same number"
     counts = _halves(schedule.prompts_per_rollout, max(_FEWEST_PROMPTS, sharding.devices))
     smaller = [replace(schedule, prompts_per_rollout=count) for count in counts]
-    kinds.append([Change(f"--model.prompts_per_rollout={one.prompts_per_rollout}", cost, {"schedule": one}) for one in smaller])
+    kinds.append([Saving(f"--model.prompts_per_rollout={one.prompts_per_rollout}", cost, {"schedule": one}) for one in smaller])
     cost, name = "a little time, in updates", "max_tokens_per_micro_batch"
     counts = _halves(settings.tokens_of_pass(), settings.prompt_tokens + settings.completion_tokens)
-    kinds.append([Change(f"--model.{name}={count}", cost, {name: count}) for count in counts])
+    kinds.append([Saving(f"--model.{name}={count}", cost, {name: count}) for count in counts])
     if not settings.gradient_checkpointing:
         cost = "a third more time, in updates"
-        kinds.append([Change("--model.gradient_checkpointing=true", cost, {"gradient_checkpointing": True})])
+        kinds.append([Saving("--model.gradient_checkpointing=true", cost, {"gradient_checkpointing": True})])
     if find_spec("bitsandbytes") is not None and sharding.parts == 1:  # FSDP2 cannot split bitsandbytes' state and weights
         from bitsandbytes.optim import AdamW8bit
 
         cost, fewer_bits = "a little precision, in the optimizer's state", replace(settings.optimization, optimizer=AdamW8bit)
-        kinds.append([Change("--model.optimizer=bitsandbytes.optim.AdamW8bit", cost, {"optimization": fewer_bits})])
+        kinds.append([Saving("--model.optimizer=bitsandbytes.optim.AdamW8bit", cost, {"optimization": fewer_bits})])
         if settings.quantization is None and settings.flags.precision.endswith("mixed"):
             cost = "precision of the frozen weights, and time"
-            kinds.append([Change("--model.quantization=NF4", cost, {"quantization": NF4()})])
+            kinds.append([Saving("--model.quantization=NF4", cost, {"quantization": NF4()})])
     if settings.plan is None and isinstance(planning.budget, ModuleBudget):
         cost = "the gain of full training over LoRA for these modules"
         budgets = [ModuleBudget(share) for share in (0.5, 0.1, 0.05, 0.0) if share < planning.budget.share]
-        kinds.append([Change(f"--adapter.budget.share={one.share}", cost, planning={"budget": one}) for one in budgets])
+        kinds.append([Saving(f"--adapter.budget.share={one.share}", cost, planning={"budget": one}) for one in budgets])
     if settings.plan is None and not planning.rank_pattern:
         loras = map(planning.lora.with_rank, _halves(planning.lora.rank, _FEWEST_RANKS))
         options = [(f"--adapter.rank={lora.rank} --adapter.alpha={lora.alpha:g}", lora) for lora in loras]
-        kinds.append([Change(overrides, "capacity of LoRA", planning={"lora": lora}) for overrides, lora in options])
+        kinds.append([Saving(overrides, "capacity of LoRA", planning={"lora": lora}) for overrides, lora in options])
     return kinds
 
 

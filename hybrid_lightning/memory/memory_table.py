@@ -29,7 +29,8 @@ def memory_title(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     sharding, where = settings.flags.sharding, "CPU" if settings.flags.on_cpu else "accelerator"
     name = f"{sharding.name} with CPU offload" if sharding.cpu_offload else sharding.name
     devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
-    return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
+    lengths = f"prompts of {settings.prompt_tokens} tokens, completions of {settings.completion_tokens}"
+    return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, {lengths}"
 
 
 def memory_table(methods: Sequence[MethodMemory], settings: RunSettings) -> Table:
@@ -55,9 +56,9 @@ def memory_table(methods: Sequence[MethodMemory], settings: RunSettings) -> Tabl
 def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     """Notes: what the numbers mean, and what they leave out."""
     lines = [
-        "Top: the largest size of each part. Middle: the total in each phase. Bottom: the largest total. The plan assumes "
-        "completions of full length, an update of every row, and the largest modules that a budget can choose, so a run's "
-        "tensors take at most this.",
+        "Top: the largest size of each part. Middle: the total in each phase. Bottom: the largest total. The plan assumes that "
+        f"every completion has all {settings.completion_tokens} tokens, that every one of them is trained on, and that a budget "
+        "chooses the largest modules. A run's tensors take at most this, and less if completions are shorter.",
         "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
     ]
     if any(method.host for method in methods):
@@ -72,8 +73,8 @@ def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
             f"of the weights; it keeps {kept} while the policy is updated{slept}."
         )
     lines.append(
-        f"process: all tensors, {format_bytes(PROCESS_BYTES)} for Python and libraries, and gaps between tensors; each process "
-        "takes this much."
+        f"process: all tensors, {format_bytes(PROCESS_BYTES)} for Python and libraries, and gaps between tensors (estimated: "
+        "the process may take a sixth more); each process takes this much."
         if settings.flags.on_cpu
         else f"Not included: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and memory "
         "that the allocator reserves."

@@ -17,7 +17,7 @@ from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
-from hybrid_lightning.rollout.rollout_engine import check_length, model_context
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine, check_length, model_context
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
@@ -92,13 +92,13 @@ def plan_memory(settings: RunSettings) -> list[MethodMemory]:
         ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot run on a CPU.
         ModelError: If transformers does not have the model, or nothing in it can be adapted.
     """
-    run = _Run(settings)
+    run = _PlannedRun(settings)
     return [run.method(name) for name in dict.fromkeys(("FFT", "LoRA", own_method(settings)))]
 
 
 def plan_method(settings: RunSettings) -> MethodMemory:
     """Plan only the run's own method; raises like `plan_memory`."""
-    return _Run(settings).method(own_method(settings))
+    return _PlannedRun(settings).method(own_method(settings))
 
 
 def own_method(settings: RunSettings) -> str:
@@ -128,7 +128,7 @@ def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
     return EngineShare(weights, whole, {"nothing": whole, "kv_cache": weights, "weights": 0}[sampler.sleep], least)
 
 
-class _Run:
+class _PlannedRun:
     """A run, with everything that does not depend on the method."""
 
     def __init__(self, settings: RunSettings) -> None:
@@ -204,7 +204,7 @@ class _Run:
         return replace(self._part(sizes), copies=copies)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
-        if self.settings.sampler.needs_weight_sync:
+        if isinstance(self.settings.sampler, WeightedEngine):
             return self._held("resting", sizes)
         rows, sampler = self._rows(prompts, prompts * samples), self.settings.sampler
         found = self.passes.sampling(rows, sizes.trained, sampler.held_logits)
@@ -217,7 +217,7 @@ class _Run:
         settings, parts = self.settings, self.sharding.parts
         prompts = settings.planning.calibration_prompts or settings.schedule.prompts_per_rollout
         held = calibrating = self._held("scoring", sizes)
-        if not settings.sampler.needs_weight_sync:
+        if not isinstance(settings.sampler, WeightedEngine):
             batch = min(prompts, calibration_batch(settings.schedule.prompts_per_rollout))
             rows = self._rows(batch, batch * settings.schedule.samples_per_prompt)
             generated = self.passes.sampling(rows, None, settings.sampler.held_logits)

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from transformers import PretrainedConfig
 
+from hybrid_lightning.adapters.budgets import Planning
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.engine import activation_bytes, tokens_of_pass, why_no_halves
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.losses import Divergence
@@ -85,6 +87,14 @@ class TrainerFlags:
         return self.on_cpu and self.precision.endswith("mixed") and bool(why_no_halves())
 
 
+class Adapting(Protocol):
+    """What memory depends on of the callback `HybridAdapterSetup`."""
+
+    planning: Planning
+    given_plan: AdapterPlan | None
+    keep_start_weights: bool
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """A run, and the lengths of its sequences."""
@@ -93,7 +103,7 @@ class RunSettings:
     prompt_tokens: int  # length of each prompt
     completion_tokens: int  # length of every completion, or of an episode after its prompt
     schedule: RolloutSchedule
-    planning: Any  # a `callbacks.planning.Planning`: budget, LoRA, candidates, and how they are scored
+    planning: Planning  # budget, LoRA, candidates, and how they are scored
     flags: TrainerFlags = field(default_factory=TrainerFlags)
     sampler: RolloutEngine = field(default_factory=Sampler)
     optimization: Optimization = field(default_factory=Optimization)
@@ -116,7 +126,12 @@ class RunSettings:
 
     @classmethod
     def of(
-        cls, policy: PolicyModule, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None
+        cls,
+        policy: PolicyModule,
+        adapter: Adapting,
+        data: LightningDataModule | None,
+        flags: TrainerFlags,
+        prompt_tokens: int | None = None,
     ) -> "RunSettings":
         """Read the settings of a policy, of the callback `HybridAdapterSetup`, and of the data. No weights are loaded.
 
@@ -173,20 +188,20 @@ class RunSettings:
         return tokens_of_pass(self.config, self.gradient_checkpointing, on_cpu, rest)
 
 
-def _prompt_tokens(policy: PolicyModule, data: Any) -> int:
-    limit = getattr(data, "max_prompt_tokens", None)
-    if limit is not None:
-        return int(limit)
+def _prompt_tokens(policy: PolicyModule, data: LightningDataModule | None) -> int:
+    if isinstance(data, PromptDataModule) and data.max_prompt_tokens is not None:
+        return data.max_prompt_tokens
     try:
-        return max(len(policy.encode(prompt)) for prompt in data.train_prompts[:_MAX_PROMPTS])
+        prompts = data.train_prompts  # type: ignore[union-attr]  # a user's data module may have them, too
+        return max(len(policy.encode(prompt)) for prompt in prompts[:_MAX_PROMPTS])
     except (AttributeError, ValueError, OSError, DataError, ModelError, ConfigError) as error:
         raise ConfigError(f"the length of the prompts cannot be determined ({one_line(error)}); give --prompt_tokens") from error
 
 
-def _eval_prompts(data: Any) -> int:
-    batch = getattr(data, "eval_batch_size", None)
-    limit = getattr(data, "_limits", {}).get("validation")
-    return 0 if batch is None else min(batch, limit or batch)
+def _eval_prompts(data: LightningDataModule | None) -> int:
+    if not isinstance(data, PromptDataModule):
+        return 0
+    return min(data.eval_batch_size, data.limits["validation"] or data.eval_batch_size)
 
 
 def _device_count(devices: Any, on_cpu: bool) -> int:

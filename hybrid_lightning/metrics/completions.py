@@ -48,7 +48,7 @@ def completion_values(
     samples = correct.shape[1]
     missing = torch.full((len(correct),), torch.nan, dtype=torch.float64, device=correct.device)
     values = {name: missing.clone() for name in completion_draws(samples)}
-    for rows in counted_groups(correct.flatten(), samples, None if counted is None else counted.flatten()):
+    for rows in counted_groups(correct, counted):
         number = rows.shape[1]  # of completions that count
         ks = [k for k in numbers_of_voters(samples) if k <= number]
         flags = correct.flatten()[rows]

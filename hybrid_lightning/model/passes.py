@@ -5,6 +5,7 @@ Axes: B sequences, T completion tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Passes:
         max_tokens: Most tokens of a pass; None chooses by the sizes of the model and the memory of the device.
         rows_per_example: This many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss.
         entropy_gradient: Whether entropies have a gradient, as an entropy bonus needs.
+        beside: Bytes that another model, such as a teacher, takes beside these passes on an accelerator.
 
     Raises:
         ConfigError: If `max_tokens` is impossible.
@@ -45,12 +47,13 @@ class Passes:
         max_tokens: int | None = None,
         rows_per_example: int = 1,
         entropy_gradient: bool = False,
+        beside: Callable[["Passes"], int] = lambda passes: 0,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
         self.rows_per_example, self.entropy_gradient = rows_per_example, entropy_gradient
-        self.beside: Callable[[], int] = lambda: 0  # bytes that another model, such as a teacher, takes on an accelerator
+        self._beside = beside
         self._chosen: int | None = None  # tokens per pass chosen for this run, if `max_tokens` is None
 
     def token_budget(self) -> int:
@@ -63,7 +66,7 @@ class Passes:
 
     def current_token_budget(self) -> int:
         """The most tokens of a pass, given the memory of the current weights: for use before the adapter and optimizer exist."""
-        return self.max_tokens or default_token_budget(self.policy.model, self.policy.device, self.beside)
+        return self.max_tokens or default_token_budget(self.policy.model, self.policy.device, partial(self._beside, self))
 
     def chunks(self, sequences: Sequences) -> list[slice]:
         """Cut rows into chunks; each chunk takes one forward and backward pass."""

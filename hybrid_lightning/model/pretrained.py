@@ -93,6 +93,12 @@ class Pretrained:
                 delattr(other, name)
         return other
 
+    def reading_as(self, other: "Pretrained", dtype: str | None) -> Self:
+        """This model with the prompts of another model and, if `dtype` is None, with its dtype."""
+        made = copy(self)
+        made.dtype, made.encoder = dtype or other.dtype, other.encoder
+        return made
+
     def check(self) -> None:
         """Raise ModelError unless all files of a usable policy are there; skips a GGUF file, which would take seconds."""
         if "gguf_file" not in self.source.arguments:

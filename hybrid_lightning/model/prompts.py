@@ -1,6 +1,7 @@
 """`PromptEncoder`: encodes prompts, and completions in the data, as token ids by tokenizer and chat template."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,37 +16,58 @@ ASKED = {"role": "user", "content": "QUESTION"}
 ANSWERED = {"role": "assistant", "content": "ANSWER-OF-THE-POLICY"}
 # A template that calls another one, which it holds as a macro. It writes each assistant turn as it is. Messages between two
 # assistant turns are written as the other template writes them after any answer, so later turns never change earlier text.
-# Servers take some parts of a turn out of its text (calls and thoughts); the other template puts them back.
+# Servers take some parts of a turn out of its text (calls and thoughts); the other template puts them back. What follows a call,
+# its end included, is what follows a call of the same tool whose argument is the placeholder. A turn that is given in parts has
+# its own opening where it does not begin as the template opens turns: such as one without a thought, after `<think>`.
 _KEEPING = """{%%- macro _original(messages, add_generation_prompt) %%}
 %(template)s{%%+ endmacro -%%}
-{%%- macro _behind(messages, add_generation_prompt) -%%}
-    {{- _original([%(asked)s, %(answered)s] + messages, add_generation_prompt).split('%(answer)s', 1)[1] -}}
-{%%- endmacro -%%}
-{%%- macro _said(message) -%%}
-    {%%- if message.tool_calls or message.reasoning_content -%%}
-        {%%- set before = _original([%(asked)s], true) -%%}
-        {%%- set whole = _original([%(asked)s, message], false) -%%}
-        {%%- if not whole.startswith(before) -%%}
-            {{- raise_exception('give thoughts and calls of the assistant as a part of its content') -}}
-        {%%- endif -%%}
-        {{- whole[(before | length):(whole | length) - (_behind([], false) | length)] -}}
+{%%- macro _behind(said, end, messages, add_generation_prompt) -%%}
+    {%%- if said is none -%%}
+        {{- _original(messages, add_generation_prompt) -}}
     {%%- else -%%}
-        {{- message.content -}}
+        {{- _original([%(asked)s, said] + messages, add_generation_prompt).split('%(answer)s', 1)[1][(end | length):] -}}
     {%%- endif -%%}
 {%%- endmacro -%%}
-{%%- set state = namespace(new=[], begun=false) -%%}
+{%%- set state = namespace(new=[], said=none, end='') -%%}
 {%%- for message in messages -%%}
-    {%%- if message.role == 'assistant' -%%}
-        {{- _behind(state.new, true) if state.begun else _original(state.new, true) -}}
-        {{- _said(message) -}}
-        {%%- set state.new = [] -%%}
-        {%%- set state.begun = true -%%}
-    {%%- else -%%}
+    {%%- if message.role != 'assistant' -%%}
         {%%- set state.new = state.new + [message] -%%}
+    {%%- else -%%}
+        {%%- set turn = namespace(said=%(answered)s, text=message.content, calls=[], opened=true, end='') -%%}
+        {%%- if message.tool_calls or message.reasoning_content or message.reasoning or message.thinking -%%}
+            {%%- set whole = _original([%(asked)s, message], false) -%%}
+            {%%- set before = _original([%(asked)s], true) -%%}
+            {%%- set turn.opened = whole.startswith(before) -%%}
+            {%%- set usual = before[(_original([%(asked)s], false) | length):] -%%}
+            {%%- set closed = _behind(state.said, state.end, state.new, false) -%%}
+            {%%- set opening = _behind(state.said, state.end, state.new, true)[(closed | length):] -%%}
+            {%%- set before = before if turn.opened else _original([%(asked)s], false) -%%}
+            {%%- set turn.opened = turn.opened and opening in ['', usual] -%%}
+            {%%- if not whole.startswith(before) -%%}
+                {{- raise_exception('give thoughts and calls of the assistant as a part of its content') -}}
+            {%%- endif -%%}
+            {%%- for call in message.tool_calls or [] -%%}
+                {%%- set function = call.function or call -%%}
+                {%%- set value = '%(answer)s' if function.arguments is string else {'value': '%(answer)s'} -%%}
+                {%%- set function = {'name': function.name, 'arguments': value} -%%}
+                {%%- set turn.calls = turn.calls + [{'type': 'function', 'id': call.id, 'function': function}] -%%}
+            {%%- endfor -%%}
+            {%%- set called = {'role': 'assistant', 'content': '', 'tool_calls': turn.calls} -%%}
+            {%%- if turn.calls and '%(answer)s' in _original([%(asked)s, called], false) -%%}
+                {%%- set turn.said = called -%%}
+                {%%- set turn.end = _behind(called, '', [], false) -%%}
+                {%%- set turn.text = whole[(before | length):] -%%}
+            {%%- else -%%}
+                {%%- set end = _behind(turn.said, '', [], false) -%%}
+                {%%- set turn.text = whole[(before | length):(whole | length) - (end | length)] -%%}
+            {%%- endif -%%}
+        {%%- endif -%%}
+        {{- _behind(state.said, state.end, state.new, turn.opened) -}}
+        {{- turn.text -}}
+        {%%- set state.new, state.said, state.end = [], turn.said, turn.end -%%}
     {%%- endif -%%}
 {%%- endfor -%%}
-{%%- set open = add_generation_prompt | default(false) -%%}
-{{- _behind(state.new, open) if state.begun else _original(state.new, open) -}}
+{{- _behind(state.said, state.end, state.new, add_generation_prompt | default(false)) -}}
 """
 
 
@@ -76,11 +98,35 @@ class PromptEncoder:
         """Whether there is a chat template."""
         return self.chat_template is not None or self.tokenizer.chat_template is not None
 
+    @property
+    def template_text(self) -> str | None:
+        """The chat template; None if there is none."""
+        return self.chat_template or self.tokenizer.chat_template
+
+    @cached_property
+    def _takes_parts_alone(self) -> bool:
+        """Whether the template ignores or rejects a content that is a text, and renders it as a list of parts."""
+        rendered = []
+        for content in (ASKED["content"], [{"type": "text", "text": ASKED["content"]}]):
+            try:
+                rendered.append(ASKED["content"] in self.apply_template([{**ASKED, "content": content}]))
+            except (TemplateError, TypeError):
+                rendered.append(False)
+        return rendered == [False, True]
+
+    def check_contents(self) -> None:
+        """Check that the chat template takes texts; ConfigError if contents must be lists of parts."""
+        if self._takes_parts_alone:
+            raise ConfigError(
+                'the chat template takes contents only as lists of parts, such as [{"type": "text", "text": "..."}], but the '
+                "contents of messages are texts here; set model.chat_template to a template that takes texts"
+            )
+
     def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> str:
         """The exact text for the model; the chat template receives the JSON schemas of tools.
 
         Raises:
-            ConfigError: If the prompt has messages, and there is no chat template or the template refuses them.
+            ConfigError: If the prompt has messages, and there is no chat template, or it refuses them or takes no texts.
         """
         if prompt.messages is None:
             assert prompt.text is not None
@@ -90,6 +136,7 @@ class PromptEncoder:
                 "the prompts are chat messages, but the tokenizer has no chat template; set model.chat_template or use "
                 "data.format=PlainFormat"
             )
+        self.check_contents()
         try:
             return self.apply_template(prompt.messages, tools)
         except TemplateError as error:  # such as a template without a system role

@@ -1,4 +1,4 @@
-"""Findings: problems that keep a run from learning, each with its remedy and its section of `docs/troubleshooting.md`.
+"""Findings: problems that keep a run from learning, each with its remedy and the section on it that the command `explain` prints.
 
 `doctor` looks for them before a run, and `Diagnosis` during a run. The functions here turn measurements into findings and hold
 the thresholds; the docs give the reasons for them. No function communicates with other ranks.
@@ -11,13 +11,16 @@ from typing import Literal
 
 from torch import Tensor
 
+from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.types import Rewards, Rollouts, equal_groups
+from hybrid_lightning.types import Rewards, Rollout, equal_groups
 
-PAGE = "docs/troubleshooting.md"
-SECTIONS = {  # finding -> its section of PAGE; the first finding explains the later ones
+SECTIONS = {  # finding -> its section of docs/troubleshooting.md; the first finding explains the later ones
+    "engine": "vllm",
     "large": "a-step-is-too-large",
     "copy": "the-answer-is-in-the-prompt",
+    "judge": "the-rewards-server-fails",
+    "repeat": "the-reward-is-not-repeatable",
     "reference": "the-reference-answer-earns-nothing",
     "accident": "wrong-answers-are-paid",
     "tokens": "the-prompt-is-not-what-it-seems",
@@ -54,7 +57,7 @@ class Finding:
     @property
     def advice(self) -> str:
         """The remedy, and where to read more about it."""
-        return f"{self.remedy} ({PAGE}#{SECTIONS[self.kind]})"
+        return f"{self.remedy} ({EXPLAIN} {SECTIONS[self.kind]})"
 
     def __str__(self) -> str:
         return f"{self.text}; {self.advice}"
@@ -67,23 +70,22 @@ def cause(found: Iterable[Finding]) -> Finding | None:
     return min(grave, key=lambda finding: order.index(finding.kind), default=None)
 
 
-def of_rollouts(
-    rollouts: Rollouts, rewards: Rewards, where: str, limits: Mapping[str, int], credited: Rewards | None = None
-) -> list[Finding]:
+def of_rollout(rollout: Rollout, where: str, limits: Mapping[str, int], credited: Rewards | None = None) -> list[Finding]:
     """Findings about this rank's completions and rewards: whether there is something to learn, and whether completions are cut.
 
     `where` names the completions, such as "the first rollout"; `limits` are the limits on their length (see `Generation.limits`).
-    Advantages are estimated from `credited` (see `RLTask.credited`), or else from the rewards.
+    Advantages are estimated from `credited` (see `RLTask.credit`), or else from the rewards.
     """
-    own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
+    rewards = rollout.scored
+    own, credited = rewards.of_counted(), rewards if credited is None else credited
     if not len(own.total):
         return []
-    equal_in_turns = equal_groups(credited.total, samples, credited.counted).view(-1, len(rollouts.prompts)).all(dim=0)
-    some_count = slice(None) if rewards.counted is None else rewards.counted.view(-1, samples).any(dim=1)
+    equal_in_turns = equal_groups(credited.total, credited.counted).view(len(rollout.prompts), -1).all(dim=1)
+    some_count = slice(None) if rewards.counted is None else rewards.counted.any(dim=1)
     equal = equal_in_turns[some_count].double().mean().item()
-    cut = rollouts.cut.to(own.total.device)
-    cut = cut if rewards.counted is None else cut[rewards.counted]
-    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
+    cut = rollout.cut.flatten() if rewards.counted is None else rollout.cut[rewards.counted]
+    wrong = (cut & ~own.correct).float().mean().item() if own.measures_correctness else None
+    found = of_cut(cut.float().mean().item(), wrong, where, limits)
     if equal < _EQUAL:
         return found
     text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so nothing is learned from them"
@@ -97,13 +99,16 @@ def of_rollouts(
     return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 
 
-def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
-    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`."""
-    if wrong < _CUT:
+def of_cut(share: float, wrong: float | None, where: str, limits: Mapping[str, int]) -> list[Finding]:
+    """Whether completions are cut before they are right, from the share that is cut and the share that is cut and `wrong`.
+
+    `wrong` is None if nothing measures whether completions are right.
+    """
+    if (share if wrong is None else wrong) < _CUT:
         return []
     cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
     remedy = f"raise {' or '.join(limits)}, or end completions with sampler.stop"
-    return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
+    return [Finding("cut", cut if wrong is None else f"{cut}, {wrong:.0%} before they are right", remedy)]
 
 
 def as_options(limits: Mapping[str, int]) -> str:
@@ -132,8 +137,14 @@ def of_agreement(difference: float, precision: str) -> list[Finding]:
     return [Finding("agreement", text, "set model.correction=TokenTruncation, or sample and train in float32")]
 
 
+def of_engine(doubt: str) -> Finding:
+    """That a rollout engine may not have the policy's weights, and why (see `Generation.doubt`)."""
+    remedy = "start the engine again with the policy's model and dtype, and resume from a checkpoint before that"
+    return Finding("engine", f"completions were made by other weights than the policy's: {doubt}", remedy)
+
+
 @dataclass(frozen=True)
-class Change:
+class PolicyChange:
     """How one optimizer step changed the policy, on completions that the policy sampled before the step."""
 
     kl: float  # nats per token, from the policy before the step to the policy after it, k3
@@ -142,7 +153,7 @@ class Change:
     clipped: float | None  # share that the loss clips; None if it does not clip
 
     @classmethod
-    def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "Change":
+    def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "PolicyChange":
         """Compare log-probabilities before and after the step, [B, T], on the sampled tokens (`mask`, [B, T]).
 
         `metrics` are the loss's measurements for the same log-probabilities.
@@ -154,7 +165,7 @@ class Change:
         return cls(float(kl), float(moved), float(metrics["ratio/max"]), None if clipped is None else float(clipped))
 
 
-def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
+def of_change(change: PolicyChange, steps: float, precision: str) -> list[Finding]:
     """Whether the learning rates fit, from the change in one step at the full rates.
 
     `steps` is the length of the run, infinite without a limit. `precision` is the Trainer's. Rounding to 16 bits alone is a
@@ -230,8 +241,9 @@ class TrainingMonitor:
         """Add a rollout: its logged metrics, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
-        names = {"reward": "reward", "equal": "frac_reward_zero_std", "solved": "solve_rate/all"}
-        row = {"worst": worst, "spread": spread, **{name: metrics[metric] for name, metric in names.items()}}
+        solved = metrics.get("solve_rate/all", float(worst >= 1))  # absent where nothing measures correctness
+        row = {"worst": worst, "spread": spread, "solved": solved}
+        row |= {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"]}
         if len(self.rollouts) == 2 * self.window:
             del self.rollouts[self.window]
         self.rollouts.append(row)
@@ -241,19 +253,27 @@ class TrainingMonitor:
         if all(entry["equal"] == 1 for entry in last):
             if all(entry["solved"] == 1 for entry in last):
                 return []  # a policy that solves every problem is fine
+            if fallen := self._fallen(self.rollouts[: -self.window][: self.window], last):
+                return [worse(f"{fallen}, where the completions of each prompt earn the same")]
             text = (
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"
             )
             return [Finding("gradient", text, "stop, and run doctor to see completions and the answers that the reward found")]
-        if len(self.rollouts) < 2 * self.window:
-            return []
-        before, now = (sum(entry["reward"] for entry in some) / self.window for some in (start, last))
-        floor = min(entry["worst"] for entry in start)
-        error = math.sqrt(2 / (self.groups * self.window)) * sum(entry["spread"] for entry in start) / self.window
+        fallen = self._fallen(start, last) if len(self.rollouts) == 2 * self.window else ""
+        return [worse(fallen)] if fallen else []
+
+    def _fallen(self, start: list[dict[str, float]], last: list[dict[str, float]]) -> str:
+        """Whether the reward fell by half of its mean and by more than 4 standard errors, as text; "" if it did not."""
+        if not start:
+            return ""
+        before, now = (sum(entry["reward"] for entry in some) / len(some) for some in (start, last))
+        floor, spread = min(entry["worst"] for entry in start), sum(entry["spread"] for entry in start) / len(start)
+        error = math.sqrt((1 / len(start) + 1 / len(last)) / self.groups) * spread
         if now - floor < 0.5 * (before - floor) and before - now > 4 * error:
-            return [worse(f"the reward fell from {before:.3g} in the first {self.window} rollouts to {now:.3g} in the last")]
-        return []
+            first = f"first {len(start)} rollouts" if len(start) > 1 else "first rollout"
+            return f"the reward fell from {before:.3g} in the {first} to {now:.3g} in the last {len(last)}"
+        return ""
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
         """Add an optimizer step by its logged metrics."""

@@ -22,6 +22,7 @@ from hybrid_lightning.reports.verdict import GREEDY, REWARD, compare_validations
 
 REPORT = "report.json"
 Curve = tuple[list[int], list[float]]  # steps and values
+_MARKS = {True: "<span class=right>right</span> ", False: "<span class=wrong>wrong</span> ", None: ""}
 _POINTS = 300  # drawn points of a curve; more points are averaged
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c1e21;--faint:#5d6670;--page:#fff;--box:#f5f6f8;--line:#d5d9de;--good:#17743a;--bad:#b3261e;
@@ -53,7 +54,7 @@ class Html(str):
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """The contents of a run folder."""
 
     folder: Path
@@ -61,19 +62,16 @@ class Run:
     summary: dict[str, Any] | None  # summary.json of a finished run
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def read(cls, folder: Path) -> "ReportedRun":
         """Read a run folder.
 
         Raises:
             ConfigError: If it does not exist, does not belong to a run that has begun, or cannot be read.
         """
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is not a folder; give a run folder such as runs/gspo/version_0")
+            raise ConfigError(f"{folder} is not a folder; {_instead_of(folder)}")
         if not (folder / REPORT).is_file():
-            raise ConfigError(
-                f"{folder} has no {REPORT}, which fit writes from its first validation on; give a run folder such as "
-                "runs/gspo/version_0"
-            )
+            raise ConfigError(f"{folder} has no {REPORT}, which fit writes from its first validation on; {_instead_of(folder)}")
         report = _read(folder / REPORT)
         done = report["state"] == "finished" and (folder / "summary.json").is_file()
         return cls(folder, report, _read(folder / "summary.json") if done else None)
@@ -128,6 +126,15 @@ class Run:
         return {name: shown_comparison(change, metric, True) for name, (metric, change) in found.items() if change}
 
 
+def _instead_of(folder: Path) -> str:
+    """The remedy for a folder without a report: the latest run that has one, in this folder, beside it or in `runs`."""
+    places = (folder, folder.parent, Path("runs"))
+    found = [[*place.glob(f"*/{REPORT}"), *place.glob(f"*/*/{REPORT}")] for place in places]
+    reports = next(filter(None, found), [])
+    latest = max(reports, key=lambda path: path.stat().st_mtime, default=None)
+    return "give the folder of a run" if latest is None else f"give a run folder such as {latest.parent}"
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -143,7 +150,7 @@ def shown_comparison(change: Difference, metric: str, paired: bool) -> str:
 # ---- one run
 
 
-def report_page(run: Run) -> str:
+def report_page(run: ReportedRun) -> str:
     """The page about one run."""
     report, summary, plan = run.report, run.summary, run.plan
     verdict = (summary or {}).get("verdict", "")
@@ -165,12 +172,12 @@ def report_page(run: Run) -> str:
     return page(f"Run {run.folder}", parts)
 
 
-def result_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> Html:
+def result_table(runs: Sequence[ReportedRun], rows: Sequence[Sequence[str]]) -> Html:
     """The results, one column per run."""
     return table(("", *(_marked(number, run) for number, run in enumerate(runs))) if len(runs) > 1 else (), rows)
 
 
-def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def results(runs: Sequence[ReportedRun]) -> list[tuple[str, ...]]:
     """The results as rows: the name, and its value in each run."""
     labels = {label: name for run in runs for label, name in run.measures.items()}
     rows: list[tuple[str, ...]] = []
@@ -186,7 +193,7 @@ def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _seconds(run: Run) -> str:
+def _seconds(run: ReportedRun) -> str:
     total, phases = run.report["seconds"], (run.summary or {}).get("seconds_by_phase", {})
     parts = ", ".join(f"{name} {value:.0f}" for name, value in phases.items() if value >= 0.5)
     return "-" if total is None else f"{total:.0f}" + (f" ({parts})" if parts else "")
@@ -197,8 +204,8 @@ def _samples(first: Mapping[str, Any], last: Mapping[str, Any]) -> Html:
     for before, after in zip(first["samples"], last["samples"], strict=False):
         sides = [(first["step"], before)] + ([(last["step"], after)] if last["step"] != first["step"] else [])
         told = "".join(
-            f"<div><span class=faint>step {step}</span> <span class={'right' if side['correct'] else 'wrong'}>"
-            f"{'right' if side['correct'] else 'wrong'}</span> {_paid(side['reward'])}{'' if side['finished'] else ', cut'}"
+            f"<div><span class=faint>step {step}</span> {_MARKS[side['correct']]}"
+            f"{_paid(side['reward'])}{'' if side['finished'] else ', cut'}"
             f"<pre>{escape(side['completion'])}</pre></div>"
             for step, side in sides
         )
@@ -252,12 +259,12 @@ def folded(title: str, content: str) -> Html:
     return Html(f"<details><summary>{escape(title)}</summary>{content}</details>")
 
 
-def charts(runs: Sequence[Run]) -> Html:
+def charts(runs: Sequence[ReportedRun]) -> Html:
     """A chart of each metric, with the curves of all runs that have it."""
     return Html(f"<div class=charts>{''.join(_chart(name, runs) for name in charted(runs))}</div>")
 
 
-def charted(runs: Sequence[Run]) -> list[str]:
+def charted(runs: Sequence[ReportedRun]) -> list[str]:
     """The metrics with a chart."""
     return list(dict.fromkeys(name for run in runs for name in run.curves if not name.endswith((f"/{LOWER}", f"/{UPPER}"))))
 
@@ -267,7 +274,7 @@ def letter(number: int) -> str:
     return chr(ord("A") + number) if number < 26 else str(number)
 
 
-def _marked(number: int, run: Run) -> Html:
+def _marked(number: int, run: ReportedRun) -> Html:
     return Html(f"<span class=t{number % 6}>{letter(number)}</span> {escape(str(run.folder))}")
 
 
@@ -287,7 +294,7 @@ def _cell(cell: str) -> str:
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 190, 50, 10, 8, 22  # of a chart, in its own units
 
 
-def _chart(name: str, runs: Sequence[Run]) -> str:
+def _chart(name: str, runs: Sequence[ReportedRun]) -> str:
     curves = {number: thinned(run.curves[name]) for number, run in enumerate(runs) if name in run.curves}
     bands = {
         number: [thinned(run.curves[f"{name}/{end}"]) for end in (LOWER, UPPER)]

@@ -7,24 +7,26 @@ A reference completion is the row's answer in the form that its prompt requires:
 all other forms are tried.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hybrid_lightning.data import FormatBySet, PromptFormat
 from hybrid_lightning.data.template import fill_template
-from hybrid_lightning.errors import HybridLightningError, shorten
+from hybrid_lightning.errors import HybridLightningError, JudgeError, shorten
 from hybrid_lightning.reports.findings import Finding
 from hybrid_lightning.rewards import evaluate_reward
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
 from hybrid_lightning.training.generation import Generation
-from hybrid_lightning.types import Completion, Prompt
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollout
 
 _PROMPTS = 32  # number of prompts searched for their own answer
 _CONSTANT = 0.3  # share of the most frequent reference answer
@@ -48,10 +50,10 @@ class References:
     findings: tuple[Finding, ...] = ()  # problems
 
 
-def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
+def reference_answers(prompts: Sequence[Prompt], accuracy: float | None) -> References:
     """Examine the reference answers of training prompts: the most frequent one, and whether prompts contain their own.
 
-    `accuracy` is the policy's share of right completions, which one constant answer may exceed.
+    `accuracy` is the policy's share of right completions, which one constant answer may exceed; None if it is not measured.
     """
     rows = [prompt for prompt in prompts if (prompt.answer or "").strip()]
     if not rows:
@@ -59,7 +61,7 @@ def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
     ((most, count),) = Counter(_answer(prompt).strip() for prompt in rows).most_common(1)
     share, found = count / len(rows), list(_in_the_prompt(_spread(rows, _PROMPTS)))
     note = f"{share:.1%} of {len(rows)} reference answers are {shorten(most)}, the most frequent one"
-    if share >= _CONSTANT and share > accuracy:
+    if accuracy is not None and share >= _CONSTANT and share > accuracy:
         text = f"{note}, but only {accuracy:.1%} of the completions are right: always giving this answer would earn more"
         found.append(Finding("constant", text, "use fewer rows with this answer, and compare accuracy with that share"))
     return References(note, tuple(found))
@@ -88,13 +90,23 @@ def _contains(text: str, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text) is not None
 
 
+def has_paid(generation: Generation, rollout: Rollout) -> bool:
+    """Whether the reward has paid for completions: more than 0 or, if it is never above 0, for some more than for others.
+
+    What counts are the parts that measure correctness or, without such a part, the sum of all parts.
+    """
+    least = _least(generation, rollout.scored.of_counted())
+    return len(least) > 0 and float(least.max()) > min(0.0, float(least.min()))
+
+
 def reference_rewards(
     generation: Generation, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
 ) -> References:
     """Score the reference answers of `count` training prompts, evenly spread; random states stay unchanged.
 
-    `form` is the data's format; its few-shot examples show how answers are written. `pays` is True if a completion of the policy
-    was right: the reward then does pay, possibly for a form that is not known here.
+    `form` is the data's format; its few-shot examples show how answers are written. `pays` is True if the reward has paid for
+    completions of the policy (see `has_paid`), possibly for a form that is not known here. If no part of the reward measures
+    correctness, reference answers need not be paid, and what is found are notes.
     """
     some = [prompt for prompt in _spread(prompts, count) if prompt.completions or (prompt.answer or "").strip()]
     if generation.episodes is not None:
@@ -105,6 +117,9 @@ def reference_rewards(
     try:
         return _tried(generation, some, form, pays)
     except HybridLightningError as error:
+        if isinstance(error, JudgeError) or isinstance(error.__cause__, OSError):  # of a server, or of a file
+            text = f"reference answers could not be scored, which is no fault of theirs: {error}"
+            return References("could not be scored", (Finding("judge", text, "see that the reward's server answers"),))
         finding = Finding("reference", f"the reward fails on a reference answer: {error}", "correct the reward or the row")
         return References("the reward fails", (finding,))
     finally:
@@ -117,18 +132,35 @@ def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 
 def _tried(generation: Generation, prompts: list[Prompt], form: PromptFormat | None, pays: bool) -> References:
     asked = [list(_asked(prompt, form)) for prompt in prompts]
-    paid = _best(generation, prompts, asked)
-    shown = next((text for text, earned in paid if earned), asked[0][0])
-    missing = [prompt for prompt, (_, earned) in zip(prompts, paid, strict=True) if not earned]
-    earned = len(prompts) - len(missing)
-    note = f"{earned} of {len(prompts)} reference answers are paid, such as {shorten(shown)}"
+    best = _best(generation, prompts, asked)
+    scored = [row for row, one in enumerate(best) if not math.isnan(one.value)]
+    failed = "" if len(scored) == len(best) else f"{len(best) - len(scored)} could not be scored"
+    if not scored:
+        return References(failed)
+    prompts, asked, best = ([side[row] for row in scored] for side in (prompts, asked, best))  # type: ignore[assignment]
+    shown = next((one.text for one in best if one.paid), asked[0][0])
+    missing = [row for row, one in enumerate(best) if not one.paid]
+    earned, beaten = len(prompts) - len(missing), _beaten(best)
+    note = f"{earned} of {len(prompts)} reference answers are paid, such as {shorten(shown)}{failed and f'; {failed}'}"
     if not missing:
-        return References(note, tuple(_paid_by_accident(generation, prompts, [text for text, _ in paid])))
+        found = list(_paid_by_accident(generation, prompts, [one.text for one in best]))
+    elif beaten and (earned or pays):
+        found = [_accident(prompts, beaten, len(prompts))]
+    else:
+        found = [_missing(generation, prompts, asked, [prompts[row] for row in missing], pays)]
+    if not generation.measures_correctness:
+        found = [replace(finding, level="note") for finding in found]
+    return References(note, tuple(found))
+
+
+def _missing(
+    generation: Generation, prompts: list[Prompt], asked: Sequence[Sequence[str]], missing: list[Prompt], pays: bool
+) -> Finding:
+    """The finding about reference answers that earn nothing in the forms that their prompts require, `asked`."""
     tried, zero = f"{missing[0].place}, {shorten(_answer(missing[0]))}", "your reward gives the reference answer 0"
-    others = (
-        [] if earned else _best(generation, prompts, [[make(_answer(prompt)) for make in _FORMS.values()] for prompt in prompts])
-    )
-    elsewhere = [text for text, is_paid in others if is_paid]
+    earned = len(prompts) - len(missing)
+    forms = [[make(_answer(prompt)) for make in _FORMS.values()] for prompt in prompts]
+    elsewhere = [] if earned else [one.text for one in _best(generation, prompts, forms) if one.paid]
     level: Literal["error", "warning", "note"]
     if earned:
         text = f"your reward pays nothing for the reference answers of {len(missing)} of {len(prompts)} rows, first {tried}"
@@ -145,7 +177,7 @@ def _tried(generation: Generation, prompts: list[Prompt], form: PromptFormat | N
         if _has_pattern(generation):
             text = f"{zero} in all known forms ({len(prompts)} rows tried, first {tried})"
             remedy, level = "check that the reward's pattern finds the answer in the form that the prompt requires", "warning"
-    return References(note, (Finding("reference", text, remedy, level),))
+    return Finding("reference", text, remedy, level)
 
 
 def _paid_by_accident(generation: Generation, prompts: list[Prompt], texts: Sequence[str]) -> Iterator[Finding]:
@@ -154,30 +186,58 @@ def _paid_by_accident(generation: Generation, prompts: list[Prompt], texts: Sequ
     wrong = _of_other_answers(generation, prompts, dict(enumerate(texts)))
     rows = [row for row, value in wrong.items() if value >= right[row]]
     if len(rows) > len(wrong) / 2:
-        first = prompts[rows[0]]
-        text = (
-            f"your reward pays as much for another row's answer as for the row's own in {len(rows)} of {len(wrong)} rows (first "
-            f"{first.place}, {shorten(_other(prompts, rows[0]))} for {shorten(_answer(first))}): it does not check the answer"
-        )
-        yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right answer")
+        yield _accident(prompts, rows, len(wrong))
 
 
-def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
-    """For each prompt, its first paid completion and True; if none is paid, its last completion and False.
+def _accident(prompts: list[Prompt], rows: list[int], count: int) -> Finding:
+    """The finding that the answers of other rows are paid as much as their own in these rows, of `count`."""
+    first = prompts[rows[0]]
+    text = (
+        f"your reward pays as much for another row's answer as for the row's own in {len(rows)} of {count} rows (first "
+        f"{first.place}, {shorten(_other(prompts, rows[0]))} for {shorten(_answer(first))}): it does not check the answer"
+    )
+    return Finding("accident", text, "let the reward compare with the row's answer, if there is a right answer")
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A completion made of a reference answer."""
+
+    text: str
+    value: float = math.nan  # nan: it could not be scored
+    paid: bool = False
+    other: float = math.nan  # what another row's answer earns in its place, if that was needed
+
+
+def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[_Scored]:
+    """For each prompt, its first paid completion; if none is paid, its last completion.
 
     A completion is paid if it earns more than 0 from every part that measures correctness. For rewards that are never above 0, it
     is paid if it earns more than another row's answer in the same place.
     """
-    best = [(texts[-1], False) for texts in forms]
+    best = [_Scored(texts[-1]) for texts in forms]
     for number in range(max(map(len, forms))):
-        rows = [row for row, texts in enumerate(forms) if not best[row][1] and number < len(texts)]
+        rows = [row for row, texts in enumerate(forms) if not best[row].paid and number < len(texts)]
         values = _values(generation, [prompts[row] for row in rows], [forms[row][number] for row in rows])
         unpaid = {row: forms[row][number] for row, value in zip(rows, values, strict=True) if value <= 0}
         controls = _of_other_answers(generation, prompts, unpaid)
         for row, value in zip(rows, values, strict=True):
-            if value > 0 or value > controls.get(row, value):
-                best[row] = (forms[row][number], True)
+            other = controls.get(row, math.nan)
+            best[row] = _Scored(forms[row][number], value, value > 0 or value > other, other)
     return best
+
+
+def _beaten(best: Sequence[_Scored]) -> list[int]:
+    """Rows whose answer another row's answer beats, if that explains why answers are not paid: the reward does not check them.
+
+    A reward that checks answers never pays more for another row's. Equal losses may be those of a single malformed row.
+    """
+    unpaid = [row for row, one in enumerate(best) if not one.paid]
+    less = [row for row in unpaid if best[row].other > best[row].value]
+    same = [row for row in unpaid if best[row].other == best[row].value < 0]
+    never_above_0 = all(one.value <= 0 for one in best)
+    explained = (less and never_above_0) or 2 * len(less) >= len(unpaid) or 2 * len(same) > len(best)
+    return sorted([*less, *same]) if explained else []
 
 
 def _of_other_answers(generation: Generation, prompts: list[Prompt], texts: Mapping[int, str]) -> dict[int, float]:
@@ -193,11 +253,16 @@ def _values(generation: Generation, prompts: Sequence[Prompt], texts: Sequence[s
         return []
     assert generation.reward is not None
     completions = [_completion(generation, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    rewards = evaluate_reward(generation.reward, completions, prompts)
+    least: list[float] = _least(generation, evaluate_reward(generation.reward, completions, prompts)).tolist()
+    return least
+
+
+def _least(generation: Generation, rewards: Rewards) -> Tensor:
+    """The lowest value of each completion among the parts that measure correctness, or else the sum of all parts."""
     terms = generation.reward_terms()
     right = [rewards.parts[term.name] for term in terms if term.measures_correctness] or [rewards.total]
-    least: list[float] = torch.stack(right).amin(dim=0).tolist()
-    return least
+    least = torch.stack(right).amin(dim=0)
+    return least if rewards.counted is None else least.masked_fill(~rewards.counted, math.nan)
 
 
 def _other(prompts: list[Prompt], row: int) -> str | None:

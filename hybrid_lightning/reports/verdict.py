@@ -1,18 +1,21 @@
 """The verdict of a run: whether its policy has learned, from its validations before training and at its end.
 
 Accuracy decides; if it does not change, or if correctness is not measured, the reward decides. One answer to most problems is not
-learning, whatever its reward.
+learning, unless the policy got worse: then it is what is left of a policy that moved too far.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from hybrid_lightning.errors import shorten
-from hybrid_lightning.metrics import Difference, Problem, difference
+from hybrid_lightning.metrics import Difference, Problem, confidence_interval, difference
 
 GREEDY, REWARD = "val/greedy_accuracy", "val/reward"
+_VISIBLE = 0.1  # share of rows with one answer, from which on giving only this answer pays visibly
 
 
 def problem_values(validation: Mapping[str, Any] | None, metric: str) -> dict[Problem, float]:
@@ -44,17 +47,47 @@ def most_frequent(given: Sequence[tuple[str | None, bool, str | None]]) -> dict[
     """The most frequent answers in rows and in greedy completions, from `Evaluation.answers`; empty if rows have no answers.
 
     Returns:
-        `reference`, the most frequent reference answer, the `share` of problems that have it, and `one_answer`: if most of the
-        problems with a different answer get the same one, wrongly, a sentence about that, else "".
+        `reference`, the most frequent reference answer, the `share` of problems that have it, and `one_answer`: if one answer
+        dominates (most problems get it, by the 95% interval of its share, and most of the problems with a different answer),
+        a sentence about that, else "". Then `given` is the reference answer for which it is right, "" if it is never right.
     """
     references = Counter(reference for _, _, reference in given if reference is not None).most_common(1)
     if not references:
         return {}
     ((found, count),) = Counter(found for found, _, _ in given if found is not None).most_common(1) or [("", 0)]
-    right, others = sum(correct for text, correct, _ in given if text == found), len(given) - count
-    share = references[0][1] / len(given)
-    said = f"one answer to most problems, which is not learning: {shorten(found)} to {count} of {len(given)}, right for {right}"
-    return {"reference": references[0][0], "share": share, "one_answer": said if share < 1 and count - right > others else ""}
+    rights = [reference for text, correct, reference in given if text == found and correct]
+    share, dominates = references[0][1] / len(given), _share(count, len(given))[0] > 0.5
+    said = f"one answer to most problems, which is not learning: {shorten(found)} to {count} of {len(given)}, "
+    said = f"{said}right for {len(rights)}" if share < 1 and dominates and count - len(rights) > len(given) - count else ""
+    named = Counter(filter(None, rights)).most_common(1) if said else ()
+    return {"reference": references[0][0], "share": share, "one_answer": said, "given": named[0][0] if named else ""}
+
+
+def unequal_rows(answer: str, answers: Iterable[str | None]) -> str:
+    """Whether clearly more rows have an answer than if all answers had the same number of rows.
+
+    Args:
+        answer: The answer.
+        answers: The answer of each row.
+
+    Returns:
+        A text such as "75% of 400 rows have '4'"; "" if the 95% interval of the answer's share contains an equal share, or if so
+        few rows have the answer that giving it everywhere would hardly pay.
+
+    Example:
+        >>> unequal_rows("4", ["4", "4", "4", "5"] * 100), unequal_rows("4", ["4", "5"] * 100)
+        ("75% of 400 rows have '4'", '')
+    """
+    rows = Counter(known.strip() for known in answers if known is not None)
+    count, total = rows[answer.strip()], rows.total()
+    if not count or _share(count, total)[0] <= max(_VISIBLE, 1 / len(rows)):
+        return ""
+    return f"{count / total:.0%} of {total} rows have {shorten(answer)}"
+
+
+def _share(count: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a share."""
+    return confidence_interval([torch.arange(total, dtype=torch.float64).lt(count).double()], draws=1)
 
 
 def verdict(accuracy: Difference | None, reward: Difference | None) -> tuple[str, int | None]:

@@ -3,7 +3,7 @@
 Any reward can score episodes. A completion's text is the policy's own text, without anything that an environment or a tool added;
 `completion.episode` has the conversation by roles, how it ended, and the counts.
 
-`rewards_to_go` assigns rewards to the turns that earn them. Axes: B completions, K turns.
+`rewards_to_go` assigns rewards to the turns that earn them. Axes: P prompts, G episodes of each, K turns.
 """
 
 import math
@@ -86,14 +86,14 @@ def rewards_to_go(
 
     Args:
         reward: The reward function that computed `rewards`.
-        completions: B episodes.
-        prompts: Their prompts.
-        rewards: Their rewards.
+        completions: P * G episodes.
+        prompts: The prompt of each episode.
+        rewards: Their rewards, [P, G].
         turns: K, at least the number of turns in the longest episode.
 
     Returns:
-        K * B rewards, on the same device: first the B rewards from the first turn on (equal to `rewards`), then the B rewards
-        from the second turn on, and so on. An episode that ended earlier does not count for a turn.
+        Rewards [P, G, K] on the same device, from each turn on: those from the first turn on equal `rewards`. An episode that
+        ended earlier does not count for a turn.
 
     Raises:
         RewardError: If the rewards of the turns do not add up to the episode's reward.
@@ -101,32 +101,31 @@ def rewards_to_go(
     Example:
         >>> episode = Episode(messages=(), turns=2, end="over", rewards=(0.25, 0.5))
         >>> completions, prompts = [Completion("4\\n5", 4, True, episode=episode)], [Prompt(text="Guess")]
-        >>> rewards = Rewards(torch.tensor([0.75]), {"episode_return": torch.tensor([0.75])}, torch.tensor([False]))
+        >>> paid = torch.tensor([[0.75]])
+        >>> rewards = Rewards(paid, {"episode_return": paid}, torch.tensor([[False]]))
         >>> to_go = rewards_to_go(EpisodeReturn(), completions, prompts, rewards, turns=3)
         >>> to_go.total.tolist(), to_go.counted.tolist()
-        ([0.75, 0.5, 0.0], [True, True, False])
+        ([[[0.75, 0.5, 0.0]]], [[[True, True, False]]])
     """
     lasts = [_episode(completion).turns for completion in completions]
-    counted = torch.arange(turns)[:, None] < torch.tensor(lasts)
+    counted = torch.arange(turns) < torch.tensor(lasts)[:, None]  # [P * G, K]
     if rewards.counted is not None:
-        counted = counted & rewards.counted.cpu()
+        counted = counted & rewards.counted.cpu().view(-1, 1)
     total, parts = torch.zeros(counted.shape, dtype=torch.float64), {}
     for term, weight in reward.terms():
-        paid = torch.zeros_like(total)
-        for row, (completion, prompt, value) in enumerate(
-            zip(completions, prompts, rewards.parts[term.name].tolist(), strict=True)
-        ):
-            if bool(counted[0, row]):
-                paid[: lasts[row], row] = _paid(term, completion, prompt, value, lasts[row])
-        to_go = paid.flip(0).cumsum(0).flip(0)  # from the end, so that equal ends are equal whatever came before
+        paid, values = torch.zeros_like(total), rewards.parts[term.name].flatten().tolist()
+        for number, (completion, prompt, value) in enumerate(zip(completions, prompts, values, strict=True)):
+            if bool(counted[number, 0]):
+                paid[number, : lasts[number]] = _paid(term, completion, prompt, value, lasts[number])
+        to_go = paid.flip(1).cumsum(1).flip(1)  # from the end, so that equal ends are equal whatever came before
         total += weight * to_go
         parts[term.name] = _after_first(rewards.parts[term.name], to_go)
     return replace(
         rewards,
         total=_after_first(rewards.total, total),
         parts=parts,
-        correct=rewards.correct.repeat(turns),
-        counted=counted.flatten().to(rewards.total.device),
+        correct=rewards.correct[:, :, None].expand(-1, -1, turns),
+        counted=counted.view(*rewards.total.shape, turns).to(rewards.total.device),
     )
 
 
@@ -144,8 +143,8 @@ def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, t
 
 
 def _after_first(first: Tensor, values: Tensor) -> Tensor:
-    """Values of K turns, [K * B], from [K, B], with `first` for the first turn."""
-    return torch.cat([first, values[1:].flatten().to(first)])
+    """Values of K turns, [P, G, K], from [P * G, K], with `first` [P, G] for the first turn."""
+    return torch.cat([first[:, :, None], values[:, 1:].to(first).view(*first.shape, -1)], dim=2)
 
 
 def _episode(completion: str) -> Episode:

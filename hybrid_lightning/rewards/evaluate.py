@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybrid_lightning.errors import HybridLightningError, RewardError
+from hybrid_lightning.errors import HybridLightningError, JudgeError, RewardError
 from hybrid_lightning.rewards.arriving import ArrivingRewards
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import name_completion, term_values, title
@@ -31,8 +31,9 @@ def evaluate_reward(
         arriving: The scorer that has started on these completions one by one; None if there is none.
 
     Returns:
-        The rewards. `correct` is True if every part that measures correctness is at least 1.0; without such a part, if the total
-        is at least 1.0. A completion that some term could not score (see `RewardFunction.max_failed_share`) does not count.
+        The rewards. `correct` is True if every part that measures correctness is at least 1.0; without such a part
+        (`measures_correctness` is then False), if the total is at least 1.0. A completion that some term could not score (see
+        `RewardFunction.max_failed_share`) does not count.
 
     Raises:
         RewardError: If a term raises, does not return one finite number per completion, or has no value for too many completions.
@@ -66,18 +67,20 @@ def evaluate_reward(
         if term.measures_correctness:
             earned = values >= 1.0
             correct = earned if correct is None else correct & earned
+    measured = correct is not None
     correct = total >= 1.0 if correct is None else correct
     if may_fail:
         counted = [True] * len(completions) if counted is None else counted
-    return Rewards(total, parts, correct, weights, None if counted is None else torch.tensor(counted, dtype=torch.bool) & ~failed)
+    kept = None if counted is None else torch.tensor(counted, dtype=torch.bool) & ~failed
+    return Rewards(total, parts, correct, weights, kept, measured)
 
 
 def _failed(term: RewardFunction, values: Tensor, count: int) -> Tensor:
-    """Which completions a term could not score, [B] bool; RewardError if there are too many among the `count` that it got."""
+    """Which completions a term could not score, [B] bool; JudgeError if there are too many among the `count` that it got."""
     missing = values.isnan()
     assert term.max_failed_share is not None
     if int(missing.sum()) > term.max_failed_share * count:
-        raise RewardError(
+        raise JudgeError(
             f"{title(term)} failed on {int(missing.sum())} of {count} completions, more than max_failed_share="
             f"{term.max_failed_share:g}; the last failure: {term.failure}"
         )

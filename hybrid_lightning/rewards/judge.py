@@ -15,14 +15,15 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from hybrid_lightning.errors import ConfigError, DataError, RewardError, one_line, shorten
+from hybrid_lightning.errors import ConfigError, DataError, JudgeError, one_line, shorten
 from hybrid_lightning.reply_cache import ReplyCache
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import after_thinking
@@ -140,7 +141,7 @@ class JudgeReward(RewardFunction):
         """The grades of B completions, on a scale from 0 to 1; NaN where there is none.
 
         Raises:
-            RewardError: If the server refuses the key or the model, or all of the last 16 judgements failed.
+            JudgeError: If the server refuses the key or the model, or all of the last 16 judgements failed.
         """
         requests = [self.request(*pair) for pair in zip(completions, prompts, strict=True)]
         values = run_async(await_all([partial(self._grade, request) for request in requests], None, self.concurrency))
@@ -187,6 +188,15 @@ class JudgeReward(RewardFunction):
         """The judge's reply for a completion; None if it has not graded it."""
         return self._replies.known(self._path(self.request(completion, prompt)))
 
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """A context in which every completion gets a second judgement, kept apart from the first one."""
+        first, self._replies = self._replies, ReplyCache(str(self._replies.folder / "again"), "judge")
+        try:
+            yield
+        finally:
+            self._replies = first
+
     def take_counts(self) -> dict[str, float]:
         """Calls (repeated ones included), ungraded completions, tokens, seconds of calls and, if `prices` is set, their cost."""
         return run_async(self._take())  # type: ignore[no-any-return]
@@ -200,7 +210,7 @@ class JudgeReward(RewardFunction):
 
     async def _grade(self, request: Mapping[str, Any]) -> float:
         if self._in_a_row >= _HOPELESS:
-            raise RewardError(
+            raise JudgeError(
                 f"the judge at {self.base_url} has failed {self._in_a_row} times in a row, the last time with {self.failure}; "
                 "check that it runs and accepts such requests, raise timeout_s or retries, or lower concurrency"
             )
@@ -251,7 +261,7 @@ class JudgeReward(RewardFunction):
                 self.failure = f"status {status}, {shorten(' '.join(shown.split()), 300)}"
             if status in _REFUSED:
                 remedy = f"set the environment variable {self.api_key_variable}" if status != 404 else "correct base_url or model"
-                raise RewardError(f"the judge {self.model!r} at {self.base_url} answered with {self.failure}; {remedy}")
+                raise JudgeError(f"the judge {self.model!r} at {self.base_url} answered with {self.failure}; {remedy}")
             if not left or (300 <= status < 500 and status not in _BUSY):
                 break
             if status == 200:

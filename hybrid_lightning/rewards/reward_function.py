@@ -3,7 +3,8 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -108,6 +109,13 @@ class RewardFunction(Configurable, ABC):
         """A human-readable explanation of a scored completion's value; None if there is none."""
         return None
 
+    def anew(self) -> AbstractContextManager[None]:
+        """A context in which the reward uses nothing that it keeps from earlier calls, such as a judge's replies.
+
+        `doctor` scores completions a second time in it, to find rewards that are not repeatable.
+        """
+        return nullcontext()
+
     def take_counts(self) -> dict[str, float]:
         """Counts of the reward since the last call: name of a metric -> number, the same names at every call.
 
@@ -162,6 +170,14 @@ class DelegatingReward(RewardFunction):
     def explain(self, completion: str, prompt: Prompt) -> str | None:
         """The explanation of the prompt's scorer."""
         return self.scorer(prompt).explain(self.seen(completion), prompt)
+
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """The contexts of all scorers."""
+        with ExitStack() as stack:
+            for reward in self.scorers:
+                stack.enter_context(reward.anew())
+            yield
 
     def take_counts(self) -> dict[str, float]:
         """The sums over all scorers."""

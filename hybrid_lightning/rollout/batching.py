@@ -1,6 +1,6 @@
 """Pad rows, split them by their number of tokens, join them, distribute them over ranks, and save them.
 
-Axes: B rows (sequences), S prompt tokens (left-padded), T completion tokens (right-padded).
+Axes: B rows of tokens (one or more for each episode), S prompt tokens (left-padded), T completion tokens (right-padded).
 
 The number of rows in a forward and backward pass depends on their length. The denominators of a loss count the whole optimizer
 step. So the gradient does not depend on how the rows of a step are split, or redistributed to another number of ranks after a
@@ -8,9 +8,9 @@ resume.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import begins_group
-from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
+from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rewards, Rollout, Sequences
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -64,6 +64,42 @@ def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) ->
     return [*runs, slice(start, len(prompts))] if prompts else []
 
 
+def minibatch(
+    batch: PolicyBatch, number: int, needs_all_rows: bool, samples_per_prompt: int, total: Callable[[Tensor], Tensor]
+) -> PolicyBatch:
+    """The rows of an optimizer step that contribute to it, with the step's denominators.
+
+    Args:
+        batch: This rank's rows of the step.
+        number: Number of its rollout.
+        needs_all_rows: Whether rows without advantage contribute, too.
+        samples_per_prompt: G.
+        total: The sum over all ranks.
+    """
+
+    def count(values: Tensor) -> float:
+        return float(total(values.sum()))
+
+    has_tokens, episodes = batch.sequences.sampled_mask.any(dim=1), batch.episode_of_row
+    # A row without tokens adds nothing to a loss, and an episode without advantage nothing to most.
+    learned = batch.advantages.view(len(episodes), -1).any(dim=1) | needs_all_rows
+    contributes = has_tokens & torch.isin(episodes, episodes[has_tokens & learned])
+    if not count(contributes):  # some rows, with a gradient of 0, so that the step logs the usual metrics
+        shown = episodes[has_tokens].unique_consecutive()[::samples_per_prompt]
+        contributes = has_tokens & torch.isin(episodes, shown)
+    updated = contributes.nonzero().flatten()
+    tokens, weights = batch.sequences.sampled_mask, batch.row_weights
+    return replace(
+        batch.rows(updated),
+        # Weights of an episode's rows add up to 1, or to 0 if it does not count. A masked one counts as a sequence.
+        num_sequences=float(round(count(weights))),
+        num_tokens=count(tokens),
+        updated_sequences=float(round(count(weights[updated]))),
+        updated_tokens=count(tokens[updated]),
+        rollout_number=number,
+    )
+
+
 def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
     """Stack tensors of consecutive rows, [b, t] each, to [B, width], with zeros on the right of narrower parts.
 
@@ -94,22 +130,32 @@ def _join_known(parts: Sequence[Tensor | None], width: int | None = None) -> Ten
     return join_rows(known, width) if len(known) == len(parts) else None
 
 
-def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
-    """Concatenate rollouts with the same number of samples per prompt."""
+def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Concatenate rollouts with the same number of samples per prompt, and with the same fields."""
     if len(parts) == 1:
         return parts[0]
-    return Rollouts(
+    first = parts[0]
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else join_rows(values)
+
+    return replace(
+        first,
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        sequences=join_sequences([part.sequences for part in parts]),
         completions=tuple(completion for part in parts for completion in part.completions),
-        sampling_logprobs=join_rows([part.sampling_logprobs for part in parts]),
-        finished=torch.cat([part.finished for part in parts]),
-        samples_per_prompt=parts[0].samples_per_prompt,
+        sequences=join_sequences([part.sequences for part in parts]),
+        sampling_logprobs=joined("sampling_logprobs"),
+        episode_of_row=_numbered([part.episode_of_row for part in parts], [len(part.completions) for part in parts]),
+        rewards=None if first.rewards is None else join_rewards([part.rewards for part in parts if part.rewards is not None]),
+        advantages=None if first.advantages is None else torch.cat([cast(Tensor, part.advantages) for part in parts]),
+        token_advantages=joined("token_advantages"),
+        useful=joined("useful"),
     )
 
 
 def join_rewards(parts: Sequence[Rewards]) -> Rewards:
-    """Concatenate rewards."""
+    """Concatenate rewards of groups."""
     counted = [torch.ones_like(part.correct) if part.counted is None else part.counted for part in parts]
     return replace(
         parts[0],
@@ -120,20 +166,44 @@ def join_rewards(parts: Sequence[Rewards]) -> Rewards:
     )
 
 
+def select_groups(rollout: Rollout, groups: range) -> Rollout:
+    """The part of a rollout with some neighbouring prompts."""
+    size = rollout.group_size
+    episodes = slice(groups.start * size, groups.stop * size)
+    first, end = (rollout.first_row(number) for number in (episodes.start, episodes.stop))
+    sequences, some = rollout.sequences.rows(slice(first, end)), slice(groups.start, groups.stop)
+
+    def cut(values: Tensor | None) -> Any:
+        return None if values is None else values[first:end, : sequences.completion_ids.shape[1]]
+
+    return replace(
+        rollout,
+        prompts=rollout.prompts[some],
+        completions=rollout.completions[episodes],
+        sequences=sequences,
+        sampling_logprobs=cut(rollout.sampling_logprobs),
+        episode_of_row=rollout.episode_of_row[first:end] - episodes.start,
+        rewards=None if rollout.rewards is None else rollout.rewards.select(some),
+        advantages=None if rollout.advantages is None else rollout.advantages[some],
+        token_advantages=cut(rollout.token_advantages),
+        useful=None if rollout.useful is None else rollout.useful[some],
+    )
+
+
 def batches_of_rank(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
-    """Redistribute saved micro-batches to the current number of ranks; returns this rank's, the same number for each rank."""
+    """Redistribute the episodes of saved micro-batches to the current number of ranks; returns this rank's micro-batches."""
     if len(batches) == ranks:
         return list(batches[rank])
-    joined = [_join_batches(parts) for parts in zip(*batches, strict=True)]
-    # tensor_split keeps neighbours together, which may share a prompt.
-    rows = [torch.arange(len(batch.sequences), device=batch.advantages.device).tensor_split(ranks)[rank] for batch in joined]
-    return [batch.rows(of_rank) for batch, of_rank in zip(joined, rows, strict=True)]
+    # Neighbours stay together, since they may share a prompt.
+    return [join_batches(parts).split(ranks)[rank] for parts in zip(*batches, strict=True)]
 
 
-def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
+def join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
+    """Concatenate batches of the same optimizer step, with different episodes."""
     parts = [part for part in parts if len(part.sequences)] or parts[:1]
     width = max(part.sequences.completion_ids.shape[1] for part in parts)
     seen = [part.seen_by_teacher for part in parts if part.seen_by_teacher is not None]
+    episodes = [part.episode_of_row for part in parts]
     return replace(
         parts[0],
         sequences=join_sequences([part.sequences for part in parts]),
@@ -143,27 +213,23 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
         ref_logprobs=_join_known([part.ref_logprobs for part in parts], width),
         policy_mask=_join_known([part.policy_mask for part in parts], width),
         seen_by_teacher=join_sequences(seen) if len(seen) == len(parts) else None,
+        episode_of_row=_numbered(episodes, [int(numbers.max()) + 1 if len(numbers) else 0 for numbers in episodes]),
+        row_weights=torch.cat([part.row_weights for part in parts]),
     )
 
 
-def rollout_of_rank(parts: Sequence[ScoredRollout], rank: int, ranks: int) -> ScoredRollout:
+def _numbered(episodes: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The episodes of the rows of several parts, numbered across the parts, which have these counts of numbers."""
+    return torch.cat([numbers + sum(counts[:part]) for part, numbers in enumerate(episodes)])
+
+
+def rollout_of_rank(parts: Sequence[Rollout], rank: int, ranks: int) -> Rollout:
     """Redistribute a saved rollout to the current number of ranks; returns the part that this rank shows."""
     if len(parts) == ranks:
         return parts[rank]
-    of_ranks, of_rewards, advantages = zip(*parts, strict=True)
-    rollouts, samples = join_rollouts(of_ranks), of_ranks[0].samples_per_prompt
-    groups = range(len(rollouts.prompts))[rank * len(rollouts.prompts) // ranks : (rank + 1) * len(rollouts.prompts) // ranks]
-    rows = torch.arange(groups.start * samples, groups.stop * samples, device=rollouts.finished.device)
-    sequences = rollouts.sequences.rows(rows)
-    own = Rollouts(
-        prompts=rollouts.prompts[groups.start : groups.stop],
-        sequences=sequences,
-        completions=tuple(rollouts.completions[row] for row in rows.tolist()),
-        sampling_logprobs=rollouts.sampling_logprobs[rows][:, : sequences.completion_ids.shape[1]],
-        finished=rollouts.finished[rows],
-        samples_per_prompt=samples,
-    )
-    return ScoredRollout(own, join_rewards(of_rewards).select(rows), torch.cat(advantages)[rows])
+    whole = join_rollouts(parts)
+    count = len(whole.prompts)
+    return select_groups(whole, range(rank * count // ranks, (rank + 1) * count // ranks))
 
 
 # ---- for a checkpoint, as plain data and tensors on the CPU
@@ -181,37 +247,31 @@ def batch_from_state(state: dict[str, Any]) -> PolicyBatch:
     return PolicyBatch(**{**state, **rows})
 
 
-def rollout_to_state(scored: ScoredRollout, places: Mapping[int, int]) -> dict[str, Any]:
+def rollout_to_state(rollout: Rollout, places: Mapping[int, int]) -> dict[str, Any]:
     """A rollout as a state; `places` maps the `id` of its prompts to their places among the training prompts."""
-    rollouts, rewards, advantages = scored
-    texts = [[text, {**vars(text), "episode": text.episode and vars(text.episode)}] for text in rollouts.completions]
+    texts = [[text, {**vars(text), "episode": text.episode and vars(text.episode)}] for text in rollout.completions]
     return {
-        "prompts": [places[id(prompt)] for prompt in rollouts.prompts],
-        "samples_per_prompt": rollouts.samples_per_prompt,
+        **vars(rollout.to("cpu")),
+        "prompts": [places[id(prompt)] for prompt in rollout.prompts],
         "completions": json.dumps(texts, default=dict),  # messages may be other mappings than dicts
-        "sequences": dict(vars(rollouts.sequences.to("cpu"))),
-        "sampling_logprobs": rollouts.sampling_logprobs.cpu(),
-        "finished": rollouts.finished.cpu(),
-        "rewards": dict(vars(rewards.to("cpu"))),
-        "advantages": advantages.cpu(),
+        "sequences": dict(vars(rollout.sequences.to("cpu"))),
+        "rewards": dict(vars(rollout.scored.to("cpu"))),
     }
 
 
-def rollout_from_state(state: dict[str, Any], prompts: Sequence[Prompt], device: torch.device) -> ScoredRollout:
+def rollout_from_state(state: dict[str, Any], prompts: Sequence[Prompt], device: torch.device) -> Rollout:
     """Restore a rollout of some of these training prompts from the state that `rollout_to_state` returned."""
     completions = [
         Completion(text, **{**named, "episode": named["episode"] and _episode(named["episode"])})
         for text, named in json.loads(state["completions"])
     ]
-    rollouts = Rollouts(
-        prompts=tuple(prompts[place] for place in state["prompts"]),
-        sequences=Sequences(**state["sequences"]).to(device),
-        completions=tuple(completions),
-        sampling_logprobs=state["sampling_logprobs"].to(device),
-        finished=state["finished"].to(device),
-        samples_per_prompt=state["samples_per_prompt"],
-    )
-    return ScoredRollout(rollouts, Rewards(**state["rewards"]).to(device), state["advantages"].to(device))
+    restored = {
+        "prompts": tuple(prompts[place] for place in state["prompts"]),
+        "completions": tuple(completions),
+        "sequences": Sequences(**state["sequences"]),
+        "rewards": Rewards(**state["rewards"]),
+    }
+    return Rollout(**{**state, **restored}).to(device)
 
 
 def _episode(named: dict[str, Any]) -> Episode:

@@ -2,7 +2,7 @@
 
     0 < |{o_i : o_i is right}| < G      for each group of G completions that is trained on
 
-Axes: P prompts (groups) of a rollout, G completions per prompt, B = P * G.
+Axes: P prompts (groups) of a rollout, G completions per prompt, K turns.
 
 If all completions of a prompt are right, or all are wrong, every advantage of the group is 0. The more such groups a rollout
 has, the fewer are left to average out the noise of the gradient. So more prompts are sampled until P groups are useful.
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.types import equal_groups
+from hybrid_lightning.types import Rewards, equal_groups
 
 
 class DynamicSampling(Configurable):
@@ -82,24 +82,21 @@ class DynamicSampling(Configurable):
         return min(wanted, int(count))
 
 
-def useful_groups(
-    total: Tensor, correctness: Sequence[Tensor], trained: Tensor, samples_per_prompt: int, counted: Tensor | None = None
-) -> Tensor:
-    """Which groups are useful (see the head of this file).
+def useful_groups(rewards: Rewards, correctness: Sequence[str], trained: Tensor) -> Tensor:
+    """Which groups are useful (see the head of this file), [P] bool.
 
     Args:
-        total: [B] rewards.
-        correctness: Parts of the reward that measure correctness, [B] each; may be empty.
-        trained: [B] bool, True for completions that contribute to the loss.
-        samples_per_prompt: G.
-        counted: See `Rewards`, [B] bool or None.
-
-    Returns:
-        [P] bool.
+        rewards: Rewards of P groups, perhaps by turn.
+        correctness: Names of the parts that measure correctness; may be empty.
+        trained: [P, G] bool, True for completions that contribute to the loss.
     """
-    equal_parts = torch.stack([equal_groups(part, samples_per_prompt, counted) for part in correctness or [total]]).all(dim=0)
+    total, counted = rewards.total, rewards.counted
+    parts = [rewards.parts[name] for name in correctness] or [total]
+    equal_parts = torch.stack([equal_groups(part, counted) for part in parts]).all(dim=0)
+    trained = trained.view(*trained.shape, *[1] * (total.dim() - 2)).expand_as(total)
     trained = trained if counted is None else trained & counted
-    return ~equal_parts & ~equal_groups(total, samples_per_prompt, counted) & trained.view(-1, samples_per_prompt).any(dim=1)
+    useful = ~equal_parts & ~equal_groups(total, counted) & trained.any(dim=1)
+    return useful.view(len(useful), -1).any(dim=1)
 
 
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:

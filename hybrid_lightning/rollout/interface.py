@@ -4,7 +4,7 @@ Every engine receives a `SamplingRequest`. An engine with a copy of the policy's
 every completion then names their `WeightsVersion`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
+from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt
 
+Begun = RolloutFuture  # work that an engine has begun, perhaps elsewhere
 PEFT_PREFIX = "base_model.model."  # before the base model's names, in names of an adapter's weights
 Draws = torch.Generator | PromptDraws | None  # generator on the model's device, or draws by prompt; None: torch's global one
 
@@ -41,14 +43,48 @@ class SamplingRequest:
     # Called after every token with (sequences still running, tokens decoded), for progress bars. An exception from it ends the
     # sampling.
     on_token: Callable[[int, int], None] | None = None
-    # Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in another thread. Not
-    # called for every completion, for example if they end together.
-    on_completion: Callable[[int, Completion], None] | None = None
-    # Receives the number and the tokens of each such completion, unless it is an episode.
+    # Called with the number of a completion, of B, and the completion as soon as it has ended, while others are still decoded.
+    on_completion: Callable[[int, Completion], object] | None = None
+    # Receives the number and the tokens of each such completion.
     on_tokens: Callable[[int, Sequence[int]], object] | None = None
 
     def __post_init__(self) -> None:
         assert not self.greedy or self.samples_per_prompt == 1, "greedy completions of one prompt are all the same"
+
+
+@dataclass(frozen=True)
+class MessageRequest:
+    """What an episode asks the policy for: its next message."""
+
+    episode: int  # number of the episode in its rollout, of B = P * G in prompt-major order
+    number: int  # number of the request in its episode, from 0
+    ids: Sequence[int]  # all tokens before the message: the prompt, earlier messages, and what was added to them
+    limit: int  # most tokens of the message
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A message that the policy sampled."""
+
+    ids: list[int]  # its tokens, including the token that ended it, if one did
+    logprobs: list[float]  # of each token, in nats
+    steps: list[int]  # optimizer steps of the weights that sampled each token; empty: the weights when the rollout began
+    completion: Completion  # the decoded message
+
+
+AskPolicy = Callable[[MessageRequest], Awaitable[Sampled]]
+
+
+class Playable(Protocol):
+    """An episode: a coroutine that asks the policy for messages."""
+
+    number: int  # in its rollout, of B
+
+    async def play(self, ask: AskPolicy) -> None:
+        """Play the episode to its end, from its current state."""
+
+    def relocated(self) -> "Playable":
+        """The episode as it is to be continued on another event loop, since this one was blocked by code that runs on it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +111,7 @@ class PromptLogprobs:
     engine: str  # which engine, such as the address of a server
     version: WeightsVersion | None  # of the weights it computed with; None: several versions, or another sender
     logprobs: Sequence[Sequence[float]]  # of each sequence's tokens except the first
+    in_float32: bool = True  # computed in float32, neither in 16 bits nor with a quantized model or cache
 
 
 @dataclass(frozen=True)

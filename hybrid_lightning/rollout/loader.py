@@ -1,6 +1,7 @@
 """`RolloutLoader`: the train dataloader, which yields the micro-batches of rollouts.
 
-Axes: P prompts per rollout over all ranks, G completions per prompt, B rows of this rank, T completion tokens.
+Axes: P prompts per rollout over all ranks, G episodes per prompt. A minibatch and a micro-batch consist of whole episodes,
+however many rows these have.
 
 The dataloader generates completions, so that `training_step` is a pure loss under Lightning's automatic optimisation, and every
 Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
@@ -22,8 +23,8 @@ in the order in which they began. None is dropped, and none begins unless the ru
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,26 +41,13 @@ from hybrid_lightning.rollout.batching import (
     rollout_to_state,
 )
 from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import Begun
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
 from hybrid_lightning.stopping import RunStopped
-from hybrid_lightning.types import PolicyBatch, Prompt, ScoredRollout, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollout
 
 DrawPrompts = Callable[[int], Sequence[Prompt]]
-
-
-@dataclass(frozen=True)
-class TrainedRollout:
-    """This rank's part of a rollout to train on."""
-
-    sequences: Sequences  # B is G times the number of this rank's prompts, whatever else was sampled
-    sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
-    advantages: Tensor  # [B]; or [B, T] with credit by turn or from a teacher, 0 where nothing was sampled
-    metrics: dict[str, float] = field(default_factory=dict)  # to log with the first step of the rollout
-    counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
-    contributes: Tensor | None = None  # [B] bool: rows that the update needs; None: all
-    scored: ScoredRollout | None = None  # the part that callbacks see; None where nothing was sampled
-    seen_by_teacher: Sequences | None = None  # see `PolicyBatch`
 
 
 class LoaderRun(Protocol):
@@ -84,14 +72,12 @@ class LoaderRun(Protocol):
 class RolloutSource(Protocol):
     """Makes rollouts, and computes what the update needs beforehand: the training task."""
 
-    @abstractmethod
-    def roll_out(
-        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> RolloutFuture[TrainedRollout]:
-        """Begin to complete prompts with the current weights, and to score the completions.
+    needs_all_rows: bool = True  # whether the update needs rows without advantage, too
+    plays_elsewhere: bool = False  # whether rollouts that were begun are made while this process continues
 
-        With rollouts ahead, an engine in this process has finished them when this returns, since the weights change before the
-        result is requested.
+    @abstractmethod
+    def begin(self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None) -> Begun[Any]:
+        """Begin to complete prompts with the current weights. An engine in this process has completed them when this returns.
 
         Args:
             prompts: The prompts of this rank: number `rank` of the rollout, and every `world_size`-th prompt after it.
@@ -100,7 +86,16 @@ class RolloutSource(Protocol):
                 the same number. None if only `prompts` may be used.
 
         Returns:
-            The future; all ranks request its result together.
+            What `finish` takes; all ranks request the result together.
+        """
+
+    @abstractmethod
+    def finish(self, begun: Any, number: int) -> list[PolicyBatch]:
+        """The minibatches of a rollout, each with this rank's rows of an optimizer step and the step's denominators.
+
+        Args:
+            begun: The result of `begin`.
+            number: Number of the rollout in the run.
         """
 
     @abstractmethod
@@ -150,7 +145,7 @@ class RolloutSchedule:
             )
 
     def check_split(self, accumulate_grad_batches: int, world_size: int) -> None:
-        """Raise ConfigError unless every micro-batch of every rank gets the same number of sequences."""
+        """Raise ConfigError unless every micro-batch of every rank gets the same number of episodes."""
         if accumulate_grad_batches < 1:
             raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
         if self.prompts_per_rollout % world_size:
@@ -341,7 +336,7 @@ class RolloutLoader:
 
     def _load_batches(self, saved: list[dict[str, Any]], places: list[list[int]]) -> None:
         rank, ranks, device = self.run.rank, self.run.world_size, self.run.device or torch.device("cpu")
-        scored: dict[int, ScoredRollout] = {}
+        scored: dict[int, Rollout] = {}
         for number in saved[0]["rollouts"]:
             parts = [rollout_from_state(one["rollouts"][number], self.prompts, device) for one in saved]
             scored[number] = rollout_of_rank(parts, rank, ranks)
@@ -370,14 +365,17 @@ class RolloutLoader:
         """The micro-batches of the next rollout; the rollouts ahead of it begin first."""
         before, ahead, random = self._position, list(self._ahead), capture_random_state()
         try:
-            if not self._ahead:
-                self._begin()
-            first = self._ahead[0].minibatches
-            first.wait()
             most, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
-            while len(self._ahead) <= most and len(self._ahead) * steps < self.run.steps_left:
-                self._begin()
-            batches = self._micro_batches(first.result())
+            while not self._ahead or (len(self._ahead) <= most and len(self._ahead) * steps < self.run.steps_left):
+                if self._ahead:
+                    self._ahead[0].minibatches.wait()
+                start, prompts = self._position, self._cursor.draw(self.schedule.prompts_per_rollout)
+                begun = self.source.begin(prompts, self.generator, self._cursor.draw if self.shuffle else None)
+                self._rollouts += 1
+                self._ahead.append(_Ahead(start, begun.then(partial(self.source.finish, number=start.rollouts))))
+                if not self.source.plays_elsewhere:
+                    self._ahead[-1].minibatches.result()
+            batches = self._micro_batches(self._ahead[0].minibatches.result())
         except BaseException:
             # After a stop during generation, restore the state of the last optimizer step. A run that resumes from a checkpoint
             # saved now begins these rollouts again.
@@ -391,60 +389,14 @@ class RolloutLoader:
         self._ahead.popleft()
         return batches
 
-    def _begin(self) -> None:
-        before = self._position
-        prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
-        rollout = self.source.roll_out(prompts, self.generator, self._cursor.draw if self.shuffle else None)
-        self._rollouts += 1
-        self._ahead.append(_Ahead(before, rollout.then(lambda made: self._minibatches(made, before.rollouts))))
-
-    def _minibatches(self, rollout: TrainedRollout, number: int) -> list[PolicyBatch]:
-        """The optimizer steps of one pass over a rollout, with the rows that contribute to each."""
-        sequences, advantages, counted = rollout.sequences, rollout.advantages, rollout.counted
-        rows = len(sequences) // self.schedule.minibatches_per_rollout
-        # A completion without tokens adds nothing to a loss. A masked completion counts as a sequence; an excluded one does not.
-        contributes = sequences.sampled_mask.any(dim=1)
-        if rollout.contributes is not None:
-            contributes = contributes & rollout.contributes
-        minibatches: list[PolicyBatch] = []
-        for step in range(self.schedule.minibatches_per_rollout):
-            of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
-            updated_sequences = self._sum(contributes[of_step])
-            if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs the usual metrics
-                shown = of_step[sequences.sampled_mask[of_step].any(dim=1)]
-                contributes[shown[:: self.schedule.samples_per_prompt]] = True
-                updated_sequences = self._sum(contributes[of_step])
-            updated = of_step[contributes[of_step]]
-            whole = PolicyBatch(
-                sequences=sequences,
-                advantages=advantages,
-                sampling_logprobs=rollout.sampling_logprobs,
-                old_logprobs=None,
-                ref_logprobs=None,
-                num_sequences=float(rows * self.run.world_size) if counted is None else self._sum(counted[of_step]),
-                num_tokens=self._sum(sequences.sampled_mask[of_step]),
-                updated_sequences=updated_sequences,
-                updated_tokens=self._sum(sequences.sampled_mask[updated]),
-                metrics=rollout.metrics,
-                rollout=rollout.scored,
-                rollout_number=number,
-                seen_by_teacher=rollout.seen_by_teacher,
-            )
-            minibatches.append(whole.rows(updated))
-        return minibatches
-
     def _micro_batches(self, minibatches: Sequence[PolicyBatch]) -> deque[PolicyBatch]:
         """The micro-batches of all passes over a rollout, with the values that the update needs, under the current weights."""
         accumulate, epochs = self.run.accumulate_grad_batches, self.schedule.epochs_per_rollout
         self.schedule.check_split(accumulate, self.run.world_size)
         one_pass: list[PolicyBatch] = []
         for step, minibatch in enumerate(minibatches):
-            rows = torch.arange(len(minibatch.sequences), device=minibatch.advantages.device)
             # Until the first optimizer step the policy's log-probabilities are the old ones. With several passes over the
             # rollout, the first step's micro-batches come again later, so they need old log-probabilities, too.
             on_policy = step == 0 and epochs == 1
-            one_pass.extend(self.source.add_logprobs([minibatch.rows(part) for part in rows.tensor_split(accumulate)], on_policy))
+            one_pass.extend(self.source.add_logprobs(minibatch.split(accumulate), on_policy))
         return deque(one_pass * epochs)
-
-    def _sum(self, values: Tensor) -> float:
-        return float(self.run.sum_over_ranks(values.sum()))

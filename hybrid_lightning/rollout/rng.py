@@ -76,6 +76,16 @@ class PromptDraws:
         names = [f"{self._names[place]}/{sample} turn {turn}" for (place, sample), turn in zip(places, turns, strict=True)]
         return PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
 
+    def seed_of(self, row: int, turn: int) -> int:
+        """A seed below 2^63 for message `turn`, from 0, of one of the P * G completions, for engines that draw by themselves.
+
+        The first messages of a prompt have successive seeds, as vLLM gives them to the completions of one request.
+        """
+        if turn:
+            return self.of_turns([row], [turn]).seeds[0]
+        place, sample = divmod(row, self._samples)
+        return self.seeds[place] + sample
+
 
 def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
     """Random numbers that are the same in every evaluation, and independent of training."""

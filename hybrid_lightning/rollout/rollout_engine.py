@@ -1,25 +1,19 @@
-"""`RolloutEngine`: the interface that the policy, its evaluation and its calibration use to get completions of prompts.
+"""`RolloutEngine`: plays the episodes of a rollout, and samples the messages that they ask for.
 
-Prompts go in as token ids and completions come out as token ids, so nothing is tokenized twice. Each token has its
-log-probability under softmax(logits / temperature).
+Token ids go in and token ids come out, so nothing is tokenized twice. Each sampled token has its log-probability under
+softmax(logits / temperature).
 
-Our `Sampler` computes with the policy's own weights. Other engines have a copy of them (`needs_weight_sync`), which training
-makes stale: before such an engine samples, it receives the changed weights (`update`).
+    RolloutEngine <- BatchEngine <- Sampler                 in this process, in batches, by the policy's own weights
+                  <- WeightedEngine <- VLLMSampler          by a copy of the weights, which training makes stale: before a
+                                    <- VLLMServerSampler    rollout, the engine receives the changed weights (`update`)
 
-`Conversation` continues episodes, turn by turn, after the text that an environment has added to them:
-
-    conversation = sampler.conversation(engine, tokenizer, request, capacity=512)
-    turn = conversation.first()                         the first message of every episode, as from `sample`
-    turn = conversation.next([0, 3], [[5, 6], [7]])     the next message of episodes 0 and 3, after these added tokens
-
-Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
+Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +25,20 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import (
+    Begun,
+    MessageRequest,
+    Playable,
     PolicyWeights,
     PromptLogprobs,
+    Sampled,
     SamplingRequest,
     ServedModel,
     Stops,
     WeightsVersion,
 )
+from hybrid_lightning.rollout.playing import NOTHING, Rounds, Surroundings
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Completion, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Rollout, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -63,15 +62,7 @@ class RolloutEngine(Configurable, ABC):
     """
 
     shares_device = False  # whether it allocates memory in this process, in its own way, on the training device
-    needs_weight_sync = False  # whether `update` has to send it the policy's weights; if not, it samples with the policy itself
-    # Whether completions are made in other processes, while this one continues (see `begin`), by engines that all ranks share.
-    is_remote = False
-    inflight_updates = False  # whether open requests continue with new weights from `update`; else no request may be open
-    idle_seconds = 0.0  # idle time before the last requests, for a remote engine
-    version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or no own weights
-    scores_prompts = False  # whether it has `prompt_logprobs`, which compare its weights with the policy's
-    sends_adapter = False  # whether it receives LoRA separately from the base, instead of merged weights
-    renormalizes = False  # whether its log-probabilities are over the tokens that top-k, top-p and min-p keep
+    is_remote = False  # whether episodes are played while this process continues, by engines that all ranks share
 
     def __init__(
         self,
@@ -130,16 +121,6 @@ class RolloutEngine(Configurable, ABC):
         truncates = self.top_p < 1  # which sorts, and sums up
         return (8 if truncates else 4) + (self.temperature != 1) + (truncates and self.top_k > 0)
 
-    def check_model(self, model: ServedModel) -> None:
-        """Make sure, before time is spent on a run, that this engine can sample for a model.
-
-        Raises:
-            ConfigError: If it cannot.
-        """
-
-    def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
-        """Raise ConfigError if it cannot receive an adapter with LoRA of these ranks, with or without LoRA on `experts`."""
-
     def context(self, config: Any) -> tuple[float, str]:
         """Most tokens of a prompt with its completion by the model's config, infinite if unknown, and the limit's source."""
         return model_context(config)
@@ -148,15 +129,15 @@ class RolloutEngine(Configurable, ABC):
         """Raise ConfigError if a prompt with its longest completion, None for `max_new_tokens`, exceeds the `context`."""
         check_length(prompt_tokens, new_tokens or self.max_new_tokens, *self.context(config))
 
-    def _checked_limits(self, engine: "Engine", request: SamplingRequest) -> Sequence[int]:
+    def checked_limits(self, runner: "Engine", request: SamplingRequest) -> Sequence[int]:
         """Most new tokens of each completion, [B]; ConfigError if there is no room for them."""
-        config, samples = getattr(engine.model, "config", None), request.samples_per_prompt
+        config, samples = getattr(runner.model, "config", None), request.samples_per_prompt
         limits = [self.max_new_tokens] * (samples * len(request.prompt_ids)) if request.limits is None else request.limits
         for number, ids in enumerate(request.prompt_ids):
             self.check_prompt(config, len(ids), max(limits[number * samples : (number + 1) * samples]))
         return limits
 
-    def _listener(
+    def listener(
         self, tokenizer: PreTrainedTokenizerBase, request: SamplingRequest
     ) -> Callable[[int, Sequence[int], bool], None] | None:
         """What to call with the number, the tokens and `finished` of each completion that has ended; None if nothing listens."""
@@ -173,40 +154,6 @@ class RolloutEngine(Configurable, ABC):
 
         return ended
 
-    def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """Whether the next `update` has to give it all weights, and not only the weights that training changes."""
-        return False
-
-    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """Give an engine with its own weights the policy's, unless it has them already.
-
-        If weights are split over ranks, all ranks call this, and iterate over what `stream` yields.
-
-        Args:
-            weights: The policy's current weights.
-            model: The policy's model.
-            everything: Whether all weights are given, as agreed by all ranks; None takes the answer of `needs_everything`.
-
-        Raises:
-            RolloutError: If the engine cannot receive them.
-        """
-
-    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
-        """Begin to compute log-probabilities of sequences of at least two tokens, on each copy of the weights that answers."""
-        raise NotImplementedError
-
-    @property
-    def has_lost_weights(self) -> bool:
-        """Whether open requests wait for weights that only `update` can give, because their engine was restarted."""
-        return False
-
-    def accept_weights(self, version: WeightsVersion) -> None:
-        """Accept tokens sampled with these weights from open requests. All ranks call it before one of them updates."""
-
-    def updating(self) -> AbstractContextManager[Any]:
-        """Hold back completions that other threads request, while the engine receives weights within this context."""
-        return nullcontext()
-
     def release_memory(self) -> None:
         """Free memory that is not needed until the next call, if the engine shares a device with training."""
 
@@ -214,33 +161,33 @@ class RolloutEngine(Configurable, ABC):
         """End everything that this engine has started. Servers that others started keep running."""
 
     @abstractmethod
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
-        """Complete every prompt of a request.
+    def play(
+        self,
+        runner: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        episodes: Sequence[Playable],
+        capacity: int | None = None,
+        around: Surroundings = NOTHING,
+    ) -> Begun[None]:
+        """Play the episodes of a rollout, and sample the messages that they ask for.
+
+        An engine in this process has played them when this returns; a remote engine has begun.
 
         Args:
-            engine: Engine of a causal language model, which the caller puts into eval mode.
-            tokenizer: Decodes the completions.
-            request: What to complete, and how.
-
-        Returns:
-            Rollouts of B = P * G sequences, on the model's device.
+            runner: Runs a causal language model, which the caller puts into eval mode.
+            tokenizer: Decodes the messages.
+            request: The prompts and how to sample; without their tokens, which episodes bring.
+            episodes: Some of the B episodes, by number.
+            capacity: Most tokens of an episode after its prompt, sampled or added; None if an episode is a single message.
+            around: What surrounds the episodes.
 
         Raises:
-            ConfigError: If a prompt with its longest completion exceeds the model's positions.
-            RolloutError: If the engine fails, or completes with weights other than the last `update` gave it.
+            ConfigError: If a prompt with its longest episode exceeds the model's positions.
+            RolloutError: If the engine fails, or samples with weights other than the last `update` gave it.
         """
 
-    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """Begin to `sample`. A remote engine starts now; any other one completes when the result is requested."""
-        return RolloutFuture(lambda: self.sample(engine, tokenizer, request))
-
-    def conversation(
-        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
-    ) -> "Conversation":
-        """Begin episodes of several turns, of at most `capacity` tokens after the prompt (see `Conversation`)."""
-        return Conversation(self, engine, tokenizer, request, capacity)
-
-    def rollouts(
+    def rollout(
         self,
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
@@ -249,8 +196,8 @@ class RolloutEngine(Configurable, ABC):
         logprobs: Tensor,
         finished: Tensor,
         weights_step: Tensor | None = None,
-    ) -> Rollouts:
-        """The rollouts of a request, from the tokens that were sampled for it.
+    ) -> Rollout:
+        """The rollout of a request, from the tokens that were sampled for it.
 
         Args:
             tokenizer: Decodes the tokens.
@@ -267,7 +214,7 @@ class RolloutEngine(Configurable, ABC):
         rows = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)]
         completions = self.completions(tokenizer, request.prompt_ids, rows, finished.tolist())
         sequences = Sequences(prompt_ids, prompt_mask, tokens, mask, weights_step)
-        return Rollouts(tuple(request.prompts), sequences, completions, logprobs, finished, samples)
+        return Rollout(tuple(request.prompts), completions, sequences, logprobs)
 
     def completions(
         self,
@@ -289,88 +236,173 @@ class RolloutEngine(Configurable, ABC):
         return tuple(Completion(*row) for row in rows)
 
 
-class Conversation:
-    """Episodes with any rollout engine: it receives the context of a message as a longer prompt.
+class BatchEngine(RolloutEngine):
+    """An engine in this process. It samples batches: whenever all live episodes of a rollout wait for the policy."""
+
+    @abstractmethod
+    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
+        """Complete every prompt of a request; returns B = P * G sequences, on the model's device. See `play`."""
+
+    def session(
+        self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
+    ) -> "Session":
+        """Begin a rollout's episodes (see `play`)."""
+        return Session(self, runner, tokenizer, request, capacity)
+
+    def play(
+        self,
+        runner: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        episodes: Sequence[Playable],
+        capacity: int | None = None,
+        around: Surroundings = NOTHING,
+    ) -> Begun[None]:
+        """See `RolloutEngine`."""
+        session, messages = self.session(runner, tokenizer, request, capacity), list[Sampled]()
+        with Rounds(episodes, around) as rounds:
+            while asked := rounds.advance(messages):
+                messages = session.sample(asked)
+        return RolloutFuture.of(None)
+
+
+class WeightedEngine(RolloutEngine):
+    """An engine with a copy of the policy's weights."""
+
+    version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet
+    sends_adapter = False  # whether it receives LoRA separately from the base, instead of merged weights
+
+    def check_model(self, model: ServedModel) -> None:
+        """Make sure, before time is spent on a run, that this engine can sample for a model.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
+    def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
+        """Raise ConfigError if it cannot receive an adapter with LoRA of these ranks, with or without LoRA on `experts`."""
+
+    def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
+        """Whether the next `update` has to give it all weights, and not only the weights that training changes."""
+        return False
+
+    def update(
+        self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None, keeps_requests: bool = False
+    ) -> None:
+        """Give the engine the policy's weights, unless it has them already.
+
+        If weights are split over ranks, all ranks call this, and iterate over what `stream` yields.
+
+        Args:
+            weights: The policy's current weights.
+            model: The policy's model.
+            everything: Whether all weights are given, as agreed by all ranks; None takes the answer of `needs_everything`.
+            keeps_requests: Whether open requests continue with the new weights; if not, no request may be open.
+
+        Raises:
+            RolloutError: If the engine cannot receive them.
+        """
+
+    def take_idle_seconds(self) -> float:
+        """Seconds since the last call in which a remote engine had no request, as far as their end is known."""
+        return 0.0
+
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
+        """Begin to compute log-probabilities of sequences of at least two tokens, on each copy of the weights that answers."""
+        raise NotImplementedError
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether open requests wait for weights that only `update` can give, because their engine was restarted."""
+        return False
+
+    def accept_weights(self, version: WeightsVersion) -> None:
+        """Accept tokens sampled with these weights from open requests. All ranks call it before one of them updates."""
+
+
+class Session:
+    """Messages of the episodes of a rollout, in batches; each batch is sampled with everything before a message as its prompt.
 
     Sampled text is never tokenized again. An episode's random numbers depend on its prompt, its index among the samples, and the
-    number of its messages so far (see `PromptDraws.of_turns`).
-
-    Weights must not change during a conversation, unless the engine allows `inflight_updates`. A turn that begins after an update
-    uses the new weights, and each token records its weights.
+    number of its request (see `PromptDraws.of_turns`). Weights do not change during a session.
 
     Args:
-        sampler: Makes the messages.
-        engine: As in `RolloutEngine.sample`, like tokenizer and request.
+        engine: Makes the messages.
+        runner: As in `BatchEngine.sample`, like tokenizer and request.
         tokenizer: See above.
-        request: The first message of all B episodes.
-        capacity: Most tokens of an episode after its prompt: sampled tokens and added tokens.
-
-    Raises:
-        ConfigError: If a prompt with an episode of this capacity exceeds the positions of the model or of the engine.
+        request: The prompts of all B episodes, without their tokens.
+        capacity: Most tokens of an episode after its prompt, sampled or added; None if an episode is a single message.
     """
 
     def __init__(
         self,
-        sampler: RolloutEngine,
-        engine: "Engine",
+        engine: BatchEngine,
+        runner: "Engine",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
-        capacity: int,
+        capacity: int | None,
     ) -> None:
-        for ids in request.prompt_ids:
-            sampler.check_prompt(getattr(engine.model, "config", None), len(ids), capacity)
-        self._sampler, self._engine, self._tokenizer, self._capacity = sampler, engine, tokenizer, capacity
-        self._request = replace(request, stops=request.stops or sampler.stops(tokenizer))
-        # Tokens of each episode so far.
-        self._own: list[list[int]] = [[] for _ in range(len(request.prompts) * request.samples_per_prompt)]
-        self._messages = [0] * len(self._own)  # number of the policy's messages in each episode
+        self._engine, self._runner, self._tokenizer, self._capacity = engine, runner, tokenizer, capacity
+        self._request = replace(request, stops=request.stops or engine.stops(tokenizer))
 
-    def first(self) -> Rollouts:
-        """The first message of all B episodes."""
-        limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._own)
-        request = replace(self._request, limits=[min(limit, self._capacity) for limit in limits])
-        return self._recorded(range(len(self._own)), self._first(request))
+    def sample(self, asked: Sequence[MessageRequest]) -> list[Sampled]:
+        """The messages that some episodes ask for, one each, in the order of `asked`, which is by episode.
 
-    def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
-        """The next message of some episodes, with everything before it as its prompt; the others wait, and may continue later.
-
-        Args:
-            rows: Numbers of R episodes, ascending.
-            added: Token ids to add after the last message of each.
+        Raises:
+            ConfigError: If a prompt with an episode of this capacity exceeds the positions of the model or of the engine.
         """
-        assert list(rows) == sorted(set(rows)) and all(self._messages[row] for row in rows)
-        for row, tokens in zip(rows, added, strict=True):
-            self._own[row] += tokens
-        begun, longest = self._request, self._sampler.max_new_tokens
-        numbers = [row // begun.samples_per_prompt for row in rows]
-        limits = [min(longest, self._capacity - len(self._own[row])) for row in rows]
-        assert all(limit > 0 for limit in limits), "an episode without room for a token has ended"
-        draws = begun.draws
+        first, later = [each for each in asked if not each.number], [each for each in asked if each.number]
+        found: dict[int, Sampled] = {}
+        if first:
+            rollout = self._engine.sample(self._runner, self._tokenizer, self._request_first(first))
+            found |= messages_of(rollout, first, [each.episode for each in first])
+        if later:
+            rollout = self._engine.sample(self._runner, self._tokenizer, self._request_later(later))
+            found |= messages_of(rollout, later, range(len(later)))
+        return [found[each.episode] for each in asked]
+
+    def _request_first(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
+        """The first messages, G of each prompt; an episode that asks for none gets one token, which nobody sees."""
+        begun, samples = self._request, self._request.samples_per_prompt
+        ids = {each.episode // samples: each.ids for each in asked}
+        limits = [1] * (len(begun.prompts) * samples)
+        for each in asked:
+            assert ids[each.episode // samples] == each.ids, "the episodes of a group begin with the same tokens"
+            limits[each.episode] = each.limit
+        config = getattr(self._runner.model, "config", None)
+        for tokens in ids.values() if self._capacity is not None else ():
+            self._engine.check_prompt(config, len(tokens), self._capacity)
+        prompt_ids = [ids.get(number, asked[0].ids) for number in range(len(begun.prompts))]
+        return replace(begun, prompt_ids=prompt_ids, limits=limits)
+
+    def _request_later(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
+        """Later messages, one of each episode, after prompts of their own."""
+        begun, draws = self._request, self._request.draws
         if isinstance(draws, PromptDraws):
-            draws = draws.of_turns(rows, [self._messages[row] for row in rows])
-        request = replace(
+            draws = draws.of_turns([each.episode for each in asked], [each.number for each in asked])
+        return replace(
             begun,
-            prompts=[begun.prompts[number] for number in numbers],
-            prompt_ids=[[*begun.prompt_ids[number], *self._own[row]] for number, row in zip(numbers, rows, strict=True)],
+            prompts=[begun.prompts[each.episode // begun.samples_per_prompt] for each in asked],
+            prompt_ids=[each.ids for each in asked],
             samples_per_prompt=1,
             draws=draws,
-            limits=limits,
+            limits=[each.limit for each in asked],
+            on_completion=None,
+            on_tokens=None,
         )
-        return self._recorded(rows, self._next(request, rows, added))
 
-    def _recorded(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
-        sequences = turn.sequences
-        lengths = sequences.completion_mask.sum(dim=1).tolist()
-        for row, tokens, length in zip(rows, sequences.completion_ids.tolist(), lengths, strict=True):
-            self._own[row] += tokens[:length]
-            self._messages[row] += 1
-        return turn
 
-    def _first(self, request: SamplingRequest) -> Rollouts:
-        return self._sampler.sample(self._engine, self._tokenizer, request)
-
-    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
-        return self._sampler.sample(self._engine, self._tokenizer, request)
+def messages_of(rollout: Rollout, asked: Sequence[MessageRequest], rows: Sequence[int]) -> dict[int, Sampled]:
+    """Episode -> its message, from the rows of a batch that answer the requests."""
+    sequences = rollout.sequences
+    lengths, ids = sequences.completion_mask.sum(dim=1).tolist(), sequences.completion_ids.tolist()
+    logprobs = rollout.sampling_logprobs.tolist()
+    steps = [[] for _ in ids] if sequences.weights_step is None else sequences.weights_step.tolist()
+    found = {}
+    for each, row in zip(asked, rows, strict=True):
+        end = slice(lengths[row])
+        found[each.episode] = Sampled(ids[row][end], logprobs[row][end], steps[row][end], rollout.completions[row])
+    return found
 
 
 def model_context(config: Any) -> tuple[float, str]:

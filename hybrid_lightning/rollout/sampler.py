@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
-from hybrid_lightning.rollout.interface import Draws, SamplingRequest
+from hybrid_lightning.rollout.interface import Draws, MessageRequest, Sampled, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
-from hybrid_lightning.types import Rollouts
+from hybrid_lightning.rollout.rollout_engine import BatchEngine, Session, messages_of
+from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -35,7 +35,7 @@ _ONE = 2.0**40  # the whole number that stands for 1
 _EVERY = 16  # steps after which the number of running rows is copied from an accelerator
 
 
-class Sampler(RolloutEngine):
+class Sampler(BatchEngine):
     """Samples in the training process, with the trained weights themselves; the default rollout engine.
 
     Args:
@@ -61,65 +61,55 @@ class Sampler(RolloutEngine):
         super().__init__(max_new_tokens, **options)
         self.cuda_graphs = cuda_graphs
 
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
-        """Complete every prompt of a request with the model's own passes."""
-        return self.first(engine, tokenizer, request)[0]
-
-    def conversation(
-        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
-    ) -> Conversation:
-        """Begin episodes of several turns. Keys and values are kept between turns if the model's decoding supports that."""
-        return _ContinuedConversation(self, engine, tokenizer, request, capacity)
-
     @torch.no_grad()
-    def first(
-        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
-    ) -> "tuple[Rollouts, _Decoder]":
-        """Complete a request like `sample`, or, with a capacity, sample the first message of episodes.
+    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
+        """Complete every prompt of a request with the model's own passes."""
+        limits, decoder = self.checked_limits(runner, request), _Decoder(self, runner, tokenizer, request)
+        decoded = decoder.decode(decoder.read(request, max(limits)), request.draws, limits)
+        return self.rollout(tokenizer, request, *decoded)
 
-        Returns:
-            The rollouts, and their decoder, with space for episodes of `capacity` tokens.
-        """
-        limits, decoder = self._checked_limits(engine, request), _Decoder(self, engine, tokenizer, request)
-        ids, mask = pad_left(request.prompt_ids, decoder.pad_id, decoder.device)
-        samples, length = request.samples_per_prompt, capacity or max(limits)
-        begin = partial(decoder.prefill, ids, mask, samples, length, keeps_rows=capacity is not None)
-        return self.decoded(decoder, tokenizer, request, begin, limits), decoder
-
-    def decoded(
-        self,
-        decoder: "_Decoder",
-        tokenizer: PreTrainedTokenizerBase,
-        request: SamplingRequest,
-        begin: Callable[[], Tensor],
-        limits: Sequence[int],
-    ) -> Rollouts:
-        """The rollouts of a request, decoded from the logits [B, V] of the first token of each, which `begin` computes."""
-        tokens, logprobs, lengths, finished = decoder.decode(begin, request.draws, limits)
-        mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
-        return self.rollouts(tokenizer, request, tokens, mask, logprobs, finished)
+    def session(
+        self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
+    ) -> Session:
+        """Begin a rollout's episodes. Keys and values are kept between turns if the model's decoding supports that."""
+        return (Session if capacity is None else _ContinuedSession)(self, runner, tokenizer, request, capacity)
 
 
-class _ContinuedConversation(Conversation):
+class _ContinuedSession(Session):
     """Continues from the existing keys and values, if the model's decoding supports that."""
 
-    _sampler: Sampler
     _decoder: "_Decoder"
-
-    def _first(self, request: SamplingRequest) -> Rollouts:
-        found, self._decoder = self._sampler.first(self._engine, self._tokenizer, request, self._capacity)
-        return found
+    _prompts: list[int]  # tokens of each prompt
+    _cached: dict[int, list[int]]  # tokens of each episode whose keys and values are kept, and the last one sampled
 
     @torch.no_grad()
-    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
-        decoding = self._decoder.decoding
-        if not decoding.can_extend:
-            return super()._next(request, rows, added)
-        own = [self._own[row] for row in rows]
-        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
-        begin = partial(decoding.extend, rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
-        assert request.limits is not None, "set by `next`"
-        return self._sampler.decoded(self._decoder, self._tokenizer, request, begin, request.limits)
+    def sample(self, asked: Sequence[MessageRequest]) -> list[Sampled]:
+        """See `Session`."""
+        assert isinstance(self._engine, Sampler) and self._capacity is not None
+        if not asked[0].number:
+            request, rows = self._request_first(asked), [each.episode for each in asked]
+            limits = self._engine.checked_limits(self._runner, request)
+            self._prompts, self._cached = [len(ids) for ids in request.prompt_ids], {}
+            self._decoder = _Decoder(self._engine, self._runner, self._tokenizer, request)
+            begin = self._decoder.read(request, self._capacity, keeps_rows=True)
+        elif self._decoder.decoding.can_extend and all(self._continues(each) for each in asked):
+            request, limits = self._request_later(asked), [each.limit for each in asked]
+            rows = list(range(len(asked)))
+            prompts = [self._prompts[each.episode // self._request.samples_per_prompt] for each in asked]
+            # The last token that was sampled has not been read.
+            kept = [len(self._cached[each.episode]) - prompt - 1 for each, prompt in zip(asked, prompts, strict=True)]
+            added = [list(each.ids[prompt + read :]) for each, prompt, read in zip(asked, prompts, kept, strict=True)]
+            begin = partial(self._decoder.decoding.extend, [each.episode for each in asked], kept, added)
+        else:
+            return super().sample(asked)
+        rollout = self._engine.rollout(self._tokenizer, request, *self._decoder.decode(begin, request.draws, limits))
+        found = messages_of(rollout, asked, rows)
+        self._cached |= {each.episode: [*each.ids, *found[each.episode].ids] for each in asked}
+        return [found[each.episode] for each in asked]
+
+    def _continues(self, asked: MessageRequest) -> bool:
+        cached = self._cached[asked.episode]
+        return asked.ids[: len(cached)] == cached
 
 
 class _Decoder:
@@ -130,17 +120,21 @@ class _Decoder:
 
     def __init__(self, sampler: Sampler, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> None:
         self.sampler, self.engine, self.greedy, self.on_token = sampler, engine, request.greedy, request.on_token
-        self.on_ended = sampler._listener(tokenizer, request)  # called for sequences that end early
+        self.on_ended = sampler.listener(tokenizer, request)  # called for sequences that end early
         stops = request.stops or sampler.stops(tokenizer)
         self.device = next(engine.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = pad_token(tokenizer)
 
-    def prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool = False) -> Tensor:
-        """Read left-padded prompts [P, S] for completions of at most `capacity` tokens; logits [B, V] of the first token of each.
+    def read(self, request: SamplingRequest, capacity: int, keeps_rows: bool = False) -> Callable[[], Tensor]:
+        """What reads the prompts for completions of at most `capacity` tokens; returns logits [B, V] of the first token of each.
 
         With `keeps_rows`, completions stay in the batch after they have ended.
         """
+        ids, mask = pad_left(request.prompt_ids, self.pad_id, self.device)
+        return partial(self._prefill, ids, mask, request.samples_per_prompt, capacity, keeps_rows)
+
+    def _prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool) -> Tensor:
         self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
         wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
         reason = self._why_no_graphs() if wanted else ""
@@ -173,7 +167,8 @@ class _Decoder:
             limits: Most tokens of each sequence, [B].
 
         Returns:
-            Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
+            Tokens [B, T], their mask [B, T] bool, log-probabilities [B, T], and whether a stop token or string ended each
+            sequence, [B] bool.
         """
         graphs, self.generator = self.engine.graphs, generator
         batch, most = len(limits), max(limits)
@@ -218,7 +213,8 @@ class _Decoder:
         finished = ~cut
         finished[rows[running]] = False
         longest = int(lengths.max())
-        return tokens[:, :longest], logprobs[:, :longest], lengths, finished
+        mask = torch.arange(longest, device=tokens.device)[None] < lengths[:, None]
+        return tokens[:, :longest], mask, logprobs[:, :longest], finished
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""

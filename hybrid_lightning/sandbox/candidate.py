@@ -40,7 +40,7 @@ def compile_program(setup: str, source: str) -> list[types.CodeType]:
             raise error from None
 
 
-class Server:
+class CandidateServer:
     """Evaluates names, calls functions and reads attributes for the tests."""
 
     def __init__(self, tested: Sequence[str], requests: int, replies: int) -> None:
@@ -98,9 +98,9 @@ class Server:
 
 
 def run_function(setup: str, source: str, tested: Sequence[str], requests: int, replies: int) -> None:
-    """Serve the functions of a program over two pipes, including the names `tested` (see `Server`)."""
+    """Serve the functions of a program over two pipes, including the names `tested` (see `CandidateServer`)."""
     sys.setrecursionlimit(RECURSION_LIMIT)
-    server = Server(tested, requests, replies)
+    server = CandidateServer(tested, requests, replies)
     server.serve(lambda: server.load(setup, source))
     os._exit(0)
 

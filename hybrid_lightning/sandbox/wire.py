@@ -86,7 +86,7 @@ def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any
     """
     try:
         first, *entries = json.loads(data)
-        decoder = _Decoder(entries, known, remote, classes)
+        decoder = _WireDecoder(entries, known, remote, classes)
         value = decoder.item(first)
         decoder.fill()
         return value
@@ -158,7 +158,7 @@ class _Encoder:
         return ["unknown", self.unknown(value), callable(value)]
 
 
-class _Decoder:
+class _WireDecoder:
     def __init__(
         self, entries: list[Any], known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]
     ):

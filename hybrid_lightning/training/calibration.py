@@ -5,11 +5,11 @@
 The losses are the training losses, on rewards or on examples. Equal rewards give no gradient, so if all rewards are equal, the
 losses are supervised losses of the reference answers.
 
-Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
+Axes: P prompts, B rows of tokens, T completion tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -18,13 +18,13 @@ from torch import Tensor
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.losses.functional import any_advantage
-from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, pad_token, split_by_tokens
+from hybrid_lightning.rollout.batching import join_rollouts, pad_left, pad_right, pad_token, split_by_tokens
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run_checks import all_are_cut
-from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollout, Sequences
 
 # Calibration prompts that one device completes together.
 _MOST_TOGETHER = 16
@@ -32,9 +32,7 @@ _MOST_TOGETHER = 16
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
 
 
-def calibration_rollouts(
-    generation: Generation, prompts: Sequence[Prompt], schedule: RolloutSchedule, seed: int
-) -> tuple[Rollouts, Rewards]:
+def calibration_rollout(generation: Generation, prompts: Sequence[Prompt], schedule: RolloutSchedule, seed: int) -> Rollout:
     """Complete and score prompts with the start policy, with the same number of completions per prompt as in training.
 
     If the model is split, all ranks must call this. Each rank completes a share of the prompts, and gets all completions.
@@ -42,14 +40,13 @@ def calibration_rollouts(
     policy, samples, split = generation.policy, schedule.samples_per_prompt, generation.policy.weights.sharded
     rank, ranks = (dist.get_rank(), world_size()) if split else (0, 1)
 
-    def make(places: range) -> tuple[Rollouts, Rewards]:
+    def make(places: range) -> Rollout:
         some = [prompts[place] for place in places]
-        rollouts = generation.generate(some, samples, PromptDraws(some, samples, seed, places))
-        return rollouts, generation.score(rollouts)
+        return generation.score(generation.generate(some, samples, PromptDraws(some, samples, seed, places)))
 
     if split:
         generation.update()  # update of a rollout engine, by all ranks together
-    parts: list[tuple[Rollouts, Rewards]] = []
+    parts: list[Rollout] = []
     size = ranks * calibration_batch(schedule.prompts_per_rollout)
     for start in range(0, len(prompts), size):
         places = range(start, min(start + size, len(prompts)))
@@ -59,14 +56,12 @@ def calibration_rollouts(
         shares = [places[len(places) * i // ranks : len(places) * (i + 1) // ranks] for i in range(ranks)]
         mine = shares[rank] or places[:1]  # a rank without a prompt repeats one, since all ranks gather weights together
 
-        def on_host(mine: range = mine) -> tuple[Rollouts, Rewards]:
-            rollouts, rewards = make(mine)
-            return rollouts.to("cpu"), rewards.to("cpu")
+        def on_host(mine: range = mine) -> Rollout:
+            return make(mine).to("cpu")
 
         made = on_all_ranks(on_host, generation.run.signals, "score the modules")
         parts += [part for part, share in zip(made, shares, strict=True) if share]
-    rollouts = join_rollouts([rollouts for rollouts, _ in parts]).to(policy.device)
-    return rollouts, join_rewards([rewards for _, rewards in parts]).to(policy.device)
+    return join_rollouts(parts).to(policy.device)
 
 
 def calibration_batch(prompts_per_rollout: int) -> int:
@@ -96,10 +91,8 @@ class CalibrationLosses:
 
 
 def rollout_losses(
+    batch: PolicyBatch,
     prompts: Sequence[Prompt],
-    sequences: Sequences,
-    advantages: Tensor,
-    counted: Tensor | None,
     loss: PolicyLoss,
     generation: Generation,
     logprobs: LogprobFunction,
@@ -111,29 +104,25 @@ def rollout_losses(
     bonus: their gradient is exactly zero.
 
     Args:
-        prompts: P prompts.
-        sequences: Their N completions as the loss sees them.
-        advantages: [N], or [N, T].
-        counted: See `Rewards`, [N] bool or None.
+        batch: The rows of all completions.
+        prompts: Their P prompts.
         loss: The training loss.
         generation: Encodes the prompts.
-        logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
+        logprobs: Log-probabilities with gradient and entropies of B rows, [B, T] each.
         max_tokens: Most tokens of a chunk, as in training, so that scoring needs no more memory than training.
 
     Raises:
         ConfigError: If all completions are masked.
         CalibrationError: If all rewards are equal and the data has no answers.
     """
-    learned = sequences.sampled_mask.any(dim=1)
+    learned = batch.sequences.sampled_mask.any(dim=1)
     if not learned.any():
-        raise ConfigError(all_are_cut(len(sequences), "the calibration", generation))
-    if bool(advantages[learned].any()):
-        useful = (learned & (any_advantage(advantages) | loss.needs_entropy)).nonzero().squeeze(1)
-        kept, weights = sequences.rows(useful), advantages[useful]
-        runs = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
-        chunks = [(rows, of[:, : rows.completion_ids.shape[1]] if of.dim() == 2 else of) for rows, of in runs]
+        raise ConfigError(all_are_cut(len(learned), "the calibration", generation))
+    if bool(batch.advantages[learned].any()):
+        useful = (learned & (any_advantage(batch.advantages) | loss.needs_entropy)).nonzero().squeeze(1)
         longest = float(generation.max_completion_tokens)
-        losses = training_losses("reward", sequences, chunks, loss, logprobs, counted, longest)
+        runs = split_by_tokens(batch.sequences.rows(useful), max_tokens)
+        losses = training_losses("reward", batch, useful, runs, loss, logprobs, longest)
     else:
         losses = answer_losses(prompts, generation, logprobs, max_tokens)
     losses.info["prompts"] = len(prompts)
@@ -142,48 +131,43 @@ def rollout_losses(
 
 def training_losses(
     signal: str,
-    sequences: Sequences,
-    chunks: Sequence[tuple[Sequences, Tensor]],
+    batch: PolicyBatch,
+    useful: Tensor | slice,
+    runs: Sequence[slice],
     loss: PolicyLoss | ExampleLoss,
     logprobs: LogprobFunction,
-    counted: Tensor | None = None,
     max_completion_tokens: float | None = None,
 ) -> CalibrationLosses:
     """Training losses of the start policy, which here is also the policy that sampled and the reference.
 
     Args:
         signal: Source of the learning signal, for the plan.
-        sequences: N rows.
-        chunks: The rows that contribute to the loss, in chunks, and their advantages.
+        batch: All rows.
+        useful: The rows that contribute to the loss.
+        runs: The chunks that these are split into.
         loss: The training loss.
-        logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
-        counted: See `Rewards`, [N] bool or None.
+        logprobs: Log-probabilities with gradient and entropies of B rows, [B, T] each.
         max_completion_tokens: Length of the longest completion that can be sampled, which some losses need.
     """
     # With these denominators, the mean of the chunks' losses is the mean over all counted sequences, or over all their tokens.
-    num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(chunks))
-    num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(chunks))
+    sequences = round(float(batch.row_weights.sum())) / max(1, len(runs))
+    tokens = float(batch.sequences.sampled_mask.sum()) / max(1, len(runs))
+    kept = replace(batch, num_sequences=sequences, num_tokens=tokens, rollout=None).rows(useful)
 
-    def loss_of(chunk: tuple[Sequences, Tensor]) -> Tensor:
-        rows, advantages = chunk
-        policy, entropy = logprobs(rows)
+    def loss_of(chunk: PolicyBatch) -> Tensor:
+        policy, entropy = logprobs(chunk.sequences)
         start = policy.detach()
-        inputs = LossInputs(
-            logprobs=policy,
-            advantages=advantages,
-            sampled_mask=rows.sampled_mask,
-            old_logprobs=start,
-            ref_logprobs=start,
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
+        at_start = replace(chunk, sampling_logprobs=start, old_logprobs=start, ref_logprobs=start)
+        inputs = at_start.loss_inputs(
+            policy,
             entropy=entropy,
             max_completion_tokens=max_completion_tokens,
-            micro_batch_tokens=num_tokens,  # all calibration rows form one micro-batch
+            micro_batch_tokens=tokens,  # all calibration rows form one micro-batch
         )
         return loss(inputs).loss
 
-    useful = sum(len(rows) for rows, _ in chunks)
-    return CalibrationLosses(chunks, loss_of, {"signal": signal, "sequences": len(sequences), "useful_sequences": useful})
+    info = {"signal": signal, "sequences": len(batch.sequences), "useful_sequences": len(kept.sequences)}
+    return CalibrationLosses([kept.rows(run) for run in runs], loss_of, info)
 
 
 def answer_losses(

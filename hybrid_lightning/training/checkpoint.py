@@ -21,7 +21,7 @@ from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 CHECKPOINT_KEY = "hybrid_lightning"
-CHECKPOINT_FORMAT = 2  # format of everything this project puts into a checkpoint; other formats are rejected
+CHECKPOINT_FORMAT = 3  # format of everything this project puts into a checkpoint; other formats are rejected
 
 
 def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
@@ -133,6 +133,13 @@ def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
         if names:
             found = what.format(len(names))
             raise CheckpointError(f"the checkpoint has {found}, such as {names[0]!r}; it belongs to another model")
+
+
+def give_up_rollout(checkpoint: Mapping[str, Any]) -> None:
+    """Let the run that resumes draw the rollout in progress again (see `RolloutLoader.load_state_dict`)."""
+    for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+        if isinstance(state, dict) and "ranks" in state:  # state of `RolloutLoader`
+            state["given_up"] = True
 
 
 def _quantization_name(policy: Policy) -> str | None:

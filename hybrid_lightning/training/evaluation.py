@@ -6,8 +6,8 @@ last batch. Predict calls `predict`.
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
+import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -22,50 +22,50 @@ from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.rollout.rng import evaluation_draws
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.training.generation import Generation
-from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import LossInputs, Prompt, Rollout, Sequences
 
+ACCURACY = re.compile(r"greedy_accuracy|(?:avg|pass|maj)@\d+")  # metrics that count right completions
 Answers = Sequence[str | None]
-Scored = tuple[Rollouts, Rewards, Answers]
+Scored = tuple[Rollout, Answers]
 
 
-def evaluation_means(samples: int) -> ProblemMeans:
+def evaluation_means(samples: int, correctness: bool = True) -> ProblemMeans:
     """The metrics of one evaluation, from one greedy and n sampled completions of each prompt.
 
     The metrics are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
-    `truncation_rate`, and the bounds of confidence intervals.
+    `truncation_rate`, and the bounds of confidence intervals; without `correctness` none that counts right completions.
     """
-    return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
+    draws = {"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)}
+    return ProblemMeans({name: of for name, of in draws.items() if correctness or not ACCURACY.fullmatch(name)})
 
 
-def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, Rewards], answers: Answers) -> None:
+def add_prompts(means: ProblemMeans, greedy: Rollout, sampled: Rollout, answers: Answers) -> None:
     """Add the prompts of one batch to the metrics of an evaluation.
 
     Args:
         means: From `evaluation_means`.
-        greedy: Rewards of P greedy completions, one for each prompt.
-        sampled: P * n completions of the same prompts, and their rewards.
+        greedy: P scored greedy completions, one for each prompt.
+        sampled: P * n scored completions of the same prompts.
         answers: The answer in each of the P * n completions; None if it has no answer.
     """
-    rollouts, rewards = sampled
-    if rollouts.finished.device.type == "mps":  # mps has no float64
-        greedy, rewards = greedy.to("cpu"), rewards.to("cpu")
-        rollouts = replace(rollouts, sequences=rollouts.sequences.to("cpu"), finished=rollouts.finished.cpu())
-    shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
-    lengths, counted = rollouts.sequences.sampled_mask.sum(dim=1), rewards.counted
+    if sampled.episode_of_row.device.type == "mps":  # mps has no float64
+        greedy, sampled = greedy.to("cpu"), sampled.to("cpu")
+    rewards, size = sampled.scored, sampled.group_size
     values = completion_values(
-        rewards.correct.view(shape),
-        [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
-        rewards.total.view(shape),
-        lengths.view(shape),
-        rollouts.finished.view(shape),
-        None if counted is None else counted.view(shape),
+        rewards.correct,
+        [answers[start : start + size] for start in range(0, len(answers), size)],
+        rewards.total,
+        sampled.lengths,
+        sampled.finished,
+        rewards.counted,
     )
-    of_greedy = {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
-    if greedy.counted is not None:
-        of_greedy = {name: value.double().masked_fill(~greedy.counted, torch.nan) for name, value in of_greedy.items()}
+    (correct, total), counted = (part.squeeze(1) for part in (greedy.scored.correct, greedy.scored.total)), greedy.scored.counted
+    of_greedy = {"greedy_accuracy": correct, "greedy_reward": total}
+    if counted is not None:
+        of_greedy = {name: value.double().masked_fill(~counted.squeeze(1), torch.nan) for name, value in of_greedy.items()}
     values |= of_greedy
-    index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
-    means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
+    index = torch.tensor([prompt.index for prompt in sampled.prompts], device=total.device)
+    means.update([prompt.set_name for prompt in sampled.prompts], index, values)
 
 
 def check_numbers(prompts: Sequence[Prompt]) -> None:
@@ -82,13 +82,12 @@ def check_numbers(prompts: Sequence[Prompt]) -> None:
 _UNSCORED = {"completion_length": None, "truncation_rate": None}  # metrics that need no reward
 
 
-def add_lengths(means: ProblemMeans, rollouts: Rollouts) -> None:
+def add_lengths(means: ProblemMeans, rollout: Rollout) -> None:
     """Add prompts with n unscored completions each to the metrics of an evaluation."""
-    device = "cpu" if rollouts.finished.device.type == "mps" else rollouts.finished.device  # mps has no float64
-    index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=device)
-    measured = (rollouts.sequences.sampled_mask.sum(dim=1), ~rollouts.finished)
-    values = [value.to(device).double().view(len(index), -1).mean(dim=1) for value in measured]
-    means.update([prompt.set_name for prompt in rollouts.prompts], index, dict(zip(_UNSCORED, values, strict=True)))
+    rollout = rollout.to("cpu") if rollout.episode_of_row.device.type == "mps" else rollout  # mps has no float64
+    index = torch.tensor([prompt.index for prompt in rollout.prompts], device=rollout.episode_of_row.device)
+    values = [value.double().mean(dim=1) for value in (rollout.lengths, ~rollout.finished)]
+    means.update([prompt.set_name for prompt in rollout.prompts], index, dict(zip(_UNSCORED, values, strict=True)))
 
 
 class Evaluation(nn.Module):
@@ -103,9 +102,9 @@ class Evaluation(nn.Module):
 
     Attributes:
         by_problem: (set, index) -> metric -> value, for each problem in the last evaluation, over all ranks.
-        greedy: This rank's first batch of greedy completions in the last evaluation, and their rewards; None without completions.
+        greedy: This rank's first batch of greedy completions in the last evaluation, scored; None without completions.
         answers: For each of this rank's greedy completions in the last evaluation: the answer that the reward finds, whether it
-            is right, and the reference answer; empty for episodes.
+            is right, and the reference answer; empty for episodes, and where no part of the reward measures correctness.
         last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
     Raises:
@@ -118,12 +117,13 @@ class Evaluation(nn.Module):
             raise ConfigError(f"model.eval_samples must be at least 1, got {samples}")
         self.generation, self.samples, self.seed = generation, samples, seed
         self.by_problem: dict[Problem, dict[str, float]] = {}
-        self.greedy: tuple[Rollouts, Rewards] | None = None
+        self.greedy: Rollout | None = None
         self.last: dict[str, dict[str, float]] = {}
         self.answers: list[tuple[str | None, bool, str | None]] = []
-        self._first: tuple[Rollouts, Rewards] | None = None
+        self._first: Rollout | None = None
         self._answers: list[tuple[str | None, bool, str | None]] = []
-        means = partial(evaluation_means, samples) if generation.reward is not None else partial(ProblemMeans, _UNSCORED)
+        means = partial(evaluation_means, samples, generation.measures_correctness)
+        means = partial(ProblemMeans, _UNSCORED) if generation.reward is None else means
         self._prompts = nn.ModuleDict({stage: means() for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
@@ -140,10 +140,10 @@ class Evaluation(nn.Module):
             return
         greedy, sampled = self._scored(batch)
         self._first = self._first or greedy
-        if self.generation.episodes is None:
-            found = self.generation.answers(greedy[0])
-            self._answers += zip(found, greedy[1].correct.tolist(), (prompt.answer for prompt in batch), strict=True)
-        add_prompts(self._means(stage), greedy[1], sampled, self.generation.answers(sampled[0]))
+        if self.generation.episodes is None and self.generation.measures_correctness:
+            found, right = self.generation.answers(greedy), greedy.scored.correct.flatten().tolist()
+            self._answers += zip(found, right, (prompt.answer for prompt in batch), strict=True)
+        add_prompts(self._means(stage), greedy, sampled, self.generation.answers(sampled))
 
     def end(self, stage: str) -> None:
         """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and reset."""
@@ -163,8 +163,8 @@ class Evaluation(nn.Module):
         greedy, sampled = self._scored(prompts)
         generation = self.generation
         if generation.episodes is not None:
-            return [*episode_records(*greedy, greedy=True), *episode_records(*sampled)]
-        of_greedy, of_sampled = ((rollouts, rewards, generation.answers(rollouts)) for rollouts, rewards in (greedy, sampled))
+            return [*episode_records(greedy, greedy=True), *episode_records(sampled)]
+        of_greedy, of_sampled = ((rollout, generation.answers(rollout)) for rollout in (greedy, sampled))
         render = generation.policy.pretrained.encoder.render
         return prediction_records(of_greedy, of_sampled, [render(prompt) for prompt in prompts])
 
@@ -175,18 +175,16 @@ class Evaluation(nn.Module):
 
     def end_predict(self) -> None:
         """Gather weights as often as the rank with the most batches, so that no prompt needs to be repeated."""
-        own = self.generation.sampler.needs_weight_sync
-        for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
-            self.generation.policy.weights.gathered(lambda: None)
+        self.generation.gather_again(2 * self._missing_batches)  # greedily and by sampling
 
-    def _scored(self, prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
-        """The greedy completions of prompts and the sampled ones, each with their rewards."""
+    def _scored(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The greedy completions of prompts and the sampled ones, with their rewards."""
         generation, draws = self.generation, evaluation_draws(prompts, self.samples, self.seed)
         of_greedy, of_sampled = generation.arriving(prompts, 1), generation.arriving(prompts, self.samples)
         try:
             greedy = generation.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
             sampled = generation.generate(prompts, self.samples, draws, on_completion=of_sampled.on_completion)
-            return [(greedy, generation.score(greedy, of_greedy)), (sampled, generation.score(sampled, of_sampled))]
+            return [generation.score(greedy, of_greedy), generation.score(sampled, of_sampled)]
         except BaseException:
             of_greedy.cancel()
             of_sampled.cancel()
@@ -277,19 +275,18 @@ def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> lis
 
     There are P greedy and P * n sampled completions; `texts` are the prompts as the model reads them.
     """
-    rollouts, samples = sampled[0], sampled[0].samples_per_prompt
-    records = []
-    for number, (prompt, text) in enumerate(zip(rollouts.prompts, texts, strict=True)):
-        each = [_scored_record(sampled, number * samples + sample) for sample in range(samples)]
+    rollout, records = sampled[0], []
+    for number, (prompt, text) in enumerate(zip(rollout.prompts, texts, strict=True)):
+        each = [_scored_record(sampled, number, sample) for sample in range(rollout.group_size)]
         records.append(
             {
                 "set": prompt.set_name,
                 "index": prompt.index,
                 "prompt": text,
                 "answer": prompt.answer,
-                "greedy": _scored_record(greedy, number),
+                "greedy": _scored_record(greedy, number, 0),
                 **{_LISTS.get(name, name): [one[name] for one in each] for name in each[0] if name != "reward_parts"},
-                "reward_parts": {name: [one["reward_parts"][name] for one in each] for name in sampled[1].parts},
+                "reward_parts": {name: [one["reward_parts"][name] for one in each] for name in rollout.scored.parts},
                 "columns": prompt.columns,
             }
         )
@@ -300,14 +297,16 @@ def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> lis
 _LISTS = {"completion": "completions", "extracted_answer": "extracted_answers", "length": "lengths", "reward": "rewards"}
 
 
-def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
-    rollouts, rewards, answers = scored
+def _scored_record(scored: Scored, prompt: int, sample: int) -> dict[str, Any]:
+    rollout, answers = scored
+    rewards, number = rollout.scored, prompt * rollout.group_size + sample
+    counts, completion = rewards.counts(prompt, sample), rollout.completions[number]
     return {
-        "completion": rollouts.completions[row],
-        "extracted_answer": answers[row],
-        "length": int(rollouts.sequences.sampled_mask[row].sum()),
-        "finished": bool(rollouts.finished[row]),
-        "reward": float(rewards.total[row]) if rewards.counts(row) else None,
-        "reward_parts": {name: float(part[row]) if rewards.counts(row) else None for name, part in rewards.parts.items()},
-        "correct": bool(rewards.correct[row]) if rewards.counts(row) else None,
+        "completion": completion,
+        "extracted_answer": answers[number],
+        "length": completion.num_tokens,
+        "finished": completion.finished,
+        "reward": float(rewards.total[prompt, sample]) if counts else None,
+        "reward_parts": {name: float(part[prompt, sample]) if counts else None for name, part in rewards.parts.items()},
+        "correct": rewards.right(prompt, sample),
     }

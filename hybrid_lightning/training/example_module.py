@@ -5,9 +5,10 @@ from typing import Any
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.rewards.combined import AnyReward
+from hybrid_lightning.training.engine_generation import generation_of
 from hybrid_lightning.training.example_task import ExampleTask
-from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.options import TaskParts
 
 __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
@@ -38,13 +39,15 @@ class ExampleModule(LanguageModule):
         examples_per_step: int = 32,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
         trained_by = self.default_loss() if loss is None and self.default_loss is not None else loss
         if trained_by is None:
             raise ConfigError("ExampleModule needs model.loss; set it, or use SupervisedModule or PreferenceModule")
-        generation = Generation(self.policy, self._sampler, reward, self.run, self._seed)
-        self.task = ExampleTask(trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed)
-        self.evaluation = self.task.evaluation
+
+        def make_task(parts: TaskParts) -> ExampleTask:
+            generation = generation_of(parts.policy, parts.sampler, reward, parts.run, parts.seed)
+            return ExampleTask(trained_by, examples_per_step, generation, parts.max_tokens, parts.eval_samples, parts.seed)
+
+        super().__init__(make_task, **options)
 
 
 class SupervisedModule(ExampleModule):

@@ -18,8 +18,8 @@ from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
-from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
+from hybrid_lightning.rollout.interface import Begun
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
 from hybrid_lightning.training.calibration import CalibrationLosses, training_losses
 from hybrid_lightning.training.evaluation import ExampleEvaluation
 from hybrid_lightning.training.generation import Generation
@@ -64,14 +64,15 @@ class ExampleTask(Task):
 
     # ---- training
 
-    def roll_out(
+    def begin(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> RolloutFuture[TrainedRollout]:
+    ) -> Begun[PolicyBatch]:
         """Look up the completions of prompts. They have no rewards; their advantages are 1."""
-        sequences = self.sequences_of(prompts)
-        device = sequences.completion_ids.device
-        nothing, ones = torch.zeros(sequences.completion_ids.shape, device=device), torch.ones(len(sequences), device=device)
-        return RolloutFuture.of(TrainedRollout(sequences, nothing, ones))
+        return Begun.of(self._batch(prompts))
+
+    def finish(self, batch: PolicyBatch, number: int) -> list[PolicyBatch]:
+        """See `RolloutSource`."""
+        return self.minibatches(batch, number)
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Fill in reference log-probabilities, if the loss compares with the start policy."""
@@ -85,7 +86,7 @@ class ExampleTask(Task):
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""
         logprobs, entropy = self.passes.logprobs(chunk.sequences)
-        output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
+        output = self.loss(chunk.loss_inputs(logprobs, entropy=entropy.detach()))
         return output.loss, output.metrics
 
     def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
@@ -97,14 +98,19 @@ class ExampleTask(Task):
         self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.calibration_seed)).tolist()
         chosen = [prompts[place] for place in order[: self.schedule.prompts_per_rollout if count is None else count]]
-        rows = self.sequences_of(chosen)
-        ones = torch.ones(len(rows), device=rows.completion_ids.device)
-        chunks = [(rows.rows(chunk), ones[chunk]) for chunk in self.passes.chunks(rows)]
-        losses = training_losses("examples", rows, chunks, self.loss, self.calibration_logprobs)
+        batch = self._batch(chosen)
+        runs = self.passes.chunks(batch.sequences)
+        losses = training_losses("examples", batch, slice(None), runs, self.loss, self.calibration_logprobs)
         losses.info["prompts"] = len(chosen)
         return losses
 
     # ---- examples as tokens
+
+    def _batch(self, prompts: Sequence[Prompt]) -> PolicyBatch:
+        sequences = self.sequences_of(prompts)
+        device = sequences.completion_ids.device
+        nothing, ones = torch.zeros(sequences.completion_ids.shape, device=device), torch.ones(len(sequences), device=device)
+        return PolicyBatch(sequences, ones, nothing)
 
     def sequences_of(self, prompts: Sequence[Prompt]) -> Sequences:
         """Tokens of prompts and completions, on the policy's device; the completions of a prompt are in adjacent rows.

@@ -1,4 +1,4 @@
-"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. The tasks know neither a LightningModule nor a Trainer.
+"""`LanguageModule`: Lightning's hooks. The tasks know neither a LightningModule nor a Trainer.
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
@@ -14,12 +14,10 @@ from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -48,6 +46,7 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import trained_names
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.checkpoint import (
+    CHECKPOINT_KEY,
     adapter_state,
     as_one_file,
     check_weights,
@@ -56,7 +55,8 @@ from hybrid_lightning.training.checkpoint import (
     without_reward,
 )
 from hybrid_lightning.training.evaluation import Evaluation
-from hybrid_lightning.training.lightning_internals import drop_train_loader, forget_metrics, train_batches
+from hybrid_lightning.training.lightning_internals import drop_train_loader
+from hybrid_lightning.training.lightning_run import LightningRun
 from hybrid_lightning.training.optim import (
     ConstantSchedule,
     LearningRateSchedule,
@@ -64,9 +64,9 @@ from hybrid_lightning.training.optim import (
     OptimizerCallable,
     with_hyper_parameters,
 )
-from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.options import TaskParts
 from hybrid_lightning.training.task import Task
-from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollout
 
 __all__ = ["LanguageModule"]
 
@@ -74,10 +74,10 @@ __all__ = ["LanguageModule"]
 class LanguageModule(Configurable, LightningModule, ABC):
     """A language model under Lightning, for any kind of training data.
 
-    The model is loaded on first use, with all weights frozen; `HybridAdapterSetup` makes some of them trainable. A subclass sets
-    its `task`.
+    The model is loaded on first use, with all weights frozen; `HybridAdapterSetup` makes some of them trainable.
 
     Args:
+        make_task: Makes the task; a subclass's constructor gives it.
         model: The model to train: `embedded`, a folder (also one with only an adapter), a GGUF file, `package:NAME/FILE`, or a
             hub id.
         revision: Branch, tag or commit of a hub model.
@@ -94,7 +94,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
             for all its completions. A smaller number needs less memory for activations and gives the same gradient. None for a
             number that fits the size of the model (see `default_token_budget`).
-        seed: Seed of the order of the data, of sampling and of evaluation.
+        seed: Seed of the order of the data, of sampling and of evaluation. Without `seed_everything`, a script's LoRA weights,
+            dropout and scoring follow it, too.
         quantization: Quantizes the frozen base after the modules are scored, such as `NF4()`; None for no quantization.
         optimizer: Class of the optimizer, or a function that makes it from the parameter groups.
         lr_full: Learning rate of fully trained modules; None for `lr_lora` times 96 / hidden size, at most `lr_lora`.
@@ -116,9 +117,10 @@ class LanguageModule(Configurable, LightningModule, ABC):
     task: Task
     evaluation: Evaluation  # the task's; a part of this module, since its metrics move to the device
 
-    @abstractmethod  # a subclass's constructor makes the task
+    @abstractmethod
     def __init__(
         self,
+        make_task: Callable[[TaskParts], Task],
         *,
         model: str = "embedded",
         revision: str | None = None,
@@ -138,7 +140,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         schedule: LearningRateSchedule | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="make_task")
         if "_instantiator" not in self.hparams:  # made in Python; on the command line, the CLI saves its config instead
             given = dict(self.hparams)
             if given.get("reward") is not None:
@@ -150,12 +152,13 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.optimization = Optimization(optimizer, lr_full, lr_lora, schedule or ConstantSchedule())
         pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
         self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, partial(setattr, self, "model"))
-        self.run = _LightningRun(self)
-        self._sampler, self._seed = sampler or Sampler(), seed  # for the task, like the next ones
-        self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
+        self.run = LightningRun(self)
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
         self._checked: tuple[Any, ...] = ()  # identifies the run with checked settings, until setup has ended
+        parts = TaskParts(self.policy, self.run, sampler or Sampler(), eval_samples, max_tokens_per_micro_batch, seed)
+        self.task = make_task(parts)
+        self.evaluation = self.task.evaluation
 
     # ---- the policy
 
@@ -190,7 +193,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int = 1, draws: Draws = None, greedy: bool = False
-    ) -> Rollouts:
+    ) -> Rollout:
         """Complete prompts with the current policy (see `Generation.generate`)."""
         return self.task.generation.generate(prompts, samples_per_prompt, draws, greedy)
 
@@ -275,6 +278,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         """Keep only trainable weights, key the optimizer's state by their names, and add plan, base model and passes."""
         optimizers = self.trainer.optimizers if "optimizer_states" in checkpoint else ()
         save_policy(checkpoint, self.policy, self.task.passes, self, optimizers)
+        if agreed := self.task.generation.agreed:
+            checkpoint[CHECKPOINT_KEY]["agreed"] = dict(agreed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is already applied.
@@ -290,6 +295,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
             self.task.passes.restore(saved, run.device)
         if run.stage == "fit":
             self.policy.engine.continues(saved.get("passes", {}))
+            self.task.generation.agreed.update(saved.get("agreed", {}))
             for state in checkpoint.get("optimizer_states", []):
                 state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimization.optimizer, self.rates)
 
@@ -348,7 +354,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.run.clock.switch("update")
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch (see `Step.micro_batch`)."""
+        """Loss of one micro-batch (see `OptimizerStep.micro_batch`)."""
         if not isinstance(batch, PolicyBatch):
             raise ConfigError(f"the train dataloader returned a {type(batch).__name__}, not a batch of rollouts; {_OWN_DATA}")
         with self.policy.precision():  # may differ from the Trainer's (see `Policy.precision`)
@@ -421,81 +427,3 @@ def _check_data(trainer: Trainer) -> None:
     validation = data.val_dataloader() if trainer.enable_validation else None
     if isinstance(validation, DataLoader) and validation.collate_fn is default_collate:
         raise ConfigError(f"{name}.val_dataloader collates its batches into tensors, but prompts are not tensors; {_OWN_DATA}")
-
-
-class _Answer:
-    """An attribute of `_LightningRun`, read from the Trainer; without a Trainer, the value of `Run`."""
-
-    def __init__(self, of_trainer: Callable[[Any], Any]) -> None:
-        self._of_trainer = of_trainer
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, run: Any, owner: type) -> Any:
-        if run is None:  # accessed on the class
-            return self
-        trainer = run._module._trainer
-        return getattr(Run, self._name) if trainer is None else self._of_trainer(trainer)
-
-
-class _LightningRun(Run):
-    """The run of a module's Trainer."""
-
-    stage: Any = _Answer(lambda trainer: "" if trainer.state.fn is None else str(trainer.state.fn.value))
-    rank: Any = _Answer(lambda trainer: trainer.global_rank)
-    world_size: Any = _Answer(lambda trainer: trainer.world_size)
-    device: Any = _Answer(lambda trainer: trainer.strategy.root_device)
-    step: Any = _Answer(lambda trainer: trainer.global_step)
-    steps_left: Any = _Answer(lambda trainer: trainer.estimated_stepping_batches - trainer.global_step)
-    accumulate_grad_batches: Any = _Answer(lambda trainer: trainer.accumulate_grad_batches)
-    is_training: Any = _Answer(lambda trainer: trainer.training)
-    is_resumed: Any = _Answer(lambda trainer: trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is not None)
-    scales_loss: Any = _Answer(lambda trainer: getattr(trainer.precision_plugin, "scaler", None) is not None)
-    restarts_epochs: Any = _Answer(lambda trainer: _restarts_epochs(trainer))
-    ends_by_clock: Any = _Answer(lambda trainer: any(isinstance(callback, Timer) for callback in trainer.callbacks))
-
-    def __init__(self, module: LanguageModule) -> None:
-        super().__init__()
-        self._module = module
-
-    def restart_epoch(self) -> None:
-        """Make a resumed run count the micro-batches of its epoch from 0, while Lightning loads the train dataloader's state.
-
-        The number of micro-batches has changed: with the old count, the epoch would end, or the optimizer would step, in the
-        middle of a step's micro-batches. Counts over all epochs stay.
-        """
-        progress = self._module.trainer.fit_loop.epoch_loop.batch_progress
-        total, current = cast(Any, progress.total), cast(Any, progress.current)
-        count = train_batches(self._module.trainer) if progress.is_last_batch else 0  # a finished epoch stays finished
-        current.ready = current.started = current.processed = count
-        # A checkpoint saved in a micro-batch's last hook does not count that micro-batch as completed; Lightning then adds it.
-        current.completed = count - (total.processed - total.completed)
-
-    def backward(self, loss: Tensor) -> None:
-        with torch.autocast(loss.device.type, enabled=False):
-            self._module.trainer.strategy.backward(loss, None)
-        torch.clear_autocast_cache()
-
-    def clear_gradients(self) -> None:
-        optimizer: Any = self._module.optimizers(use_pl_optimizer=False)  # there is only one
-        optimizer.zero_grad()
-
-    def log(self, values: Mapping[str, Any], shown: Sequence[str] = (), rows: int = 1) -> None:
-        options: dict[str, Any] = {"on_step": True, "on_epoch": False, "batch_size": rows}
-        in_bar = {name: values[name] for name in shown if name in values}
-        self._module.log_dict(in_bar, prog_bar=True, **options)
-        self._module.log_dict({name: value for name, value in values.items() if name not in in_bar}, **options)
-
-    def log_evaluation(self, values: Mapping[str, float]) -> None:
-        self._module.log_dict(dict(values), sync_dist=self.world_size > 1)
-
-    def forget(self, names: Sequence[str]) -> None:
-        forget_metrics(self._module.trainer, names)
-
-
-def _restarts_epochs(trainer: Trainer) -> str:
-    if trainer.overfit_batches:  # type: ignore[attr-defined]
-        return "trainer.overfit_batches restarts each epoch"
-    reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-    return "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun" if reloads else ""

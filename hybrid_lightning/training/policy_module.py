@@ -1,4 +1,4 @@
-"""`PolicyModule`: a language model that trains on its own rollouts, with `RLTask`."""
+"""`PolicyModule`: a language model that trains on its own rollouts, with `RLLoop`."""
 
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ from hybrid_lightning.rewards import EpisodeReturn
 from hybrid_lightning.rewards.combined import AnyReward
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.training.engine_generation import generation_of
 from hybrid_lightning.training.evaluation import Evaluation
-from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.loop import RLLoop
 from hybrid_lightning.training.module import LanguageModule
-from hybrid_lightning.training.rl_task import RLTask
+from hybrid_lightning.training.options import RLOptions, TaskParts
 from hybrid_lightning.training.teachers import Teacher
 
 __all__ = ["PolicyModule"]
@@ -24,7 +25,7 @@ class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
     All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. Callbacks find the
-    completions, rewards and advantages of a rollout in its micro-batches (see `ScoredRollout`).
+    completions, rewards and advantages of a rollout in its micro-batches (see `Rollout` in `hybrid_lightning.types`).
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
@@ -68,7 +69,7 @@ class PolicyModule(LanguageModule):
         ModelError: If the model cannot be found.
     """
 
-    task: RLTask
+    task: RLLoop
 
     def __init__(
         self,
@@ -93,17 +94,8 @@ class PolicyModule(LanguageModule):
         rollouts_ahead: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        played = Episodes.of(environment, episodes, self._sampler, self.policy.pretrained, turn_template, credit == "turn")
-        scored_by = EpisodeReturn() if reward is None and environment is not None else reward
-        generation = Generation(self.policy, self._sampler, scored_by, self.run, self._seed, played, rollouts_ahead)
-        self.task = RLTask(
-            loss,
-            RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead),
-            generation,
-            Passes(self.policy, self._sampler.temperature, self._max_tokens, entropy_gradient=loss.needs_entropy),
-            Evaluation(generation, self._eval_samples, self._seed),
-            self._seed,
+        schedule = (prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead)
+        rl = RLOptions(
             advantage=advantage or GroupAdvantage(),
             credit=credit,
             correction=correction,
@@ -113,4 +105,17 @@ class PolicyModule(LanguageModule):
             teacher=teacher,
             distillation=distillation,
         )
-        self.evaluation = self.task.evaluation
+
+        def make_task(parts: TaskParts) -> RLLoop:
+            sampler, seed = parts.sampler, parts.seed
+            played = Episodes(environment, episodes, parts.policy.pretrained, turn_template, credit == "turn")
+            scored_by = EpisodeReturn() if reward is None and environment is not None else reward
+            generation = generation_of(parts.policy, sampler, scored_by, parts.run, seed, played, rollouts_ahead=rollouts_ahead)
+            beside = teacher.held_bytes if teacher is not None else lambda passes: 0
+            passes = Passes(
+                parts.policy, sampler.temperature, parts.max_tokens, entropy_gradient=loss.needs_entropy, beside=beside
+            )
+            evaluation = Evaluation(generation, parts.eval_samples, seed)
+            return RLLoop(loss, RolloutSchedule(*schedule), generation, passes, evaluation, seed, rl)
+
+        super().__init__(make_task, **options)

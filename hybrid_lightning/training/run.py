@@ -1,7 +1,7 @@
 """`Run`: the interface between training and its run: steps, ranks, stops and logging.
 
-Without a Trainer, a policy has the plain `Run` of this file: one process, and no steps yet. Under Lightning, `module.py` uses a
-subclass that reads from the Trainer.
+Without a Trainer, a policy has the plain `Run` of this file: one process, and no steps yet. Under Lightning, modules have a
+`LightningRun`, which reads from the Trainer.
 """
 
 import math
@@ -26,27 +26,25 @@ class Run:
         signals: Signals that stop the run.
         listeners: Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`).
         clock: Times of the phases; `StepTimer` replaces it.
-        shares_failures: Whether a failure of one rank's rollout engine, teacher or reward is raised on all ranks.
     """
 
-    stage = ""  # `fit`, `validate`, `test` or `predict`; empty without a Trainer
-    rank = 0  # number of this process
-    world_size = 1  # number of processes
+    stage: str = ""  # `fit`, `validate`, `test` or `predict`; empty without a Trainer
+    rank: int = 0  # number of this process
+    world_size: int = 1  # number of processes
     device: torch.device | None = None  # the device that trains; None: the model's device
-    step = 0  # finished optimizer steps
-    steps_left = math.inf  # optimizer steps that the run will still make
-    accumulate_grad_batches = 1  # micro-batches per optimizer step, which can change between epochs
-    is_training = False  # whether all ranks are in the training loop, where they complete prompts equally often
-    is_resumed = False  # whether training continues from a checkpoint
-    scales_loss = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
-    restarts_epochs = ""  # why an epoch may restart in the middle of rollouts, in words; empty if it cannot
-    ends_by_clock = False  # whether training has a time limit
+    step: int = 0  # finished optimizer steps
+    steps_left: float = math.inf  # optimizer steps that the run will still make
+    accumulate_grad_batches: int = 1  # micro-batches per optimizer step, which can change between epochs
+    is_training: bool = False  # whether all ranks are in the training loop, where they complete prompts equally often
+    is_resumed: bool = False  # whether training continues from a checkpoint
+    scales_loss: bool = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
+    restarts_epochs: str = ""  # why an epoch may restart in the middle of rollouts, in words; empty if it cannot
+    ends_by_clock: bool = False  # whether training has a time limit
 
     def __init__(self) -> None:
         self.signals = StopSignals()
         self.listeners: list[Callable[[int, int, int], None]] = []
         self.clock = PhaseClock()
-        self.shares_failures = False
         self._warned: set[str] = set()
 
     def warn_once(self, text: str, what: str) -> None:
@@ -88,11 +86,9 @@ class Run:
 
     def fail_together(self, failure: Exception | None) -> None:
         """Raise a failure of one rank on all ranks (`failure` is None on the others). All ranks must call this."""
-        if self.shares_failures:
-            first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
-            is_shared = failure is None or (self.world_size > 1 and not isinstance(failure, RolloutError))
-            if first is not None and is_shared:
-                raise RolloutError(first) from failure
+        first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
+        if first is not None and self.world_size > 1 and not isinstance(failure, RolloutError):
+            raise RolloutError(first) from failure
         if failure is not None:
             raise failure
 

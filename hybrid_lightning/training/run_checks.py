@@ -10,62 +10,37 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from hybrid_lightning.advantages import AdvantageEstimator, NoAdvantage
 from hybrid_lightning.configurable import lost_paths
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, SampledReverseKL
+from hybrid_lightning.losses import PolicyLoss, SampledReverseKL
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.options import RLOptions
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.training.teachers import Teacher
-from hybrid_lightning.types import Rewards, Sequences
+from hybrid_lightning.types import Rollout, Sequences
 from hybrid_lightning.user_code import in_user_code
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
-def check_credit(credit: str, generation: Generation, loss: PolicyLoss) -> None:
-    """Raise ConfigError if environment or loss do not work with this credit, whatever the run."""
-    if credit not in ("episode", "turn"):
-        raise ConfigError(f"model.credit={credit!r}; give episode or turn")
-    if credit == "turn":
-        if generation.episodes is None:
-            raise ConfigError("model.credit=turn needs model.environment, which is not set; set it, or set credit=episode")
+def check_options(options: RLOptions, generation: Generation, loss: PolicyLoss) -> None:
+    """Raise ConfigError if environment or loss do not work with these options, whatever the run."""
+    if options.credit == "turn" and generation.episodes is None:
+        raise ConfigError("model.credit=turn needs model.environment, which is not set; set it, or set credit=episode")
+    of_tokens = options.teacher is not None and not (options.distillation or SampledReverseKL()).of_distributions
+    if options.credit == "turn" or of_tokens:
         loss.check_token_advantages()
 
 
-def check_distillation(
-    teacher: Teacher | None,
-    distillation: Distillation | None,
-    advantage: AdvantageEstimator,
-    dynamic_sampling: DynamicSampling | None,
-    loss: PolicyLoss,
-) -> None:
-    """Raise ConfigError if options for learning from a teacher do not work together, whatever the run."""
-    if teacher is None and (distillation is not None or isinstance(advantage, NoAdvantage)):
-        given = type(distillation or advantage).__name__
-        raise ConfigError(f"{given} needs a teacher; set model.teacher, such as ModelTeacher")
-    if teacher is not None and dynamic_sampling is not None:
-        raise ConfigError("model.teacher also teaches on prompts that model.dynamic_sampling would replace; leave one out")
-    if teacher is not None and not (distillation or SampledReverseKL()).of_distributions:
-        loss.check_token_advantages()
-
-
-def check_rl(
-    schedule: RolloutSchedule,
-    generation: Generation,
-    loss: PolicyLoss,
-    advantage: AdvantageEstimator,
-    correction: ImportanceCorrection | None,
-    dynamic_sampling: DynamicSampling | None,
-) -> None:
+def check_rl(options: RLOptions, schedule: RolloutSchedule, generation: Generation, loss: PolicyLoss) -> None:
     """Raise ConfigError if settings of a reinforcement learning run do not work together, and warn of doubtful ones."""
-    run, sampler = generation.run, generation.sampler
+    run, sampler, advantage, correction = generation.run, generation.sampler, options.advantage, options.correction
     if generation.reward is None and run.stage in ("fit", "predict"):  # the other stages measure without one
         raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
-    if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
+    if correction is not None and isinstance(sampler, WeightedEngine) and not sampler.keeps_all_tokens:
         raise ConfigError(
             f"model.correction={type(correction).__name__} compares probabilities over all tokens, but {type(sampler).__name__} "
             "with top_p, top_k or min_p reports probabilities over the kept tokens only; set sampler.top_p=1, top_k=0 and "
@@ -78,7 +53,7 @@ def check_rl(
     if run.stage != "fit":
         return
     schedule.check_split(run.accumulate_grad_batches, run.world_size)
-    for reason in _against_ahead(generation, dynamic_sampling) if schedule.rollouts_ahead else ():
+    for reason in _against_ahead(generation, options.dynamic_sampling) if schedule.rollouts_ahead else ():
         raise ConfigError(f"model.rollouts_ahead={schedule.rollouts_ahead}: {reason}")
     if not generation.policy.is_loaded:
         return
@@ -87,7 +62,7 @@ def check_rl(
             f"{type(loss).__name__} is meant for advantages that are not divided by the group's standard deviation, but "
             f"{type(advantage).__name__} divides them; give --model.advantage=GroupMeanAdvantage"
         )
-    if sampler.needs_weight_sync and correction is None:
+    if isinstance(sampler, WeightedEngine) and correction is None:
         rank_zero_warn(
             "vLLM computes slightly different probabilities than training, and model.correction is not set; check "
             "sampling/logp_difference, and give --model.correction=TokenTruncation, as in configs/rollout/vllm.yaml"
@@ -116,9 +91,9 @@ def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | N
         )
 
 
-def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, generation: Generation) -> None:
+def warn_if_all_are_cut(trained: Sequences, rollout: Rollout, generation: Generation) -> None:
     """Warn if a rollout has counted completions, but no token that the loss can learn from."""
-    count = len(rewards.of_counted().total)
+    count = len(rollout.scored.of_counted().total)
     if count and not trained.sampled_mask.any():
         rank_zero_warn(all_are_cut(count, "a rollout", generation))
 

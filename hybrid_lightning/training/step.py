@@ -1,4 +1,4 @@
-"""`Step`: an optimizer step consists of micro-batches, and a micro-batch of chunks.
+"""`OptimizerStep`: an optimizer step consists of micro-batches, and a micro-batch of chunks.
 
 Lightning requests the loss of one micro-batch at a time, in `training_step`; `accumulate_grad_batches` micro-batches make an
 optimizer step. The activations of all rows of a micro-batch may not fit into memory, so the rows are split into chunks of at most
@@ -27,7 +27,7 @@ from hybrid_lightning.types import PolicyBatch
 ChunkLoss = Callable[[PolicyBatch, float], tuple[Tensor, dict[str, Tensor]]]  # see `Task.chunk_loss`
 
 
-class Step:
+class OptimizerStep:
     """The optimizer step in progress: its gradients so far, and the metrics of its micro-batches so far.
 
     A new one is made for every epoch.

@@ -25,11 +25,11 @@ class PhaseClock:
     """
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")  # the device that does the phases' work
-        self.restart("other")
+        self.restart("other", torch.device("cpu"))
 
-    def restart(self, phase: str) -> None:
-        """Forget all times and begin `phase`."""
+    def restart(self, phase: str, device: torch.device) -> None:
+        """Forget all times and begin `phase`, the first of those whose work `device` does."""
+        self.device = device
         self._seconds = {phase: 0.0}
         self._running = [phase]
         self._since = time.perf_counter()

@@ -1,18 +1,19 @@
 """`Task`: a kind of training, without Lightning: on a policy's own rollouts (`rl_task.py`), or on examples (`example_task.py`).
 
-The parts of an optimizer step; a subclass implements the methods marked with * (see `RolloutSource` for the first two):
+The parts of an optimizer step; a subclass implements the methods marked with * (see `RolloutSource` for the first three):
 
     RolloutLoader                    the train dataloader
-      roll_out *                     completions of a batch of prompts, and their advantages
+      begin *, finish *              completions of a batch of prompts, their advantages, and the rows of each optimizer step
       add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
-    Step                             splits a micro-batch into chunks that fit into memory
+    OptimizerStep                    splits a micro-batch into chunks that fit into memory
       chunk_loss *                   loss of a chunk
 
 `module.py` calls these from Lightning's hooks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.rollout.batching import minibatch
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run_checks import warn_if_lost, warn_of_differences
-from hybrid_lightning.training.step import Step
+from hybrid_lightning.training.step import OptimizerStep
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 from hybrid_lightning.user_code import in_user_code
 
@@ -72,15 +74,31 @@ class Task(RolloutSource, ABC):
         Some losses average over `micro_batch_tokens`, the completion tokens of the whole micro-batch.
         """
 
+    def minibatches(self, batch: PolicyBatch, number: int) -> list[PolicyBatch]:
+        """The optimizer steps of one pass over a rollout, from this rank's rows of all of them."""
+        samples, total = self.schedule.samples_per_prompt, self.run.sum_over_ranks
+        parts = batch.split(self.schedule.minibatches_per_rollout)
+        return [minibatch(part, number, self.needs_all_rows, samples, total) for part in parts]
+
+    @contextmanager
+    def phase(self, name: str, on_failure: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """A phase of a rollout. After the phase, all ranks stop if one of them must stop."""
+        try:
+            with self.run.stopping_together(), self.run.clock.phase(name):
+                yield
+        except BaseException:
+            on_failure()
+            raise
+
     def prepare_passes(self) -> None:
         """Test which fast passes a freshly split model supports. Done now, since all ranks must take these passes together."""
         policy = self.policy
         with policy.inference():
             policy.weights.as_forward(policy.engine.prepare)
 
-    def new_step(self) -> Step:
-        """A new `Step` for an epoch, which takes one optimizer step after another."""
-        return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
+    def new_step(self) -> OptimizerStep:
+        """A new `OptimizerStep` for an epoch, which takes one optimizer step after another."""
+        return OptimizerStep(self.run, self.passes, self.chunk_loss, self.shown_metrics)
 
     def loader(self, prompts: Sequence[Prompt], epoch: int = 0, shuffle: bool = True) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts from this epoch on, reshuffled in each epoch or always in order."""

@@ -1,6 +1,6 @@
 """Teachers: models that give probabilities of the tokens that the policy sampled.
 
-    seen        a rollout's completions after the prompts that the teacher sees
+    show        a rollout's completions after the prompts that the teacher sees
     logprobs    log-probabilities of these tokens, once per rollout: for `SampledReverseKL`
     predict     whole distributions, in each training step: for `ReverseKL`, `ForwardKL`, `JensenShannon`
 
@@ -29,9 +29,9 @@ from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.rollout_engine import model_context
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.generation import Generation, OwnGeneration
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.types import Prompt, Rollouts, Sequences
+from hybrid_lightning.types import Prompt, Rollout, Sequences
 
 Interruptible = Callable[[], AbstractContextManager[Any]]
 
@@ -54,12 +54,18 @@ class Teacher(Configurable, ABC):
         seen, name = [self.with_context(prompt) for prompt in prompts], f"the teacher's {limit} positions"
         generation.check_lengths(seen, limit, name, " for the teacher", self.too_long)
 
-    def seen(
-        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
+    def show(
+        self,
+        student: Passes,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        sequences: Sequences,
+        encode: Callable[[int, Prompt], list[int]],
     ) -> Sequences:
-        """The B = P * G completions after the prompts that the teacher sees; by default unchanged.
+        """The B rows after the prompts that the teacher sees; by default unchanged.
 
-        `encode(number, prompt)` tokenizes a prompt that replaces prompt `number`, with the environment's first messages.
+        `numbers` are the rows' places in `prompts`. `encode(number, prompt)` tokenizes a prompt that replaces prompt `number`,
+        with the environment's first messages.
         """
         return sequences
 
@@ -99,11 +105,11 @@ class Teacher(Configurable, ABC):
         """The prompt as the teacher sees it."""
         return prompt
 
-    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts:
+    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollout:
         """A completion of each prompt by a teacher in this process, before training."""
         given, policy = vars(student.sampler), self.passes(passes).policy
         sampler = Sampler(**{name: given[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p")})
-        generation = Generation(policy, sampler, student.reward, Run(), episodes=student.episodes)
+        generation = OwnGeneration(policy, sampler, student.reward, Run(), episodes=student.episodes)
         draws = torch.Generator(policy.device).manual_seed(0)
         return generation.generate([self.with_context(prompt) for prompt in prompts], draws=draws)
 
@@ -154,9 +160,7 @@ class ModelTeacher(Teacher):
         """See `Teacher`. The first call loads the model."""
         device = student.policy.device
         if self._passes is None:
-            self.pretrained.dtype = self.dtype or student.policy.pretrained.dtype
-            self.pretrained.encoder = student.policy.pretrained.encoder
-            policy = Policy(self.pretrained)
+            policy = Policy(self.pretrained.reading_as(student.policy.pretrained, self.dtype))
             if self.quantization is not None:
                 quantize_base(policy.model, self.quantization, (), device)
             self._passes = Passes(policy, student.temperature)
@@ -213,16 +217,20 @@ class SelfTeacher(Teacher):
                 "model.distillation=SampledReverseKL, or trainer.strategy=ddp"
             )
 
-    def seen(
-        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
+    def show(
+        self,
+        student: Passes,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        sequences: Sequences,
+        encode: Callable[[int, Prompt], list[int]],
     ) -> Sequences:
         """See `Teacher`; ConfigError if the row does not have a column of the template."""
         if self.template is None:
             return sequences
-        samples, pad_id = len(sequences) // len(prompts), pad_token(student.policy.pretrained.tokenizer)
         encoded = [encode(number, self.with_context(prompt)) for number, prompt in enumerate(prompts)]
-        rows = [ids for ids in encoded for _ in range(samples)]
-        prompt_ids, prompt_mask = pad_left(rows, pad_id, sequences.prompt_ids.device)
+        pad_id, device = pad_token(student.policy.pretrained.tokenizer), sequences.prompt_ids.device
+        prompt_ids, prompt_mask = pad_left([encoded[number] for number in numbers], pad_id, device)
         return replace(sequences, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
 
     def with_context(self, prompt: Prompt) -> Prompt:

@@ -4,7 +4,7 @@ Axes: B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from hybrid_lightning.losses import functional as F
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.training.generation import Generation, Listen
 from hybrid_lightning.training.teachers import Teacher
-from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollout, Sequences
 
 # Log-probabilities and entropies; the term added to each token's loss, or None; measurements by name. Each tensor is [B, T].
-Learned = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
+Predicted = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
 
 
 class Teaching:
@@ -42,49 +42,52 @@ class Teaching:
         if teacher is not None:
             self.listen, self.needs_start_policy, self.shown_metrics = teacher.listen, teacher.needs_start_policy, ("teacher/kl",)
             self.needs_all_rows = self.distillation.of_distributions
-            self.run.shares_failures |= teacher.is_remote
-            passes.beside = partial(teacher.held_bytes, passes)
 
     def begin(self) -> None:
         """Free memory on the device for sampling."""
         if self.teacher is not None:
             self.teacher.release()
 
-    def taught(
-        self, rollouts: Rollouts, trained: Sequences, advantages: Tensor
-    ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
-        """Completions as the teacher sees them, if an update needs them; advantages with the teacher's part; and metrics."""
+    def teach(self, rollout: Rollout, trained: Sequences) -> tuple[Rollout, Sequences | None]:
+        """Add the teacher's part to the advantages and metrics of a rollout; or show it the rows, if an update needs them.
+
+        `trained` are the rows as the loss sees them. Returns the rollout, and the rows as the teacher sees them or None.
+        """
         if self.teacher is None:
-            return None, advantages, {}
+            return rollout, None
         if self.distillation.of_distributions:
-            seen = self._seen(rollouts, trained)
-            return (None if seen is trained else seen), advantages, {}
+            shown = self._show(rollout, trained)
+            return rollout, None if shown is trained else shown
         with self.run.stopping_together(), self.run.clock.phase("logprobs"):
-            logprobs, ratio = self._log_ratio(rollouts, trained)
+            logprobs, ratio = self._log_ratio(rollout, trained)
         mask = trained.sampled_mask
         sums = torch.stack([-ratio.sum(), logprobs[mask].sum(), mask.sum().float()])
         kl, logprob, tokens = self.run.sum_over_ranks(sums).tolist()
         metrics = {"teacher/kl": kl / max(tokens, 1), "teacher/logprob": logprob / max(tokens, 1)}
-        return None, F.per_token(advantages, mask) * mask + self.distillation.coef * ratio, metrics
+        advantages = F.per_token(_of_rows(rollout), mask) * mask + self.distillation.coef * ratio
+        return replace(rollout, token_advantages=advantages, metrics=rollout.metrics | metrics), None
 
-    def calibrated(self, rollouts: Rollouts, trained: Sequences, advantages: Tensor, loss: PolicyLoss) -> Tensor:
-        """Advantages of the rollouts that score modules, with the teacher's part: the sampled KL, whatever the divergence."""
+    def teach_calibration(self, rollout: Rollout, trained: Sequences, loss: PolicyLoss) -> Rollout:
+        """Add the teacher's part to the advantages of calibration: the sampled KL, whatever the divergence."""
         if self.teacher is None:
-            return advantages
-        ratio = self._log_ratio(rollouts, trained)[1] * self.distillation.coef
-        ratio = ratio if loss.takes_token_advantages else F.sequence_means(ratio, trained.sampled_mask)
+            return rollout
+        ratio, advantages = self._log_ratio(rollout, trained)[1] * self.distillation.coef, _of_rows(rollout)
         self.teacher.release()
-        return F.per_sequence_as(ratio, advantages) + ratio
+        if loss.takes_token_advantages:
+            return replace(rollout, token_advantages=F.per_sequence_as(ratio, advantages) + ratio)
+        assert rollout.advantages is not None, "estimated before"
+        sums, tokens = (rollout.sum_rows(values.sum(dim=1)) for values in (ratio, trained.sampled_mask))
+        return replace(rollout, advantages=rollout.advantages + sums / tokens.clamp(min=1))
 
-    def learned(self, chunk: PolicyBatch) -> Learned:
+    def predict(self, chunk: PolicyBatch) -> Predicted:
         """Forward pass of an update, with gradient."""
         if self.teacher is None or not isinstance(self.distillation, Divergence):
             logprobs, entropy = self.passes.logprobs(chunk.sequences)
             return logprobs, entropy, None, {"entropy": entropy.detach()}
-        seen = self.teacher.predict(self.passes, chunk.seen_by_teacher or chunk.sequences)
-        logprobs, divergence, entropy, of_teacher = self.passes.compared(chunk.sequences, seen, self.distillation)
-        measured = {"entropy": entropy.detach(), "teacher/divergence": divergence.detach(), "teacher/logprob": of_teacher}
-        measured["teacher/kl"] = logprobs.detach() - of_teacher
+        of_teacher = self.teacher.predict(self.passes, chunk.seen_by_teacher or chunk.sequences)
+        logprobs, divergence, entropy, at_tokens = self.passes.compared(chunk.sequences, of_teacher, self.distillation)
+        measured = {"entropy": entropy.detach(), "teacher/divergence": divergence.detach(), "teacher/logprob": at_tokens}
+        measured["teacher/kl"] = logprobs.detach() - at_tokens
         return logprobs, entropy, self.distillation.coef * divergence, measured
 
     def check(self) -> None:
@@ -100,16 +103,24 @@ class Teaching:
         if self.teacher is not None and not self.teacher.is_remote:
             self.teacher.check_prompts(self.generation, prompts)
 
-    def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
+    def _show(self, rollout: Rollout, trained: Sequences) -> Sequences:
+        """The rows as the teacher sees them."""
         assert self.teacher is not None
-        self.check_prompts(rollouts.prompts)  # calls from Python have not checked the prompts
+        self.check_prompts(rollout.prompts)  # calls from Python have not checked the prompts
         encode = self.generation.encode
-        return self.teacher.seen(
-            self.passes, rollouts.prompts, trained, lambda number, prompt: encode(prompt, begun_with(rollouts, number))
+        numbers = (rollout.episode_of_row // rollout.group_size).tolist()
+        return self.teacher.show(
+            self.passes, rollout.prompts, numbers, trained, lambda number, prompt: encode(prompt, begun_with(rollout, number))
         )
 
-    def _log_ratio(self, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
-        """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""
+    def _log_ratio(self, rollout: Rollout, trained: Sequences) -> tuple[Tensor, Tensor]:
+        """The teacher's log-probabilities, and their log-ratio to the sampler, [R, T], 0 where nothing is trained."""
         assert self.teacher is not None
-        logprobs = self.teacher.logprobs(self.passes, self._seen(rollouts, trained), self.run.interruptible)
-        return logprobs, F.log_ratio(logprobs, rollouts.sampling_logprobs, trained.sampled_mask)
+        logprobs = self.teacher.logprobs(self.passes, self._show(rollout, trained), self.run.interruptible)
+        return logprobs, F.log_ratio(logprobs, rollout.sampling_logprobs, trained.sampled_mask)
+
+
+def _of_rows(rollout: Rollout) -> Tensor:
+    """The advantages of tokens, [R, T], or of rows, [R]."""
+    assert rollout.advantages is not None, "estimated before"
+    return rollout.of_rows(rollout.advantages) if rollout.token_advantages is None else rollout.token_advantages

@@ -18,8 +18,8 @@ from hybrid_lightning.types import LossInputs, PolicyBatch
 
 def compare_with_sampler(
     batch: PolicyBatch, logprobs: Tensor, correction: ImportanceCorrection | None, old_of_sampler: bool = False
-) -> tuple[LossInputs, dict[str, Tensor]]:
-    """Make the inputs of the loss, and measure the distance between sampling and training log-probabilities.
+) -> tuple[Tensor, Tensor | None]:
+    """Measure the distance between sampling and training log-probabilities, and weigh tokens by it.
 
     No extra forward pass is needed: training's log-probabilities are the old ones or, in an exactly on-policy step, the current
     ones (which LoRA's dropout, if used, changes). Both belong to the weights that sampled, unless rollouts begin ahead.
@@ -31,30 +31,31 @@ def compare_with_sampler(
         old_of_sampler: Whether the old log-probabilities are the sampler's, so that the current ones must be compared.
 
     Returns:
-        The inputs, and metrics as shares of the optimizer step's metrics (see `losses.shares`). `sampling/logp_difference/mean`
-        and `/max` are of |l_train - l_sample| over tokens. With a correction, there are also `sampling/importance_weight/mean`,
-        `/min` and `/max`, over sequences if the correction has one weight per sequence, else over tokens.
+        |l_train - l_sample| of each token, [B, T]; and the correction's weights, [B, T] or [B], or None.
     """
     mask = batch.sequences.sampled_mask
     trained = logprobs.detach() if batch.old_logprobs is None or old_of_sampler else batch.old_logprobs
-    inputs = batch.loss_inputs(logprobs)
     difference = F.log_ratio(trained, batch.sampling_logprobs, mask).abs()
+    return difference, None if correction is None else correction(trained, batch.sampling_logprobs, mask)
+
+
+def sampling_metrics(difference: Tensor, weights: Tensor | None, inputs: LossInputs) -> dict[str, Tensor]:
+    """Metrics of the results of `compare_with_sampler`, as shares of the optimizer step's metrics (see `losses.shares`).
+
+    `sampling/logp_difference/mean` and `/max` are over tokens. With a correction, there are also
+    `sampling/importance_weight/mean`, `/min` and `/max`, over sequences if it has one weight per sequence, else over tokens.
+    """
     metrics = {
         "sampling/logp_difference/mean": share(difference, inputs),
         "sampling/logp_difference/max": largest(difference, inputs),
     }
-    if correction is None:
-        return inputs, metrics
-    weights = correction(trained, batch.sampling_logprobs, mask)
-    metrics |= {
-        "sampling/importance_weight/mean": share(weights, inputs),
-        "sampling/importance_weight/min": smallest(weights, inputs),
-        "sampling/importance_weight/max": largest(weights, inputs),
-    }
-    weights = F.per_token(weights, mask)
-    if inputs.importance_weights is not None:  # 0 for tokens that the mask leaves out; they stay left out
-        weights = weights * inputs.importance_weights
-    return replace(inputs, importance_weights=weights), metrics
+    if weights is not None:
+        metrics |= {
+            "sampling/importance_weight/mean": share(weights, inputs),
+            "sampling/importance_weight/min": smallest(weights, inputs),
+            "sampling/importance_weight/max": largest(weights, inputs),
+        }
+    return metrics
 
 
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:

@@ -225,7 +225,8 @@ def test_a_run_trains_experts_resumes_bit_for_bit_and_its_export_computes_the_sa
         expected = module.policy.model(IDS).logits
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(flags)):
         found = logits(load(exported))
-    torch.testing.assert_close(found.float(), expected.float(), atol=0.05 if flags else 2e-6, rtol=0)
+    # 5e-6: 40 roundings of float32 near 1
+    torch.testing.assert_close(found.float(), expected.float(), atol=0.05 if flags else 5e-6, rtol=0)
 
 
 def test_experts_are_trained_only_where_they_are_named(folder, sums, tmp_path, capsys):

@@ -160,7 +160,7 @@ def test_the_policy_for_episodes_has_something_to_learn_and_a_way_to_it():
     forms = r"\?(\d+<eos>[<>]){0,4}\d+<eos>", r"(\d+\*\d+)=(\[\1\]<eos>\d+)?\d+<eos>"
     for policy, prompts, form in ((game, games, forms[0]), (tools, products, forms[1])):
         rollouts = policy.generate(prompts, 4, PromptDraws(prompts, 4, 0))
-        solved = policy.task.generation.score(rollouts).total
+        solved = policy.task.generation.score(rollouts).scored.total.flatten()
         assert 0.3 < solved.mean() < 0.5
         texts = ["".join(map(policy.tokenizer.decode, tokens_of(rollouts.sequences, row))) for row in range(400)]
         assert sum(re.fullmatch(form, text) is not None for text in texts) > 380

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, fit
 
-from hybrid_lightning.adapters import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan, Random
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import HybridLightningError, PlanError
@@ -91,6 +91,32 @@ def test_setup_again_changes_nothing(model, sums, tmp_path):
     assert timer.totals()["scoring"] < timed["scoring"], "a second fit is timed anew"
     assert policy.plan is plan and weights.keys() == dict(policy.named_parameters()).keys()
     assert list(tmp_path.iterdir()) == [tmp_path / "version_0"] and trainer.log_dir == str(tmp_path / "version_0")
+
+
+# ---- seeds
+
+
+class Drawn(Random):
+    """Scores by torch's global generator, as a user's scorer may."""
+
+    def score(self, statistics, rank):
+        return float(torch.rand(()))
+
+
+def test_lora_and_scoring_follow_the_modules_seed_without_seed_everything(model, sums, tmp_path, monkeypatch):
+    """Whatever a script has drawn before. After `seed_everything`, as on the command line, they follow that seed."""
+
+    def start(drawn_before, seed):
+        torch.manual_seed(drawn_before)
+        policy = build_policy(model, seed=seed)
+        build_trainer(tmp_path, build_adapter(scorer=Drawn()), max_steps=0).fit(policy, datamodule=build_data(sums))
+        weights = [weight.detach().flatten() for name, weight in policy.named_parameters() if ".lora_A." in name]
+        return [*(module.score for module in policy.plan.candidates), *torch.cat(weights).tolist()]
+
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert start(1, seed=0) == start(2, seed=0) != start(1, seed=3)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    assert start(1, seed=0) == start(1, seed=3) != start(2, seed=0)
 
 
 # ---- refused

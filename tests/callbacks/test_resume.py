@@ -13,7 +13,7 @@ import torch
 import yaml
 from cli_runs import done, run
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums
 
 from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
@@ -79,6 +79,13 @@ def test_a_limit_of_one_batch_is_not_one_of_all():
     assert str(change) == "trainer.limit_val_batches 1 -> 1.0"
 
 
+class Best(Callback):
+    """A user's callback, which decides itself what of its state stays."""
+
+    def without_measurements(self, state):
+        return {**state, "best": None}
+
+
 @pytest.mark.parametrize(
     ("name", "given_up", "measured"),
     [
@@ -95,11 +102,12 @@ def test_a_limit_of_one_batch_is_not_one_of_all():
     ],
 )
 def test_what_a_change_makes_invalid(name, given_up, measured):
-    resume, loader, summary = Resume(), {"ranks": []}, {"before": {"val/avg@2": 0.5}}
+    resume, loader, states = Resume(), {"ranks": []}, {"RunSummary": {"before": {"val/avg@2": 0.5}}, "Best": {"best": 1, "n": 2}}
     resume._new = [Change(3, name, 1, 7)]
-    checkpoint = {"loops": {"fit_loop": {"state_dict": {"combined_loader": [loader]}}}, "callbacks": {"RunSummary": summary}}
-    resume.apply(checkpoint, LightningTrainer(logger=False, enable_checkpointing=False))
-    assert (loader.get("given_up", False), summary["before"] == {}) == (given_up, measured)
+    checkpoint = {"loops": {"fit_loop": {"state_dict": {"combined_loader": [loader]}}}, "callbacks": states}
+    resume.apply(checkpoint, LightningTrainer(logger=False, enable_checkpointing=False, callbacks=[RunSummary(), Best()]))
+    assert (loader.get("given_up", False), states["RunSummary"]["before"] == {}) == (given_up, measured)
+    assert states["Best"] == {"best": None if measured else 1, "n": 2}
 
 
 # ---- on the command line

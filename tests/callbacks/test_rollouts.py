@@ -30,7 +30,7 @@ from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.training.module import LanguageModule
-from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollout, Sequences
 
 
 def read(folder):
@@ -69,14 +69,22 @@ def test_the_page_of_hyper_parameters_has_the_arguments_and_as_results_accuracy_
 def test_completions_fit_a_narrow_screen_and_stay_out_of_notebooks(monkeypatch):
     asked = Prompt(messages=({"content": "be brief"}, {"content": "an introduction, and then\n\tthe question"}))
     said = (Completion("steps\x1b[2J, 数数数数 and 42", 9, True), Completion("", 0, True))
-    rollouts, rewards = SimpleNamespace(prompts=(asked, Prompt(text="1+1=")), completions=said), torch.tensor([1.0, 0.0])
-    rewards = Rewards(rewards, {}, rewards > 0, counted=rewards > 0)
-    evaluation = SimpleNamespace(greedy=(rollouts, rewards))
+    total = torch.tensor([[1.0], [0.0]])
+    rewards = Rewards(total, {}, total > 0, counted=total > 0)
+    evaluation = SimpleNamespace(greedy=rollout_of((asked, Prompt(text="1+1=")), said, rewards))
     for notebook in (False, True):
         monkeypatch.setattr(rich, "_console", screen := Console(width=50, file=io.StringIO(), force_jupyter=notebook))
         say_completions(Mock(spec=LanguageModule, evaluation=evaluation))
         lines = "" if notebook else "  ...the question -> ...数数数数 and 42 (reward 1)\n  1+1= -> (empty) (left out)\n"
         assert screen.file.getvalue() == lines and all(cell_len(line) <= 50 for line in lines.splitlines())
+
+
+def rollout_of(prompts, completions, rewards):
+    """A rollout with these rewards, and advantages of 0.5 and -0.5."""
+    count = len(completions)
+    sequences = Sequences(*pad_left([[5]] * count, 0, "cpu"), *pad_right([[6]] * count, 0, "cpu"))
+    advantages = torch.where(rewards.correct, 0.5, -0.5)
+    return Rollout(prompts, completions, sequences, torch.zeros(count, 1), rewards=rewards, advantages=advantages)
 
 
 def table_of(page):
@@ -99,14 +107,11 @@ NASTY = [
 
 def page_of(prompt, *texts):
     """A page of completions of a prompt: the first is right, the others were cut."""
-    count = len(texts)
-    sequences = Sequences(*pad_left([[5]] * count, 0, "cpu"), *pad_right([[6]] * count, 0, "cpu"))
-    first = torch.arange(count) == 0
-    completions = tuple(Completion(text, 1, True) for text in texts)
-    rollouts = Rollouts((prompt,), sequences, completions, torch.zeros(count, 1), first, count)
+    first = torch.arange(len(texts))[None] == 0
+    completions = tuple(Completion(text, 1, number == 0) for number, text in enumerate(texts))
     values = torch.where(first, 1.0, 0.25)
     rewards = Rewards(values, {"match": values, "form": 2 * values}, first)
-    return markdown_table(*RolloutSamples().table(rollouts, rewards, torch.where(first, 0.5, -0.5)))
+    return markdown_table(*RolloutSamples().table(rollout_of((prompt,), completions, rewards)))
 
 
 def test_a_page_shows_every_text_as_it_is():
@@ -118,6 +123,15 @@ def test_a_page_shows_every_text_as_it_is():
         assert cells[0] == [shown, shown, shown, "yes", "yes", "1", "1", "2", "0.5"]
         assert cells[1] == [shown, shown, "(empty)", "no", "no", "0.25", "0.25", "0.5", "-0.5"]
         assert html.unescape(page).count("\n") == page.count("\n") == 3
+
+
+def test_pages_have_no_column_of_right_completions_where_nothing_measures_that():
+    texts, values = (Completion("a", 1, True), Completion("b", 1, False)), torch.tensor([[1.0, 0.5]])
+    for counted, marks in ((None, ["yes", "no"]), (torch.tensor([[True, False]]), ["yes", "left out"])):
+        rewards = Rewards(values, {"style": values}, values >= 1, counted=counted, measures_correctness=False)
+        columns, rows = RolloutSamples().table(rollout_of((Prompt(text="?"),), texts, rewards))
+        assert columns == ["prompt", "answer", "completion", "finished", "reward", "advantage"]
+        assert [row[3] for row in rows] == marks and [rewards.right(0, sample) for sample in (0, 1)] == [None, None]
 
 
 def test_impossible_settings_are_refused():
@@ -143,12 +157,12 @@ class Looks(OncePerRollout):
         self.steps.append(trainer.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        rollouts, rewards, _ = batch.rollout
-        known = _tokens(rollouts.sequences)
+        rollout, rewards = batch.rollout, batch.rollout.rewards
+        known = _tokens(rollout.sequences)
         assert all(row in known for row in _tokens(batch.sequences)), "its own rollout"
         assert float(rewards.total.mean()) == pytest.approx(batch.metrics["reward"])
-        texts = [(prompt.text, *map(str, rollouts.completions)) for prompt in rollouts.prompts]
-        self.seen.append((trainer.global_step, batch.rollout_number, texts, rewards.total.tolist()))
+        texts = [(prompt.text, *map(str, rollout.completions)) for prompt in rollout.prompts]
+        self.seen.append((trainer.global_step, batch.rollout_number, texts, rewards.total.flatten().tolist()))
 
 
 def _tokens(sequences):
@@ -280,7 +294,7 @@ def feed(callback, accuracies, weights=None, **parts):
         values = {name: torch.full((101,), series[step]).where(counted, torch.nan) for name, series in parts.items()}
         parts_of = {"match": correct.float(), **values}
         rewards = Rewards(correct.float(), parts_of, correct | ~counted, weights or {}, counted)
-        batch = SimpleNamespace(rollout=(None, rewards, None), rollout_number=step)
+        batch = SimpleNamespace(rollout=SimpleNamespace(rewards=rewards), rollout_number=step)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):  # every micro-batch of a rollout brings the same one

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from cli_runs import done
@@ -11,7 +13,8 @@ from cli_runs import run as run_command
 from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import StartsWithDigit
 
-from hybrid_lightning.reports.page import Run, report_page, thinned
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.reports.page import ReportedRun, report_page, thinned
 
 BAD = '"\'></pre><script>alert(1)</script><img src="https://x.org/a" onerror=alert(1)>&'
 
@@ -32,7 +35,7 @@ class Tags(HTMLParser):
 
 
 def test_a_page_has_what_the_run_was(finished):
-    page, found = (finished.folder / "report.html").read_text(), Run.read(finished.folder)
+    page, found = (finished.folder / "report.html").read_text(), ReportedRun.read(finished.folder)
     assert found.report["state"] == "finished" and found.report["step"] == 6
     text = " ".join(Tags(page).text.split())
     for said in (found.summary["verdict"], "Samples, before and after", "Adapter plan: ", "model.lr_lora", "CPU", "peak memory"):
@@ -56,12 +59,12 @@ def test_nothing_that_a_run_says_runs_or_is_loaded(finished):
             return {(k + BAD if k.startswith("model.") else k): spoiled(v) for k, v in value.items()}
         return [spoiled(item) for item in value] if isinstance(value, list) else value + BAD if isinstance(value, str) else value
 
-    found = Run.read(finished.folder)
+    found = ReportedRun.read(finished.folder)
     clean = Tags(report_page(found)).elements
     report = {name: spoiled(value) if name != "curves" else value for name, value in found.report.items()}
     report["curves"] = {name + BAD * (name == "reward"): curve for name, curve in found.report["curves"].items()}
     summary = {**found.summary, "verdict": BAD, "try": [BAD]}
-    page = report_page(Run(found.folder, report, summary))
+    page = report_page(ReportedRun(found.folder, report, summary))
     spoiled_page = Tags(page)
     kinds = {tag for tag, _ in spoiled_page.elements}
     assert kinds == {tag for tag, _ in clean} and "script" not in kinds and BAD in spoiled_page.text
@@ -72,7 +75,7 @@ def test_nothing_that_a_run_says_runs_or_is_loaded(finished):
 
 
 def test_a_resumed_run_shows_the_curves_and_first_samples_of_the_whole(finished, resumed):
-    first, second = Run.read(finished.folder).report, Run.read(resumed.folder).report
+    first, second = ReportedRun.read(finished.folder).report, ReportedRun.read(resumed.folder).report
     for report in (first, second):
         report["curves"].pop("time/step_s")
     assert first["curves"] == second["curves"] and first["first"] == second["first"] and first["last"] == second["last"]
@@ -89,7 +92,7 @@ def test_a_run_that_fails_says_how_far_it_came_and_why(measured, tmp_path, monke
     monkeypatch.setattr(StartsWithDigit, "__call__", failing)
     with pytest.raises(Exception, match="alert"):
         measured(tmp_path, enable_checkpointing=True)
-    found = Run.read(tmp_path / "version_0")
+    found = ReportedRun.read(tmp_path / "version_0")
     assert found.report["state"].startswith("stopped: ") and BAD in found.report["state"] and found.report["step"] == 2
     assert "stopped.ckpt" in found.report["commands"][0]
     assert len(found.curves["reward"][0]) == found.report["step"] and "<script" not in (found.folder / "report.html").read_text()
@@ -107,6 +110,23 @@ def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
     steps = list(range(1, 1001))
     points = thinned((steps, [float("nan") if step == 1000 else 2.0 * step for step in steps]), most=100)
     assert len(points) <= 100 and points[0] == (5.5, 11.0) and points[-1] == (995.0, 1990.0)
+
+
+def test_compare_offers_the_latest_run_with_a_report_and_none_that_only_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scored, *fitted = folders = [Path("runs") / place for place in ("gspo/version_0", "gspo/version_1", "other/version_0")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"version_0 has no report\.json, which fit writes .*; give the folder of a run$"):
+        ReportedRun.read(scored)
+    for seconds, folder in zip((2e9, 1e9), reversed(fitted), strict=True):
+        (folder / "report.json").write_text("{}")
+        os.utime(folder / "report.json", (seconds, seconds))
+        for other in (scored, Path("runs/gspo"), Path("none")):
+            with pytest.raises(
+                ConfigError, match=f"; give a run folder such as {fitted[1] if other == Path('none') else folder}$"
+            ):
+                ReportedRun.read(other)
 
 
 def test_compare_tells_runs_apart_by_their_problems(folder):

@@ -1,15 +1,19 @@
+import contextlib
 import csv
+import io
 import json
 import re
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_examples import fit, write_rows
 from tiny_runs import StartsWithDigit, build_data, build_policy, build_trainer
 
-from hybrid_lightning.callbacks import RunSummary
+from hybrid_lightning.callbacks import EvaluationReport, ModelCheckpoint, RunSummary
+from hybrid_lightning.callbacks.compare_runs import compare
+from hybrid_lightning.rewards import RewardFunction
 
 
 def test_accuracies_come_from_the_validations_before_and_after(model, sums, tmp_path, finished):
@@ -64,6 +68,35 @@ def test_without_a_timer_there_is_the_time_alone_and_of_a_part_of_a_validation_n
     run = measured(tmp_path / "b", limit_val_batches=0, **flags)
     assert [run.summary[f"{kind}_{when}"] for kind in ("accuracy", "greedy") for when in ("before", "after")] == [None] * 4
     assert run.summary["steps"] == 2 and "not measured -> not measured" in run.output
+
+
+class Style(RewardFunction):
+    """Graded as by a judge of style: nothing is ever right, though some earn 1."""
+
+    measures_correctness = False
+
+    def __call__(self, completions, prompts):
+        return [min(1.0, sum(letter.isdigit() for letter in text) / 3) for text in completions]
+
+
+def test_where_nothing_measures_correctness_nothing_shows_an_accuracy(measured, sums, tmp_path):
+    saver = ModelCheckpoint(monitor="val/avg@4", mode="max")
+    run = measured(tmp_path, saver, enable_checkpointing=True, max_steps=4, reward=Style)
+    compare([str(run.folder)] * 2, str(tmp_path / "compared.html"))
+    assert saver.monitor == "val/reward" and "by val/reward, since no part of the reward measures correctness" in run.output
+    accuracies = re.compile(r"accura|avg@|pass@|maj@|solve_rate|greedy_acc|\bgreedy\b(?!_)|constant answer|before they are right")
+    said = [run.output.replace("there is no val/avg@4", ""), (run.folder / "report.html").read_text()]
+    said += [(tmp_path / "compared.html").read_text(), " ".join(map(str, run.policy.evaluation.last[""]))]
+    assert [accuracies.search(text) for text in said] == [None] * 4
+    assert not re.search(r">(right|wrong)</span>", said[1]), "samples"
+    logged = EventAccumulator(str(run.folder)).Reload().Tags()["scalars"]
+    assert "val/reward" in logged and not list(filter(accuracies.search, logged))
+    summary = {name: value for name, value in run.summary.items() if name.startswith(("accuracy", "greedy")) or name == "answers"}
+    assert not any(summary.values()) and run.summary["reward_after"] is not None and "reward" in run.summary["verdict"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        trainer = build_trainer(tmp_path, EvaluationReport(), logger=CSVLogger(tmp_path, name="csv"))
+        trainer.validate(run.policy, datamodule=build_data(sums, validation_fraction=0.4), verbose=False)
+    assert "truncation_rate" in output.getvalue() and not accuracies.search(output.getvalue())
 
 
 def test_measurements_and_times_add_up_over_stops(finished, resumed):

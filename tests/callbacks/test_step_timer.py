@@ -172,8 +172,8 @@ def test_values_are_means_over_processes_and_rates_count_all_of_them():
     mask = torch.ones(1, 60, dtype=torch.bool)  # 50 of them were sampled
     sequences = SimpleNamespace(completion_mask=mask, sampled_mask=mask[:, :50], prompt_mask=mask[:, :40])
     schedule = RolloutSchedule(1, 1, minibatches_per_rollout=2)
-    module, rollouts = Mock(spec=LanguageModule, task=SimpleNamespace(schedule=schedule)), SimpleNamespace(sequences=sequences)
-    batch = SimpleNamespace(rollout=SimpleNamespace(rollouts=rollouts))
+    module = Mock(spec=LanguageModule, task=SimpleNamespace(schedule=schedule))
+    batch = SimpleNamespace(rollout=SimpleNamespace(sequences=sequences))
     values = timer._measure_step(SimpleNamespace(world_size=2, strategy=strategy), module, batch)
     times = {"generate": 1.5, "reward": 1.0, "logprobs": 0.0, "update": 6.0, "other": 1.0, "step": 9.5}
     assert {f"time/{name}_s": value for name, value in times.items()}.items() <= values.items()

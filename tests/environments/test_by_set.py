@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 from chat_templates import tokenizer_with
+from environments_in_turns import EnvironmentsInTurns
 from tiny_models import build_model, build_tokenizer
 from tiny_runs import Log, OftenDone, Talk, build_data, fit
 
@@ -13,7 +14,6 @@ from hybrid_lightning.environments import (
     EnvironmentBySet,
     EpisodeLimits,
     GuessNumber,
-    RunningEpisodes,
     ToolEnvironment,
     calculator,
 )
@@ -62,7 +62,7 @@ def test_each_set_acts_in_its_own_environment_and_its_prompts_show_its_tools():
     assert environment.added_roles() == ("tool", "user") and not EnvironmentBySet({"": Talk()}).thread_safe
     other = pickle.loads(pickle.dumps(environment))  # as `episodes.workers` have it
     other.prepare(environment.chat_template)
-    episodes = RunningEpisodes(other, EpisodeLimits())
+    episodes = EnvironmentsInTurns(other, EpisodeLimits())
     begun = episodes.start([*prompts, prompts[2]], [3, 3, 3, 4])
     assert [*map(len, begun)] == [0, 0, 1, 1]
     answers = episodes.step({0: say("calculator", expression="2*3"), 1: say("shout", text="a"), 2: say("1"), 3: say("x")})
@@ -81,7 +81,7 @@ def test_a_row_names_the_tools_that_it_may_call():
     rows = [prompt(columns={"tools": names}) for names in (["shout"], ["shout", "calculator"], [])]
     encoder.check(rows, environment.added_roles())
     assert [[name in shown(row) for name in ("calculator", "shout")] for row in rows] == [[0, 1], [1, 1], [0, 0]]
-    episodes = RunningEpisodes(environment, EpisodeLimits())
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits())
     episodes.start(rows, [0, 0, 0])
     answers = episodes.step(dict.fromkeys(range(3), say("calculator", expression="2*3")))
     assert answers[0].messages[0]["content"] == "error: there is no tool 'calculator'; the tools are shout"

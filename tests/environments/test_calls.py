@@ -9,6 +9,7 @@ from chat_templates import tokenizer_with
 from hybrid_lightning.environments import (
     AtemCalls,
     Call,
+    DeepSeekCalls,
     GemmaCalls,
     GlmCalls,
     HarmonyCalls,
@@ -17,8 +18,10 @@ from hybrid_lightning.environments import (
     MalformedCall,
     PlainCalls,
     PythonicCalls,
+    RawPythonicCalls,
     XmlCalls,
 )
+from hybrid_lightning.environments.calls import typed_arguments, typed_value
 from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.errors import ConfigError
 
@@ -80,8 +83,13 @@ def test_plain():
         ('[add: {"x": 1, "y": [2]}]', [("add", {"x": 1, "y": [2]})]),
         ("[add: {1}] [now:]", [("add", "{1}"), ("now", {})]),
         ("[add: 1] [add: 2", [("add", "1"), "malformed"]),
+        ("[my-server.add: 1] [a.b-c:]", [("my-server.add", "1"), ("a.b-c", {})]),
+        ('[add: {"x": "]", "y": "[["}] and [add: {"x": "]"} ]', [("add", {"x": "]", "y": "[["}), ("add", {"x": "]"})]),
+        ('[add: {"x": "a]", }] [add: 2]', [("add", '{"x": "a'), ("add", "2")]),
     ):
         assert [short(call) for call in PlainCalls().parse(text)] == calls
+    odd = [{"type": "function", "function": {"name": name, "description": ""}} for name in ("2nd/add", "a b")]
+    assert [call.name for call in PlainCalls().parse("[2nd/add: 1] [a b: 2] [c d: 3]", odd)] == ["2nd/add", "a b"]
 
 
 def test_plain_by_patterns():
@@ -97,6 +105,7 @@ def test_plain_by_patterns():
 
 
 FORMATS = (HermesCalls, LlamaCalls, PlainCalls, XmlCalls, GlmCalls, AtemCalls, HarmonyCalls, PythonicCalls, GemmaCalls)
+FORMATS += (RawPythonicCalls, DeepSeekCalls)
 
 
 def test_a_policy_can_follow_its_description():
@@ -119,9 +128,17 @@ PARTS += [
     "<|channel>",
     '<|"|>',
     "a:",
+    *("a='", "', a='", "'), f(", DeepSeekCalls.OPEN, f"{DeepSeekCalls.OPEN}f<｜tool▁sep｜>", "```json", "[a:{", '{"a":['),
 ]
 BEGINS = ("", "<|python_tag|>", "<tool_call>", "[a:", "<tool_call><function=a>", "<|tool_call_start|>", "<|tool_call>call:a{")
-ENDS = {PythonicCalls: PythonicCalls.CLOSE, GemmaCalls: GemmaCalls.CLOSE, XmlCalls: "</tool_call>"}
+BEGINS += ("<|tool_call_start|>[f(a='", DeepSeekCalls.OPEN, f"{DeepSeekCalls.OPEN}f<｜tool▁sep｜>")
+ENDS = {
+    PythonicCalls: PythonicCalls.CLOSE,
+    RawPythonicCalls: PythonicCalls.CLOSE,
+    DeepSeekCalls: DeepSeekCalls.CLOSE,
+    GemmaCalls: GemmaCalls.CLOSE,
+    XmlCalls: "</tool_call>",
+}
 
 
 def test_long_messages_are_read_in_time_that_grows_with_their_length_alone():
@@ -141,7 +158,9 @@ TAUGHT = {
     GlmCalls: ("glm4moe",),
     AtemCalls: ("muse_glimmer",),
     HarmonyCalls: ("gptoss",),
-    PythonicCalls: ("lfm2_v2", "lfm2_2_5_v2"),
+    PythonicCalls: ("lfm2_v2", "lfm2_2_5_vl"),
+    RawPythonicCalls: ("lfm2_2_5", "lfm2_2_5_v2"),
+    DeepSeekCalls: ("deepseekv3_training",),
     GemmaCalls: ("gemma4", "gemma4_v2", "gemma4_v5"),
     LlamaCalls: ("llama3_1", "llama3_2"),
 }
@@ -188,6 +207,62 @@ def test_templates_without_tools_have_plain_calls_and_unknown_formats_are_refuse
         choose_format(odd)
 
 
+def test_the_schema_decides_which_type_a_text_has():
+    for text, schema, value in (
+        ("3", {"type": "string"}, "3"),
+        ("None", {"type": "string"}, "None"),
+        *((text, {"type": "string", "nullable": True}, None) for text in ("None", "null")),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("3", {"type": "string", "nullable": True}, "3"),
+        ("True", {"type": "string", "nullable": True}, "True"),
+        ("3", {"type": ["integer", "string"]}, 3),
+        ("3.5", {"type": ["integer", "string"]}, "3.5"),
+        ("true", {"type": ["integer", "string"]}, "true"),
+        ("[1]", {"type": ["array", "string"]}, [1]),
+        ("2", {"enum": ["1", "2"]}, "2"),
+        ("2", {"enum": ["1", 2]}, 2),
+        ("a", {"type": "integer"}, "a"),  # which the schema then refuses
+        ("2.5", {"type": "integer"}, 2.5),
+    ):
+        assert typed_value(text, schema) == value and type(typed_value(text, schema)) is type(value), (text, schema)
+    parameters = {"properties": {"x": {"$ref": "#/$defs/Size"}}, "$defs": {"Size": {"type": ["integer", "null"]}}}
+    tool = {"function": {"name": "f", "parameters": parameters}}
+    assert typed_arguments("f", {"x": "None", "y": "1"}, [tool]) == {"x": None, "y": "1"}
+
+
+def test_texts_in_pythons_calls_are_read_as_the_template_writes_them():
+    call = "<|tool_call_start|>[f({})]<|tool_call_end|>".format
+    for text, escaped, raw in (
+        (r"a='C:\new'", "C:\new", r"C:\new"),
+        (r"a='C:\\new'", r"C:\new", r"C:\\new"),
+        (r"a='C:\\8'", r"C:\8", r"C:\\8"),
+        (r"a='it\'s'", "it's", r"it\'s"),
+        (r"a=r'C:\new'", r"C:\new", r"C:\new"),
+        (r"a=['C:\dir', 'C:\\new']", [r"C:\dir", r"C:\new"], [r"C:\dir", r"C:\new"]),
+        ("a='it's'", None, "it's"),
+        ("a='print('x'), h('y')'", None, "print('x'), h('y')"),
+        (r"a='C:\Users\data'", r"C:\Users\data", r"C:\Users\data"),
+        (r'a="C:\\new"', r"C:\new", r"C:\new"),
+        ('a="one\ntwo"', "one\ntwo", "one\ntwo"),
+        (r'a="C:\Users\data"', r"C:\Users\data", r"C:\Users\data"),
+    ):
+        for form, value in ((PythonicCalls(), escaped), (RawPythonicCalls(), raw)):
+            expected = "malformed" if value is None else ("f", {"a": value})
+            assert [short(one) for one in form.parse(call(text), [tool_of("f", "a"), tool_of("g", "a")])] == [expected], text
+    dashed = [tool_of("my-server.find", "a")]
+    assert PythonicCalls().parse("<|tool_call_start|>[my-server.find(a=1)]<|tool_call_end|>", dashed) == [
+        Call("my-server.find", {"a": 1})
+    ]
+
+
+DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>".format
+
+
+def tool_of(name, *arguments):
+    parameters = {"type": "object", "properties": {name: {"type": "string"} for name in arguments}}
+    return {"type": "function", "function": {"name": name, "description": "Does it.", "parameters": parameters}}
+
+
 def test_what_tagged_formats_cannot_read_is_malformed():
     xml, glm = "<tool_call>\n<function=f>\n{}</function>\n</tool_call>".format, "<tool_call>f\n{}</tool_call>".format
     for form, text, calls in (
@@ -224,6 +299,9 @@ def test_what_tagged_formats_cannot_read_is_malformed():
             '<|tool_call>call:f{}<tool_call|><|tool_call>call:g{a:{<|"|>b<|"|>:[1]}}<tool_call|>',
             [("f", {}), ("g", {"a": {"b": [1]}})],
         ),
+        (DeepSeekCalls(), f"{DeepSeekCalls.OPEN}f<｜tool▁sep｜>{{}}{DeepSeekCalls.CLOSE}", [("f", {})]),  # as V3.1 writes it
+        (DeepSeekCalls(), DEEPSEEK("[1]") + DEEPSEEK("{x}") + DEEPSEEK("")[:-3], ["malformed"] * 3),
+        (DeepSeekCalls(), DEEPSEEK('{"x": "```"}') + DEEPSEEK("{}"), [("f", {"x": "```"}), ("f", {})]),
         (GemmaCalls(), "<|channel>thought\n<|tool_call>call:f{}<tool_call|>", []),
         (
             GemmaCalls(),

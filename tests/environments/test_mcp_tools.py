@@ -17,10 +17,11 @@ from pathlib import Path
 import mcp_server
 import pytest
 from cli_runs import done, run, write_folder
+from environments_in_turns import EnvironmentsInTurns
 from stopped_runs import points, run_of
 from test_calls import TEMPLATES
 
-from hybrid_lightning.environments import EpisodeLimits, Failure, McpTools, RunningEpisodes, ToolEnvironment, calculator, running
+from hybrid_lightning.environments import EpisodeLimits, Failure, McpTools, ToolEnvironment, calculator, running
 from hybrid_lightning.errors import ConfigError, EpisodeError
 from hybrid_lightning.types import Prompt
 
@@ -44,7 +45,7 @@ def play():
     def run(*tools, count=3, **options):
         environment = ToolEnvironment(list(tools), **options)
         environment.prepare(TEMPLATE)
-        episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=0.5))
+        episodes = EnvironmentsInTurns(environment, EpisodeLimits(max_failed_share=0.5))
         begun.append((episodes, tools))
         episodes.start([PROMPT] * count, [0] * count)
         return environment, episodes.step
@@ -185,7 +186,7 @@ def test_a_server_is_there_again_after_another_tool_has_blocked_the_event_loop(p
     _, step = play(server := McpTools(COMMAND), block)
     assert texts(step({0: call("add", x=1, y=1)})) == ["2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step.__self__.limits, "step_timeout_s", 0.3)
+        patch.setattr(step.__self__.running.limits, "step_timeout_s", 0.3)
         assert "has blocked it" in step({1: call("block")})[1].reason
     assert not server.is_connected and texts(step({0: call("add", x=1, y=2)})) == ["3"]
     free.set()

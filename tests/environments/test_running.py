@@ -16,8 +16,9 @@ import fork_server
 import numpy as np
 import pytest
 import torch
+from environments_in_turns import EnvironmentsInTurns
 
-from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, Step, TimedOut
 from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
 from hybrid_lightning.types import Prompt
 
@@ -36,7 +37,7 @@ def said(text):
 
 def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):
     """The texts of the answers to the start and to each turn, by episode: one text for all, or a text each."""
-    episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=share, workers=workers, step_timeout_s=timeout_s))
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits(max_failed_share=share, workers=workers, step_timeout_s=timeout_s))
     try:
         answers = [dict(enumerate(episodes.start(prompts(len(seeds)), seeds)))]
         for turn in turns:
@@ -304,7 +305,7 @@ class Shows(Environment):
 def test_processes_see_no_gpu_know_the_template_and_end_with_the_run(forked):
     environment = Shows()
     environment.prepare("{{ messages }}")
-    episodes = RunningEpisodes(environment, EpisodeLimits(workers=2))
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits(workers=2))
     try:
         for _ in range(2):  # rollouts
             episodes.start(prompts(), SEEDS)
@@ -324,8 +325,9 @@ def test_processes_end_where_their_parent_is_killed():
 import os, signal
 from hybrid_lightning.environments import EpisodeLimits, GuessNumber, RunningEpisodes
 from hybrid_lightning.types import Prompt
+from hybrid_lightning.user_calls import run_async
 episodes = RunningEpisodes(GuessNumber(), EpisodeLimits(workers=1))
-episodes.start([Prompt(text="Go")], [1])
+run_async(episodes.start(0, Prompt(text="Go"), 1))
 print(episodes._workers[0]._popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -422,13 +424,13 @@ class EarnsAtEnd(Environment):
 def test_what_is_earned_at_the_end_is_asked_once(forked):
     for workers in (0, 1):
         LOG.clear()
-        episodes = RunningEpisodes(EarnsAtEnd(), EpisodeLimits(max_failed_share=1, workers=workers))
+        episodes = EnvironmentsInTurns(EarnsAtEnd(), EpisodeLimits(max_failed_share=1, workers=workers))
         episodes.start(prompts(3), [7, 7, 8])
         for going in ([0, 1, 2], [1, 2], [2]):
             episodes.step({number: said("go") for number in going})
         earned = episodes.conclude([0, 1, 2])
         assert (earned[0], earned[1]) == (0.5, 1.0) and "EarnsAtEnd.final_reward raised Zero" in earned[2].reason
-        assert episodes.conclude([0, 1, 2]) == {} and LOG["asked"] == (0 if workers else 3)
+        assert episodes.conclude([0, 1, 2]) == dict.fromkeys(range(3), 0.0) and LOG["asked"] == (0 if workers else 3)
         episodes.close()
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from environments_in_turns import EnvironmentsInTurns
 from test_calls import TEMPLATES
 
-from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, HermesCalls, PlainCalls, RunningEpisodes, Tool, ToolEnvironment
+from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, HermesCalls, PlainCalls, Tool, ToolEnvironment
 from hybrid_lightning.environments.calls import Call
 from hybrid_lightning.environments.tool import describe_tool
 from hybrid_lightning.environments.tool_environment import COUNTS, as_text
@@ -117,7 +118,7 @@ def call(name, **arguments):
 
 def answers(environment, *texts, seeds=None, **limits):
     """Steps of an episode for each text, all at the same time."""
-    episodes = RunningEpisodes(environment, EpisodeLimits(**limits))
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits(**limits))
     try:
         episodes.start([CHAT] * len(texts), seeds or [1] * len(texts))
         return list(episodes.step({n: {"role": "assistant", "content": text} for n, text in enumerate(texts)}).values())
@@ -322,6 +323,55 @@ def test_a_plain_call_that_was_meant_to_be_json_is_not_run_as_text():
     ):
         (step,) = answers(ToolEnvironment([two, pwd]), text)
         assert all(said.startswith(begin) for said, begin in zip(told(step), result, strict=True)), told(step)
+
+
+def optional(x: str = "none") -> str:
+    """Repeat.
+
+    Args:
+        x: What.
+    """
+    return f"<{x}>"
+
+
+def keys(options: dict[str, int]) -> str:
+    """List the keys.
+
+    Args:
+        options: Which have keys.
+    """
+    return f"<{','.join(options)}>"
+
+
+BROKEN = 'error: optional got text that begins like JSON and is not; give text alone, or JSON such as {"x": ...}'
+
+
+def test_a_plain_call_is_never_run_on_a_guess_at_json_that_is_broken():
+    for text, results in (
+        ("[optional: {}] [optional:] [optional: { }]", ["<none>"] * 3),
+        ('[optional: {"x": "a]"}] [optional: a {1}]', ["<a]>", "<a {1}>"]),
+        (r'[optional: {"x": "C:\\new"}] [optional: C:\new]', ["<C:\\new>"] * 2),
+        ('[optional: {"x": "a",}] [optional: {x: 1}]', [BROKEN] * 2),
+        ("[optional: {'x': 'a'}] [optional: {\"x\": \"a\"} b]", [BROKEN] * 2),
+        ('[optional: "x": "a"] [optional: ```json\n{"x": "a"}\n```] [optional: {"x": "a]"]', [BROKEN] * 3),
+        ('[optional: {"y": "a"}]', ["error: optional got wrong arguments: Additional properties are not allowed ('y' was"]),
+        ('[two: "x": "a"] [two: {"x": "a", n: 2}]', ["error: two takes several arguments; give them as JSON: x, n"] * 2),
+        ("[two: {}]", ["error: two got wrong arguments: 'x' is a required property"]),
+        ('[keys: {"k": 1}] [keys: {"options": {"k": 1}}] [keys: {}]', ["<k>", "<k>", "<>"]),
+        ('[keys: {"k": 1,}]', ["error: keys got text that begins like JSON and is not"]),
+        ("[pwd: {x}]", ["error: pwd takes no arguments"]),
+    ):
+        (step,) = answers(ToolEnvironment([two, pwd, optional, keys], PlainCalls()), text)
+        assert not step.over and len(told(step)) == len(results)
+        assert all(said.startswith(begin) for said, begin in zip(told(step), results, strict=True)), told(step)
+
+
+def test_a_plain_call_of_a_tool_with_dots_and_dashes_in_its_name_does_not_end_the_episode():
+    class Named(Notes):
+        name = "my-server.keep"
+
+    (step,) = answers(ToolEnvironment([Named()], PlainCalls()), "[my-server.keep: a] [my-server.lose: a]")
+    assert json.loads(told(step)[0])[-1] == "a" and "there is no tool 'my-server.lose'" in told(step)[1]
 
 
 def test_only_a_thought_that_a_message_begins_with_has_no_calls():

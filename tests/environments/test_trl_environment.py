@@ -6,9 +6,10 @@ import time
 from typing import ClassVar
 
 import pytest
+from environments_in_turns import EnvironmentsInTurns
 from transformers.utils import get_json_schema
 
-from hybrid_lightning.environments import EpisodeLimits, HermesCalls, RunningEpisodes, TRLEnvironment
+from hybrid_lightning.environments import EpisodeLimits, HermesCalls, TRLEnvironment
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_code import load_function
@@ -82,7 +83,7 @@ WAIT = '<tool_call>{"name": "wait", "arguments": {}}</tool_call>'
 def episode(name, messages, prompt=PROMPT, turn_rewards=False, arguments=None):
     """An episode's messages, its rewards, and its reward at the end; beside it, another one makes the same calls."""
     environment = TRLEnvironment(here(name), arguments, HermesCalls())
-    episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=1), turn_rewards=turn_rewards)
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits(max_failed_share=1), turn_rewards=turn_rewards)
     said = [message["content"] for message in episodes.start([prompt, prompt], [7, 7])[0]]
     rewards = []
     for message in messages:
@@ -110,7 +111,7 @@ def test_public_methods_are_tools_and_the_reward_is_asked_once_or_each_turn():
 
 @pytest.mark.parametrize("calls", [WAIT + WAIT, BLOCK])
 def test_episodes_wait_side_by_side_and_async_tools_of_a_message_too(calls):
-    episodes = RunningEpisodes(TRLEnvironment(here("Counter"), call_format=HermesCalls()), EpisodeLimits())
+    episodes = EnvironmentsInTurns(TRLEnvironment(here("Counter"), call_format=HermesCalls()), EpisodeLimits())
     episodes.start([PROMPT] * 16, [7] * 16)
     began = time.monotonic()
     steps = episodes.step({number: {"role": "assistant", "content": calls} for number in range(16)})

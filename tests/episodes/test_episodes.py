@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_calibration import assert_same_gradient, calibrate, mean_gradient
 from tiny_models import build_model, plain_logprobs, tokens_of
-from tiny_runs import Log, OftenDone, Talk, build_data, build_policy, build_trainer, fit, trained
+from tiny_runs import InTwoRows, Log, OftenDone, Talk, build_data, build_policy, build_trainer, fit, trained
+from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
@@ -20,10 +21,11 @@ from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisode
 from hybrid_lightning.episodes.episodes import episode_metrics
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
+from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import DynamicSampling, sampler
 from hybrid_lightning.rollout.rng import PromptDraws, evaluation_draws
 from hybrid_lightning.training.sampled_groups import rollout_metrics
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Prompt, Sequences
 
 PROMPTS = [Prompt(text="3+4=", index=0), Prompt(text="12*3=", index=1, columns={"seed": 77})]
 
@@ -98,7 +100,7 @@ def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
         assert torch.equal(getattr(rollouts.sequences, name), value), name
     assert torch.equal(rollouts.sampling_logprobs, plain.sampling_logprobs)
     assert [str(c) for c in rollouts.completions] == [str(c) for c in plain.completions]
-    cut = ~plain.finished
+    cut = ~plain.finished.flatten()
     assert torch.equal(rollouts.finished, plain.finished)
     assert [c.episode.end for c in rollouts.completions] == ["tokens" if of_row else "over" for of_row in cut]
     metrics = episode_metrics(rollouts.completions)  # the environment's counts replace none of these
@@ -117,25 +119,44 @@ def test_every_bound_ends_an_episode_with_its_reason_and_an_answer_that_does_not
     assert any(c.episode.turns > 1 for c in cut), "the policy has room for an answer"
 
 
+class Digits(Talk):
+    """Answers with many digits, which the embedded policy's tokenizer has, and letters it has not."""
+
+    def start(self, prompt, seed):
+        return ()
+
+    def step(self, message):
+        return Step([{"role": "user", "content": "7" * 500}])
+
+
+def test_an_answer_is_cut_without_a_mark_where_the_tokenizer_cannot_write_it():
+    policy = build_policy("embedded", **arguments(Digits(), max_tokens=40, max_turns=3, max_new_tokens=8))
+    prompts = PROMPTS[1:]
+    completions = policy.generate(prompts, 8, PromptDraws(prompts, 8, 5)).completions
+    cut = [c.episode.messages[2]["content"] for c in completions if c.episode.counts.get("cut_answers")]
+    assert cut and all(len(text) < 40 and set(text) == {"7"} for text in cut)
+
+
 def test_masking_leaves_out_what_a_limit_of_tokens_ended_and_no_other_end(play):
     policy, rollouts = play(Talk(9), samples=8, max_turns=2, max_new_tokens=4)
     masking, ends = policy.task, [completion.episode.end for completion in rollouts.completions]
     assert set(ends) == {"turns", "tokens"} and not rollouts.finished.any()
-    masking.mask_truncated_completions, rewards = True, masking.generation.score(rollouts)
-    learned = masking.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1).tolist()
+    masking.options = replace(masking.options, mask_truncated_completions=True)
+    learned = masking.rows_of_loss(masking.generation.score(rollouts)).sampled_mask.any(dim=1).tolist()
     assert learned == [end == "turns" for end in ends]
 
 
 def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play, capsys):
     policy, rollouts = play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=1.0)
     failed = torch.tensor([c.episode.end == "failed" for c in rollouts.completions])
-    rewards = policy.task.generation.score(rollouts)
+    scored = policy.task.generation.score(rollouts)
     assert 0 < failed.sum() < len(failed)
-    assert torch.equal(rewards.counted, ~failed) and not rollouts.sequences.sampled_mask[failed].any()
-    advantages = policy.task.advantage.of_rewards(rewards, 8)
-    assert not advantages[failed].any() and advantages[~failed].any()
+    assert torch.equal(scored.rewards.counted.flatten(), ~failed) and not rollouts.sequences.sampled_mask[failed].any()
+    advantages = policy.task.options.advantage.of_rewards(scored.rewards)
+    assert not advantages.flatten()[failed].any() and advantages.flatten()[~failed].any()
     trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
-    scored = (rollouts, replace(rewards, counted=torch.zeros_like(failed)), advantages)
+    lost = replace(scored.rewards, counted=torch.zeros_like(scored.rewards.counted))
+    scored = replace(scored, rewards=lost, advantages=advantages)
     RolloutSamples(1).on_rollout(trainer, SimpleNamespace(rollout=scored, rollout_number=0))
     assert "An episode of rollout 1, left out:" in capsys.readouterr().out, "not with a reward of 0"
     with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
@@ -147,10 +168,13 @@ def test_an_episode_that_fails_before_its_first_turn_is_hardly_sampled(play, mon
 
     def decoded(*arguments):
         found = decode(*arguments)
-        lengths.append(found[2].tolist())
+        lengths.append(found[1].sum(dim=1).tolist())
         return found
 
-    monkeypatch.setattr(RunningEpisodes, "start", lambda *given: [Failure("no board"), *start(*given)[1:]])
+    async def started(running, number, *given):
+        return await start(running, number, *given) if number else Failure("no board")
+
+    monkeypatch.setattr(RunningEpisodes, "start", started)
     monkeypatch.setattr(sampler._Decoder, "decode", decoded)
     completions = play(Talk(), max_new_tokens=20)[1].completions
     assert [completion.episode.end == "failed" for completion in completions] == [True] + 5 * [False]
@@ -198,7 +222,7 @@ def test_resume_is_bit_exact(model, sums, tmp_path):
 def turn_advantages(rollouts):
     """An advantage for each sampled token, {(row, place): value}, with the mean over the others that have its turn."""
     episodes, found = [completion.episode for completion in rollouts.completions], {}
-    samples = rollouts.samples_per_prompt
+    samples = rollouts.group_size
     for row, episode in enumerate(episodes):
         others = [other for other in range(row // samples * samples, (row // samples + 1) * samples) if other != row]
         turn, was_sampled = -1, False
@@ -219,9 +243,11 @@ class ByTurn(Log):
     """Also computes the first step's gradient token by token, with the advantage of each token's turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        (rollouts, _, shown), loss = batch.rollout, pl_module.task.loss
+        rollouts, loss = in_one_row(batch.rollout), pl_module.task.loss
         advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
-        assert shown.shape == lengths.shape and len({round(value, 5) for value in advantages.values()}) > len(lengths)
+        assert torch.equal(rollouts.lengths.flatten(), lengths) and len({round(value, 5) for value in advantages.values()}) > len(
+            lengths
+        )
         value = 0.0
         for row, length in enumerate(lengths):
             logprobs = plain_logprobs(pl_module.model, rollouts.sequences, row)
@@ -231,11 +257,27 @@ class ByTurn(Log):
         self.expected = dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
 
 
+def in_one_row(rollout):
+    """Undo `in_two_rows`: its second rows repeat the first ones in their prompts."""
+    first = torch.tensor([rollout.first_row(number) for number in range(len(rollout.completions))])
+    rows = [(rollout.episode_of_row == number).nonzero().flatten().tolist() for number in range(len(first))]
+    joined = {}
+    for name in ("completion_ids", "completion_mask", "sampled_mask"):
+        of_rows = [
+            value[mask] for value, mask in zip(getattr(rollout.sequences, name), rollout.sequences.completion_mask, strict=True)
+        ]
+        joined[name] = pad_sequence([torch.cat([of_rows[row] for row in own]) for own in rows], batch_first=True)
+    prompts = {name: getattr(rollout.sequences, name)[first] for name in ("prompt_ids", "prompt_mask")}
+    return replace(rollout, sequences=Sequences(**prompts, **joined), episode_of_row=torch.arange(len(first)))
+
+
 # What each loss makes of advantages of tokens: `tests/losses/test_each_loss.py`.
+@pytest.mark.parametrize("kind", [PolicyModule, InTwoRows])
 @pytest.mark.parametrize("loss", [GSPOTokenLoss, DrGRPOLoss])
-def test_the_tokens_of_a_turn_are_weighed_by_what_it_and_later_ones_earn(model, sums, tmp_path, loss):
+def test_the_tokens_of_a_turn_are_weighed_by_what_it_and_later_ones_earn(model, sums, tmp_path, loss, kind):
     found = ByTurn()
-    fit(model, sums, tmp_path, found, policy=by_turn(loss(), max_tokens_per_micro_batch=60), max_steps=1)
+    fit(model, sums, tmp_path, found, policy=by_turn(loss(), max_tokens_per_micro_batch=60, kind=kind), max_steps=1)
+    assert (len(found.batches[0].rollout.sequences) > 16) == (kind is InTwoRows)
     assert not any(batch.advantages[~batch.sequences.sampled_mask].any() for batch in found.batches)
     scale = max(float(gradient.abs().max()) for gradient in found.expected.values())
     for name, gradient in found.gradients[0].items():
@@ -272,10 +314,11 @@ def test_a_group_with_tied_returns_teaches_by_turn_what_was_left_to_earn(model):
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))
-    rewards, useful = policy.task.generation.score(rollouts), {}
-    for policy.task.credit in ("episode", "turn"):
-        of_groups = useful[policy.task.credit] = policy.task._useful_groups(rollouts, rewards)
-        metrics = rollout_metrics(rollouts, rewards, policy.task.credited(rollouts, rewards))
+    rollouts, useful = policy.task.generation.score(rollouts), {}
+    for credit in ("episode", "turn"):
+        policy.task.options = replace(policy.task.options, credit=credit)
+        of_groups = useful[credit] = policy.task.useful_groups(rollouts)
+        metrics = rollout_metrics(rollouts, policy.task.credit(rollouts))
         assert metrics["frac_reward_zero_std"] == pytest.approx(1 - float(of_groups.float().mean()))
     assert not (useful["episode"] & ~useful["turn"]).any() and useful["turn"].sum() > useful["episode"].sum()
 
@@ -286,8 +329,8 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
     policy["episodes"] = EpisodeLimits(max_tokens=60, max_failed_share=1.0)
     log = Log()
     fit(model, sums, tmp_path, log, policy=policy, max_steps=1)
-    _, rewards, shown = log.batches[0].rollout
-    assert not rewards.counted.all() and rewards.counted.any() and shown.any() and not shown[~rewards.counted].any()
+    shown, counted = log.batches[0].rollout.advantages, log.batches[0].rollout.rewards.counted
+    assert not counted.all() and counted.any() and shown.any() and not shown[~counted].any()
 
 
 @pytest.mark.parametrize(

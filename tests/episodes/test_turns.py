@@ -1,8 +1,10 @@
 import json
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
-from chat_templates import tokenizer_with
+from chat_templates import WITH_CALLS, tokenizer_with
+from environments_in_turns import EnvironmentsInTurns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_byte_tokenizer, build_tokenizer
@@ -10,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hybrid_lightning.assets import embedded_policy_path
-from hybrid_lightning.environments import EpisodeLimits, HermesCalls, LlamaCalls, PlainCalls, RunningEpisodes, ToolEnvironment
+from hybrid_lightning.environments import EpisodeLimits, HermesCalls, LlamaCalls, PlainCalls, ToolEnvironment
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export.trained import base_model_of
@@ -45,6 +47,16 @@ def turns_of(name, setting=None, tools=False, eos_token="<|endoftext|>", **varia
     return TurnEncoder(PromptEncoder(tokenizer, setting, variables), [tokenizer.eos_token_id], [TOOL] if tools else [])
 
 
+# Qwen3's own template writes an empty thought before its last answer, if that has none.
+EMPTY_THOUGHT = pytest.warns(UserWarning, match=r"an empty thought \(19 tokens\).*set model\.chat_template=keep_history")
+
+
+def check(turns, roles, name="", setting=None):
+    """Check a template; Qwen3's own is said to write empty thoughts."""
+    with EMPTY_THOUGHT if name in ("qwen3", "qwen3_training") and setting is None else nullcontext():
+        turns.check([ASKED], roles)
+
+
 def text_of(turns, ids):
     return turns._encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -58,7 +70,7 @@ def plain_ids(turns, text):
 def test_an_episode_decodes_to_the_rendering_of_its_conversation(name, end, setting, variables, role):
     turns = turns_of(name, setting, role == "tool", **variables)
     stop = turns._encoder.tokenizer.convert_tokens_to_ids(end)
-    turns.check([ASKED], [role])
+    check(turns, [role], name, setting)
 
     @settings(max_examples=12, deadline=None)
     @given(texts, st.lists(st.tuples(texts, thoughts, st.booleans(), texts), min_size=1, max_size=3))
@@ -120,6 +132,7 @@ def test_what_ends_a_turn_or_a_call_stops():
     assert stops("llama3") == {"<|endoftext|>", "<|eot_id|>", "<|eom_id|>"}
     assert stops("gemma") == stops("gemma", KEEP_HISTORY) == {"<|endoftext|>", "<end_of_turn>", "<|eom_id|>"}
     assert stops("smollm2") == {"<|im_end|>"}
+    assert "<|observation|>" in stops("glm4moe_training") and "<|call|>" in stops("gptoss", KEEP_HISTORY)
     assert TurnEncoder(PromptEncoder(build_tokenizer()), [2]).stop_ids == [2]
 
 
@@ -171,8 +184,8 @@ def test_a_tool_is_called_by_each_template_and_answers_after_the_turn(name, end,
     environment.prepare(tokenizer.chat_template)
     assert isinstance(environment.call_format, form)
     turns = TurnEncoder(PromptEncoder(tokenizer), [tokenizer.eos_token_id], environment.tools())
-    turns.check([ASKED], environment.added_roles())
-    episodes = RunningEpisodes(environment, EpisodeLimits())
+    check(turns, environment.added_roles(), name)
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits())
     first = turns.first(ASKED, episodes.start([ASKED], [1])[0])[0]
     assert "add" in text_of(turns, first), "the policy is told"
     said = spaces + CALLS[form] + spaces
@@ -190,26 +203,20 @@ def test_a_tool_is_called_by_each_template_and_answers_after_the_turn(name, end,
 XML = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
 ATEM = " to=add<|message|><atem:function_calls>\n"
 ATEM += '<atem:invoke name="add">\n<atem:parameter name="a">1</atem:parameter>\n</atem:invoke>'
+GEMMA, HARMONY = "<|tool_call>call:add{a:1}<tool_call|>", ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}'
+GLM = "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
 # Template, setting of model.chat_template, a call, the token that ends it, and what is added with the result.
 ANSWERS = [
     ("qwen3_5_think", None, f"hm\n</think>\n\n{XML}", "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),
     ("nemotron_3_nano", KEEP_HISTORY, XML, "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),
-    (
-        "glm4moe",
-        KEEP_HISTORY,
-        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
-        "<|observation|>",
-        "\n",
-    ),
+    ("glm4moe", KEEP_HISTORY, GLM, "<|observation|>", "\n<tool_response>"),
+    ("glm4moe_training", KEEP_HISTORY, GLM, "<|observation|>", "\n<tool_response>"),
     ("muse_glimmer", KEEP_HISTORY, ATEM, "<|eot|>", '<|start|>tool add<|message|><tool_output name="add">\n'),
-    (
-        "gptoss",
-        None,
-        ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}',
-        "<|call|>",
-        "<|start|>functions.add to=assistant",
-    ),
-    ("gemma4_v5", None, "<|tool_call>call:add{a:1}<tool_call|>", "<|tool_response>", 'response:add{value:<|"|>'),
+    ("gptoss", None, HARMONY, "<|call|>", "<|start|>functions.add to=assistant"),
+    ("gptoss", KEEP_HISTORY, HARMONY, "<|call|>", "<|start|>functions.add to=assistant"),
+    ("gemma4_v5", None, GEMMA, "<|tool_response>", 'response:add{value:<|"|>'),
+    ("gemma4_v5", KEEP_HISTORY, GEMMA, "<|tool_response>", 'response:add{value:<|"|>'),
+    ("diffusion_gemma", KEEP_HISTORY, GEMMA, "<|tool_response>", 'response:add{value:<|"|>'),
     (
         "lfm2_v2",
         None,
@@ -228,7 +235,7 @@ def test_results_come_after_calls_as_this_years_templates_write_them(name, setti
     stop = tokenizer.convert_tokens_to_ids(end)
     turns = TurnEncoder(PromptEncoder(tokenizer, setting), [tokenizer.eos_token_id, stop], environment.tools())
     turns.check([ASKED], environment.added_roles())
-    episodes = RunningEpisodes(environment, EpisodeLimits())
+    episodes = EnvironmentsInTurns(environment, EpisodeLimits())
     episodes.start([ASKED], [1])
     raw = f"<think>{call}" if "</think>" in call else call
     step = episodes.step({0: {"role": "assistant", "content": "as it is without special tokens", "raw": raw}})[0]
@@ -237,7 +244,7 @@ def test_results_come_after_calls_as_this_years_templates_write_them(name, setti
     ended, cut = (text_of(turns, turns.added(ASKED, step.messages, sampled)) for sampled in ([*said, stop], said))
     assert ended.startswith(begins) and "3 <|im_end|>" in ended and cut == end + ended
     asked = turns._encoder.apply_template(ASKED.messages, turns.tools)
-    opened = "" if name == "gemma4_v5" else asked[asked.rindex("<|im_start|>" if "im_end" in end else "<|") :]
+    opened = "" if "gemma" in name else asked[asked.rindex("<|im_start|>" if "im_end" in end else "<|") :]
     assert ended.endswith(opened), "the policy continues"
 
 
@@ -284,15 +291,68 @@ def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_the
     assert kept.encode(ASKED) == PromptEncoder(tokenizer, None, variables).encode(ASKED)
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "cause"),
+    [
+        *((name, "user", "drops or changes the thoughts") for name in ("gemma4", "gemma4_v4", "gemma4_v5", "diffusion_gemma")),
+        ("gemma4_v2", "tool", "drops or changes the thoughts"),
+        ("diffusion_gemma", "tool", "changes"),  # after a result it opens a turn that its generation prompt does not
+    ],
+)
+def test_thoughts_are_tried_as_a_template_writes_them_and_results_as_those_of_tools(name, role, cause):
+    tokenizer, tools, new = tokenizer_with(name), [TOOL] * (role == "tool"), [{"role": role, "content": "3", "name": "add"}]
+    own = TurnEncoder(PromptEncoder(tokenizer), [], tools)
+    refused = pytest.raises(ConfigError, match=f"{cause}.* earlier turns when a message of role '{role}' follows.*; {KEPT}$")
+    with refused:
+        own.check([ASKED], [role])
+    with refused:  # also in a run
+        own.added(ASKED, new, [])
+    kept = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], tools)
+    kept.check([ASKED], [role])
+    assert ("Tool result:" in text_of(kept, kept.added(ASKED, new, []))) is False
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v5", "gptoss", "qwen3_5_think", "lfm2_2_5_v2"])
+def test_a_template_that_keeps_the_thoughts_before_calls_is_accepted(name):
+    turns = turns_of(name, tools=True)
+    turns.check([ASKED], ["tool"])
+    with pytest.raises(ConfigError, match="earlier turns when a message of role 'user' follows"):
+        turns.check([ASKED], ["tool", "user"])
+
+
+BY_KIND = """{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and (not m.tool_calls or
+messages[-1].role != 'user') %}[{{ m.thinking }}]{% endif %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}
+{%- endif -%}
+{{ m.content }}<|im_end|>{% endfor %}{% if tools %}{% endif %}"""
+
+
+def test_messages_of_all_roles_are_tried_in_one_conversation():
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = BY_KIND  # a message of the user takes away thoughts before calls alone
+    turns = TurnEncoder(PromptEncoder(tokenizer), [], [TOOL])
+    turns.check([ASKED], ["user"])
+    turns.check([ASKED], ["tool"])
+    with pytest.raises(ConfigError, match="drops or changes the thoughts"):
+        turns.check([ASKED], ["tool", "user"])
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llava_next", "smolvlm"])
+def test_a_template_that_takes_contents_only_as_lists_of_parts_is_refused(name):
+    encoder = PromptEncoder(tokenizer_with(name))
+    for refused in (lambda: TurnEncoder(encoder, []).check([ASKED], ["user"]), lambda: encoder.encode(ASKED)):
+        with pytest.raises(ConfigError, match=r"takes contents only as lists of parts.*; set model\.chat_template"):
+            refused()
+
+
 def test_what_was_not_tried_before_is_tried_when_it_comes():
     turns = turns_of("qwen3", tools=True)
-    turns.check([ASKED], ["tool"])  # results of tools take no thoughts away
+    check(turns, ["tool"], "qwen3")  # results of tools take no thoughts away
     assert turns.added(ASKED, [{"role": "tool", "content": "3"}], [])
     shown = text_of(turns, turns.first(ASKED, [{"role": "user", "content": "Use tools."}])[0])  # nothing is answered yet
     assert "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>user\nUse tools.<|im_end|>" in shown
     with pytest.raises(ConfigError, match="drops or changes the thoughts"):
         turns.added(ASKED, [{"role": "user", "content": "3"}], [])
-    turns_of("qwen3_training").check([ASKED], ["user"])  # an empty thought in front of an answer without one takes nothing away
+    check(turns_of("qwen3_training"), ["user"], "qwen3_training")  # an empty thought before an answer without one loses nothing
     turns_of("qwen3_training", enable_thinking=False).check([ASKED], ["user"])
     turns_of("qwen3_5_think", tools=True).check([ASKED], ["tool"])  # its generation prompt begins a thought
     tokenizer = build_byte_tokenizer()
@@ -319,6 +379,36 @@ def test_kept_history_takes_what_servers_take_out_of_a_text_and_is_exported(name
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     exported = base_model_of({"model": str(tmp_path), "chat_template": KEEP_HISTORY}).trained_tokenizer
     assert exported.chat_template == kept.chat_template
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+def test_kept_history_writes_calls_as_the_template_does_and_keeps_them(name):
+    tokenizer = tokenizer_with(name)
+    own, kept = PromptEncoder(tokenizer), PromptEncoder(tokenizer, KEEP_HISTORY)
+    followers = [{"role": "tool", "name": "add", "tool_call_id": "c", "content": "3"}], [{"role": "user", "content": "3"}]
+    for arguments, thought in (
+        ({"a": True}, {}),
+        ({}, {}),
+        ({"a": True}, dict.fromkeys(("reasoning_content", "thinking"), "hm")),
+    ):
+        given = json.dumps(arguments) if name == "deepseekv3" else arguments
+        function = {"name": "add", "arguments": given}
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "id": "c", "function": function}],
+            **thought,
+        }
+        alone = own.apply_template([*ASKED.messages, call], [TOOL], False)
+        assert kept.apply_template([*ASKED.messages, call], [TOOL], False) == alone and "add" in alone
+        for new in followers:
+            once = own.apply_template([*ASKED.messages, call, *new], [TOOL])
+            first = kept.apply_template([*ASKED.messages, call, *new], [TOOL])
+            assert first == once or (first.startswith(alone) and not once.startswith(alone)), "it drops the thought"
+            twice = kept.apply_template([*ASKED.messages, call, *new, call, *new], [TOOL])
+            later = twice.removeprefix(kept.apply_template([*ASKED.messages, call, *new], [TOOL], False))
+            assert later != twice and alone[alone.rindex("add") :] in later, "the same call with its own end"
+            assert ("hm" in later) == ("hm" in alone)
 
 
 def test_plain_prompts_are_continued_by_a_template_of_text():

@@ -55,7 +55,7 @@ from hybrid_lightning.rollout.sampler import _Decoder
 from hybrid_lightning.rollout.vllm.transfer import Update
 from hybrid_lightning.sharding.weights import Weights
 from hybrid_lightning.training.calibration import training_losses
-from hybrid_lightning.training.step import Step
+from hybrid_lightning.training.step import OptimizerStep
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 SIZES = PROMPTS, SAMPLES, PROMPT, COMPLETION = 4, 8, 384, 256
@@ -151,9 +151,9 @@ def steps(share, sizes=SIZES, most=10**6):
     known, sequences = counted.known, rows_of(counted.known, *sizes)
     rows = len(sequences)
     numbers = [fake.fake(torch.zeros(size)) for size in ((rows,), sequences.completion_ids.shape)]
-    batch = PolicyBatch(sequences, *numbers, None, None, *2 * (float(rows), float(rows * sizes[-1])))
     second = SecondStep(phases := Phases(counted))
     with without_compiler(), counted:
+        batch = PolicyBatch(sequences, *numbers, None, None, *2 * (float(rows), float(rows * sizes[-1])))
         phases.begin()
         (batch,) = module.task.add_logprobs([batch], False)
         phases.end("log-probabilities")
@@ -179,7 +179,7 @@ def planned_steps(share, sizes=SIZES):
 
 def planted():
     """Steps into which mistakes are put that the counts have to show."""
-    log = Step._log
+    log = OptimizerStep._log
 
     def mistaken(step, batch, shares):
         if not float(shares["loss"]):
@@ -189,7 +189,7 @@ def planted():
             torch.zeros(1).to(weight.device, non_blocking=True)
         log(step, batch, shares)
 
-    with mock.patch.object(Step, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
+    with mock.patch.object(OptimizerStep, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
         return planned_steps(0)
 
 
@@ -210,11 +210,11 @@ def scoring(mode):
     fake = model(None)
     counted, candidates = fake.counted(), find_candidates(fake.model)
     sequences, phases = rows_of(counted.known, *SIZES), Phases(counted)
-    advantages = counted.known.put(torch.ones(len(sequences)))
+    numbers = [counted.known.put(torch.ones(size)) for size in ((len(sequences),), sequences.completion_ids.shape)]
     fake.model.requires_grad_(False)
     with without_compiler(), counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        chunks = [(sequences, advantages)]
-        losses = training_losses("reward", sequences, chunks, GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0))
+        batch, rows = PolicyBatch(sequences, *numbers), slice(0, len(sequences))
+        losses = training_losses("reward", batch, rows, [rows], GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0))
         counted.known.places.clear()
         phases.begin()
         Scoring(fake.model, candidates, losses, TailEnergy(), 16, mode).collect_gradients(lambda seen: None)

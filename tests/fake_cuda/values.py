@@ -33,7 +33,7 @@ from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.engine import use_fused_modules
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.interface import SamplingRequest, Stops
+from hybrid_lightning.rollout.interface import MessageRequest, SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
 
@@ -84,45 +84,48 @@ def drawn(model, contexts, draws, limits, temperature=1.0, filters=()):
     return tokens, logprobs
 
 
-def differences(rollouts, tokens, logprobs):
+def rows_of(rollout):
+    """Tokens and log-probabilities of each completion, and whether it has ended by a stop token."""
+    lengths = real(rollout.sequences.completion_mask).sum(1).tolist()
+    numbers = real(rollout.sequences.completion_ids).tolist(), real(rollout.sampling_logprobs).tolist()
+    ended = [completion.finished for completion in rollout.completions]
+    return [(ids[:n], logprobs[:n], end) for ids, logprobs, n, end in zip(*numbers, lengths, ended, strict=True)]
+
+
+def differences(found, tokens, logprobs):
     """How many rows differ, and by how much log-probabilities do."""
-    sequences = rollouts.sequences
-    lengths = real(sequences.completion_mask).sum(1).tolist()
-    rows = zip(real(sequences.completion_ids).tolist(), real(rollouts.sampling_logprobs).tolist(), lengths, strict=True)
-    found = [(ids[:length], numbers[:length]) for ids, numbers, length in rows]
-    ended = [bool(set(row) & set(STOPS)) for row in tokens]
-    others = sum(one != other for (one, _), other in zip(found, tokens, strict=True))
-    pairs = [pair for (_, one), other in zip(found, logprobs, strict=True) for pair in zip(one, other, strict=False)]
-    others += sum(one != other for one, other in zip(real(rollouts.finished).tolist(), ended, strict=True))
+    expected = [(row, bool(set(row) & set(STOPS))) for row in tokens]
+    others = sum((ids, ended) != other for (ids, _, ended), other in zip(found, expected, strict=True))
+    pairs = [pair for (_, own, _), other in zip(found, logprobs, strict=True) for pair in zip(own, other, strict=False)]
     return {"rows": others, "logprobs": max(abs(one - other) for one, other in pairs)}
 
 
 def sampled(model, fake):
-    """A conversation of two turns with all tokens, and completions of some tokens."""
-    request = SamplingRequest(PROMPTS, IDS, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), stops=Stops(STOPS, None), limits=LIMITS)
-    half, filtering = (
-        torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
-        {"temperature": 0.7, "top_k": 25, "top_p": 0.9, "min_p": 0.02},
-    )
+    """Episodes of two messages with all tokens, and completions of some tokens."""
+    request = SamplingRequest(PROMPTS, (), SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), stops=Stops(STOPS, None))
+    half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    contexts = [list(ids) for ids in IDS for _ in range(SAMPLES)]
     with without_compiler(), fake.counted() as counted, half, fake.engine.sampling(torch.bfloat16):
-        conversation = Sampler(CAPACITY, temperature=0.8).conversation(fake.engine, TOKENIZER, request, CAPACITY)
-        first, second = conversation.first(), conversation.next(AGAIN, ADDED)
+        session = Sampler(CAPACITY, temperature=0.8).session(fake.engine, TOKENIZER, request, CAPACITY)
+        asked = zip(contexts, LIMITS, strict=True)
+        first = session.sample([MessageRequest(row, 0, *each) for row, each in enumerate(asked)])
+        own = [first[row].ids + added for row, added in zip(AGAIN, ADDED, strict=True)]
+        later = [contexts[row] + more for row, more in zip(AGAIN, own, strict=True)]
+        limits = [CAPACITY - len(more) for more in own]
+        second = session.sample([MessageRequest(row, 1, *each) for row, *each in zip(AGAIN, later, limits, strict=True)])
         replayed = counted.known.replayed
         request = SamplingRequest(PROMPTS, IDS, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 4), stops=Stops(STOPS, None))
-        some = Sampler(40, **filtering).sample(fake.engine, TOKENIZER, request)
-    contexts = [list(ids) for ids in IDS for _ in range(SAMPLES)]
+        sampler = Sampler(40, temperature=0.7, top_k=25, top_p=0.9, min_p=0.02)
+        some = sampler.sample(fake.engine, TOKENIZER, request)
+    first, second = ([(each.ids, each.logprobs, each.completion.finished) for each in turn] for turn in (first, second))
     draws = PromptDraws(PROMPTS, SAMPLES, 3)
     with torch.no_grad():
         tokens, logprobs = drawn(model, contexts, draws, LIMITS, 0.8)
-        found = {"first": differences(first, tokens, logprobs), "replayed": replayed, "tokens": len(tokens)}
-        own = [tokens[row] + added for row, added in zip(AGAIN, ADDED, strict=True)]
-        later = [contexts[row] + more for row, more in zip(AGAIN, own, strict=True)]
-        limits = [CAPACITY - len(more) for more in own]
+        found = {"first": differences(first, tokens, logprobs), "replayed": replayed}
         found["second"] = differences(second, *drawn(model, later, draws.of_turns(AGAIN, [1] * len(AGAIN)), limits, 0.8))
         filters = TopKLogitsWarper(25), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)
-        found["some"] = differences(
-            some, *drawn(model, contexts, PromptDraws(PROMPTS, SAMPLES, 4), [40] * len(contexts), 0.7, filters)
-        )
+        draws = PromptDraws(PROMPTS, SAMPLES, 4)
+        found["some"] = differences(rows_of(some), *drawn(model, contexts, draws, [40] * len(contexts), 0.7, filters))
     return found, tokens
 
 
@@ -145,8 +148,8 @@ def trained(model, fake, tokens):
     sums = float(rows), float(mask.sum())
     counted, parts = fake.counted(), (whole["input_ids"], whole["attention_mask"], ids, mask, torch.zeros_like(ids))
     put, module = counted.known.put, policy_of(fake, 150)
-    batch = PolicyBatch(Sequences(*map(put, parts)), put(advantages), put(torch.zeros(ids.shape)), None, None, *sums, *sums)
     with without_compiler(), counted:
+        batch = PolicyBatch(Sequences(*map(put, parts)), put(advantages), put(torch.zeros(ids.shape)), None, None, *sums, *sums)
         passes = len(module.task.passes.chunks(batch.sequences))
         (batch,) = module.task.add_logprobs([batch], False)
         fit(module, fake, batch, 1, gradients)

@@ -48,7 +48,7 @@ def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -
 
 
 def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]:
-    """Loss and metrics of all these sequences as one optimizer step of one micro-batch."""
+    """Loss and metrics of all these rows as one optimizer step of one micro-batch."""
     fields = ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "sampling_logprobs")
     by_token, off_policy = inputs.advantages.dim() == 2, []
     rows = [
@@ -60,7 +60,8 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
         for i in range(len(inputs.advantages))
     ]
     sums, kls, ratios, entropies, moves, of_moves = [], [], [], [], [], isinstance(loss, losses.DPPOLoss)
-    for tokens in rows:
+    weights = [1.0] * len(rows) if inputs.row_weights is None else inputs.row_weights.tolist()
+    for tokens, weight in zip(rows, weights, strict=True):
         of_sequence = math.exp(sum(new - old for new, old, *_ in tokens) / len(tokens))
         row, divergence = 0.0, sum(sampled - new for new, *_, sampled, _ in tokens) / len(tokens)
         for new, old, ref, entropy, _, advantage in tokens:
@@ -69,30 +70,31 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
             kls.append(kl)
             entropies.append(entropy)
             left_out = advantage < 0 and divergence > (loss.off_policy_mask_threshold or math.inf)
-            off_policy.append((left_out, 1 if by_token else 1 / len(tokens)))
+            off_policy.append((left_out, 1 if by_token else weight / len(tokens)))
             row += (0.0 if left_out else token_loss(loss, ratio, advantage, new)) + loss.kl_coef * kl
-            moves += [(math.exp(new) - math.exp(old), advantage)] * of_moves
+            moves += [(math.exp(new) - math.exp(old), advantage, 1.0)] * of_moves
             if not isinstance(loss, losses.GSPOLoss):
-                ratios.append((ratio, advantage))
+                ratios.append((ratio, advantage, 1.0))
         if isinstance(loss, losses.GSPOLoss):
-            ratios.append((of_sequence, advantage))
-        sums.append((row, len(tokens)))
+            ratios.append((of_sequence, advantage, weight))
+        sums.append((row, len(tokens), weight))
+    every = sum(weight for *_, weight in ratios)
     value = reduce_rows(loss, sums, inputs.max_completion_tokens) - loss.entropy_coef * sum(entropies) / len(entropies)
     result = {
         "loss": value,
-        "ratio/mean": sum(ratio for ratio, _ in ratios) / len(ratios),
-        "ratio/max": max(ratio for ratio, _ in ratios),
+        "ratio/mean": sum(ratio * weight for ratio, _, weight in ratios) / every,
+        "ratio/max": max(ratio for ratio, *_ in ratios),
     }
     if loss.kl_coef:
         result["kl"] = sum(kls) / len(kls)
     if loss.off_policy_mask_threshold:
         result["off_policy/masked"] = sum(left * part for left, part in off_policy) / sum(part for _, part in off_policy)
     if isinstance(loss, losses.CISPOLoss):
-        result["cispo_clip_ratio"] = sum(ratio > loss.cap and advantage > 0 for ratio, advantage in ratios) / len(ratios)
+        result["cispo_clip_ratio"] = sum(ratio > loss.cap and advantage > 0 for ratio, advantage, _ in ratios) / every
     elif not isinstance(loss, losses.SAPOLoss):
         least, most = (-loss.mask_low, loss.mask_high) if of_moves else (1 - loss.clip_low, 1 + loss.clip_high)
-        low = sum(value < least and advantage < 0 for value, advantage in moves or ratios) / len(ratios)
-        high = sum(value > most and advantage > 0 for value, advantage in moves or ratios) / len(ratios)
+        low = sum(weight for value, advantage, weight in moves or ratios if value < least and advantage < 0) / every
+        high = sum(weight for value, advantage, weight in moves or ratios if value > most and advantage > 0) / every
         result |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
     return result
 
@@ -113,10 +115,11 @@ def token_loss(loss: losses.PolicyLoss, ratio: float, advantage: float, logprob:
     return -min(bounded * advantage, clipped * advantage)
 
 
-def reduce_rows(loss: losses.PolicyLoss, rows: list[tuple[float, int]], max_tokens: float) -> float:
-    """The loss of sequences, each given as the sum over its tokens and their number."""
+def reduce_rows(loss: losses.PolicyLoss, rows: list[tuple[float, int, float]], max_tokens: float) -> float:
+    """The loss of rows, each given as the sum over its tokens, their number, and its share of an episode."""
+    episodes = sum(weight for *_, weight in rows)
     if isinstance(loss, (losses.DAPOLoss, losses.CISPOLoss, losses.BNPOLoss, losses.DPPOLoss)):
-        return sum(row for row, _ in rows) / sum(length for _, length in rows)
+        return sum(row for row, *_ in rows) / sum(length for _, length, _ in rows)
     if isinstance(loss, losses.DrGRPOLoss):
-        return sum(row for row, _ in rows) / (len(rows) * max_tokens)
-    return sum(row / length for row, length in rows) / len(rows)
+        return sum(row for row, *_ in rows) / (episodes * max_tokens)
+    return sum(row / length * weight for row, length, weight in rows) / episodes

@@ -22,10 +22,15 @@ ALL = [(cls, options) for cls in SETTINGS for options in CASES if cls in CLIPPED
 each_class = pytest.mark.parametrize("cls", SETTINGS)
 
 
+@pytest.mark.parametrize("episodes", [None, [0, 0, 1, 2, 2, 2, 3, 4]], ids=["of one row", "of several rows"])
 @pytest.mark.parametrize("advantages", ["of sequences", "of tokens"])
 @pytest.mark.parametrize(("cls", "options"), ALL)
-def test_values_equal_a_scalar_loop(cls, options, advantages):
+def test_values_equal_a_scalar_loop(cls, options, advantages, episodes):
     inputs = make_inputs(seed=1, b=8, t=6, spread=0.3)
+    if episodes is not None:  # rows share the weight of their episode by their tokens
+        tokens, of_rows = inputs.sampled_mask.sum(dim=1).double(), torch.tensor(episodes)
+        weights = tokens / torch.zeros(5, dtype=torch.float64).index_add(0, of_rows, tokens)[of_rows]
+        inputs = replace(inputs, row_weights=weights)
     loss = cls(**SETTINGS[cls], **options)
     if advantages == "of tokens":
         inputs = with_token_advantages(inputs)

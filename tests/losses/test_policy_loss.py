@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,8 +148,32 @@ def test_clip_ranges_are_the_papers_by_default_and_losses_of_tokens_and_of_seque
             cls(*clips)
 
 
+def test_a_policy_term_that_is_no_pair_is_refused_in_one_line():
+    class OneTensor(PolicyLoss):
+        def policy_term(self, inputs, old_logprobs):
+            return -inputs.advantages[:, None] * inputs.logprobs
+
+    for count in (2, 3):  # the rows of two sequences are not a pair, either
+        with pytest.raises(
+            ConfigError, match=r"^OneTensor\.policy_term returned a Tensor; return \(cost, ratio\), where the ratio .*"
+        ):
+            OneTensor()(make_inputs(b=count))
+    page = (Path(__file__).parents[2] / "docs/how-to/own-parts.md").read_text(encoding="utf-8")
+    assert "`policy_term` returns `(cost, ratio)`" in page and "REINFORCE returns `F.token_ratio`" in page
+
+
+def test_the_ratio_gives_reinforce_its_gradient():
+    """As docs/how-to/own-parts.md says: of the cost -ratio A, where the policy is the one that sampled."""
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    ratio = F.token_ratio(logprobs, logprobs.detach(), torch.ones(2, 2, dtype=torch.bool))
+    advantages = torch.tensor([2.0, -1.0])[:, None]
+    (gradient,) = torch.autograd.grad((-ratio * advantages).sum(), logprobs)
+    (of_reinforce,) = torch.autograd.grad((-logprobs * advantages).sum(), logprobs)
+    assert torch.equal(ratio, torch.ones(2, 2)) and torch.equal(gradient, of_reinforce)
+
+
 def switched(to, *arguments):
-    """A loss with GRPO's range after its class has been switched on the command line, which keeps arguments."""
+    """A loss with GRPO's range after jsonargparse alone, as in a LightningCLI of one's own, has switched its class."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--loss", type=PolicyLoss)
     given = "--loss={class_path: GRPOLoss, init_args: {clip_low: 0.2, clip_high: 0.2, kl_coef: 0.1}}"

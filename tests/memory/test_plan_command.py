@@ -36,6 +36,13 @@ def test_no_weights_are_needed(folder):
     result = done(folder, "plan", "--config", "t.yaml")
     found = cells(result)
     assert found["tensors together"] and len(found["weights"]) == 3 and "prompts of 4 tokens" in result.out
+    assert (
+        "prompts of 4 tokens, completions of 6" in result.out
+        and "every completion has all 6 tokens, that every one" in result.out
+    )
+    assert re.search(
+        r"Fits: hybrid 10% takes up to about [\d.]+ MiB if every completion has all 6 tokens, most of it", result.out
+    )
     assert re.search("FFT.*LoRA.*hybrid 10%", result.out) and found["calibrating"][:2] == ["-", "-"]
     assert not (folder / "runs").exists() and "rollout engine" not in result.out
     assert found["process"] and "each process takes this much" in result.out
@@ -78,7 +85,9 @@ GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--prompt_tokens=20",
 
 
 def verdict_of(result):
-    (found,) = re.findall(r"((?:(?:Fits|Does not fit): )?LoRA takes up to ([\d.]+) MiB, most of it while (\w+)) ", result.out)
+    (found,) = re.findall(
+        r"((?:(?:Fits|Does not fit): )?LoRA takes up to ([\d.]+) MiB if .*, most of it while (\w+)) ", result.out
+    )
     return found
 
 

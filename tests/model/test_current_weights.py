@@ -18,6 +18,7 @@ from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
+from hybrid_lightning.rollout.rollout_engine import Session, WeightedEngine
 from hybrid_lightning.types import Prompt
 
 IDS = torch.arange(3, 19).view(2, 8)
@@ -145,10 +146,14 @@ def test_a_version_follows_from_the_values_and_other_labels_are_not_versions(mod
 # ---- when an engine is given them
 
 
-class Copying(Sampler):
-    """Samples with a model of its own, which has the weights of the last update."""
+def answered(value):
+    answer = Future()
+    answer.set_result(value)
+    return answer
 
-    needs_weight_sync = True
+
+class Copying(WeightedEngine, Sampler):
+    """Samples with a model of its own, which has the weights of the last update."""
 
     def __init__(self, **options):
         super().__init__(max_new_tokens=6, **options)
@@ -158,7 +163,7 @@ class Copying(Sampler):
     def needs_everything(self, weights, model):
         return self.version is None
 
-    def update(self, weights, model, everything=None):
+    def update(self, weights, model, everything=None, keeps_requests=False):
         if weights.version == self.version:
             return
         everything = self.needs_everything(weights, model) if everything is None else everything
@@ -168,7 +173,13 @@ class Copying(Sampler):
 
     def sample(self, engine, tokenizer, request):
         self.prompts.append(len(request.prompts))
-        return super().sample(engine.of(self.model), tokenizer, request)
+        return super().sample(engine.of(self.model, is_copy=True), tokenizer, request)
+
+    def session(self, *arguments):
+        return Session(self, *arguments)
+
+    def prompt_logprobs(self, token_ids):
+        return answered([])
 
     def release_memory(self):
         self.released += 1
@@ -180,15 +191,11 @@ class Copying(Sampler):
 class Scoring(Copying):
     """Scores prompts, too."""
 
-    scores_prompts = True
-
     def prompt_logprobs(self, token_ids):
         rows = [(self.model(torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:]) for ids in token_ids]
         logprobs = [row[range(len(tokens)), tokens].tolist() for row, tokens in rows]
-        answer = Future()
-        answer.set_result([PromptLogprobs("a copy", self.version, logprobs)])
         self.scored.append(token_ids)
-        return answer
+        return answered([PromptLogprobs("a copy", self.version, logprobs)])
 
 
 def test_an_engine_is_compared_on_the_same_tokens_after_each_update(model):

@@ -39,7 +39,7 @@ def test_dppo_equals_prime_rl():
 def test_reinforce_plus_plus_equals_ms_swift_and_where_lengths_are_equal_verl():
     rewards = torch.rand(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     centred = [reward - statistics.mean(group) for group in rewards.tolist() for reward in group]
-    ours = ReinforcePlusPlusAdvantage(eps=1e-12)(rewards.flatten(), 4)
+    ours = ReinforcePlusPlusAdvantage(eps=1e-12)(rewards).flatten()
     assert ours.tolist() == pytest.approx([value / statistics.stdev(centred) for value in centred], rel=1e-9)
     # verl whitens over tokens: with 5 in every completion, and 119 in place of 23 degrees of freedom.
     tokens = [value for value in centred for _ in range(5)]

@@ -30,13 +30,13 @@ def make(dtype):
     right[:SAMPLES] = 1.0  # a group with tied rewards in one part
     parts = {"right": right, **{name: torch.rand(5 * SAMPLES, generator=generator, dtype=dtype) for name in ("short", "polite")}}
     total = sum(WEIGHTS[name] * part for name, part in parts.items())
-    return Rewards(total, parts, right >= 1, WEIGHTS)
+    return Rewards(total, parts, right >= 1, WEIGHTS).apply(lambda values: values.view(-1, SAMPLES))
 
 
 @pytest.mark.parametrize(("estimator", "aggregation", "scale", "dtype"), CASES)
 def test_advantages_equal_trl(estimator, aggregation, scale, dtype):
     rewards, weights = make(dtype), torch.tensor(list(WEIGHTS.values()), dtype=dtype)
-    rows = torch.stack(list(rewards.parts.values()), dim=1)
+    rows = torch.stack([part.flatten() for part in rewards.parts.values()], dim=1)
     settings = {"multi_objective_aggregation": aggregation, "scale_rewards": scale}
     names = run_statements(
         grpo_trainer.GRPOTrainer._generate_and_score_completions,
@@ -50,7 +50,7 @@ def test_advantages_equal_trl(estimator, aggregation, scale, dtype):
         device="cpu",
     )
     # In float64 too: TRL's `nanstd` rounds n / (n - 1) to float32.
-    torch.testing.assert_close(estimator.of_rewards(rewards, SAMPLES), names["advantages"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(estimator.of_rewards(rewards).flatten(), names["advantages"], rtol=1e-6, atol=1e-6)
 
 
 def test_leave_one_out_equals_trl():
@@ -62,5 +62,6 @@ def test_leave_one_out_equals_trl():
         return isinstance(node, ast.If) and "baselines = " in ast.unparse(node.body)
 
     method = rloo_trainer.RLOOTrainer._generate_and_score_completions
-    names = run_statements(method, wanted, torch=torch, rewards=rewards, num_generations=SAMPLES)
-    torch.testing.assert_close(advantages.LeaveOneOutAdvantage()(rewards, SAMPLES), names["advantages"], rtol=1e-10, atol=1e-10)
+    names = run_statements(method, wanted, torch=torch, rewards=rewards.flatten(), num_generations=SAMPLES)
+    found = advantages.LeaveOneOutAdvantage()(rewards).flatten()
+    torch.testing.assert_close(found, names["advantages"], rtol=1e-10, atol=1e-10)

@@ -155,29 +155,25 @@ def run_trl(folder, root, said, starts, functions, options):
     return found
 
 
-class Played(sampler._ContinuedConversation):
+class Played(sampler._ContinuedSession):
     """Returns the texts of a script; its decoding and its log-probabilities are ours."""
 
-    def _first(self, *arguments):
-        return self._say(range(len(self._own)), super()._first, *arguments)
-
-    def _next(self, request, rows, added):
-        return self._say(rows, super()._next, request, rows, added)
-
-    def _say(self, rows, go_on, *arguments):
-        messages = [self._sampler.said[row][self._messages[row]] for row in rows]
+    def sample(self, asked):
+        messages = {each.episode: self._engine.said[each.episode][each.number] for each in asked}
+        order = range(len(self._engine.said)) if not asked[0].number else list(messages)  # the first batch has all episodes
 
         def choose(decoder, logits, rows, step):
-            token = torch.tensor([messages[row][min(step, len(messages[row]) - 1)] for row in rows])
+            texts = [messages.get(order[row], [0]) for row in rows]
+            token = torch.tensor([text[min(step, len(text) - 1)] for text in texts])
             return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sampler._Decoder, "_choose", choose)
-            return go_on(*arguments)
+            return super().sample(asked)
 
 
 class Scripted(Sampler):
-    def conversation(self, *arguments):
+    def session(self, *arguments):
         return Played(self, *arguments)
 
 
@@ -238,7 +234,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     # TRL replaces Qwen3's template, which drops thoughts, by one of its own.
     parts["chat_template"] = "keep_history" if template == "qwen3" else None
     policy, log = run_ours(folder, tmp_path, said, environment, **parts)
-    rollouts, _, advantages = log.batches[-1].rollout
+    rollouts = log.batches[-1].rollout
     starts = [prompt.columns["start"] for prompt in rollouts.prompts]
     theirs = run_trl(folder, tmp_path, said, starts, functions, options)
 
@@ -248,7 +244,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     assert torch.equal(sequences.sampled_mask.long(), rollout["completion_mask"] * rollout["tool_mask"])
     ends = [completion.episode.end for completion in rollouts.completions]
     assert ends == ["answered"] * 3 + ["turns"] + ["tokens"] * 3 + ["answered"]
-    assert_same_sums(advantages, rollout["advantages"], SAMPLES)
+    assert_same_sums(rollouts.advantages.flatten(), rollout["advantages"], SAMPLES)
 
     tokens = int(sequences.completion_mask.sum() + sequences.prompt_mask.sum())
     of_logits = LOGITS * spread(additions_of(policy.model, sequences.prompt_ids.shape[1] + TOKENS))

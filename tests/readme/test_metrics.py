@@ -12,10 +12,10 @@ from pages import PAGES, ROOT
 
 from hybrid_lightning import losses
 from hybrid_lightning.rewards import JudgeReward
-from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.engine_generation import EngineGeneration
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.training.teaching import Teaching
-from hybrid_lightning.types import LossInputs
+from hybrid_lightning.types import Completion, LossInputs, Prompt, Rollout, Sequences
 
 REFERENCE = PAGES["docs/reference/metrics.md"]
 SMALL = ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.max_steps=2", "--trainer.accelerator=cpu"]
@@ -68,8 +68,8 @@ def of_losses():
 
 def of_engines():
     """Metrics that only an engine with its own weights (vLLM) logs."""
-    sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, idle_seconds=0.0)
-    generation = Generation(None, sampler, None, Run())
+    sampler = SimpleNamespace(is_remote=True, take_idle_seconds=float)
+    generation = EngineGeneration(SimpleNamespace(pretrained=None), sampler, None, Run())
     mismatch = {"sampling/mismatch/mean", "sampling/mismatch/max"}  # after the first comparison
     return generation.metrics().keys() | mismatch | {"sampling/weights_versions"}
 
@@ -90,18 +90,18 @@ def of_teachers():
         "held_bytes": lambda *_: 0,
         "check_prompts": lambda *_: None,
     }
-    teacher = SimpleNamespace(seen=lambda *_: trained, logprobs=lambda *_: logprobs, predict=lambda *_: None, **kinds)
+    teacher = SimpleNamespace(show=lambda *_: trained, logprobs=lambda *_: logprobs, predict=lambda *_: None, **kinds)
     parts = (
         SimpleNamespace(compared=lambda *_: [logprobs] * 4),
         SimpleNamespace(run=Run(), encode=None, check_lengths=None),
         teacher,
     )
-    rollouts, chunk = (
-        SimpleNamespace(prompts=(), sampling_logprobs=logprobs),
-        SimpleNamespace(seen_by_teacher=None, sequences=None),
-    )
-    measured = Teaching(*parts, losses.ReverseKL()).learned(chunk)[-1]
-    return Teaching(*parts, losses.SampledReverseKL()).taught(rollouts, trained, torch.zeros(2))[-1].keys() | measured.keys()
+    ids = torch.ones(2, 3, dtype=torch.long)
+    sequences, texts = Sequences(ids, ids > 0, ids, ids > 0), (Completion("", 3, True),) * 2
+    rollout = Rollout((Prompt(text="?"),), texts, sequences, logprobs, advantages=torch.zeros(1, 2))
+    chunk = SimpleNamespace(seen_by_teacher=None, sequences=None)
+    measured = Teaching(*parts, losses.ReverseKL()).predict(chunk)[-1]
+    return Teaching(*parts, losses.SampledReverseKL()).teach(rollout, trained)[0].metrics.keys() | measured.keys()
 
 
 @pytest.fixture(scope="module")

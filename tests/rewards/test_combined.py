@@ -59,7 +59,8 @@ def test_a_part_of_weight_0_is_a_metric_that_counts_in_accuracy_and_is_not_paid(
     assert torch.equal(rewards.total, alone.total) and rewards.correct.tolist() == [True, False, True, False]
     assert rewards.parts["exact_match"].tolist() == [1.0, 0.0, 1.0, 0.0]
     for advantage in (GroupAdvantage(), PerRewardAdvantage()):
-        assert torch.equal(advantage.of_rewards(rewards, 4), advantage.of_rewards(alone, 4))
+        one, other = (advantage.of_rewards(some.apply(lambda values: values[None])) for some in (rewards, alone))
+        assert torch.equal(one, other)
 
 
 def test_sums_in_sums_are_resolved_and_configs_describe_them():

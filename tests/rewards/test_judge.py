@@ -110,7 +110,7 @@ def test_a_completion_that_is_not_graded_is_left_out_of_its_group_and_too_many_s
     found = evaluate_reward(reward, texts, prompts, arriving=arriving)
     assert found.counted.tolist() == [True, False, True, False, True, True, True, True]
     assert found.total[[1, 3]].tolist() == [0, 0] and found.of_counted().total.mean() == pytest.approx(1.2 / 6)
-    advantages = GroupAdvantage().of_rewards(found, 4)
+    advantages = GroupAdvantage().of_rewards(found.apply(lambda values: values.view(2, 4))).flatten()
     assert advantages[[1, 3]].tolist() == [0, 0]
     assert advantages[0] == pytest.approx(-(2**-0.5), abs=1e-3), "two of the first group are compared"
     counts = reward.terms()[0][0].take_counts()

@@ -4,13 +4,11 @@ import threading
 
 import pytest
 import torch
-from vllm_fake_server import ENGINE, MODEL, FakeNccl, FakeServer
+from vllm_fake_server import MODEL, FakeNccl, FakeServer
 
 from hybrid_lightning.rollout import VLLMServerSampler
-from hybrid_lightning.rollout.interface import SamplingRequest, ServedModel
-from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import dispatch, servers
-from hybrid_lightning.types import Prompt
 
 
 @pytest.fixture(autouse=True)
@@ -69,15 +67,3 @@ def build(served):
     yield build_for
     for sampler in made:
         sampler.shut_down()
-
-
-@pytest.fixture
-def begin(tokenizer):
-    """Begins a rollout of prompts of these token ids."""
-
-    def begin_by(sampler, ids, samples=2, seed=0, **options):
-        prompts = [Prompt(text=str(number), index=number) for number in range(len(ids))]
-        request = SamplingRequest(prompts, ids, samples, PromptDraws(prompts, samples, seed), **options)
-        return sampler.begin(ENGINE, tokenizer, request)
-
-    return begin_by

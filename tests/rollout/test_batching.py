@@ -30,7 +30,7 @@ def batch(rows, first, with_old=True):
     values = sequences.completion_ids.float()
     advantages = torch.tensor([float(i) for i in numbers])
     old, trained = (values * 2, sequences.completion_ids % 2 == 0) if with_old else (None, None)
-    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, {"reward": 0.5}, policy_mask=trained)
+    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, policy_mask=trained)
 
 
 def rows_of(batches):
@@ -43,7 +43,7 @@ def rows_of(batches):
             of_tokens = [field[row][mask].tolist() for field in fields]
             found.append((float(part.advantages[row]), *tokens_of(sequences, row), *of_tokens))
         counts = (part.num_sequences, part.num_tokens, part.updated_sequences, part.updated_tokens)
-        assert counts == (40.0, 90.0, 30.0, 80.0) and part.metrics == {"reward": 0.5}
+        assert counts == (40.0, 90.0, 30.0, 80.0)
     return found
 
 
@@ -59,6 +59,16 @@ def test_every_row_of_a_checkpoint_is_dealt_once_and_unchanged(ranks):
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_of_an_episode_stay_on_one_rank(ranks):
+    numbered = [(batch(4, 1), [0, 0, 3, 4]), (batch(5, 5), [0, 1, 1, 1, 2])]
+    saved = [[replace(part, episode_of_row=torch.tensor(episodes))] for part, episodes in numbered]
+    dealt = [batches_of_rank(saved, rank, ranks)[0] for rank in range(ranks)]
+    assert rows_of(dealt) == rows_of(part for part, _ in numbered)
+    sizes = {1: [[2, 1, 1, 1, 3, 1]], 3: [[2, 1], [1, 1], [3, 1]]}[ranks]
+    assert [part.episode_of_row.unique_consecutive(return_counts=True)[1].tolist() for part in dealt] == sizes
+
+
 def test_the_same_ranks_get_back_what_they_saved_and_nothing_stays_nothing():
     saved = [[batch(4, 1)], [batch(5, 5)]]
     assert all(batches_of_rank(saved, rank, 2)[0] is saved[rank][0] for rank in range(2))
@@ -67,14 +77,15 @@ def test_the_same_ranks_get_back_what_they_saved_and_nothing_stays_nothing():
 
 
 def test_rewards_are_joined_and_chosen_with_those_that_count():
-    total = torch.arange(4.0)
+    total = torch.arange(4.0).view(2, 2)
     every, some = Rewards(total, {"a": -total}, total > 1), Rewards(total, {"a": -total}, total > 1, counted=total % 2 == 0)
-    assert join_rewards([every, every]).counted is None and every.of_counted() is every
+    assert join_rewards([every, every]).counted is None and torch.equal(every.of_counted().total, total.flatten())
     joined = join_rewards([every, some])
-    assert joined.counted.tolist() == [True] * 4 + [True, False] * 2
+    assert joined.counted.tolist() == [[True] * 2] * 2 + [[True, False]] * 2
     assert joined.of_counted().parts["a"].tolist() == [-0.0, -1.0, -2.0, -3.0, -0.0, -2.0]
-    chosen = joined.select(torch.tensor([7, 4]))
-    assert (chosen.total.tolist(), chosen.correct.tolist(), chosen.counted.tolist()) == ([3.0, 0.0], [True, False], [False, True])
+    chosen = joined.select(torch.tensor([3, 0]))
+    assert (chosen.total.tolist(), chosen.correct.tolist()) == ([[2.0, 3.0], [0.0, 1.0]], [[True, True], [False, False]])
+    assert chosen.counted.tolist() == [[True, False], [True, True]]
 
 
 def test_rows_are_split_where_the_next_would_not_fit_and_a_pair_is_never_cut():

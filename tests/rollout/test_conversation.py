@@ -9,9 +9,9 @@ from tiny_models import SIZES, build_model, engine_of
 from transformers import MistralConfig
 
 from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding
-from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.rollout.interface import MessageRequest, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Conversation
+from hybrid_lightning.rollout.rollout_engine import Session
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -26,30 +26,33 @@ def added_to(row, turn):
     return [3 + (7 * row + turn + place) % 40 for place in range((3 * row + turn) % 6)]
 
 
-def play(begin, engine, tokenizer, rows=ROWS, capacity=CAPACITY, **settings):
+def play(begin, engine, tokenizer, rows=ROWS, capacity=CAPACITY, limits=None, **settings):
     """Turns of episodes: each one's number, message, log-probabilities, and the text before it."""
     ids = [tokenizer(text).input_ids for text in TEXTS]
     sampler = Sampler(**{"max_new_tokens": 12, "stop": ["7", "3"], **settings})
     contexts = [list(ids[row // SAMPLES]) for row in range(len(TEXTS) * SAMPLES)]
-    request, turns = SamplingRequest(PROMPTS, ids, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3)), []
+    request, turns = SamplingRequest(PROMPTS, (), SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3)), []
+    messages, asked = [0] * len(contexts), limits or [sampler.max_new_tokens] * len(contexts)
 
-    def noted(rows, turn):
-        tokens, lengths = turn.sequences.completion_ids.tolist(), turn.sequences.completion_mask.sum(dim=1).tolist()
-        parts, messages = (tokens, turn.sampling_logprobs, lengths, turn.finished.tolist()), []
-        for row, tokens, logprobs, length, finished in zip(rows, *parts, strict=True):
-            messages.append((row, tokens[:length], logprobs[:length], list(contexts[row]), finished))
-            assert not logprobs[length:].any() and set(tokens[length:]) <= {tokenizer.pad_token_id}
-            contexts[row] += tokens[:length]
-        turns.append(messages)
+    def sample(rows):
+        turn, prompts = [], [len(ids[row // SAMPLES]) for row in rows]
+        room = [min(asked[row], capacity - len(contexts[row]) + prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        requests = [MessageRequest(row, messages[row], contexts[row], most) for row, most in zip(rows, room, strict=True)]
+        for row, one in zip(rows, session.sample(requests), strict=True):
+            turn.append((row, one.ids, torch.tensor(one.logprobs), contexts[row], one.completion.finished))
+            contexts[row], messages[row] = [*contexts[row], *one.ids], messages[row] + 1
+        turns.append(turn)
 
     with torch.no_grad(), engine.sampling():
-        conversation = begin(sampler, engine, tokenizer, request, capacity)
-        noted(range(len(contexts)), conversation.first())
+        session = begin(sampler, engine, tokenizer, request, capacity)
+        sample(range(len(contexts)))
         for number, going_on in enumerate(rows):
-            added = [added_to(row, number) for row in going_on]
-            for row, tokens in zip(going_on, added, strict=True):
-                contexts[row] += tokens
-            noted(going_on, conversation.next(going_on, added))
+            for row in going_on:
+                contexts[row] = [*contexts[row], *added_to(row, number)]
+            if going_on:
+                sample(going_on)
+            else:
+                turns.append([])
     return turns
 
 
@@ -66,8 +69,8 @@ def messages_of(turns):
 
 def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
     engine = engine_of(build_model("llama"))
-    together = play(Sampler.conversation, engine, tokenizer)
-    alone = play(Sampler.conversation, engine, tokenizer, [[6] if 6 in rows else [] for rows in ROWS])
+    together = play(Sampler.session, engine, tokenizer)
+    alone = play(Sampler.session, engine, tokenizer, [[6] if 6 in rows else [] for rows in ROWS])
     of_sixth = [[message for message in turn if message[0] == 6] for turn in messages_of(together)]
     assert messages_of(alone)[1:] == of_sixth[1:]
 
@@ -75,17 +78,16 @@ def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
 def test_what_is_left_of_the_capacity_is_each_episodes_own_limit(tokenizer):
     engine = engine_of(build_model("llama"))
     ids = [tokenizer(text).input_ids for text in TEXTS]
-    free, cut = (play(Sampler.conversation, engine, tokenizer, ROWS[:1], given, stop=["7"]) for given in (CAPACITY, 18))
+    free, cut = (play(Sampler.session, engine, tokenizer, ROWS[:1], given, stop=["7"]) for given in (CAPACITY, 18))
     said = {row: len(context) + len(tokens) - len(ids[row // SAMPLES]) for row, tokens, _, context, _ in cut[1]}
     for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
         assert tokens == whole[: len(tokens)] and finished == (ended and len(whole) == len(tokens))
         assert said[row] <= 18 and (len(tokens) == len(whole) or said[row] == 18)
     assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
     limits = [1, 6, 11, *range(2, 2 + (len(TEXTS) - 1) * SAMPLES)][: len(TEXTS) * SAMPLES]
-    request = SamplingRequest(PROMPTS, ids, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), limits=limits)
-    first = Sampler(12).conversation(engine, tokenizer, request, CAPACITY).first()
-    lengths = first.sequences.completion_mask.sum(dim=1)
-    assert (lengths <= torch.tensor(limits)).all() and lengths.max() > 6, "and the first message one"
+    (first,) = play(Sampler.session, engine, tokenizer, [], limits=limits, stop=[])
+    lengths = [len(tokens) for _, tokens, *_ in first]
+    assert all(length <= limit for length, limit in zip(lengths, limits, strict=True)) and max(lengths) > 6
 
 
 # Windows that hide all of a prompt, and some of it; heads for which there is a kernel.
@@ -99,9 +101,9 @@ MODELS["heads of 32, window"] = lambda: special_model(MistralConfig(**{**SIZES, 
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "wide window", "heads of 32", "heads of 32, window"])
 def test_messages_are_as_for_whole_contexts_whatever_the_model(tokenizer, name, monkeypatch):
-    monkeypatch.setattr(Conversation, "_next", None)  # no whole context as a longer prompt
+    monkeypatch.setattr(Session, "sample", None)  # no whole context as a longer prompt
     model = MODELS[name]()
-    turns = play(Sampler.conversation, Engine(model), tokenizer, stop=["7", "3", "a", "z"])
+    turns = play(Sampler.session, Engine(model), tokenizer, stop=["7", "3", "a", "z"])
     assert_of_whole_contexts(model, turns)
     assert len({len(tokens) for turn in turns for _, tokens, *_ in turn}) > 3
 
@@ -117,16 +119,16 @@ def test_messages_on_accelerators_and_by_a_cache_of_transformers_too(tokenizer, 
     if way == "cache":
         monkeypatch.setattr(Engine, "packs", False)
     if (name, way) != ("wide window", "cache"):  # which cannot leave out columns, and is made again
-        monkeypatch.setattr(Conversation, "_next", None)
+        monkeypatch.setattr(Session, "sample", None)
     model = MODELS[name]()
     engine = Engine(model, Backend() if way == "cache" else OfAccelerator())
-    assert_of_whole_contexts(model, play(Sampler.conversation, engine, tokenizer, cuda_graphs=way == "graphs"))
+    assert_of_whole_contexts(model, play(Sampler.session, engine, tokenizer, cuda_graphs=way == "graphs"))
     assert bool(recording.notes) == (way == "graphs")
 
 
 def test_adapted_models_go_on_as_by_longer_prompts_which_any_engine_can(tokenizer):
     engine = fused(build_adapted("qwen3").model)
-    again, going_on = (play(begin, engine, tokenizer) for begin in (Conversation, Sampler.conversation))
+    again, going_on = (play(begin, engine, tokenizer) for begin in (Session, Sampler.session))
     assert messages_of(going_on) == messages_of(again)
     with torch.no_grad():
         assert_of_whole_contexts(engine.model, again)

@@ -1,5 +1,6 @@
 """Which servers complete which prompts, and servers that are slow, die, hang, or have other weights by then."""
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -7,18 +8,18 @@ from functools import partial
 
 import pytest
 import torch
-from vllm_fake_server import ENGINE, Weights, complete, shares
+from vllm_fake_server import ENGINE, PLAIN, Weights, begin_rollout, complete, shares
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.rollout.interface import MessageRequest, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.vllm.completing import Requests
+from hybrid_lightning.rollout.vllm import dispatch, server_client
 from hybrid_lightning.types import Prompt
 
 
-def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, build, begin):
+def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, build):
     told = {}
-    begun = begin(build(start(), start(), weights=Weights(3)), [[3, 5], [4], [6, 7, 8]], on_completion=told.__setitem__)
+    begun = begin_rollout(build(start(), start(), weights=Weights(3)), [[3, 5], [4], [6, 7, 8]], on_completion=told.__setitem__)
     begun.wait()
     assert sorted(told) == list(range(6)), "before anybody asks for them"
     rollouts = begun.result()
@@ -28,41 +29,43 @@ def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, b
     assert rollouts.finished.all() and rollouts.completions == tuple(told[row] for row in range(6))
 
 
-def test_an_episode_continues_with_a_longer_prompt_a_seed_of_its_own_and_the_current_weights(start, build, served, tokenizer):
-    server = start()
-    sampler = build(server, weights=Weights(1))
-    sampler.inflight_updates = True
-    prompts = [Prompt(text=str(number), index=number) for number in range(2)]
-    turns, may_end, holds = [], threading.Event(), server.on_finish_weight_update
-    request = SamplingRequest(prompts, [[3, 5], [4]], 2, PromptDraws(prompts, 2, 0), limits=[8, 8, 1, 5])
-    conversation = sampler.conversation(ENGINE, tokenizer, request, 13)
-    first = conversation.first().sequences.completion_ids
-    assert first.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1]]
-    turn = conversation.next([1, 2, 3], [[7, 7, 7], [], [9]])
-    assert turn.finished.all() and turn.sequences.weights_step.tolist() == [[1] * 3] * 3
+class Talks:
+    """An episode of three messages with tokens added between; number 1 pauses after its first message."""
+
+    def __init__(self, number, ids, paused):
+        self.number, self.ids, self.paused, self.messages = number, ids, paused, []
+
+    async def play(self, ask):
+        for turn, limit in enumerate((8, 5, 6)):
+            message = await ask(MessageRequest(self.number, turn, list(self.ids), limit))
+            self.messages.append(message)
+            self.ids = [*self.ids, *message.ids, *[7] * turn]
+            while self.number == 1 and not self.paused.is_set():
+                await asyncio.sleep(0.01)
+
+
+def test_a_message_goes_out_when_it_is_asked_for_with_a_seed_of_its_own(start, build, served, tokenizer):
+    server, prompts, paused = start(), [Prompt(text=str(number), index=number) for number in range(2)], threading.Event()
+    sampler, ids = build(server, weights=Weights(1)), [[3, 5], [4]]
+    request = SamplingRequest(prompts, (), 2, PromptDraws(prompts, 2, 0))
+    episodes = [Talks(number, ids[number // 2], paused) for number in range(4)]
+    begun = sampler.play(ENGINE, tokenizer, request, episodes, 40)
+    wait_until(lambda: [len(episode.messages) for episode in episodes] == [3, 1, 3, 3])
+    assert not begun.done()
+    sampler.update(Weights(2), served, keeps_requests=True)  # in the midst of the rollout
+    paused.set()
+    begun.result()
+    assert [message.steps for message in episodes[1].messages] == [[1] * 3, [2] * 3, [2] * 3]
+    assert {step for episode in episodes for message in episode.messages[:1] for step in message.steps} == {1}
     asked = [body for body in server.asked("/inference/v1/generate") if body]
-    contexts = {(*body["token_ids"],): body["sampling_params"] for body in asked}
-    expected = {(3, 5): (2, 8), (4,): (2, 5), (3, 5, 10, 3, 1, 7, 7, 7): (1, 7), (4, 6, 2, 1): (1, 8), (4, 6, 3, 1, 9): (1, 8)}
-    assert {ids: (asked["n"], asked["max_tokens"]) for ids, asked in contexts.items()} == expected
-
-    def go_on():  # in the midst of the update, for which it waits, and again after it
-        turns.append(conversation.next([0, 1], [[7], []]))
-        turns.append(conversation.next([0], [[9]]))
-
-    server.on_finish_weight_update = lambda body: (may_end.wait(10), holds(body))[1]
-    other = threading.Thread(target=go_on)
-    with sampler.updating():
-        other.start()
-        after(0.2, may_end.set)
-        sampler.update(Weights(2), served)
-        assert not turns
-    other.join(10)
-    assert [turn.sequences.weights_step.tolist() for turn in turns] == [[[2] * 3] * 2, [[2] * 3]]
-    seeds = [body["sampling_params"]["seed"] for body in server.asked("/inference/v1/generate") if body]
-    assert len(set(seeds)) == len(seeds) == 8
+    assert {body["sampling_params"]["n"] for body in asked} == {1}
+    contexts = {(*body["token_ids"],): body["sampling_params"]["max_tokens"] for body in asked}
+    assert contexts[4,] == 8 and contexts[3, 5, 10, 2, 1] == 5 and contexts[3, 5, 10, 2, 1, 12, 2, 1, 7] == 6
+    seeds = [body["sampling_params"]["seed"] for body in asked]
+    assert len(set(seeds)) == len(seeds) == 12
     sampler.version = None  # as after an update that failed
     with pytest.raises(RolloutError, match="no vLLM server has the policy's weights"):
-        conversation.next([0], [[9]])
+        sampler.play(ENGINE, tokenizer, request, episodes, 40)
 
 
 def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer(start, build):
@@ -78,42 +81,98 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
 def test_requests_are_made_while_the_caller_continues_and_end_with_the_engine(start, build):
     server = start(delay=1)
     sampler = build(server, weights=Weights(1))
-    parameters = [sampler._parameters([1], 2, number, False) for number in range(2)]
-    asked = Requests([[3, 4], [5]], parameters, None, lambda *_: None)
-    begun = sampler.complete(asked)
+    begun = begin_rollout(sampler, [[3, 4], [5]])
     assert not begun.done()
     begun.wait()
     assert begun.done()
-    answers = begun.result()
-    assert [len(group) for group in answers] == [2, 2] and begun.result() == answers
+    assert len(begun.result().sequences) == 4 and begun.result() is begun.result()
     time.sleep(0.2)
     server.delay = 30
-    begun = sampler.complete(asked)
-    assert 0.2 < sampler.idle_seconds < 60
+    begun = begin_rollout(sampler, [[3, 4], [5]])
     wait_until(lambda: len(server.running) == 2)
+    assert 0.2 < sampler.take_idle_seconds() < 60
     sampler.shut_down()
     assert len(server.ended) == 2
     with pytest.raises(RolloutError, match="were ended"):
         begun.result()
 
 
+def test_idle_times_of_servers_between_the_turns_of_a_rollout_add_up(start, build):
+    sampler = build(start(), weights=Weights(1))
+    for _ in range(3):
+        complete(sampler, prompts=1)
+        time.sleep(0.3)  # as an environment's step takes
+    complete(sampler, prompts=1)
+    assert 0.9 <= sampler.take_idle_seconds() < 60 and sampler.take_idle_seconds() == 0
+
+
+def lines_of(caplog, text):
+    return [line for line in caplog.messages if text in line]
+
+
+def test_an_answer_of_a_server_that_hangs_is_reported_as_overdue_before_it_counts_as_lost(start, build, monkeypatch, caplog):
+    monkeypatch.setattr(server_client, "_OVERDUE_S", 0.3)
+    monkeypatch.setattr(dispatch, "_QUIET_S", 0.1)
+    caplog.set_level("INFO", "lightning.pytorch")
+    server, other = start(delay=0.2), start(delay=0.2)
+    sampler, took = build(server, other, weights=Weights(1), give_up_after=90), server.on_inference_v1_generate
+
+    def stops(body):
+        server.hangs = True
+        return took(body)
+
+    def continues():
+        wait_until(lambda: lines_of(caplog, "is overdue"))
+        server.hangs = False
+
+    server.on_inference_v1_generate = stops
+    continuing = threading.Thread(target=continues)
+    continuing.start()
+    complete(sampler, prompts=4)
+    continuing.join()
+    assert all(server.url in line and "is waited for" in line for line in lines_of(caplog, "is overdue"))
+    assert lines_of(caplog, "is overdue") and not lines_of(caplog, "no server answers")
+
+
+def test_a_server_that_works_is_not_called_lost_for_one_failed_request_or_a_slow_answer(start, build, caplog):
+    caplog.set_level("INFO", "lightning.pytorch")
+    busy, late = start(delay=2), [True]
+    sampler, answer = build(busy, weights=Weights(1), give_up_after=60), busy.on_inference_v1_generate
+
+    def fails_once_late(body):
+        if body and late:
+            late.clear()
+            busy.stopped.wait(1.3)
+            return 500, {"error": {"message": "EngineCore encountered an issue"}}
+        return answer(body)
+
+    busy.on_inference_v1_generate = fails_once_late
+    complete(sampler, prompts=2)
+    assert shares(busy) == [3] and not lines_of(caplog, "no server answers")
+    slow, dead, label = start(), start(), PLAIN["weight_info"]
+    sampler = build(slow, dead, weights=Weights(1), give_up_after=60)
+    dead.stop()
+    slow.on_weight_info = lambda body: (slow.stopped.wait(1.5), label(slow, body))[1]
+    complete(sampler, prompts=2)
+    assert not lines_of(caplog, "no server answers")
+
+
 @pytest.mark.parametrize(("nccl", "dies"), [(False, False), (True, True)], indirect=["nccl"])
-def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, begin, served, nccl, dies):
+def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, served, nccl, dies):
     servers = [start(delay=0.5), start(delay=0.5)]
     sampler, ids = build(*servers, weights=Weights(1), timeout=600), [[3, 4 + number] for number in range(4)]
-    sampler.inflight_updates = True
-    begun = begin(sampler, ids)
+    begun = begin_rollout(sampler, ids)
     wait_until(lambda: sum(shares(*servers)) == 4)
     servers[0].fails_updates = int(dies)
     with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
-        sampler.update(Weights(2), served)
+        sampler.update(Weights(2), served, keeps_requests=True)
     began, rollouts = time.monotonic(), begun.result()
     assert time.monotonic() - began < 60, "nothing waits for the request to the other server"
     assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
     steps = sorted(rollouts.sequences.weights_step.tolist())
     assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "rows of the other server begin again"
     assert {body["mode"] for server in servers for body in server.asked("/pause")} == {"abort", "keep"}
-    assert begin(sampler, ids, seed=1).result().sequences.weights_step.unique().tolist() == [2]
+    assert begin_rollout(sampler, ids, seed=1).result().sequences.weights_step.unique().tolist() == [2]
 
 
 def after(seconds, action):
@@ -137,7 +196,7 @@ GARBAGE = [
 ]
 
 
-def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout_where_there_are_no_others(start, build, begin):
+def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout_where_there_are_no_others(start, build):
     odd, other = start(delay=0.01), start(delay=0.03)
     answer, sampler = odd.on_inference_v1_generate, build(odd, other, weights=Weights(1), give_up_after=60)
 
@@ -157,7 +216,7 @@ def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout
         complete(sampler)
     odd.on_inference_v1_generate = lambda body: broken(body, {"token_ids": [2, 10**6, 1]})
     with pytest.raises(RolloutError, match="returned token 1000000, the policy has"):
-        begin(sampler, [[3, 5]]).result()
+        begin_rollout(sampler, [[3, 5]]).result()
 
 
 def test_what_a_server_fails_at_is_tried_again_and_what_it_hangs_at_or_dies_with_goes_to_the_others(start, build):

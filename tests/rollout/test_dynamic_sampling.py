@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_loader import Source, build
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, share_groups, useful_groups
 from hybrid_lightning.rollout.prompt_order import PromptOrder
+from hybrid_lightning.types import Rewards
 
 
 def test_whatever_happens_ranks_can_share_what_is_asked_for_and_it_ends():
@@ -42,23 +44,28 @@ CASES = {
 }
 
 
+def rewards_of(total, **parts):
+    total = torch.tensor(total)
+    return Rewards(total, {name: torch.tensor(part) for name, part in parts.items()}, total >= 1)
+
+
 def test_groups_are_judged_by_the_parts_that_measure_correctness():
     total, correct, taught, expected = zip(*CASES.values(), strict=True)
-    columns = [torch.tensor(list(itertools.chain(*column))) for column in (total, correct, taught)]
-    assert useful_groups(columns[0], [columns[1]], columns[2], 2).tolist() == list(expected)
-    every = torch.ones(len(columns[0]), dtype=torch.bool)
-    whole = useful_groups(columns[0], [], every, 2).tolist()
+    rewards, trained = rewards_of(total, right=correct), torch.tensor(taught)
+    assert useful_groups(rewards, ["right"], trained).tolist() == list(expected)
+    whole = useful_groups(rewards, [], torch.ones_like(trained)).tolist()
     assert whole == [a != b for a, b in total], "without such a part by the whole reward"
-    two = useful_groups(torch.tensor([1.0, 2.0]), [torch.ones(2), torch.tensor([0.0, 1.0])], every[:2], 2)
-    assert two.tolist() == [True], "one of several parts is enough"
+    two = rewards_of([[1.0, 2.0]], same=[[1.0, 1.0]], other=[[0.0, 1.0]])
+    assert useful_groups(two, ["same", "other"], torch.ones(1, 2) > 0).tolist() == [True], "one of several parts is enough"
 
 
 def test_completions_that_do_not_count_judge_nothing():
-    total = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, torch.nan, 0.0])
-    counted = torch.tensor([False, True, True, True, True, False, True, False, True])
-    seen = torch.tensor([True] * 6 + [False, True, False])
-    assert useful_groups(total, [], counted, 3, counted).tolist() == [False, True, True]
-    assert useful_groups(total, [total], seen, 3, counted).tolist() == [False, True, False], "nor where they alone have tokens"
+    total = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, torch.nan, 0.0]]
+    counted = torch.tensor([[False, True, True], [True, True, False], [True, False, True]])
+    seen = torch.tensor([[True] * 3, [True] * 3, [False, True, False]])
+    rewards = replace(rewards_of(total, part=total), counted=counted)
+    assert useful_groups(rewards, [], counted).tolist() == [False, True, True]
+    assert useful_groups(rewards, ["part"], seen).tolist() == [False, True, False], "nor where they alone have tokens"
 
 
 def test_ranks_share_evenly_and_minibatches_keep_their_groups():
@@ -82,9 +89,9 @@ class DrawsMore(Source):
 
     drawn = ()
 
-    def roll_out(self, prompts, generator, draw_more=None):
+    def begin(self, prompts, generator, draw_more=None):
         self.drawn += (*prompts, *(draw_more(2) if draw_more else ()))
-        return super().roll_out(prompts, generator)
+        return super().begin(prompts, generator)
 
 
 def test_replacements_are_the_next_prompts_of_the_order():

@@ -7,20 +7,24 @@ import pytest
 import torch
 
 from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.batching import minibatch
 from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, TrainedRollout
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
+from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rewards, Rollout, Sequences
 
 
 class Source:
     """Completions are random numbers; each sequence's prompt id is the index of its prompt."""
 
+    needs_all_rows, plays_elsewhere = True, False
+    minibatches, run = 1, Run()  # of its loader
+
     def __init__(self, samples, fail_at=None):
         self.samples, self.fail_at, self.calls, self.on_policy = samples, fail_at, 0, []
 
-    def roll_out(self, prompts, generator, draw_more=None):
+    def begin(self, prompts, generator, draw_more=None):
         self.calls += 1
         rows = len(prompts) * self.samples
         tokens = torch.randint(1000, (rows, 4), generator=generator)
@@ -32,23 +36,28 @@ class Source:
         sampled = mask & ((tokens % 3 > 0) | (torch.arange(4) == 0))  # an environment added the others
         sequences = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask, sampled_mask=sampled)
         logprobs, advantages, metrics = -tokens.float() * mask, torch.randn(rows), {"reward": float(tokens.float().mean())}
-        scored = scored_rollout(prompts, sequences, logprobs, advantages, self.samples)
-        return RolloutFuture.of(TrainedRollout(sequences, logprobs, advantages, metrics, scored=scored))
+        rollout = scored_rollout(prompts, sequences, logprobs, advantages, metrics)
+        return RolloutFuture.of(PolicyBatch(sequences, advantages, logprobs, rollout=rollout))
+
+    def finish(self, batch, number):
+        parts = batch.split(self.minibatches)
+        return [minibatch(part, number, self.needs_all_rows, self.samples, self.run.sum_over_ranks) for part in parts]
 
     def add_logprobs(self, batches, on_policy):
         self.on_policy += [on_policy] * len(batches)
         return batches
 
 
-def scored_rollout(prompts, sequences, logprobs, advantages, samples):
+def scored_rollout(prompts, sequences, logprobs, advantages, metrics):
     """Every second completion is an episode."""
-    lengths, rows = sequences.sampled_mask.sum(dim=1).tolist(), len(sequences)
+    lengths = sequences.sampled_mask.sum(dim=1).tolist()
     said = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})
     episode = Episode(said, 1, "answered", (0.5,), {"calls": 2}, (3,))
-    completions = [Completion(f"{row}", length, True, False, episode if row % 2 else None) for row, length in enumerate(lengths)]
-    finished = torch.arange(rows) % 3 > 0
-    rollouts = Rollouts(tuple(prompts), sequences, tuple(completions), logprobs, finished, samples)
-    return ScoredRollout(rollouts, Rewards(-advantages, {"part": advantages}, finished), advantages)
+    texts = (Completion(f"{row}", length, row % 3 > 0, False, episode if row % 2 else None) for row, length in enumerate(lengths))
+    of_groups = advantages.view(len(prompts), -1)
+    rewards = Rewards(-of_groups, {"part": of_groups}, of_groups > 0)
+    rollout = Rollout(tuple(prompts), tuple(texts), sequences, logprobs, rewards=rewards, metrics=metrics)
+    return replace(rollout, advantages=of_groups, token_advantages=advantages[:, None] * sequences.sampled_mask)
 
 
 class Restarted(Run):
@@ -71,16 +80,18 @@ def build(prompts=12, source=None, schedule=None, accumulate=1, run=None, **argu
     source = source or Source(schedule.samples_per_prompt)
     data = [Prompt(text=str(i), index=i) for i in range(prompts)]
     generator = torch.Generator().manual_seed(0)
-    run = run or run_with(accumulate_grad_batches=accumulate)
+    run = source.run = run or run_with(accumulate_grad_batches=accumulate)
+    source.minibatches = schedule.minibatches_per_rollout
     return RolloutLoader(data, source, schedule, run, generator=generator, **arguments)
 
 
 def flat(batch):
     """All of a micro-batch, and of the rollout that comes with it."""
     tensors = (batch.sequences.prompt_ids, batch.sequences.completion_ids, batch.sampling_logprobs, batch.advantages)
-    rollouts, rewards, advantages = batch.rollout
-    tensors += (rollouts.sequences.completion_ids, rollouts.sampling_logprobs, rollouts.finished, rewards.total, advantages)
-    plain = [rollouts.prompts, [(text, vars(text)) for text in rollouts.completions], batch.rollout_number, batch.metrics]
+    rollout = batch.rollout
+    tensors += (rollout.sequences.completion_ids, rollout.sampling_logprobs, rollout.episode_of_row, rollout.rewards.total)
+    tensors += (rollout.advantages, rollout.token_advantages)
+    plain = [rollout.prompts, [(text, vars(text)) for text in rollout.completions], batch.rollout_number, batch.metrics]
     return [*(tensor.tolist() for tensor in tensors), *plain]
 
 
@@ -137,19 +148,39 @@ def test_only_the_first_step_of_a_single_pass_is_on_policy():
 
 def test_rows_that_contribute_nothing_are_left_out_and_the_others_dealt_evenly():
     class Some(Source):
-        def roll_out(self, prompts, generator, draw_more=None):
-            return super().roll_out(prompts, generator).then(lambda made: replace(made, contributes=made.advantages > 0))
+        def begin(self, prompts, generator, draw_more=None):
+            return super().begin(prompts, generator).then(lambda made: replace(made, advantages=made.advantages.relu()))
 
-    torch.manual_seed(3)
-    everything = list(build(accumulate=2))
-    torch.manual_seed(3)
-    batches = list(build(source=Some(2), accumulate=2))
-    kept = [float(advantage) for batch in batches for advantage in batch.advantages]
-    every = [float(advantage) for batch in everything for advantage in batch.advantages]
-    assert kept == [advantage for advantage in every if advantage > 0], "in their order"
+    def advantages_of(source):
+        torch.manual_seed(3)
+        batches = list(build(source=source, accumulate=2))
+        return batches, [float(advantage) for batch in batches for advantage in batch.advantages]
+
+    some = Some(2)
+    (_, every), some.needs_all_rows = advantages_of(Some(2)), False
+    batches, kept = advantages_of(some)
+    assert kept == [advantage for advantage in every if advantage] != every, "in their order"
     for step in zip(batches[::2], batches[1::2], strict=True):
         assert {batch.updated_sequences for batch in step} == {float(sum(len(batch.sequences) for batch in step))}
         assert abs(len(step[0].sequences) - len(step[1].sequences)) <= 1
+
+
+def test_an_episode_of_several_rows_counts_once_and_is_in_one_micro_batch():
+    class Rows(Source):
+        def begin(self, prompts, generator, draw_more=None):
+            def joined(made):
+                rows = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7])
+                part = made.rows(rows)
+                weights = 1 / torch.bincount(rows)[rows] * (rows != 2)  # the third does not count
+                return replace(part, episode_of_row=rows, row_weights=weights)
+
+            return super().begin(prompts, generator).then(joined)
+
+    batches = list(build(prompts=4, source=Rows(2), accumulate=2))
+    assert [batch.episode_of_row.tolist() for batch in batches] == [[0, 0, 1], [2, 3, 3, 3], [4, 5], [6, 7]]
+    assert [(batch.num_sequences, batch.updated_sequences) for batch in batches] == [(3.0, 3.0)] * 2 + [(4.0, 4.0)] * 2
+    tokens = [float(batch.sequences.sampled_mask.sum()) for batch in batches]
+    assert [batch.num_tokens for batch in batches[::2]] == [tokens[0] + tokens[1], tokens[2] + tokens[3]]
 
 
 @pytest.mark.parametrize(("consumed", "ahead"), [(0, 0), (1, 0), (6, 0), (0, 1), (3, 1), (6, 2), (9, 4)])
@@ -234,14 +265,14 @@ def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead(
     assert len(set(visited)) == 8, "then the rollouts that follow"
     assert [batch.rollout_number for batch in batches[:4]] == [0, 1, 1, 2]
     shown, of_ranks = batches[0].rollout, [own._taken[0].rollout for own in loaders]
-    assert shown.rollouts.prompts == tuple(prompt for part in of_ranks for prompt in part.rollouts.prompts)
-    assert shown.rollouts.completions == tuple(text for part in of_ranks for text in part.rollouts.completions)
+    assert shown.prompts == tuple(prompt for part in of_ranks for prompt in part.prompts)
+    assert shown.completions == tuple(text for part in of_ranks for text in part.completions)
     assert torch.equal(shown.rewards.total, torch.cat([part.rewards.total for part in of_ranks]))
     two, third = build(run=run_with(rank=1, world_size=2), schedule=schedule), one._ahead[0].minibatches.result()[0].rollout
     two.load_state_dict(one.state_dict())
     mine = two._ahead[0].minibatches.result()[0].rollout
-    assert mine.rollouts.prompts == third.rollouts.prompts[2:] and mine.rollouts.completions == third.rollouts.completions[4:]
-    assert torch.equal(mine.advantages, third.advantages[4:])
+    assert mine.prompts == third.prompts[2:] and mine.completions == third.completions[4:]
+    assert torch.equal(mine.advantages, third.advantages[2:]) and mine.episode_of_row.tolist() == [0, 1, 2, 3]
 
 
 def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_put_on_the_policys_device():
@@ -279,19 +310,21 @@ class Elsewhere(Source):
         super().__init__(samples)
         self.events, self.failure = [], failure
 
-    def roll_out(self, prompts, generator, draw_more=None):
-        rollout, number, made = super().roll_out(prompts, generator).result(), self.calls - 1, Future()
+    plays_elsewhere = True
+
+    def begin(self, prompts, generator, draw_more=None):
+        rollout, number, made = super().begin(prompts, generator).result(), self.calls - 1, Future()
         rollout.metrics["number"] = number
         made.set_result(None)
 
-        def finish():
+        def made_up():
             if self.failure is not None:
                 raise self.failure
             self.events.append(f"finish {number}")
             return rollout
 
         self.events.append(f"begin {number}")
-        return RolloutFuture(finish, made, on_wait=lambda: self.events.append(f"wait {number}"))
+        return RolloutFuture(made_up, made, on_wait=lambda: self.events.append(f"wait {number}"))
 
     def add_logprobs(self, batches, on_policy):
         self.events.append(f"train {batches[0].metrics['number']:.0f}")
@@ -342,8 +375,10 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_resumed_run(fai
 
 def test_no_rollout_begins_after_one_with_failed_completions():
     class Failing(Source):
-        def roll_out(self, prompts, generator, draw_more=None):
-            made, work = super().roll_out(prompts, generator, draw_more), Future()
+        plays_elsewhere = True
+
+        def begin(self, prompts, generator, draw_more=None):
+            made, work = super().begin(prompts, generator, draw_more), Future()
             work.set_exception(RolloutError("no server")) if self.calls == 2 else work.set_result(None)
             return RolloutFuture(lambda: (work.result(), made.result())[1], work)
 

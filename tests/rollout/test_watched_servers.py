@@ -1,5 +1,7 @@
 """Runs with vLLM servers that are watched: whether they compute what the policy computes, and whether they answer."""
 
+import json
+import re
 import threading
 
 import pytest
@@ -7,6 +9,7 @@ from lightning.pytorch import Callback
 from long_cases import long_but
 from tiny_runs import Log, Talk, fit
 
+from hybrid_lightning.callbacks import Diagnosis, GracefulStop, RunSummary
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
@@ -37,11 +40,11 @@ class After(Callback):
 def train(model, sums, tmp_path):
     """Trains by large steps, with servers that make up their completions."""
 
-    def run(*servers, callbacks=(), steps=4, rate=0.1, sampler=(), **policy):
+    def run(*servers, callbacks=(), steps=4, rate=0.1, sampler=(), ckpt=None, **policy):
         options = {"max_new_tokens": 6, "timeout": 600, "give_up_after": 30, **dict(sampler)}
         policy["sampler"] = VLLMServerSampler(urls=[server.url for server in servers], **options)
         policy |= {"lr_lora": rate, "lr_full": rate}
-        return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps)
+        return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
 
     return run
 
@@ -49,8 +52,14 @@ def train(model, sums, tmp_path):
 @pytest.mark.parametrize(("ahead", "correction"), long_but([(0, None), (1, TokenTruncation()), (2, None)], 1))
 def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest_one_is_not(train, start, ahead, correction):
     def run(server, rate=0.1, *callbacks):
-        log = Log()
-        options = {"callbacks": [log, *callbacks], "rollouts_ahead": ahead, "correction": correction, "rate": rate}
+        log, steps = Log(), 4 if rate == 0.1 else 12
+        options = {
+            "callbacks": [log, *callbacks],
+            "rollouts_ahead": ahead,
+            "correction": correction,
+            "rate": rate,
+            "steps": steps,
+        }
         return log, lambda: train(start(seeded=True), server, **options)
 
     log, fitted = run(start(seeded=True))
@@ -64,12 +73,40 @@ def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest
         fitted()
     assert len(log.metrics) < 4
     liar.loses_weights = False
-    log, fitted = run(liar, 1e-3, breaks)
-    with pytest.warns(
-        UserWarning, match=rf"of {liar.url} differ .*, more than 0\.001; see docs/troubleshooting.md#vllm .*stops at 0\.5"
+    log, fitted = run(liar, 1e-4, breaks)
+    with (
+        pytest.warns(
+            UserWarning,
+            match=rf"of {liar.url} differ .* at step \d, more than 0\.0001; see .* explain vllm .*at 0\.05",
+        ),
+        pytest.raises(RolloutError, match=r"they agreed before, to .*, so it has not taken the weights of the last updates"),
     ):
         fitted()
-    assert log.metrics[-1]["sampling/mismatch/max"] > 1e-3
+    assert 1e-4 < log.metrics[-1]["sampling/mismatch/mean"] < 0.05 and 2 < len(log.metrics) < 12
+
+
+def test_a_run_that_is_resumed_while_updates_do_not_arrive_says_so(train, start, tmp_path):
+    server = start(seeded=True)
+    stops = (GracefulStop(), After(1, lambda: setattr(server, "loses_weights", True)))
+    with pytest.warns(UserWarning, match="differ from the policy's by"), pytest.raises(RolloutError, match="they agreed before"):
+        train(server, callbacks=stops, steps=12, rate=1e-4)
+    (checkpoint,) = tmp_path.rglob("stopped.ckpt")
+    with (
+        pytest.warns(UserWarning, match="differ from the policy's by"),
+        pytest.raises(RolloutError, match=r"they agreed before, .* so it has not taken the weights of the last updates"),
+    ):
+        train(server, steps=24, rate=1e-4, ckpt=checkpoint)
+
+
+def test_the_verdict_names_an_engine_that_has_other_weights_first(train, start, tmp_path):
+    server, two = start(seeded=True), (RunSummary(), Diagnosis())
+    breaks = After(1, lambda: setattr(server, "loses_weights", True))
+    with pytest.warns(UserWarning, match="differ from the policy's by") as warned:
+        train(server, callbacks=[*two, breaks], steps=3, rate=1e-4)
+    assert len([entry for entry in warned if "differ from the policy's by" in str(entry.message)]) == 2, "as long as it lasts"
+    (summary,) = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
+    assert re.match(rf"completions were made by other weights .*{server.url} differ from the policy's by 0", summary["verdict"])
+    assert summary["try"][0].startswith("start the engine again with the policy's model")
 
 
 def at_request(server, number, action):
@@ -120,7 +157,7 @@ def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
     assert bool(log.metrics) == bool(step)
     assert server.url in str(raised.value) and "stopped.ckpt" not in str(raised.value), "whoever writes the checkpoint reports it"
     lines = [line for line in caplog.messages if "no server answers, tried for up to 5 s" in line and server.url in line]
-    assert 2 <= len(lines) < 11
+    assert 2 <= len(lines) < 11 and not any("answers again" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("ahead", "policy"), [(0, {}), (1, {}), (0, EPISODES)])

@@ -20,16 +20,19 @@ from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
-from tiny_models import VOCABULARY, build_model
+from tiny_models import VOCABULARY, build_model, build_tokenizer
 from torch.distributed import TCPStore
 
+from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.rollout.future import in_thread
-from hybrid_lightning.rollout.interface import WeightsVersion
-from hybrid_lightning.rollout.vllm.completing import Requests
+from hybrid_lightning.rollout.interface import SamplingRequest, WeightsVersion
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
+from hybrid_lightning.types import Prompt
 
 MODEL = build_model("llama")
 ENGINE = SimpleNamespace(model=MODEL)
+PRETRAINED = SimpleNamespace(tokenizer=build_tokenizer(), clone_for_thread=lambda: PRETRAINED)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 JOINED = {"qkv_proj": PROJECTIONS, "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -270,10 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.fake.requests.append((path, body))
         if self.fake.key and self.headers.get("Authorization") != f"Bearer {self.fake.key}":
             status, content = 401, {"error": "Unauthorized"}
-        elif self.fake.hangs and path != "/inference/v1/generate":
-            self.fake.stopped.wait()
-            return
         else:
+            while self.fake.hangs and path != "/inference/v1/generate" and not self.fake.stopped.wait(0.005):
+                pass
             try:
                 status, content = self.fake.answer(path, body)
             except Exception as error:  # of the fake itself, or of the tokenizer
@@ -403,16 +405,21 @@ class Factors(Weights):
         return (self.values if everything else {}) | self.factors
 
 
+def begin_rollout(sampler, ids, samples=2, seed=0, **options):
+    """Begin a rollout of prompts of these token ids."""
+    prompts = [Prompt(text=str(number), index=number) for number in range(len(ids))]
+    request = SamplingRequest(prompts, ids, samples, PromptDraws(prompts, samples, seed), **options)
+    return Episodes(None, None, PRETRAINED).begin(sampler, ENGINE, request)
+
+
 def complete(sampler, prompts=12, samples=4):
     """Complete prompts, and make sure that each has its own answers, in order."""
     ids = [[3, 4 + number] for number in range(prompts)]
-    asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
-    answers = sampler.complete(Requests(ids, asked, None, lambda *_: None)).result()
-    assert [[list(answer.tokens) for answer in group] for group in answers] == [
-        [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
+    sequences = begin_rollout(sampler, ids, samples).result().sequences
+    assert sequences.completion_ids.tolist() == [
+        [2 + sum(prompt) % 11, 2 + number, 1] for prompt in ids for number in range(samples)
     ]
-    assert {label for group in answers for answer in group for label, _ in answer.versions} == {str(sampler.version)}
-    return answers
+    assert sequences.weights_step.unique().tolist() == [sampler.version.step]
 
 
 def shares(*servers):

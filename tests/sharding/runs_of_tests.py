@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from rounding import metrics_of_runs
-from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, with_holes
+from tiny_runs import DigitShare, WithHoles, build_adapter, build_data, build_policy, build_trainer
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import Random
@@ -25,7 +25,7 @@ STRATEGIES = {"ddp": "ddp", "fsdp2": "fsdp"}
 ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
 
 
-class ByPrompt(Sampler):
+class ByPrompt(WithHoles, Sampler):
     """Draws from each prompt's own numbers, whoever completes it. Completions of prompts in `short` end after two tokens."""
 
     def __init__(self, max_new_tokens=6, short=(), holes=False):
@@ -37,9 +37,9 @@ class ByPrompt(Sampler):
         for prompt, ids in zip(request.prompts, request.prompt_ids, strict=True):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
-            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own, on_completion=None)
+            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own, limits=None, on_completion=None)
             parts.append(sampler.sample(engine, tokenizer, alone))
-        return with_holes(join_rollouts(parts)) if self.holes else join_rollouts(parts)
+        return join_rollouts(parts)
 
 
 class Only(RewardFunction):
@@ -61,7 +61,7 @@ class Log(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch.rollout is not None:
-            self.prompts.append([prompt.index for prompt in batch.rollout.rollouts.prompts])
+            self.prompts.append([prompt.index for prompt in batch.rollout.prompts])
         self.runs.append(len(batch.sequences))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -7,7 +7,7 @@ import torch
 from fake_judge import FakeJudge, graded
 from lightning.pytorch import Callback
 from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, Streamed, assert_same_run
-from tiny_runs import DigitShare, Failing, OftenDone, Talk, write_model
+from tiny_runs import DigitShare, Failing, OftenDone, Rewritten, Talk, write_model
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import TailEnergy
@@ -96,6 +96,7 @@ def jobs(first_rollout, folder, judge):
         "advantages on one rank only": {"policy": {**uneven, **one_rank}, "callbacks": (Streamed(),)},  # then on none
         "masks and an entropy bonus": {"policy": {**few, **masks, **left_out}, "deterministic": True},
         "groups replaced and moved": {"policy": {**replaced, **left_out}},
+        "groups of episodes of two rows": {"policy": {**replaced, **left_out, "kind": Rewritten}, "accumulate_grad_batches": 2},
         "a teacher and a judge": {"policy": compared, "accumulate_grad_batches": 2, "callbacks": (Ungraded(),)},
         "the start policy as teacher": {"policy": hinted},
         "episodes of several turns": {"policy": {**episodes, "advantage": BatchStdAdvantage()}},
@@ -105,11 +106,16 @@ def jobs(first_rollout, folder, judge):
 
 # Features that do not depend on the strategy are tried under one strategy.
 UNDER = {
-    "ddp": ("advantages on one rank only", "groups replaced and moved", "a teacher and a judge"),
+    "ddp": (
+        "advantages on one rank only",
+        "groups replaced and moved",
+        "a teacher and a judge",
+        "groups of episodes of two rows",
+    ),
     "fsdp2": (
         *("longer completions on one rank", "advantages on one rank only"),
         *("episodes of several turns", "masks and an entropy bonus"),
-        *("a teacher and a judge", "the start policy as teacher"),
+        *("a teacher and a judge", "the start policy as teacher", "groups of episodes of two rows"),
     ),
 }
 

@@ -18,7 +18,7 @@ from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards import JudgeReward
 from hybrid_lightning.stopping import StopSignals
-from hybrid_lightning.training.rl_task import RLTask
+from hybrid_lightning.training.loop import RLLoop
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 STRATEGIES = {"ddp": "ddp.yaml", "fsdp2": "fsdp.yaml"}
@@ -82,7 +82,7 @@ def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
 
 def fail_on_one_rank(folder):
     """On each rank: a run in which the judge of rank 1 fails in the second rollout."""
-    rollouts, roll_out = [], RLTask.roll_out
+    rollouts, begin = [], RLLoop.begin
 
     def graded(judge, completions, prompts):
         if os.environ["LOCAL_RANK"] == "1" and len(rollouts) == 2:
@@ -91,7 +91,7 @@ def fail_on_one_rank(folder):
 
     given = ("=JudgeReward", ".rubric=Grade it.", ".base_url=http://localhost:9/v1", ".model=j")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RLTask, "roll_out", lambda *given: rollouts.append(1) or roll_out(*given))
+        patch.setattr(RLLoop, "begin", lambda *given: rollouts.append(1) or begin(*given))
         patch.setattr(JudgeReward, "__call__", graded)
         options = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
         options.append("--trainer.logger.name=judged")

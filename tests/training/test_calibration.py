@@ -66,7 +66,7 @@ def test_rewards_give_the_policy_gradient_at_the_start_policy_of_what_was_sample
     options["mask_truncated_completions"] = masked = type(loss) in (GRPOLoss, DAPOLoss)
     policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=HalfEqual(), **options)
     base, terms, tokens, useful = build_model("llama", std=0.1).requires_grad_(True), [], 0, 0
-    kept = rollouts.finished | (not masked)
+    kept = rollouts.finished.flatten() | (not masked)
     assert masked != bool(kept.all())
     for number, prompt in enumerate(rollouts.prompts):
         group = [4 * number + row for row in range(4) if (prompt.index + row) % 4]

@@ -62,7 +62,7 @@ def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, su
     loaded = Patient.load_from_checkpoint(path)
     assert loaded.patience == 7
     assert_same_policy(loaded, module)
-    parts = ("task.loss", "task.reward", "task.generation.sampler", "task.correction", "optimization.schedule")
+    parts = ("task.loss", "task.reward", "task.generation.sampler", "task.options.correction", "optimization.schedule")
     for part in parts:
         assert config_with_defaults(attrgetter(part)(loaded)) == config_with_defaults(attrgetter(part)(module))
     terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.task.reward, reward))

@@ -71,13 +71,13 @@ class ByHand(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.prompts = []
-        look_up = pl_module.task.roll_out
+        look_up = pl_module.task.begin
 
         def noting(prompts, generator, draw_more):
             self.prompts = list(prompts)
             return look_up(prompts, generator)
 
-        pl_module.task.roll_out = noting
+        pl_module.task.begin = noting
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         trained = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}

@@ -3,7 +3,7 @@
 import copy
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,108 +11,95 @@ import torch
 from lightning.pytorch import Callback
 from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trained
 
-from hybrid_lightning.engine import Engine, token_logprobs
+from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.environments import EpisodeLimits, running
 from hybrid_lightning.environments.objects import Objects
-from hybrid_lightning.episodes.ahead import EpisodesAhead
-from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Conversation
+from hybrid_lightning.rollout.rollout_engine import Session, WeightedEngine
 from hybrid_lightning.types import Prompt
 
 
-class Elsewhere(Sampler):
-    """Samples in a thread, by a copy of the policy as it is when it is given weights. For episodes it needs a `Loan`."""
+class Elsewhere(WeightedEngine, Sampler):
+    """Plays in threads, by a copy of the policy as it is when it is given weights."""
 
-    needs_weight_sync = is_remote = True
+    is_remote = True
 
     def __init__(self, max_new_tokens=6):
         super().__init__(max_new_tokens)
         self.engine = self.own = None
         self.requests, self.running, self.at_update = 0, 0, []
-        self.threads, self.lock, self.asking = ThreadPoolExecutor(2), threading.Lock(), threading.RLock()
+        self.threads, self.lock = ThreadPoolExecutor(3), threading.Lock()
         self.seeds = []  # of the rollouts that were begun
 
     def __reduce__(self):  # as of `VLLMEngine`
-        return Elsewhere, (self.max_new_tokens,)
+        return type(self), (self.max_new_tokens,)
 
-    def updating(self):
-        return self.asking
-
-    def update(self, weights, model, everything=None):
+    def update(self, weights, model, everything=None, keeps_requests=False):
         if self.version != weights.version:
             self.at_update.append(self.running)
-            self.version = weights.version
-            self.copy_of(self.engine)
+            with self.lock:
+                self.copy_of(self.engine)
+                self.version = weights.version
 
-    def sample(self, engine, tokenizer, request):
-        return self.begin(engine, tokenizer, request).result()
-
-    def conversation(self, *arguments):
-        return Conversation(self, *arguments)
+    def prompt_logprobs(self, token_ids):
+        nothing = Future()
+        nothing.set_result([])
+        return nothing
 
     def copy_of(self, engine):
         self.engine, self.own = engine, engine and engine.of(copy.deepcopy(engine.model), is_copy=True)
 
-    def begin(self, engine, tokenizer, request):
-        with self.asking:
-            if engine is not self.engine and isinstance(engine, Engine):  # nothing has been trained yet
-                self.copy_of(engine)
-            own, step = self.own, self.version.step
-            self.requests, self.running = self.requests + 1, self.running + 1
+    def sample(self, engine, tokenizer, request):
+        with self.lock, torch.no_grad(), self.own.sampling():
+            self.own.model.eval()
+            self.requests += 1
+            found = super().sample(self.own, tokenizer, request)
+            made_by = torch.full_like(found.sequences.completion_ids, self.version.step)
+        time.sleep(0.03)  # long enough for an update that does not wait
+        return replace(found, sequences=replace(found.sequences, weights_step=made_by))
 
-        def sample():
-            with torch.no_grad(), self.lock, own.sampling():
-                own.model.eval()
-                found = super(Elsewhere, self).sample(own, tokenizer, request)
-                time.sleep(0.03)  # long enough for an update that does not wait
-            self.running -= 1
-            made_by = torch.full_like(found.sequences.completion_ids, step)
-            return replace(found, sequences=replace(found.sequences, weights_step=made_by))
+    def session(self, *arguments):
+        return Session(self, *arguments)
 
-        made = self.threads.submit(sample)
+    def play(self, engine, tokenizer, request, *arguments):
+        if engine is not self.engine:  # nothing has been trained yet
+            self.copy_of(engine)
+        self.seeds.append(request.draws._seed if isinstance(request.draws, PromptDraws) else None)
+        self.running += 1
+
+        def play():
+            try:
+                super(Elsewhere, self).play(engine, tokenizer, request, *arguments)
+            finally:
+                self.running -= 1
+
+        made = self.threads.submit(play)
         return RolloutFuture(made.result, made, on_cancel=made.cancel)
 
 
 class Patient(Elsewhere):
     """Begins later turns of a rollout that is under way over an update only after it."""
 
-    def begin(self, engine, tokenizer, request):
+    def sample(self, engine, tokenizer, request):
         rollout = self.seeds.index(request.draws._seed)
         if rollout in range(2, len(LAGS) - 1) and "turn" in request.draws._names[0]:
             until = time.monotonic() + 60
             while self.version.step < rollout - 1 and time.monotonic() < until:
                 time.sleep(0.005)
-        return super().begin(engine, tokenizer, request)
+        return super().sample(engine, tokenizer, request)
 
 
-class Loan(Callback):
-    """Gives `Elsewhere` the policy's engine, which threads lack, tells it of each rollout, and keeps each step's weights."""
+class Weights(Callback):
+    """Keeps each step's weights."""
 
     def on_train_start(self, trainer, pl_module):
-        self.weights, generation, sampler = [], pl_module.task.generation, pl_module.task.generation.sampler
-        sampler.copy_of(pl_module.policy.engine)
-        begin = generation.begin
-
-        def noted(prompts, samples, draws, *arguments, **options):
-            sampler.seeds.append(draws._seed)
-            return begin(prompts, samples, draws, *arguments, **options)
-
-        generation.begin = noted
+        self.weights = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.weights.append(trained(pl_module))
-
-
-class Slow(Talk):
-    """Takes long to begin."""
-
-    def start(self, prompt, seed):
-        time.sleep(60)
 
 
 class Here(Objects):
@@ -146,8 +133,7 @@ def test_a_run_with_completions_made_meanwhile_equals_the_same_schedule_in_turns
         if turns > 1:
             episodes = EpisodeLimits(max_turns=turns, max_tokens=24, workers=int(sampler is elsewhere))
             policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
-        loan = [Loan()] if turns > 1 and sampler is elsewhere else []
-        weights = trained(fit(model, sums, tmp_path, log, *loan, policy=policy, max_steps=6))
+        weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=6))
         return metrics_of(log), weights
 
     elsewhere = Elsewhere()
@@ -214,7 +200,8 @@ def test_completions_are_scored_while_others_are_still_generated(model):
     arriving = policy.task.generation.arriving(prompts, 4)
     rollouts = policy.task.generation.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
     assert seen == [True]
-    assert torch.equal(policy.task.generation.score(rollouts, arriving).total, policy.task.generation.score(rollouts).total)
+    early, late = (policy.task.generation.score(rollouts, *given) for given in ((arriving,), ()))
+    assert torch.equal(early.scored.total, late.scored.total)
 
 
 def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):
@@ -232,13 +219,13 @@ LAGS = [(0, 0), (1, 1), (2, 1), (2, 1), (2, 1), (2, 2)]
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_made_it(model, sums, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "workers_for", in_this_process)
-    log, loan, episodes = Log(), Loan(), EpisodeLimits(max_turns=2, max_tokens=24, workers=1)
+    log, kept, episodes = Log(), Weights(), EpisodeLimits(max_turns=2, max_tokens=24, workers=1)
     policy = {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
     policy |= {"sampler": Patient(), "rollouts_ahead": 2, "optimizer": torch.optim.SGD, "lr_lora": 1.0, "lr_full": 1.0}
-    module = fit(model, sums, tmp_path, log, loan, policy=policy, max_steps=len(LAGS))
+    module = fit(model, sums, tmp_path, log, kept, policy=policy, max_steps=len(LAGS))
     found, moved = [], 0.0
     logprobs = []  # of each batch by the weights of each step
-    for weights in loan.weights:
+    for weights in kept.weights:
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
@@ -257,22 +244,3 @@ def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_
         found += [tuple(number - of_turn for of_turn in pair) for pair in pairs]
     assert found == LAGS and moved > 0.01
     assert [step["sampling/weights_versions"] > 1 for step in log.metrics] == [first > later for first, later in LAGS]
-
-
-def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an_environment_is_slow(model):
-    policy = build_policy(model, environment=Slow(), episodes=EpisodeLimits(workers=1), turn_template="{content}", reward=None)
-    ahead, prompts = EpisodesAhead(policy.task.generation.episodes), [Prompt(text="3+4=")]
-    stops = policy.task.generation._stops
-
-    def begun():
-        return ahead.begin(policy.policy.engine, SamplingRequest(prompts, (), 2, PromptDraws(prompts, 2, 0), stops=stops), [0])
-
-    slow, began = begun(), time.monotonic()
-    time.sleep(0.5)
-    other = begun()
-    ahead.shut_down()
-    assert time.monotonic() - began < 30 and not [t for t in threading.enumerate() if t.name == "episodes ahead"]
-    for ended in (slow, other):
-        for ask in (ended.wait, ended.result):
-            with pytest.raises(RolloutError, match="were ended"):
-                ask()

@@ -126,7 +126,7 @@ def test_a_data_module_of_ones_own_trains_or_is_refused_with_the_lines_to_write_
 ):
     watch = Log()
     policy = fit(model, None, tmp_path, build_adapter(), watch, data=Own(), num_sanity_val_steps=-1, max_steps=1)
-    assert {prompt.text for prompt in watch.batches[0].rollout.rollouts.prompts} <= {f"{n}+1=" for n in range(8)}
+    assert {prompt.text for prompt in watch.batches[0].rollout.prompts} <= {f"{n}+1=" for n in range(8)}
     assert policy.evaluation.last[""]["problems"] == 4
     with pytest.raises(DataError, match=r"two prompts to evaluate have index=0 and would count as one; give each its own"):
         fit(model, None, tmp_path, data=Own("index"), num_sanity_val_steps=-1)

@@ -1,20 +1,20 @@
 """Runs with losses of each aggregation: each optimizer step's gradient from the equation, token by token in its full context.
 
-With masks, computed once more here, over two passes of two minibatches of two micro-batches. `tests/losses` and
-`tests/test_advantages.py` show the equations of the other losses and of advantages.
+With masks, computed once more here, over two passes of two minibatches of two micro-batches. A sequence is an episode of one row
+or two. `tests/losses` and `tests/test_advantages.py` show the equations of the other losses and of advantages.
 """
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_models import build_model, plain_distribution, tokens_of
-from tiny_runs import Failing, Interrupted, StartsWithDigit, fit
+from tiny_runs import Failing, Interrupted, Rewritten, StartsWithDigit, fit
 
 from hybrid_lightning import losses
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage, PerRewardAdvantage
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
 
-G, LONGEST, MINIBATCHES, MICRO_BATCHES = 4, 6, 2, 2
+LONGEST, MINIBATCHES, MICRO_BATCHES = 6, 2, 2
 ENTROPY, KL, TEMPERATURE = 0.05, 0.05, 0.9
 
 
@@ -39,7 +39,7 @@ def of_tokens(low, high):
 
 
 def gspo(new, old, advantage):
-    """The loss of the sequence, for each of its tokens."""
+    """The loss of the row, for each of its tokens."""
     return clipped((new - old).mean().exp(), advantage, 3e-4, 4e-4).expand_as(new)
 
 
@@ -51,7 +51,7 @@ def cispo(new, old, advantage):
     return -(new - old).exp().detach().clamp(max=1.1) * advantage * new
 
 
-# ---- weight of each row's tokens, from how many tokens the rows of the optimizer step have, [R]
+# ---- weight of each episode's tokens, from how many tokens the episodes of the optimizer step have, [E]
 
 
 def mean_of_means(lengths):
@@ -108,18 +108,18 @@ class ByEquation(Callback):
     def __init__(self, loss, term, weights, advantage, options):
         self.loss, self.term, self.weights, self.advantage, self.options = loss, term, weights, advantage, options
         self.base = build_model("llama", std=0.1)
-        self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
+        self.rollout, self.minibatch, self.steps, self.several, self.ratios = None, 0, 0, 0, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         assert batch.loss_inputs(batch.sampling_logprobs).sampling_logprobs is batch.sampling_logprobs
         if batch.rollout is not self.rollout:
             self.rollout, self.minibatch = batch.rollout, 0
             with torch.no_grad():
-                sequences = self.rollout[0].sequences
+                sequences = self.rollout.sequences
                 self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
                 self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
                 self.importance = [torch.ones_like(old) for old, _ in self.old]
-                sampling = zip(self.rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)
+                sampling = zip(self.rollout.sampling_logprobs, sequences.sampled_mask, strict=True)
                 # The policy before the rollout's first step is not the one that sampled: weighed, or the ratio is to the latter.
                 if "rollouts_ahead" in self.options and self.options["correction"] is None:
                     self.old = [(own[mask], entropy) for (own, mask), (_, entropy) in zip(sampling, self.old, strict=True)]
@@ -128,29 +128,33 @@ class ByEquation(Callback):
                     self.importance = [weigh(old - own[mask]) for (own, mask), (old, _) in zip(sampling, self.old, strict=True)]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        (rollouts, rewards, shown), first = self.rollout, self.minibatch % MINIBATCHES * 8
+        rollout, first = self.rollout, self.minibatch % MINIBATCHES * 8
         self.minibatch += 1
-        rows = [row for row in range(first, first + 8) if rewards.counted[row]]
-        found = self.advantage.of_rewards(rewards, G)
-        assert not shown[~rewards.counted].any()
-        kept = rollouts.finished if "mask_truncated_completions" in self.options else torch.ones(16, dtype=torch.bool)
-        lengths = torch.tensor([len(self.old[row][0]) * int(kept[row]) for row in rows])
-        teaching = [self.old[row][1] for row in rows if kept[row] and abs(found[row]) > 1e-5]
+        counted = rollout.rewards.counted.flatten()
+        episodes = [episode for episode in range(first, first + 8) if counted[episode]]
+        found = self.advantage.of_rewards(rollout.rewards).flatten()
+        assert not rollout.advantages.flatten()[~counted].any()
+        kept = rollout.finished.flatten() if "mask_truncated_completions" in self.options else torch.ones(16, dtype=torch.bool)
+        rows = {episode: (rollout.episode_of_row == episode).nonzero().flatten().tolist() for episode in episodes}
+        self.several += sum(len(of_episode) > 1 for of_episode in rows.values())
+        lengths = torch.tensor([sum(len(self.old[row][0]) for row in rows[e]) * int(kept[e]) for e in episodes])
+        taught = [episode for episode in episodes if kept[episode] and abs(found[episode]) > 1e-5]
+        teaching = [self.old[row][1] for episode in taught for row in rows[episode]]
         share = self.options["token_mask"].share if "token_mask" in self.options else 1.0
         threshold = torch.quantile(torch.cat(teaching), 1 - share) - 1e-6 if teaching else torch.tensor(torch.inf)
         total, entropies = torch.zeros(()), []
-        for row, weight in zip(rows, self.weights(lengths), strict=True):
-            if kept[row]:
-                new, entropy = completion(pl_module.model, rollouts.sequences, row)
+        for episode, weight in zip(episodes, self.weights(lengths), strict=True):
+            for row in rows[episode] * int(kept[episode]):
+                new, entropy = completion(pl_module.model, rollout.sequences, row)
                 old, old_entropy = self.old[row]
                 self.ratios += (new - old).exp().tolist()
                 chosen = old_entropy >= threshold if share < 1 else torch.ones_like(old, dtype=torch.bool)
-                total = total + weight * (self.term(new, old, found[row]) * chosen * self.importance[row]).sum()
+                total = total + weight * (self.term(new, old, found[episode]) * chosen * self.importance[row]).sum()
                 ahead = self.start[row] - new
                 total = total + self.loss.kl_coef * weight * (ahead.exp() - ahead - 1).sum()
                 total = total - self.loss.entropy_coef * entropy.sum() / lengths.sum()
                 entropies.append(entropy.detach())
-        if len(teaching) == len(rows):
+        if len(taught) == len(episodes):
             assert float(trainer.callback_metrics["entropy"]) == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
         trained = [parameter for parameter in pl_module.model.parameters() if parameter.requires_grad]
         wanted = torch.autograd.grad(total, trained)
@@ -161,15 +165,17 @@ class ByEquation(Callback):
         self.steps += scale > 1e-3
 
 
+@pytest.mark.parametrize("kind", [Failing, Rewritten])
 @pytest.mark.parametrize(
     ("loss", "term", "weights", "advantage", "options"), CASES, ids=[type(case[0]).__name__ for case in CASES]
 )
-def test_gradients_follow_the_equation(model, sums, tmp_path, loss, term, weights, advantage, options):
+def test_gradients_follow_the_equation(model, sums, tmp_path, loss, term, weights, advantage, options, kind):
     by_equation = ByEquation(loss, term, weights, advantage, options)
     reward = WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5])
-    policy = {"loss": loss, "advantage": advantage, "reward": reward, "kind": Failing, **options}
+    policy = {"loss": loss, "advantage": advantage, "reward": reward, "kind": kind, **options}
     policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}
     policy["sampler"] = Interrupted(LONGEST, temperature=TEMPERATURE)
     fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=6, accumulate_grad_batches=MICRO_BATCHES)
     assert by_equation.steps >= 4, "of six; the last two belong to a second rollout, and all may be clipped in some"
+    assert bool(by_equation.several) == (kind is Rewritten)
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"

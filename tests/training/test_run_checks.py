@@ -25,6 +25,7 @@ from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.training import module
 from hybrid_lightning.training.run_checks import warn_of_differences
 
@@ -73,10 +74,10 @@ def test_nothing_is_computed_that_a_gpu_refuses(family, sums, tmp_path, monkeypa
 # ---- the messages
 
 
-class Elsewhere(Sampler):
+class Elsewhere(WeightedEngine, Sampler):
     """An engine, as far as it is asked."""
 
-    needs_weight_sync = is_remote = renormalizes = True
+    is_remote = True
 
 
 class OnDevice(Sampler):

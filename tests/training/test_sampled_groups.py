@@ -15,8 +15,8 @@ from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.training import sampled_groups
-from hybrid_lightning.training.sampled_groups import choose_trained, rollout_metrics, sample_groups
-from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.training.sampled_groups import rollout_metrics, rows_to_train, sample_groups, with_advantages
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollout, Sequences
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,17 @@ def made(prompts):
     sequences = Sequences(*pad_left([[i] for i in index], 0, "cpu"), *pad_right([[i] * (i + 1) for i in index], 0, "cpu"))
     every_other = torch.arange(sequences.completion_ids.shape[1]) % 2 == 0
     sequences = replace(sequences, sampled_mask=sequences.completion_mask & every_other)
-    total = torch.tensor([float(i % 2 and row % 2) for row, i in enumerate(index)])
-    logprobs = -sequences.completion_ids.float()
-    finished = torch.ones(len(index), dtype=torch.bool)
-    rollouts = Rollouts(tuple(prompts), sequences, ("",) * len(index), logprobs, finished, 2)
-    return rollouts, Rewards(total, {"match": total}, total >= 1)
+    total = torch.tensor([[0.0, float(prompt.index % 2)] for prompt in prompts])
+    texts, logprobs = (Completion("", 1, True),) * len(index), -sequences.completion_ids.float()
+    return Rollout(tuple(prompts), texts, sequences, logprobs, rewards=Rewards(total, {"match": total}, total >= 1))
 
 
-def teaches(rollouts, rewards):
-    return torch.tensor([prompt.index % 2 == 1 for prompt in rollouts.prompts])
+def teaches(rollout):
+    return torch.tensor([prompt.index % 2 == 1 for prompt in rollout.prompts])
 
 
-def rolled_out(first, then, bound=3, estimator=None):
-    """The first prompts, and prompts that are drawn one after the other -> groups, their share that is trained on, and draws."""
+def sampled(first, then, bound=3):
+    """The first prompts, and prompts that are drawn one after the other -> all groups, and the sizes of draws."""
     asked, rest = [], iter(then)
 
     def draw(count):
@@ -55,69 +53,71 @@ def rolled_out(first, then, bound=3, estimator=None):
         return [Prompt(text="", index=next(rest)) for _ in range(count)]
 
     prompts = [Prompt(text="", index=index) for index in first]
-    groups = sample_groups(DynamicSampling(bound), prompts, draw, made, teaches)
-    trained, of_sampled = choose_trained(groups, groups.rollouts.sequences, estimator or GroupAdvantage(), minibatches=1, rank=0)
-    return groups, trained, of_sampled, asked
+    return sample_groups(DynamicSampling(bound), made(prompts), draw, made, teaches), asked
+
+
+def to_train(rollout, estimator=None, credited=None):
+    """The rollout with advantages, and the share of four groups that is trained on."""
+    rollout = with_advantages(rollout, credited or rollout.rewards, estimator or GroupAdvantage(), wanted=4)
+    return rollout, rows_to_train(rollout, rollout.sequences, wanted=4, minibatches=1, rank=0)
 
 
 def test_the_groups_that_teach_are_kept_with_their_tokens_in_order():
-    groups, trained, of_sampled, asked = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
+    rollout, asked = sampled([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
     # One of four teaches, so that three missing ones need all of P; then three of eight, and one is missing: 2.7 prompts.
-    assert asked == [4, 3] and [prompt.index for prompt in groups.rollouts.prompts] == [2, 1, 4, 6, 8, 3, 10, 5, 7, 12, 14]
+    assert asked == [4, 3] and [prompt.index for prompt in rollout.prompts] == [2, 1, 4, 6, 8, 3, 10, 5, 7, 12, 14]
+    rollout, trained = to_train(rollout)
     rows, index = trained.sequences, trained.sequences.prompt_ids
     assert index[:, 0].tolist() == [1, 1, 3, 3, 5, 5, 7, 7] and torch.equal(rows.completion_mask, rows.completion_ids == index)
     assert torch.equal(rows.completion_mask.sum(dim=1), index[:, 0] + 1)
     assert torch.equal(rows.sampled_mask.sum(dim=1), index[:, 0] // 2 + 1)
     assert torch.equal(trained.sampling_logprobs, -rows.completion_ids.float())
-    expected = GroupAdvantage()(torch.tensor([0.0, 1.0] * 4), 2)
-    assert torch.equal(trained.advantages, expected)
-    of_sampled = of_sampled.view(-1, 2)
-    assert torch.equal(of_sampled[[1, 5, 7, 8]].flatten(), expected) and int((of_sampled != 0).any(dim=1).sum()) == 4
+    expected = GroupAdvantage()(torch.tensor([[0.0, 1.0]] * 4))
+    assert torch.equal(trained.advantages, expected.flatten())
+    shown = rollout.advantages
+    assert torch.equal(shown[[1, 5, 7, 8]], expected) and int((shown != 0).any(dim=1).sum()) == 4
     wanted = {"extra_rollouts": 2.0, "kept_groups": 4 / 11, "surplus_groups": 0.0, "filled_groups": 0.0}
-    assert groups.metrics() == {f"sampling/{name}": value for name, value in wanted.items()}
+    assert rollout.metrics == {f"sampling/{name}": value for name, value in wanted.items()}
 
 
 def test_what_is_too_much_is_dropped_and_at_the_bound_groups_fill_up_without_advantage():
-    groups, trained, *_ = rolled_out([2, 1, 3, 4], [5, 7, 9, 11], estimator=BatchStdAdvantage())
+    rollout, _ = sampled([2, 1, 3, 4], [5, 7, 9, 11])
+    trained = to_train(rollout, BatchStdAdvantage())[1]
     assert trained.sequences.prompt_ids[::2, 0].tolist() == [1, 3, 5, 7]
-    assert torch.equal(trained.advantages, BatchStdAdvantage()(torch.tensor([0.0, 1.0] * 4), 2))
-    shares = groups.metrics()
-    assert (shares["sampling/kept_groups"], shares["sampling/surplus_groups"]) == (4 / 8, 2 / 8)
-    groups, trained, _, asked = rolled_out([2, 4, 6, 8], [10, 12, 1, 14, 16, 18, 20, 22], bound=2)
+    assert torch.equal(trained.advantages, BatchStdAdvantage()(torch.tensor([[0.0, 1.0]] * 4)).flatten())
+    assert (rollout.metrics["sampling/kept_groups"], rollout.metrics["sampling/surplus_groups"]) == (4 / 8, 2 / 8)
+    rollout, asked = sampled([2, 4, 6, 8], [10, 12, 1, 14, 16, 18, 20, 22], bound=2)
+    trained = to_train(rollout)[1]
     assert asked == [4, 4] and trained.sequences.prompt_ids[::2, 0].tolist() == [2, 4, 6, 1]
     assert trained.advantages[:6].tolist() == [0.0] * 6 and bool((trained.advantages[6:] != 0).all())
-    assert (groups.metrics()["sampling/kept_groups"], groups.metrics()["sampling/filled_groups"]) == (1 / 12, 3 / 4)
-    differing = replace(groups, rewards=replace(groups.rewards, total=torch.rand(24)))
-    penalised, _ = choose_trained(differing, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
+    assert (rollout.metrics["sampling/kept_groups"], rollout.metrics["sampling/filled_groups"]) == (1 / 12, 3 / 4)
+    penalised = to_train(replace(rollout, rewards=replace(rollout.rewards, total=torch.rand(12, 2))))[1]
     assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in something other than success"
 
 
 def test_rows_that_do_not_count_are_in_no_advantage_and_stay_uncounted():
-    groups, *_ = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
-    counted = torch.ones(22, dtype=torch.bool)
-    counted[2] = counted[15] = False  # of prompts 1 and 5
-    rewards = replace(groups.rewards, total=torch.where(counted, groups.rewards.total, torch.nan), counted=counted)
-    groups = replace(groups, rewards=rewards)
-    trained, of_sampled = choose_trained(groups, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
-    assert trained.counted.tolist() == [False, True, True, True, True, False, True, True]
+    rollout, _ = sampled([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
+    counted = torch.ones(11, 2, dtype=torch.bool)
+    counted[1, 0] = counted[7, 1] = False  # of prompts 1 and 5
+    lost = torch.where(counted, rollout.rewards.total, torch.nan)
+    rollout, trained = to_train(replace(rollout, rewards=replace(rollout.rewards, total=lost, counted=counted)))
+    assert trained.row_weights.tolist() == [0, 1, 1, 1, 1, 0, 1, 1]
     assert (trained.advantages != 0).tolist() == [False, False, True, True, False, False, True, True], "none in a group of one"
-    assert not of_sampled[~counted].any()
+    assert not rollout.advantages[~counted].any()
 
 
 def test_credit_by_turn_goes_with_the_tokens_of_its_group(monkeypatch):
-    groups, *_ = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
-    rollouts, mask = groups.rollouts, groups.rollouts.sequences.sampled_mask
+    rollout, _ = sampled([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
     # Of each group the first has a second turn, where it is alone with nothing to learn.
-    lengths = [(1, n - 1) if n > 1 and row % 2 == 0 else (n,) for row, n in enumerate(mask.sum(dim=1).tolist())]
+    lengths = [(1, n - 1) if n > 1 and row % 2 == 0 else (n,) for row, n in enumerate(rollout.lengths.flatten().tolist())]
     lengths[15] = (1, 2)  # but of prompt 5 both have a second turn
     texts = tuple(Completion("", sum(n), True, episode=Episode((), len(n), "over", (), lengths=n)) for n in lengths)
-    groups = replace(groups, rollouts=replace(rollouts, completions=texts))
-    counted = torch.tensor([[True] * 22, [len(n) > 1 for n in lengths]]).flatten()
-    later = 3 * torch.arange(22.0)
-    both = Rewards(torch.cat([groups.rewards.total, later]), {}, torch.zeros(44, dtype=torch.bool), counted=counted)
+    counted = torch.tensor([[True, len(n) > 1] for n in lengths]).view(11, 2, 2)
+    total = torch.stack([rollout.rewards.total, 3 * torch.arange(22.0).view(11, 2)], dim=2)
+    both = Rewards(total, {}, torch.zeros_like(counted), counted=counted)
     monkeypatch.setattr(sampled_groups, "share_groups", lambda *_: [[2, 1, 0, 3]])
-    trained, _ = choose_trained(groups, rollouts.sequences, GroupMeanAdvantage(), minibatches=1, rank=0, credited=both)
-    assert trained.sequences.prompt_ids[::2, 0].tolist() == [5, 3, 1, 7] and trained.counted.all()
+    _, trained = to_train(replace(rollout, completions=texts), GroupMeanAdvantage(), both)
+    assert trained.sequences.prompt_ids[::2, 0].tolist() == [5, 3, 1, 7] and bool((trained.row_weights == 1).all())
     rows = [of_row[own].tolist() for of_row, own in zip(trained.advantages, trained.sequences.sampled_mask, strict=True)]
     assert rows == [[-0.5, -1.5, -1.5], [0.5, 1.5, 1.5], [-0.5, 0.0], [0.5] * 2, [-0.5], [0.5], [-0.5, 0.0, 0.0, 0.0], [0.5] * 4]
     assert not trained.advantages[~trained.sequences.sampled_mask].any()
@@ -146,16 +146,16 @@ def test_metrics_are_of_all_groups_denominators_of_those_trained_on_and_a_run_re
     module = fit(model, sums, tmp_path, log, saver, policy=policy, max_steps=8, enable_checkpointing=True)
     assert len(log.rollouts) == 4 and len(log.batches) == 8
     sizes = set()
-    for number, (rollouts, rewards, advantages) in enumerate(log.rollouts):
-        metrics, steps = log.metrics[2 * number], log.batches[2 * number : 2 * number + 2]
-        solved = rewards.parts["starts_with_digit"].view(-1, 3).mean(dim=1)
+    for number, rollout in enumerate(log.rollouts):
+        metrics, steps, rewards = log.metrics[2 * number], log.batches[2 * number : 2 * number + 2], rollout.rewards
+        solved, advantages = rewards.parts["starts_with_digit"].mean(dim=1), rollout.advantages
         mixed = (solved > 0) & (solved < 1)
         sizes.add(len(mixed))
         assert metrics["reward"] == pytest.approx(float(rewards.total.mean()))
         assert metrics["sampling/kept_groups"] == pytest.approx(min(4, int(mixed.sum())) / len(mixed))
-        tokens = float(rollouts.sequences.completion_mask.sum() + rollouts.sequences.prompt_mask.sum())
+        tokens = float(rollout.sequences.completion_mask.sum() + rollout.sequences.prompt_mask.sum())
         assert metrics["num_tokens"] == tokens
-        assert ((advantages.view(-1, 3) != 0).any(dim=1) <= mixed).all(), "a penalty alone teaches nothing"
+        assert ((advantages != 0).any(dim=1) <= mixed).all(), "a penalty alone teaches nothing"
         assert [batch.num_sequences for batch in steps] == [6.0, 6.0]
         assert sum(batch.updated_sequences for batch in steps) == int((advantages != 0).sum())
         assert sum(batch.num_tokens for batch in steps) < tokens
@@ -170,7 +170,7 @@ def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(model, sums, tmp_path, log, policy=policy, max_steps=3)
-    assert [len(rollout[0].prompts) for rollout in log.rollouts] == [12] * 3
+    assert [len(rollout.prompts) for rollout in log.rollouts] == [12] * 3
     assert all(len(batch.sequences) == 4 and not batch.advantages.any() and batch.num_sequences == 16 for batch in log.batches)
     assert all(step["sampling/filled_groups"] == 1 and step["frac_reward_zero_std"] == 1 for step in log.metrics)
     said = [str(one.message) for one in caught if "nothing is learned" in str(one.message)]
@@ -181,7 +181,7 @@ def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, 
 def test_groups_that_are_to_be_overfitted_are_not_replaced(model, sums, tmp_path):
     log, policy = Sampled(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(1)}
     fit(model, sums, tmp_path, log, policy=policy, max_steps=2, overfit_batches=1)
-    assert [len(rollout[0].prompts) for rollout in log.rollouts] == [4, 4]
+    assert [len(rollout.prompts) for rollout in log.rollouts] == [4, 4]
 
 
 def test_a_metric_that_is_not_paid_does_not_decide_which_groups_teach(model):
@@ -190,8 +190,8 @@ def test_a_metric_that_is_not_paid_does_not_decide_which_groups_teach(model):
     for weight in (0.0, 1.0):
         policy = build_policy(model, reward=WeightedSum([graded, Constant()], [1.0, weight]))
         prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(4)]
-        rollouts = policy.generate(prompts, 4, PromptDraws(prompts, 4, 5))
-        useful.append(policy.task._useful_groups(rollouts, policy.task.generation.score(rollouts)))
+        rollout = policy.generate(prompts, 4, PromptDraws(prompts, 4, 5))
+        useful.append(policy.task.useful_groups(policy.task.generation.score(rollout)))
     assert useful[0].any() and not useful[1].any()
 
 
@@ -204,17 +204,17 @@ FINISHED = [True, False, True, True, True, True, True, True, False]
 
 
 def build(samples=3, total=TOTAL, sets=("", "", "")):
-    """Rollouts in which an environment added two tokens to each completion."""
+    """A rollout in which an environment added two tokens to each completion."""
     count = len(total)
     prompts = [Prompt(text=str(i), index=i, set_name=sets[i % 3]) for i in range(count // samples)]
     ids = [[5] * PROMPT_LENGTHS[row // samples % 3] for row in range(count)]
-    completions = [[6] * LENGTHS[row] + [7] * 2 for row in range(count)]
-    sequences = Sequences(*pad_left(ids, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    sequences = [[6] * LENGTHS[row] + [7] * 2 for row in range(count)]
+    sequences = Sequences(*pad_left(ids, 0, "cpu"), *pad_right(sequences, 0, "cpu"))
     sequences = replace(sequences, sampled_mask=sequences.completion_ids == 6)
-    logprobs = torch.zeros(sequences.completion_ids.shape)
-    finished, values = torch.tensor(FINISHED[:count]), torch.tensor(total)
-    rollouts = Rollouts(tuple(prompts), sequences, ("",) * count, logprobs, finished, samples)
-    return rollouts, Rewards(values, {"match": values}, values >= 1)
+    texts = tuple(Completion("", LENGTHS[row], FINISHED[row]) for row in range(count))
+    values = torch.tensor(total).view(-1, samples)
+    rewards = Rewards(values, {"match": values}, values >= 1)
+    return Rollout(tuple(prompts), texts, sequences, torch.zeros(sequences.completion_ids.shape), rewards=rewards)
 
 
 def by_hand(groups):
@@ -242,23 +242,24 @@ def by_hand(groups):
 
 
 def test_every_value_by_hand_and_completions_that_do_not_count_are_in_none():
-    metrics, expected = rollout_metrics(*build()), by_hand([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    metrics, expected = rollout_metrics(build()), by_hand([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     assert metrics == pytest.approx(expected, abs=1e-6) and all(type(value) is float for value in metrics.values())
     # Of the first group two count, of the second none, of the third one.
-    counted = torch.tensor([row in (0, 2, 7) for row in range(9)])
-    rollouts, rewards = build(sets=("sums", "lost", "quiz"))
-    lost = torch.where(counted, rewards.total, torch.nan)
-    metrics = rollout_metrics(rollouts, replace(rewards, total=lost, parts={"match": lost}, counted=counted))
+    counted = torch.tensor([row in (0, 2, 7) for row in range(9)]).view(3, 3)
+    rollout = build(sets=("sums", "lost", "quiz"))
+
+    def counting(some, total=rollout.rewards.total):
+        return replace(rollout, rewards=replace(rollout.rewards, total=total, parts={"match": total}, counted=some))
+
+    metrics = rollout_metrics(counting(counted, torch.where(counted, rollout.rewards.total, torch.nan)))
     of_sets = {"sets/sums/reward": 0.75, "sets/sums/accuracy": 1 / 2, "sets/sums/mean_length": 1.5}
     of_sets |= {"sets/quiz/reward": 1.5, "sets/quiz/accuracy": 1, "sets/quiz/mean_length": 1}
     assert metrics == pytest.approx(by_hand([[0, 2], [7]]) | of_sets, abs=1e-6)
-    metrics_of_ties, of_one = rollout_metrics(*build(total=[0.1] * 9)), rollout_metrics(*build(samples=1, total=[0.5]))
+    metrics_of_ties, of_one = rollout_metrics(build(total=[0.1] * 9)), rollout_metrics(build(samples=1, total=[0.5]))
     assert metrics_of_ties["frac_reward_zero_std"] == of_one["frac_reward_zero_std"] == 1
     assert of_one["reward_std"] == of_one["rewards/match/std"] == 0
-    nothing = rollout_metrics(rollouts, replace(rewards, counted=torch.zeros_like(counted)))
-    assert nothing == {"num_tokens": metrics["num_tokens"]}
-    every = rollout_metrics(rollouts, replace(rewards, counted=torch.ones_like(counted)))
-    assert every == rollout_metrics(rollouts, rewards), "to the bit"
+    assert rollout_metrics(counting(torch.zeros_like(counted))) == {"num_tokens": metrics["num_tokens"]}
+    assert rollout_metrics(counting(torch.ones_like(counted))) == rollout_metrics(rollout), "to the bit"
 
 
 def test_sets_of_other_ranks_count_too(monkeypatch):
@@ -267,7 +268,7 @@ def test_sets_of_other_ranks_count_too(monkeypatch):
     gathered = lambda columns: {name: torch.cat([column, column.flip(0)]) for name, column in columns.items()}  # noqa: E731
     monkeypatch.setattr(f"{module}.gather_columns", gathered)
     monkeypatch.setattr(f"{module}.gather_objects", lambda names: [names, ["quiz", "quiz", "riddles"]])
-    metrics = rollout_metrics(*build(sets=("sums", "riddles", "riddles")))
+    metrics = rollout_metrics(build(sets=("sums", "riddles", "riddles")))
     assert metrics["sets/sums/reward"] == pytest.approx(statistics.mean(TOTAL[:3]))
     assert metrics["sets/quiz/reward"] == pytest.approx(statistics.mean(TOTAL[3:]))
     assert metrics["sets/riddles/reward"] == pytest.approx(statistics.mean(TOTAL[3:] + TOTAL[:3]))

@@ -32,8 +32,7 @@ def test_a_phase_ends_with_an_exception_too_and_on_an_accelerator_once_its_work_
     wait(2)
     assert clock.seconds() == {"other": 2, "generate": 1}, "the running phase counts"
     assert not waited, "the CPU has nothing to wait for"
-    clock.restart("other")
-    clock.device = torch.device("cuda", 1)
+    clock.restart("other", torch.device("cuda", 1))
     with clock.phase("generate"):
         pass
     clock.switch("update")

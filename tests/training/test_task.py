@@ -24,7 +24,7 @@ class Log(tiny_runs.Log):
         self.epochs.append([])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.epochs[-1].append([prompt.text for prompt in batch.rollout.rollouts.prompts])
+        self.epochs[-1].append([prompt.text for prompt in batch.rollout.prompts])
         self.seen = [self.seen[0] + len(batch.sequences), self.seen[1] + float(batch.sequences.completion_mask.sum())]
         self.expected = [batch.updated_sequences, batch.updated_tokens]
 

@@ -44,7 +44,7 @@ def teacher_folder(tmp_path_factory):
 
 def with_hint(rollouts):
     """The rollout's sequences after the prompts that a teacher with `HINT` sees."""
-    texts = [f"{prompt.text}{prompt.answer}#" for prompt in rollouts.prompts for _ in range(rollouts.samples_per_prompt)]
+    texts = [f"{prompt.text}{prompt.answer}#" for prompt in rollouts.prompts for _ in range(rollouts.group_size)]
     ids, mask = pad_left([build_tokenizer()(text)["input_ids"] for text in texts], 0, "cpu")
     return replace(rollouts.sequences, prompt_ids=ids, prompt_mask=mask)
 
@@ -59,10 +59,9 @@ class ByEquation(Callback):
         self.rollout = batch.rollout
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        rollouts, rewards, _ = self.rollout
-        sequences = rollouts.sequences
-        seen = with_hint(rollouts) if self.hinted else sequences
-        advantages = GroupAdvantage()(rewards.total, 4) if self.rewarded else torch.zeros(16)
+        sequences = self.rollout.sequences
+        seen = with_hint(self.rollout) if self.hinted else sequences
+        advantages = GroupAdvantage()(self.rollout.rewards.total).flatten() if self.rewarded else torch.zeros(16)
         total, kl = torch.zeros(()), []
         for row in range(16):
             sampled = sequences.sampled_mask[row, : int(sequences.completion_mask[row].sum())]
@@ -145,7 +144,7 @@ def test_a_run_that_is_resumed_in_the_middle_of_a_rollout_has_the_same_weights(m
 def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder, model, monkeypatch):
     student = build_policy(model).task.passes
     teacher = ModelTeacher(str(teacher_folder))
-    assert student.beside() == 0 and build_policy(model, teacher=teacher).task.passes.beside() == teacher.held_bytes(student) > 0
+    assert build_policy(model, teacher=teacher).task.passes._beside == teacher.held_bytes and teacher.held_bytes(student) > 0
     weights = list(teacher.passes(student).policy.model.parameters())
     before = [weight.data for weight in weights]
     moved = []
@@ -173,7 +172,7 @@ def test_a_teacher_with_context_reads_what_the_environment_begins_with(model, su
     policy |= {"episodes": EpisodeLimits(max_tokens=60), "turn_template": "{content}"}
     log = Log()
     fit(model, sums, tmp_path, log, policy=policy, max_steps=1)
-    rollouts, tokenizer = log.batches[0].rollout[0], build_tokenizer()
+    rollouts, tokenizer = log.batches[0].rollout, build_tokenizer()
     own, seen = (tokenizer.batch_decode(s.prompt_ids, skip_special_tokens=True) for s in (rollouts.sequences, read[0]))
     for row, (text, other) in enumerate(zip(own, seen, strict=True)):
         prompt = rollouts.prompts[row // 4]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, TopEntropyMask, combine_metrics
-from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, sampling_metrics
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"
@@ -25,14 +26,21 @@ def make_batch(lengths, on_policy=False):
     return PolicyBatch(sequences, advantages, torch.where(mask, sampled, torch.nan), old, None, *counts), trained
 
 
+def compare(batch, logprobs, correction):
+    """The inputs of the loss, and the metrics."""
+    difference, weights = compare_with_sampler(batch, logprobs, correction)
+    inputs = batch.loss_inputs(logprobs, F.per_token(weights, batch.sequences.sampled_mask))
+    return inputs, sampling_metrics(difference, weights, inputs)
+
+
 @pytest.mark.parametrize("correction", [TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["token", "sequence"])
 def test_shares_of_micro_batches_make_the_step(correction):
     batch, _ = make_batch([5, 2, 0, 3, 4, 1])
-    _, together = compare_with_sampler(batch, torch.zeros(6, 6), correction)
+    _, together = compare(batch, torch.zeros(6, 6), correction)
     parts = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
         part = batch.rows(rows)
-        parts.append(compare_with_sampler(part, torch.zeros_like(part.sampling_logprobs), correction)[1])
+        parts.append(compare(part, torch.zeros_like(part.sampling_logprobs), correction)[1])
     joined = combine_metrics(parts)
     rows = [(batch.old_logprobs - batch.sampling_logprobs)[row][batch.sequences.sampled_mask[row]] for row in range(6)]
     assert float(together[MEAN]) == pytest.approx(float(torch.cat(rows).abs().mean()), rel=1e-6)
@@ -46,7 +54,7 @@ def test_shares_of_micro_batches_make_the_step(correction):
 @pytest.mark.parametrize(("correction", "mean"), [(TokenTruncation(), 0.0), (SequenceMask(), 1.0)])
 def test_no_token_at_all_is_neither_far_nor_near(correction, mean):
     """The mean weight is that over no token, or over the sequences."""
-    inputs, metrics = compare_with_sampler(make_batch([0, 0])[0], torch.zeros(2, 6, requires_grad=True), correction)
+    inputs, metrics = compare(make_batch([0, 0])[0], torch.zeros(2, 6, requires_grad=True), correction)
     expected = {MEAN: 0.0, MAX: 0.0, f"{WEIGHT}/mean": mean, f"{WEIGHT}/min": 1.0, f"{WEIGHT}/max": 0.0}
     assert {name: float(value) for name, value in metrics.items()} == expected
     GSPOLoss()(inputs).loss.backward()
@@ -56,7 +64,7 @@ def test_on_policy_the_current_logprobs_are_those_that_sampled():
     on_policy, logprobs = make_batch([5, 2, 3], on_policy=True)
     old, _ = make_batch([5, 2, 3])
     leaf = logprobs.clone().requires_grad_()
-    (inputs, metrics), (of_old, expected) = (compare_with_sampler(b, leaf, TokenTruncation()) for b in (on_policy, old))
+    (inputs, metrics), (of_old, expected) = (compare(b, leaf, TokenTruncation()) for b in (on_policy, old))
     mask = on_policy.sequences.sampled_mask
     assert metrics == expected and torch.equal(inputs.importance_weights[mask], of_old.importance_weights[mask])
     assert inputs.old_logprobs is None and not inputs.importance_weights.requires_grad

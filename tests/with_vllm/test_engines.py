@@ -20,6 +20,7 @@ from hybrid_lightning.losses import SampledReverseKL
 from hybrid_lightning.policy import PolicyModule, ServerTeacher
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")
@@ -68,16 +69,18 @@ def test_log_probabilities_equal_the_full_softmax_at_the_temperature(policy, sam
 
 
 def test_an_episode_continues_after_added_tokens(policy, sampler):
-    policy.task.generation.episodes = Episodes(
-        Talk(), EpisodeLimits(max_tokens=40), sampler, policy.policy.pretrained, "{content}"
+    generation = policy.task.generation
+    player = generation.player
+    generation.player = generation.episodes = Episodes(
+        Talk(), EpisodeLimits(max_tokens=40), policy.policy.pretrained, "{content}"
     )
-    policy.task.generation.__dict__.pop("_stops", None)
+    generation.__dict__.pop("_stops", None)
     try:
         rollouts = complete(policy, samples=8)
     finally:
-        policy.task.generation.episodes.shut_down()
-        policy.task.generation.episodes = None
-        policy.task.generation.__dict__.pop("_stops", None)
+        generation.episodes.shut_down()
+        generation.player, generation.episodes = player, None
+        generation.__dict__.pop("_stops", None)
     assert max(completion.episode.turns for completion in rollouts.completions) > 1
     assert (rollouts.sequences.completion_mask & ~rollouts.sequences.sampled_mask).any()
     assert largest_difference(policy, rollouts) < 1e-4
@@ -87,10 +90,10 @@ def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token
     told = {}
     rollouts = complete(policy, samples=4, on_completion=told.__setitem__)
     assert all(completion == rollouts.completions[row] for row, completion in told.items())
-    assert set(rollouts.finished.nonzero().flatten().tolist()) <= set(told)
-    assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.samples_per_prompt == 4
+    assert set(rollouts.finished.flatten().nonzero().flatten().tolist()) <= set(told)
+    assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.group_size == 4
     stop = set(policy.policy.pretrained.stop_ids)
-    rows = zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True)
+    rows = zip(tokens_of(rollouts), rollouts.finished.flatten().tolist(), rollouts.completions, strict=True)
     for row, (tokens, finished, text) in enumerate(rows):
         ids = rollouts.sequences.prompt_ids[row][rollouts.sequences.prompt_mask[row]].tolist()
         assert ids == policy.task.generation.encode(rollouts.prompts[row // 4]), "completions of a prompt are neighbours"
@@ -114,7 +117,7 @@ def logits_of(policy: PolicyModule, rollouts) -> Iterator[tuple[list[int], torch
     """The tokens of each completion, and the policy's logits for them."""
     with policy.policy.inference():
         for row, tokens in enumerate(tokens_of(rollouts)):
-            prompt = policy.task.generation.encode(rollouts.prompts[row // rollouts.samples_per_prompt])
+            prompt = policy.task.generation.encode(rollouts.prompts[row // rollouts.group_size])
             yield tokens, policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
 
 
@@ -127,7 +130,7 @@ def test_greedy_takes_the_most_probable_token_and_a_completion_ends_by_its_stop_
     first = tokens_of(rollouts)[0][0]  # with which the policy stops at once, if it is a stop token
     policy.task.generation.__dict__["_stops"] = type(policy.task.generation._stops)((first,), None)
     rollouts = complete(policy, TEXTS[:1], samples=1, greedy=True)
-    assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [True]
+    assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [[True]]
     assert rollouts.sampling_logprobs.shape == (1, 1)
 
 
@@ -158,7 +161,7 @@ def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
                 assert probabilities[token] >= (kept[1] if name == "top_k" else kept[0] * value) * 0.999
     mask = rollouts.sequences.completion_mask
     full, sampled = own_logprobs(policy, rollouts)[mask], rollouts.sampling_logprobs[mask]
-    if sampler.renormalizes:  # among the tokens that are kept
+    if isinstance(sampler, WeightedEngine):  # among the tokens that are kept
         assert (sampled >= full - 1e-4).all() and (sampled - full).max() > 0.01
     else:
         torch.testing.assert_close(sampled, full, atol=1e-4, rtol=0)
@@ -184,8 +187,11 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
         move(policy, seed=seed)
         after = copy.deepcopy(policy.model.state_dict())
         policy.model.load_state_dict(before)
-        begun = policy.task.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
-        while not (begun.done() or any(dispatch._answers for dispatch in sampler._dispatches)):
+        ended: list[int] = []
+        draws = PromptDraws(asked, 8, 0)
+        told = lambda row, _, ended=ended: ended.append(row)  # noqa: E731
+        begun = policy.task.generation.begin(asked, 8, draws, on_completion=told, ahead=True)
+        while not (begun.done() or ended):
             time.sleep(0.005)
         policy.model.load_state_dict(after)
         steps.append(seed + 1)

@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import Log, fit
+from tiny_runs import Log, build_adapter, fit
 from vllm_of_tests import Server, needs_vllm, wait_at_most, write_model
 
+from hybrid_lightning.adapters import Random
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.rollout import VLLMServerSampler
 from hybrid_lightning.rollout.vllm import dispatch, servers
+from hybrid_lightning.rollout.vllm.dispatch import STARTED
 
 pytestmark = [
     needs_vllm,
@@ -39,8 +41,8 @@ class After(Log):
 
 @pytest.fixture
 def train(model, sums, tmp_path):
-    def run(sampler, *callbacks, steps=8, ckpt=None, model=model):
-        policy = {"sampler": sampler, "rollouts_ahead": 1, "lr_lora": 0.03, "lr_full": 0.03}
+    def run(sampler, *callbacks, steps=8, ckpt=None, model=model, rate=0.03):
+        policy = {"sampler": sampler, "rollouts_ahead": 1, "lr_lora": rate, "lr_full": rate}
         return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
 
     return run
@@ -60,24 +62,45 @@ def freeze_what_is_sent(monkeypatch, trainer):
     monkeypatch.setattr(CurrentWeights, "stream", lambda self, everything: map(old, stream(self, everything)))
 
 
-def test_updates_that_break_after_the_start_end_the_run(train, server, monkeypatch):
+@pytest.mark.parametrize("rate", [0.03, 3e-4])
+def test_updates_that_break_after_the_start_end_the_run(train, server, monkeypatch, rate):
     breaks = After(2, lambda trainer: freeze_what_is_sent(monkeypatch, trainer))
     with pytest.raises(RolloutError, match=r"differ from the policy's by .* with the same weights: they agreed before"):
-        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), breaks, steps=60)
+        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), breaks, steps=60, rate=rate)
+    assert 2 < len(breaks.metrics) < 20
+
+
+def change_what_is_sent(monkeypatch, change):
+    """Change the policy's weights in place on their way to the engine."""
+    stream = CurrentWeights.stream
+
+    def changed(weight):
+        return replace(weight, write_rows=lambda to, first: (weight.write_rows(to, first), change(to)))
+
+    monkeypatch.setattr(CurrentWeights, "stream", lambda self, everything: map(changed, stream(self, everything)))
 
 
 def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, tmp_path, monkeypatch):
     path, log = tmp_path / "saved.ckpt", Log()
     saves = After(4, lambda trainer: trainer.save_checkpoint(path))
     train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves)
-    stream = CurrentWeights.stream
-
-    def zeros(self, everything):
-        return (replace(weight, write_rows=lambda to, first: to.zero_()) for weight in stream(self, everything))
-
-    monkeypatch.setattr(CurrentWeights, "stream", zeros)
-    with pytest.raises(RolloutError, match=r"with the same weights: it has another model"):
+    change_what_is_sent(monkeypatch, torch.Tensor.zero_)
+    with pytest.raises(RolloutError, match=r"with the same weights: they agreed before, .* has not taken the weights of"):
         train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), log, ckpt=path)
+    assert not log.metrics
+
+
+def test_a_server_of_another_model_by_noise_is_refused_where_only_the_adapter_is_sent(train, server, monkeypatch):
+    sampler, log = VLLMServerSampler(max_new_tokens=8, urls=[server.url]), Log()
+    with monkeypatch.context() as patch:
+        change_what_is_sent(patch, lambda to: to.add_(torch.randn(to.shape) * 0.15 * to.std()))
+        with pytest.raises(RolloutError, match="it has another model"):
+            train(sampler)
+    sampler._servers[0].set_label(STARTED)  # as after a start with those weights
+    with pytest.raises(
+        RolloutError, match=r"differ from the policy's by 0\.\d+ nats .*: it has another model, or does not support"
+    ):
+        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url], sync="adapter"), log, build_adapter(0.0, scorer=Random()))
     assert not log.metrics
 
 

@@ -3,9 +3,7 @@
 Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -15,14 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.batching import pad_right, pad_token
-from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops, WeightsVersion
+from hybrid_lightning.rollout.interface import SamplingRequest, Stops, WeightsVersion
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.rollout.vllm.adapter import check_lora
 from hybrid_lightning.rollout.vllm.names import installed_version, version_of, warn_unless_run
-from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -46,18 +41,7 @@ class Answer:
     versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and the first token of each
 
 
-@dataclass(frozen=True)
-class Requests:
-    """The prompts of a rollout, as vLLM has to complete them."""
-
-    prompt_ids: Sequence[Sequence[int]]  # token ids of P prompts
-    parameters: Sequence[dict[str, Any]]  # arguments of vLLM's `SamplingParams` for each prompt
-    on_token: Callable[[int, int], None] | None  # see `SamplingRequest`
-    # Called with the number of a prompt and its answers as soon as they arrive, perhaps in another thread.
-    on_answers: Callable[[int, list[Answer]], None]
-
-
-class VLLMEngine(RolloutEngine):
+class VLLMEngine(WeightedEngine):
     """Samples with vLLM.
 
     With `top_k`, `top_p` or `min_p`, vLLM's log-probabilities are over the tokens that are kept, not over the full softmax.
@@ -71,12 +55,6 @@ class VLLMEngine(RolloutEngine):
     Raises:
         ConfigError: If a value is impossible.
     """
-
-    needs_weight_sync = True
-    scores_prompts = True
-    renormalizes = True
-    # The policy's tokenizer and a copy, for decoding arriving completions in another thread.
-    _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def __init__(self, *, sync: Literal["merged", "adapter"] = "merged", **options: Any) -> None:
         super().__init__(**options)
@@ -93,67 +71,16 @@ class VLLMEngine(RolloutEngine):
         """The tokens that end a completion; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 
-    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
-        """Complete every prompt of a request. `on_token` is called from time to time, not after every token."""
-        return self.begin(engine, tokenizer, request).result()
-
-    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """Begin to complete every prompt of a request, with the weights of the last `update`."""
-        assert self.version is not None, "the engine has to receive weights first"
-        device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
-        limits, samples = self._checked_limits(engine, request), request.samples_per_prompt
-        stop_ids, count = (request.stops or self.stops(tokenizer)).ids, len(request.prompts)
-        seeds = [0] * count if request.greedy else seeds_of(request.draws, count)
-        arguments = [
-            self._parameters(stop_ids, samples, seed, request.greedy)
-            | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
-            for number, seed in enumerate(seeds)
-        ]
-        vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-        if self._copied is None or self._copied[0] is not tokenizer:
-            self._copied = (tokenizer, deepcopy(tokenizer))  # copying takes long for a large vocabulary
-        listener = self._listener(self._copied[1], request)
-
-        def answered(number: int, answers: list[Answer]) -> None:
-            for sample, answer in enumerate(answers):
-                _check(answer, vocabulary)
-                if listener is not None:
-                    listener(number * samples + sample, answer.tokens, answer.finished)
-
-        def taken(groups: list[list[Answer]]) -> Rollouts:
-            answers = [answer for group in groups for answer in group]
-            assert len(answers) == count * samples
-            tokens, mask = pad_right([answer.tokens for answer in answers], pad_token(tokenizer), device)
-            logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
-            for row, answer in enumerate(answers):
-                logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
-                for label, first in answer.versions:
-                    made_by = WeightsVersion.parse(label)
-                    assert made_by is not None, "others are refused by `complete`"
-                    steps[row, first:] = made_by.step
-            finished = torch.tensor([answer.finished for answer in answers], device=device)
-            return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
-
-        return self.complete(Requests(request.prompt_ids, arguments, request.on_token, answered)).then(taken)
-
     def __reduce__(self) -> Any:
         """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""
         return partial(type(self), **self._init_args), ()
 
-    @abstractmethod
-    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to complete P prompts.
-
-        Returns:
-            The G answers to each prompt, in order, once they have arrived, sampled only with weights that the engine has
-            received.
-        """
-
-    def _parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool) -> dict[str, Any]:
+    def parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool, limit: int) -> dict[str, Any]:
+        """Arguments of vLLM's `SamplingParams` for completions of a prompt of at most `limit` tokens."""
         return {
             "n": samples,
-            "seed": seed,
-            "max_tokens": self.max_new_tokens,
+            "seed": 0 if greedy else seed % _SEEDS,
+            "max_tokens": limit,
             "temperature": 0.0 if greedy else self.temperature,
             "top_p": 1.0 if greedy else self.top_p,
             "top_k": 0 if greedy else self.top_k,
@@ -166,7 +93,8 @@ class VLLMEngine(RolloutEngine):
         }
 
 
-def _check(answer: Answer, vocabulary: int | None) -> None:
+def check_answer(answer: Answer, vocabulary: int | None) -> None:
+    """Raise RolloutError if an answer cannot come from the policy's model."""
     if vocabulary is not None and not all(0 <= token < vocabulary for token in answer.tokens):
         raise RolloutError(
             f"vLLM returned token {max(answer.tokens, key=abs)}, the policy has {vocabulary}; start it with the policy's model"
@@ -178,17 +106,35 @@ def _check(answer: Answer, vocabulary: int | None) -> None:
         )
 
 
+def steps_of(answer: Answer) -> list[int]:
+    """Optimizer steps of the weights that sampled each token."""
+    steps = [0] * len(answer.tokens)
+    for label, first in answer.versions:
+        made_by = WeightsVersion.parse(label)
+        assert made_by is not None, "answers by other weights are refused"
+        steps[first:] = [made_by.step] * (len(steps) - first)
+    return steps
+
+
+def vocabulary_of(runner: "Engine") -> int | None:
+    """Number of tokens of the policy's model; None if unknown."""
+    config = getattr(runner.model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
 def one_version(labels: Collection[str]) -> WeightsVersion | None:
     """The version that all labels name; None if they name several, or one that this package did not write."""
     return WeightsVersion.parse(min(labels)) if len(labels) == 1 else None
 
 
-def seeds_of(draws: Draws, count: int) -> list[int]:
-    """A seed for each prompt: from its own generator, or drawn for it."""
+def prompt_draws(request: SamplingRequest) -> PromptDraws:
+    """Draws by prompt for a request; from a generator, one number is drawn for them."""
+    draws, prompts, samples = request.draws, request.prompts, request.samples_per_prompt
     if isinstance(draws, PromptDraws):
-        return [seed % _SEEDS for seed in draws.seeds]
+        return draws
     device = "cpu" if draws is None else draws.device
-    return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=draws, device=device).tolist()]
+    seed = int(torch.randint(_SEEDS, (1,), generator=draws, device=device))
+    return PromptDraws(prompts, samples, seed, range(len(prompts)))
 
 
 def states_of(config: Any) -> bool:

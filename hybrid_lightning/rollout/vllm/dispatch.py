@@ -1,13 +1,15 @@
-"""`Dispatch`: distributes the requests of a rollout over vLLM servers, and gives failed requests to other servers.
+"""`Dispatch`: distributes the requests of a rollout over vLLM servers as they come, and gives failed requests to other servers.
 
 A server gets a request when it has room, so a slow server gets fewer. A server that fails is set aside, for longer each time, and
 checked again. A server with other weights, because it was restarted, stays aside until it receives the policy's weights. A server
-that has not completed anything for a while is checked, too: it may hang. Each rollout begins with a check of all servers. All
+that has not completed anything for a moment is checked, too: it may hang. Each rollout begins with a check of all servers. All
 rollouts share the time limit for having no usable server (`Outage`).
 """
 
 import asyncio
 import contextlib
+import itertools
+import threading
 import time
 import uuid
 from collections import deque
@@ -17,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.future import RolloutFuture, in_thread
-from hybrid_lightning.rollout.vllm.completing import Answer, Requests
+from hybrid_lightning.rollout.future import in_thread
+from hybrid_lightning.rollout.vllm.completing import Answer
 from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 
@@ -29,18 +31,49 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # interval of checks for work
 _FAREWELL_S = 2.0  # time to notify servers that answers are no longer needed
 _LOOK_S = 30.0  # time limit for a server to report its weights
+_QUIET_S = 2.0  # time without an answer from a server in use, after which it is asked for its weights
+_LOST = 2  # failures in a row after which a server is reported: a single one, or a slow answer, happens under load
 _GRACE_S = 1.0  # time for all servers to report, before requests go to the ones that have
 STARTED = "default"  # vLLM's label of the weights that a server was started with
+_ENDED = "the requests to vLLM servers were ended"
 _ON_THEIR_WAY = "its weights are on their way"
 
 
-@dataclass
+class IdleClock:
+    """Measures the time in which no rollout has an open request."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._idle_s = threading.Lock(), 0, 0.0
+        self._since: float | None = None  # when the last request was answered; None before the first one
+
+    def opened(self) -> None:
+        """A request begins."""
+        with self._lock:
+            if not self._open and self._since is not None:
+                self._idle_s += time.monotonic() - self._since
+            self._open += 1
+
+    def answered(self) -> None:
+        """A request has ended."""
+        with self._lock:
+            self._open -= 1
+            self._since = time.monotonic()
+
+    def take(self) -> float:
+        """Seconds without an open request, between the requests since the last call and before the first of them."""
+        with self._lock:
+            idle, self._idle_s = self._idle_s, 0.0
+        return idle
+
+
+@dataclass(eq=False)
 class _Request:
     """A prompt to complete."""
 
     number: int
     ids: Sequence[int]
     parameters: dict[str, Any]
+    answer: "Future[list[Answer]]"
     failures: int = 0
     failing_since: float = 0.0
     not_before: float = 0.0
@@ -58,6 +91,7 @@ class _Place:
     usable: bool = False
     restarted: bool = False  # it has the weights that it was started with
     checking: bool = False  # a check is in progress
+    misses: int = 0  # failed requests and checks in a row
     failures: int = 0  # since its last answer
     aside_until: float = 0.0
     running: int = 0
@@ -72,78 +106,79 @@ class Dispatch:
         servers: The servers.
         label: Label of the weights that they should have.
         updating: Label of a server that is receiving weights.
-        requests: The requests. An exception from their `on_token`, or from a signal, ends them, on the servers as well.
+        samples: Completions of a prompt in a request, at most.
         timeout: Longest time for a request in seconds.
         outage: Ends the rollout when servers have failed for too long.
+        idle: Is told of requests.
 
     Raises:
         ConfigError: If a server cannot complete a prompt this many times at once.
     """
 
     _client: "httpx.AsyncClient"
-    _loop: asyncio.AbstractEventLoop
-    _main: asyncio.Task[None]
-    _work: "Future[None]"
-    _ended_at: float
 
     def __init__(
-        self,
-        servers: Sequence[Server],
-        label: str,
-        updating: str,
-        requests: Requests,
-        timeout: float,
-        outage: Outage,
+        self, servers: Sequence[Server], label: str, updating: str, samples: int, timeout: float, outage: Outage, idle: IdleClock
     ) -> None:
         self._labels, self._updating = [label], updating  # labels that tokens may have
-        self._timeout, self._outage = timeout, outage
+        self._timeout, self._outage, self._idle = timeout, outage, idle
         self._check_s = min(_LOOK_S, max(1.0, outage.limit / 3))
-        self._requests, parameters = requests, requests.parameters
-        self._samples = max(int(asked["n"]) for asked in parameters)
-        self._longest = max(int(asked["max_tokens"]) for asked in parameters)
-        began = time.monotonic()
-        self._places = [_Place(server, _room(server, self._samples), began) for server in servers]
-        self._total = len(requests.prompt_ids)
-        self._waiting = deque(map(_Request, range(self._total), requests.prompt_ids, parameters))
-        self._answers: dict[int, list[Answer]] = {}
+        self._began = time.monotonic()
+        self._places = [_Place(server, _room(server, samples), self._began) for server in servers]
+        self._numbers = itertools.count()
+        self._waiting = deque[_Request]()
+        self._open: set[_Request] = set()  # requests without an answer
         self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a check of the server
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._is_ending = False
-
-    def start(self) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to make the requests, in a separate thread: the caller's may already have an event loop, as in notebooks.
-
-        While the answers are awaited, the progress of the rollout stands in for the number of decoded tokens.
-
-        Returns:
-            The answers to each prompt, in order. RolloutError is raised if no server completes them.
-        """
+        # In a separate thread: the caller's may already have an event loop, as in notebooks, and code of users runs on another.
         self._loop = loop = asyncio.new_event_loop()
         self._main = main = loop.create_task(self._complete())
+        self._wake = asyncio.Event()
 
         def work() -> None:
             try:
                 loop.run_until_complete(main)
             finally:
                 loop.close()
-                self._ended_at = time.monotonic()
+                self._fail_open(RolloutError(_ENDED))
 
         self._work = in_thread(work, "requests to vLLM servers")
 
-        def progress() -> None:
-            if self._requests.on_token is not None:
-                done = len(self._answers)
-                self._requests.on_token((self._total - done) * self._samples, self._longest * done // self._total)
+    def submit(self, ids: Sequence[int], parameters: dict[str, Any]) -> "Future[list[Answer]]":
+        """Begin to complete a prompt, from any thread.
 
-        return RolloutFuture(self._all_answers, self._work, on_wait=progress, on_cancel=self.end)
+        Args:
+            ids: Token ids of the prompt.
+            parameters: Arguments of vLLM's `SamplingParams`.
 
-    def _all_answers(self) -> list[list[Answer]]:
+        Returns:
+            The answers, in order. Its exception is a RolloutError if no server completes the prompt.
+        """
+        request = _Request(next(self._numbers), ids, parameters, Future())
+        self._idle.opened()
+        request.answer.add_done_callback(lambda _: self._idle.answered())
         try:
-            self._work.result()
-        except asyncio.CancelledError:
-            raise RolloutError("the requests to vLLM servers were ended") from None
-        return [self._answers[number] for number in range(self._total)]
+            self._loop.call_soon_threadsafe(self._take_in, request)
+        except RuntimeError:  # it has ended
+            failure = self._work.exception() if self._work.done() and not self._work.cancelled() else None
+            request.answer.set_exception(failure or RolloutError(_ENDED))
+        return request.answer
+
+    def _take_in(self, request: _Request) -> None:
+        now = time.monotonic()
+        for place in () if self._open else self._places:  # nothing was asked, so nothing was answered
+            place.answered_at = max(place.answered_at, now)
+        self._open.add(request)
+        self._waiting.append(request)
+        self._assign(now)
+
+    def _fail_open(self, failure: BaseException) -> None:
+        for request in self._open:
+            if request.answer.set_running_or_notify_cancel():
+                request.answer.set_exception(failure)
+        self._open = set()
 
     def accept_weights(self, label: str) -> None:
         """Accept answers sampled with new weights for open requests: servers are receiving these weights."""
@@ -169,9 +204,9 @@ class Dispatch:
                 task.cancel()
 
     @property
-    def seconds_since_end(self) -> float:
-        """Seconds since the last answer; 0 while requests are open."""
-        return time.monotonic() - self._ended_at if self._work.done() else 0.0
+    def has_ended(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._work.done()
 
     def end(self) -> None:
         """Begin to end the requests."""
@@ -186,34 +221,39 @@ class Dispatch:
         wait([self._work], 2 * _FAREWELL_S)
 
     async def _complete(self) -> None:
+        """Make requests until `end`."""
         async with self._places[0].server.connections() as self._client:
-            began = time.monotonic()
             try:
-                while len(self._answers) < self._total:
+                while True:
                     now = time.monotonic()
-                    self._give_up()
-                    self._check_servers(now)
-                    if now - began > _GRACE_S or not any(place.checking for place in self._places):
+                    if self._open:
+                        self._give_up()
+                        self._check_servers(now)
                         self._assign(now)
-                    if not self._tasks:
-                        await asyncio.sleep(_SLICE_S)
-                        continue
-                    done, _ = await asyncio.wait(self._tasks, timeout=_SLICE_S, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), _SLICE_S)
+                    self._wake.clear()
+                    for task in [task for task in self._tasks if task.done()]:
                         self._take(task, *self._tasks.pop(task))
+            except RolloutError as failure:
+                self._fail_open(failure)
+                raise
             finally:
                 await self._end_all()
 
     def _check_servers(self, now: float) -> None:
         """Request the label of the weights from servers that are not in use, or have not answered for a while."""
         for place in self._places:
-            due = now - place.answered_at > self._check_s if place.usable else now >= place.aside_until
+            quiet = now - place.answered_at > min(_QUIET_S, self._check_s)
+            due = quiet if place.usable else now >= place.aside_until
             if due and not (place.stale or place.checking):
                 place.checking = True
                 self._begin(self._check_s, place, None, place.server.label_now(self._client))
 
     def _assign(self, now: float) -> None:
         """Give waiting requests to the servers with the most room."""
+        if now - self._began <= _GRACE_S and any(place.checking for place in self._places):
+            return
         for _ in range(len(self._waiting)):
             free = [place for place in self._places if place.usable and place.running < place.room]
             if not free:
@@ -239,7 +279,9 @@ class Dispatch:
                 cause = f"no answer within {limit:.0f} s; it hangs or is overloaded"
                 raise ServerError(place.server.url, cause) from error
 
-        self._tasks[asyncio.create_task(within())] = (place, request)
+        task = asyncio.create_task(within())
+        task.add_done_callback(lambda _: self._wake.set())
+        self._tasks[task] = (place, request)
 
     def _take(self, task: asyncio.Task[Any], place: _Place, request: _Request | None) -> None:
         """Process a result: a server's weights, or the answers to a request."""
@@ -254,12 +296,14 @@ class Dispatch:
                 raise RolloutError(f"{error}; every server would refuse this request") from error
             if request is None or place.usable:  # several requests that fail together count once
                 self._set_aside(place)
+                place.misses += 1
             place.why = error.cause if isinstance(error, ServerError) else "it did not take the policy's weights"
             if request is not None:
                 self._try_again(place, request, hung=isinstance(error.__cause__, TimeoutError))
             return
         if request is None:
             place.usable = found in self._labels
+            place.misses = 0 if place.usable else _LOST
             place.restarted = found == STARTED
             if place.usable:
                 place.answered_at = time.monotonic()
@@ -272,11 +316,12 @@ class Dispatch:
             self._leave_out(place, min(others))
             self._waiting.appendleft(request)
         else:
-            place.failures = 0
+            place.failures = place.misses = 0
             place.answered_at = time.monotonic()
             self._outage.end(answered=True)
-            self._answers[request.number] = found
-            self._requests.on_answers(request.number, found)
+            self._open.discard(request)
+            if request.answer.set_running_or_notify_cancel():
+                request.answer.set_result(found)
 
     def _set_aside(self, place: _Place) -> None:
         """Stop using a server for a while; requests that it already has may still be answered."""
@@ -311,8 +356,9 @@ class Dispatch:
             raise self._failure()
         elif any(place.failures for place in self._places):  # else their first answers have not arrived yet
             updating = any(place.why == _ON_THEIR_WAY for place in self._places)
+            lost = not updating and all(place.misses >= _LOST for place in self._places)
             since = max(place.answered_at for place in self._places)
-            if self._outage.left("" if updating else self._causes, since) < 0:
+            if self._outage.left(self._causes if lost else "", since) < 0:
                 raise self._failure()
 
     @property
@@ -323,10 +369,7 @@ class Dispatch:
         stale = all(place.stale for place in self._places)
         how_long = "" if stale else f" for {self._outage.limit:.0f} s (sampler.give_up_after)"
         remedy = "give each run its own servers" if stale else "check the servers' logs, and restart them"
-        left = self._total - len(self._answers)
-        return RolloutError(
-            f"no vLLM server completes{how_long}, with {left} of {self._total} prompts left: {self._causes}; {remedy}"
-        )
+        return RolloutError(f"no vLLM server completes{how_long}, with {len(self._open)} requests left: {self._causes}; {remedy}")
 
     async def _end_all(self) -> None:
         """End all running requests, on the servers as well."""

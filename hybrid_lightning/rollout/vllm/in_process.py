@@ -6,26 +6,40 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import TokenSizes
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
-from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, ServedModel
+from hybrid_lightning.rollout.batching import pad_right, pad_token
+from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, SamplingRequest, ServedModel
+from hybrid_lightning.rollout.rollout_engine import BatchEngine
 from hybrid_lightning.rollout.vllm import completing
 from hybrid_lightning.rollout.vllm.adapter import check_applied, least_max_rank, split, write_folder
-from hybrid_lightning.rollout.vllm.completing import Answer, Requests, VLLMEngine, states_of
+from hybrid_lightning.rollout.vllm.completing import (
+    Answer,
+    VLLMEngine,
+    check_answer,
+    prompt_draws,
+    states_of,
+    steps_of,
+    vocabulary_of,
+)
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
+from hybrid_lightning.types import Rollout
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine import Engine
 
 _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights do not have to leave it
@@ -39,12 +53,13 @@ _NOT_FURTHER = {
     **{name: f"give it as sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len")},
     "enable_sleep_mode": "give sampler.sleep",
 }
+_ROUNDS = frozenset(("quantization", "kv_cache_dtype"))  # arguments with which an engine in float32 rounds more than that
 _CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM's default is a share of the whole memory
 _CPU_SEQUENCES = 128  # sequences completed together there
 _CPU_TOKENS = 2**13  # tokens of prompts processed together there, at least
 
 
-class VLLMSampler(VLLMEngine):
+class VLLMSampler(VLLMEngine, BatchEngine):
     """Samples with a vLLM engine in the training process, on the device that trains.
 
     The engine has its own weights. Before each rollout the weights that training has changed are copied to it, with LoRA merged
@@ -124,7 +139,9 @@ class VLLMSampler(VLLMEngine):
         """Whether the engine was started for less LoRA than the policy now has, for example before it was adapted."""
         return self.sends_adapter and self._room < model.lora_rank
 
-    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
+    def update(
+        self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None, keeps_requests: bool = False
+    ) -> None:
         """Give the engine the policy's weights, unless it has them already; the first call starts it."""
         everything = self.needs_everything(weights, model) if everything is None else everything
         if self._has_no_room(model):
@@ -254,12 +271,41 @@ class VLLMSampler(VLLMEngine):
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
-    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
-        """The answers to P prompts, made when they are requested."""
-        return RolloutFuture(lambda: self._completed(requests))
-
     @torch.no_grad()
-    def _completed(self, requests: Requests) -> list[list[Answer]]:
+    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
+        """Complete every prompt of a request. `on_token` is called from time to time, not after every token."""
+        assert self.version is not None, "the engine has to receive weights first"
+        limits, samples, draws = self.checked_limits(runner, request), request.samples_per_prompt, prompt_draws(request)
+        stop_ids, vocabulary = (request.stops or self.stops(tokenizer)).ids, vocabulary_of(runner)
+        listener = self.listener(tokenizer, request)
+        arguments = [
+            self.parameters(stop_ids, samples, draws.seed_of(row, 0), request.greedy, max(limits[row : row + samples]))
+            for row in range(0, len(limits), samples)
+        ]
+
+        def answered(number: int, answers: Sequence[Answer]) -> None:
+            for sample, answer in enumerate(answers):
+                check_answer(answer, vocabulary)
+                if listener is not None:
+                    listener(number * samples + sample, answer.tokens, answer.finished)
+
+        answers = self._completed(request, arguments, answered)
+        device = next(runner.model.parameters()).device
+        tokens, mask = pad_right([answer.tokens for answer in answers], pad_token(tokenizer), device)
+        logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
+        for row, answer in enumerate(answers):
+            logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
+            steps[row, : len(answer.tokens)] = torch.tensor(steps_of(answer), device=device)
+        finished = torch.tensor([answer.finished for answer in answers], device=device)
+        return self.rollout(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
+
+    def _completed(
+        self,
+        request: SamplingRequest,
+        arguments: Sequence[dict[str, Any]],
+        on_answers: Callable[[int, Sequence[Answer]], None],
+    ) -> list[Answer]:
+        """The G answers to each of P prompts, given the arguments of vLLM's `SamplingParams` for each."""
         answers: dict[str, list[Answer]] = {}
         with self._process.entered():
             from vllm import SamplingParams
@@ -268,25 +314,25 @@ class VLLMSampler(VLLMEngine):
             self._wake("kv_cache")
             engine, adapter = self._llm.llm_engine, self._lora_request() if self._adapter_is_on else None
             # Names of requests -> number of the prompt.
-            names = {f"completion-{next(self._requests)}": number for number in range(len(requests.prompt_ids))}
+            names = {f"completion-{next(self._requests)}": number for number in range(len(request.prompt_ids))}
             try:
-                for name, ids, arguments in zip(names, requests.prompt_ids, requests.parameters, strict=True):
-                    wanted = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
+                for name, ids, given in zip(names, request.prompt_ids, arguments, strict=True):
+                    wanted = SamplingParams(**given, output_kind=RequestOutputKind.FINAL_ONLY)
                     engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted, lora_request=adapter)
                 steps = 0
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if output.finished:
                             answers[output.request_id] = found = [_answer(one) for one in output.outputs]
-                            requests.on_answers(names[output.request_id], found)
+                            on_answers(names[output.request_id], found)
                     steps += 1
-                    if requests.on_token is not None:
-                        requests.on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
+                    if request.on_token is not None:
+                        request.on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
             except BaseException:  # a signal, too
                 engine.abort_request([name for name in names if name not in answers])
                 raise
-        in_order = [answers[name] for name in names]
-        others = {label for group in in_order for answer in group for label, _ in answer.versions} - {str(self.version)}
+        in_order = [answer for name in names for answer in answers[name]]
+        others = {label for answer in in_order for label, _ in answer.versions} - {str(self.version)}
         if others:
             raise RolloutError(
                 f"vLLM completed with weights of version {min(others)}, and the policy has {self.version}; nothing else may set "
@@ -309,7 +355,8 @@ class VLLMSampler(VLLMEngine):
         rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
         logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]
         answer: Future[list[PromptLogprobs]] = Future()
-        answer.set_result([PromptLogprobs("vLLM", completing.one_version(labels), logprobs)])
+        in_float32 = self._llm.llm_engine.model_config.dtype == torch.float32 and _ROUNDS.isdisjoint(self.engine_args)
+        answer.set_result([PromptLogprobs("vLLM", completing.one_version(labels), logprobs, in_float32)])
         return answer
 
     def release_memory(self) -> None:

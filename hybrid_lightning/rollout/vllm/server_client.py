@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from hybrid_lightning.errors import RolloutError, shorten
 from hybrid_lightning.rollout.vllm import MISSING, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for requests that a server answers between two steps of its engine
 _PAUSE_S = 120.0  # for a server to stop its engine
+_OVERDUE_S = 10.0  # after which an answer to these paths, which take a moment, is reported as overdue
+_PROMPT = frozenset(("/version", "/weight_info", "/update_weight_version", "/pause", "/resume"))
 _T = TypeVar("_T")
 
 
@@ -43,6 +47,7 @@ class ServerFacts:
     max_lora_rank: int  # 0: no LoRA
     lora_anywhere: bool  # even at the output layer
     reads_weights: bool  # from files, when the server starts
+    in_float32: bool  # see `PromptLogprobs`
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
@@ -54,11 +59,12 @@ class ServerFacts:
         model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
         lora = config.get("lora_config") or {}
         on_cpu = "cpu" in (config.get("device_config") or {}).values()
+        dtype, cached = str(model["dtype"]).removeprefix("torch."), (config.get("cache_config") or {}).get("cache_dtype")
         return cls(
             str(names["data"][0]["id"]),
             int(model["max_model_len"]),
             int(scheduler["max_num_seqs"]),
-            str(model["dtype"]).removeprefix("torch."),
+            dtype,
             str(model["logprobs_mode"]),
             None if transfer is None else str(transfer["backend"]),
             int(size["world_size"]),
@@ -67,6 +73,7 @@ class ServerFacts:
             int(lora.get("max_lora_rank", 0)),
             lora.get("target_modules") is None,
             (config.get("load_config") or {}).get("load_format") != "dummy",
+            dtype == "float32" and not model.get("quantization") and cached in (None, "auto", "float32"),
         )
 
 
@@ -273,6 +280,7 @@ class Server:
     ) -> Any:
         import httpx
 
+        overdue = asyncio.get_running_loop().call_later(_OVERDUE_S, self._report_overdue) if path in _PROMPT else None
         try:
             return self._content(
                 await client.request(method, f"{self.url}{path}", json=body, params=params, headers=self._headers)
@@ -281,6 +289,13 @@ class Server:
             raise ServerError(self.url, f"nothing answers there ({str(error) or 'no connection'})") from error
         except httpx.HTTPError as error:
             raise ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})") from error
+        finally:
+            if overdue is not None:
+                overdue.cancel()
+
+    def _report_overdue(self) -> None:
+        late = f"an answer of {self.url} is overdue: none for {_OVERDUE_S:g} s"
+        rank_zero_info(f"vLLM: {late}; it hangs or is overloaded, and is waited for")
 
     def _within(self, limit: float, answer: "Callable[[httpx.AsyncClient], Awaitable[_T]]") -> _T:
         """The answer, if it arrives completely within this many seconds."""

@@ -1,15 +1,14 @@
 """`VLLMServerSampler`: completions by one or several vLLM servers, on this or other machines."""
 
+import asyncio
 import itertools
 import math
 import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,23 +19,35 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
-from hybrid_lightning.rollout.future import RolloutFuture, in_thread
+from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.interface import (
+    Begun,
+    MessageRequest,
+    Playable,
     PolicyWeight,
     PolicyWeights,
     PromptLogprobs,
+    Sampled,
     SamplingRequest,
     ServedModel,
     WeightsVersion,
 )
+from hybrid_lightning.rollout.playing import NOTHING, AtOnce, Surroundings
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.completing import Answer, Requests, VLLMEngine, one_version
-from hybrid_lightning.rollout.vllm.dispatch import STARTED, Dispatch
+from hybrid_lightning.rollout.vllm.completing import (
+    Answer,
+    VLLMEngine,
+    check_answer,
+    one_version,
+    prompt_draws,
+    steps_of,
+    vocabulary_of,
+)
+from hybrid_lightning.rollout.vllm.dispatch import STARTED, Dispatch, IdleClock
 from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import REQUEST, GlooTransfer, NcclTransfer, Transfer, Update, local_address
-from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -102,9 +113,9 @@ class VLLMServerSampler(VLLMEngine):
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
         self._taking: list[Server] = []  # servers that take the weights of the current update
         self._dispatches: list[Dispatch] = []  # may have open requests
-        self._request_lock = threading.RLock()  # held while requests begin, and while weights are being sent
         self._refusing: set[Server] = set()  # servers that refuse, and will refuse until they are restarted
         self._outage = Outage(give_up_after)
+        self._idle = IdleClock()
 
     def check_model(self, model: ServedModel) -> None:
         """Make sure that all servers answer (one of them at a resume) and have the policy's model.
@@ -153,7 +164,9 @@ class VLLMServerSampler(VLLMEngine):
             return label == str(before)
         return label == STARTED and model.folder is not None and server.facts.reads_weights
 
-    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
+    def update(
+        self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None, keeps_requests: bool = False
+    ) -> None:
         """Send the servers the policy's weights, unless they have them already.
 
         Given the result of `needs_everything`, the weights are iterated over exactly once, as on other ranks. Without it a failed
@@ -172,7 +185,7 @@ class VLLMServerSampler(VLLMEngine):
         stream = weights.stream(everything)
         try:
             for _ in self._attempts() if weights.is_sender else ():
-                updated = self._update(weights, stream, model, before, everything)
+                updated = self._update(weights, stream, model, before, everything, keeps_requests)
                 if updated:
                     break
                 if updated is False and not alone:
@@ -191,23 +204,6 @@ class VLLMServerSampler(VLLMEngine):
         for dispatch in self._running:
             dispatch.accept_weights(str(version))
 
-    def updating(self) -> AbstractContextManager[Any]:
-        """Hold back completions that other threads request, within this context."""
-        return self._request_lock
-
-    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """Begin to complete a request on the servers; another thread may call it, too.
-
-        Raises:
-            RolloutError: If an earlier update has failed, so that no server has known weights.
-        """
-        with self._request_lock:
-            if self.version is None:
-                raise RolloutError(
-                    f"no vLLM server has the policy's weights: {self._why() or 'none has received them'}; restart the servers"
-                )
-            return super().begin(engine, tokenizer, request)
-
     @property
     def has_lost_weights(self) -> bool:
         """Whether open requests wait for restarted servers, which need weights from `update`."""
@@ -215,8 +211,8 @@ class VLLMServerSampler(VLLMEngine):
 
     @property
     def _running(self) -> list[Dispatch]:
-        """Dispatches with open requests."""
-        return [dispatch for dispatch in self._dispatches if not dispatch.seconds_since_end]
+        """Dispatches of rollouts in progress."""
+        return [dispatch for dispatch in self._dispatches if not dispatch.has_ended]
 
     def _update(
         self,
@@ -225,6 +221,7 @@ class VLLMServerSampler(VLLMEngine):
         model: ServedModel,
         before: WeightsVersion | None,
         everything: bool,
+        keeps_requests: bool,
     ) -> bool | None:
         """Send weights in one pass to all reachable servers, which should have the version `before`.
 
@@ -243,7 +240,7 @@ class VLLMServerSampler(VLLMEngine):
         update = Update(weights.shapes(everything), model.dtype, everything, weights.adapter)
         self._taking = list(chosen)
         try:
-            self._settle(self._in_threads(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
+            self._settle(self._in_threads(chosen, partial(self._prepare, update, model, keeps_requests)), 2 * self.timeout)
             if not self._taking:
                 return True if has_them else None
             self._send(update, stream, model)
@@ -273,8 +270,8 @@ class VLLMServerSampler(VLLMEngine):
             sent = self._in_threads(self._taking, partial(self._give, value))
         self._settle(sent, 2 * self.timeout)
 
-    def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
-        server.pause(keeps=self.inflight_updates)
+    def _prepare(self, update: Update, model: ServedModel, keeps_requests: bool, server: Server) -> None:
+        server.pause(keeps=keeps_requests)
         server.set_label(_UPDATING)
         if server not in self._transfers or update.everything:
             self._transfers[server] = self._connected(server, model)
@@ -380,14 +377,39 @@ class VLLMServerSampler(VLLMEngine):
 
     # ---- completions
 
-    def complete(self, requests: Requests) -> RolloutFuture[list[list[Answer]]]:
-        """Begin to complete P prompts, with requests in a separate thread."""
+    def play(
+        self,
+        runner: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        episodes: Sequence[Playable],
+        capacity: int | None = None,
+        around: Surroundings = NOTHING,
+    ) -> Begun[None]:
+        """See `RolloutEngine`. The G completions of a prompt are one request, the messages of episodes each their own.
+
+        Raises:
+            RolloutError: If an earlier update has failed, so that no server has known weights.
+        """
+        if self.version is None:
+            raise RolloutError(
+                f"no vLLM server has the policy's weights: {self._why() or 'none has received them'}; restart the servers"
+            )
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
-        dispatch = Dispatch(self._servers, str(self.version), _UPDATING, requests, self.timeout, self._outage)
-        self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
-        begun = dispatch.start()
+        samples = request.samples_per_prompt if capacity is None else 1
+        dispatch = Dispatch(self._servers, str(self.version), _UPDATING, samples, self.timeout, self._outage, self._idle)
         self._dispatches = [*self._running, dispatch]
-        return begun
+        asking = Asking(self, dispatch, runner, tokenizer, request, capacity)
+
+        def progress(live: int) -> None:
+            if request.on_token is not None:
+                request.on_token(live, self.max_new_tokens * (len(episodes) - live) // len(episodes))
+
+        return AtOnce(episodes, asking.ask, around, dispatch.end).begin(progress)
+
+    def take_idle_seconds(self) -> float:
+        """See `WeightedEngine`."""
+        return self._idle.take()
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
         """Begin to compute log-probabilities of sequences, on all servers that have the policy's weights."""
@@ -398,7 +420,8 @@ class VLLMServerSampler(VLLMEngine):
             for server, answer in self._of_each(servers, lambda server: server.prompt_logprobs(token_ids)).items():
                 if isinstance(answer, tuple):
                     labels, logprobs = answer
-                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs))
+                    in_float32 = server.is_known and server.facts.in_float32
+                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs, in_float32))
                 elif isinstance(answer, ServerError) and answer.is_final:  # completions will show any other error
                     rank_zero_warn(f"vLLM: {answer}; its agreement with the policy is not checked")
             return found
@@ -416,4 +439,52 @@ class VLLMServerSampler(VLLMEngine):
             self._disconnect(server)
         self._of_each(connected, lambda server: server.shutdown_weight_transfer_engine(limit=2.0), limit=5.0)
         self.version = None
-        self._outage.end()
+        self._outage = Outage(self.give_up_after)  # without a word: no server has answered
+
+
+class Asking:
+    """Asks the servers for the messages of a rollout's episodes."""
+
+    def __init__(
+        self,
+        sampler: VLLMServerSampler,
+        dispatch: Dispatch,
+        runner: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        capacity: int | None,
+    ) -> None:
+        self._sampler, self._dispatch, self._tokenizer, self._capacity = sampler, dispatch, tokenizer, capacity
+        self._samples, self._greedy, self._draws = request.samples_per_prompt, request.greedy, prompt_draws(request)
+        self._stop_ids = (request.stops or sampler.stops(tokenizer)).ids
+        self._config, self._vocabulary = getattr(runner.model, "config", None), vocabulary_of(runner)
+        self._together: dict[int, list[tuple[MessageRequest, asyncio.Future[Answer]]]] = {}  # by prompt
+
+    async def ask(self, asked: MessageRequest) -> Sampled:
+        """Ask for a message."""
+        if not asked.number:
+            self._sampler.check_prompt(self._config, len(asked.ids), self._capacity)
+        answer = await (self._alone(asked) if self._capacity is not None else self._with_others(asked))
+        check_answer(answer, self._vocabulary)
+        completion = self._sampler.completions(self._tokenizer, [asked.ids], [answer.tokens], [answer.finished])[0]
+        return Sampled(list(answer.tokens), list(answer.logprobs), steps_of(answer), completion)
+
+    async def _alone(self, asked: MessageRequest) -> Answer:
+        return (await self._answers(asked, 1))[0]
+
+    async def _with_others(self, asked: MessageRequest) -> Answer:
+        """The answer to one of the G requests that the completions of a prompt make together."""
+        loop, prompt = asyncio.get_running_loop(), asked.episode // self._samples
+        answer: asyncio.Future[Answer] = loop.create_future()
+        self._together.setdefault(prompt, []).append((asked, answer))
+        if len(self._together[prompt]) == self._samples:
+            group = self._together.pop(prompt)
+            for (_, each), found in zip(group, await self._answers(group[0][0], self._samples), strict=True):
+                if not each.done():
+                    each.set_result(found)
+        return await answer
+
+    async def _answers(self, asked: MessageRequest, samples: int) -> list[Answer]:
+        seed = self._draws.seed_of(asked.episode, asked.number)
+        parameters = self._sampler.parameters(self._stop_ids, samples, seed, self._greedy, asked.limit)
+        return await asyncio.wrap_future(self._dispatch.submit(asked.ids, parameters))

@@ -400,13 +400,15 @@ class PolicyBatch(_TensorContainer):
         width = sequences.completion_ids.shape[1]
 
         def cut(value: Any) -> Any:
+            if value is self.sequences:
+                return sequences
             if isinstance(value, Sequences):
                 return value.rows(index)
             if not isinstance(value, Tensor):
                 return value
             return value[index] if value.dim() == 1 else value[index][:, :width]
 
-        return type(self)(**{name: cut(value) for name, value in vars(self).items()} | {"sequences": sequences})
+        return type(self)(**{name: cut(value) for name, value in vars(self).items()})
 
     def split(self, parts: int) -> "list[PolicyBatch]":
         """Parts with whole episodes, in order, and as equal in the number of episodes as possible."""

@@ -22,7 +22,7 @@ import segments_on_cpu  # noqa: F401  (with which attention by segments has valu
 import torch
 from fake_gpu import counter
 from recorded import Recorded
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import _foreach_supported_types as for_optimizers
 from torch.utils._foreach_utils import _foreach_supported_types as for_norms
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -258,7 +258,9 @@ class Counted:
         self.live.count(self._fake.model.parameters())
         device.listeners.append(self.known)
         self._stack.callback(device.listeners.remove, self.known)
-        for context in (mock.patch.multiple(FakeTensor, **self.known.patches), self._fake.mode, self.live, self.known):
+        patches = mock.patch.multiple(FakeTensor, **self.known.patches)
+        on_host = mock.patch.object(FakeTensorMode, "avoid_device_init", True)  # torch makes tensors there, though it sees a GPU
+        for context in (patches, on_host, self._fake.mode, self.live, self.known):
             self._stack.enter_context(context)
         return self
 

@@ -147,9 +147,10 @@ def trained(model, fake, tokens):
     advantages, gradients = torch.randn(rows, generator=torch.Generator().manual_seed(5)), Gradients()
     sums = float(rows), float(mask.sum())
     counted, parts = fake.counted(), (whole["input_ids"], whole["attention_mask"], ids, mask, torch.zeros_like(ids))
+    of_sampler = torch.zeros(ids.shape)
     put, module = counted.known.put, policy_of(fake, 150)
     with without_compiler(), counted:
-        batch = PolicyBatch(Sequences(*map(put, parts)), put(advantages), put(torch.zeros(ids.shape)), None, None, *sums, *sums)
+        batch = PolicyBatch(Sequences(*map(put, parts)), put(advantages), put(of_sampler), None, None, *sums, *sums)
         passes = len(module.task.passes.chunks(batch.sequences))
         (batch,) = module.task.add_logprobs([batch], False)
         fit(module, fake, batch, 1, gradients)

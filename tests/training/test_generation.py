@@ -81,15 +81,27 @@ class Elsewhere(WeightedEngine, Sampler):
 
 
 class Patient(Elsewhere):
-    """Begins later turns of a rollout that is under way over an update only after it."""
+    """Of a rollout that is under way over an update, begins the first turn before it and later ones only after it."""
+
+    first_turns = 0
 
     def sample(self, engine, tokenizer, request):
-        rollout = self.seeds.index(request.draws._seed)
-        if rollout in range(2, len(LAGS) - 1) and "turn" in request.draws._names[0]:
-            until = time.monotonic() + 60
-            while self.version.step < rollout - 1 and time.monotonic() < until:
-                time.sleep(0.005)
-        return super().sample(engine, tokenizer, request)
+        rollout, is_later = self.seeds.index(request.draws._seed), "turn" in request.draws._names[0]
+        if is_later and rollout in range(2, len(LAGS) - 1):
+            self.wait(lambda: self.version.step >= rollout - 1)
+        found = super().sample(engine, tokenizer, request)
+        with self.lock:
+            self.first_turns += not is_later
+        return found
+
+    def update(self, *arguments, **options):
+        self.wait(lambda: self.first_turns == len(self.seeds))
+        super().update(*arguments, **options)
+
+    def wait(self, reached):
+        until = time.monotonic() + 60
+        while not reached() and time.monotonic() < until:
+            time.sleep(0.005)
 
 
 class Weights(Callback):

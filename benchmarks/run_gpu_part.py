@@ -36,11 +36,11 @@ from benchmarks.worker import Gate
 from benchmarks.workloads import Settings, Workload
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.engine import PackedSequences
-from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.compiling import CODES
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.runner import PackedSequences
+from hybrid_lightning.runner.attention import AttentionSettings
+from hybrid_lightning.runner.compiling import CODES
 from hybrid_lightning.trainer import Trainer
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import Prompt
@@ -81,7 +81,7 @@ class LastStep(Differences):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == trainer.max_steps - 1:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            self.passes = pl_module.policy.engine.description()
+            self.passes = pl_module.policy.runner.description()
 
 
 class Seen(Callback):
@@ -179,8 +179,8 @@ def passes(day: Day) -> Iterator[Found]:
     seen = Seen()
     policy, _, found = day.train(day.check, 2, seen)
     yield found
-    engine, sequences = policy.to(day.device).policy.engine, seen.rollout.sequences.to(day.device)
-    used, repeated = engine.packed(sequences), PackedSequences(sequences, engine.backend)
+    runner, sequences = policy.to(day.device).policy.runner, seen.rollout.sequences.to(day.device)
+    used, repeated = runner.packed(sequences), PackedSequences(sequences, runner.backend)
     heads = (day.config.num_attention_heads, *[day.config.num_key_value_heads] * 2)
     parts = [torch.randn(len(used.ids), n, day.config.head_dim, device=day.device).bfloat16() for n in heads]
     exact = attended(repeated, [part.float() for part in parts])
@@ -198,7 +198,7 @@ def attended(packing: PackedSequences, parts: list[Tensor]) -> list[Tensor]:
 
 def gspo(day: Day) -> Iterator[Found]:
     from benchmarks.study.runner import QUIET, Curve, arguments
-    from hybrid_lightning.cli import HybridLightningCLI
+    from hybrid_lightning.cli.main import HybridLightningCLI
 
     small = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
     small |= {"model.prompts_per_rollout": 8, "data.validation_prompts": 8, "adapter.calibration_prompts": 8}

@@ -16,13 +16,13 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.progress import NORMS, logged_values
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import Finding, PolicyChange, TrainingMonitor, worse
 from hybrid_lightning.reports.references import has_paid, reference_answers, reference_rewards
 from hybrid_lightning.reports.repeats import scored_again
 from hybrid_lightning.reports.verdict import verdict
+from hybrid_lightning.shared.explain import EXPLAIN
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rollout, Sequences, counted_groups

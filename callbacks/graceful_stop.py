@@ -17,7 +17,7 @@ from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects
-from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
+from hybrid_lightning.shared.stopping import NOTHING_MADE, RunStopped, StopSignals
 from hybrid_lightning.training.lightning_internals import (
     ends_step,
     log_under,

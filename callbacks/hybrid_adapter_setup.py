@@ -24,10 +24,10 @@ from hybrid_lightning.callbacks.planning import Planner, applied_plan, check_ada
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
 from hybrid_lightning.rollout.rollout_engine import WeightedEngine
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, new_state
 from hybrid_lightning.training.module import LanguageModule
 

@@ -19,12 +19,12 @@ from hybrid_lightning.adapters.budgets import ModuleScores, Planning, make_plan
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.callbacks.display import console, progress_bar
-from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.precision import evaluation_mode
+from hybrid_lightning.runner import Backend
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks
-from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.shared.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.training.sharded_scoring import ShardedScoring, split_copy
@@ -125,7 +125,7 @@ class Planner:
     # ---- scoring
 
     def _score(self, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int], splits: FSDP2Strategy | None) -> ModuleScores:
-        from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
+        from hybrid_lightning.runner import use_fused_layers  # PEFT is slow to import
 
         planning, scorer, language = self.planning, self.planning.scorer, self._language
         losses: Any = []
@@ -134,7 +134,7 @@ class Planner:
             if splits is None or language is None or not scorer.needs_gradient:  # only weights are needed, which every rank has
                 model, make_scoring = model_of(self.module), Scoring
                 # Fused layers as in training, since the rollouts and passes of scoring are just as large.
-                use_fused_layers(model, Backend() if language is None else language.policy.engine.backend)
+                use_fused_layers(model, Backend() if language is None else language.policy.runner.backend)
             else:
                 model = stack.enter_context(split_copy(language.task, splits))
                 make_scoring = partial(ShardedScoring, signals=language.run.signals)  # type: ignore[assignment]

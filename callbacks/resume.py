@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_settings import describe_part, flatten_settings, settings_of
-from hybrid_lightning.configurable import Configurable, imported_class
 from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.shared.configurable import Configurable, imported_class
 from hybrid_lightning.training.checkpoint import give_up_rollout
 from hybrid_lightning.training.example_module import ExampleModule
 

@@ -32,7 +32,7 @@ from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports.page import REPORT, ReportedRun, report_page
 from hybrid_lightning.reports.verdict import compare_validations
 from hybrid_lightning.sharding.atomic import unfinished_path
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.shared.stopping import RunStopped
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
 from hybrid_lightning.callbacks.run_folder import find_callback
-from hybrid_lightning.configurable import Configurable, constructor_defaults, imported_class, public_path, to_plain
 from hybrid_lightning.rollout.prompt_order import prompts_digest
+from hybrid_lightning.shared.configurable import Configurable, constructor_defaults, imported_class, public_path, to_plain
 from hybrid_lightning.training.module import LanguageModule
 
 # Settings that are dicts and are replaced as a whole: the meaning of one key depends on the others.

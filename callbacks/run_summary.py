@@ -20,10 +20,10 @@ from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
 from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
-from hybrid_lightning.configurable import as_call
 from hybrid_lightning.errors import shorten
 from hybrid_lightning.metrics import LOWER, UPPER, Difference
 from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference, unequal_rows
+from hybrid_lightning.shared.configurable import as_call
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE))
 import generate  # noqa: E402
 from bs4 import BeautifulSoup  # noqa: E402  # which the theme requires
 
-from hybrid_lightning.configurable import Configurable  # noqa: E402
+from hybrid_lightning.shared.configurable import Configurable  # noqa: E402
 
 project = "hybrid_lightning"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

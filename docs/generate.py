@@ -20,21 +20,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
 
-import hybrid_lightning.cli as cli
+import hybrid_lightning.cli.main as cli
 from hybrid_lightning import export
 from hybrid_lightning.callbacks import HybridAdapterSetup, PolicyExport, PredictionWriter, RewardDivergence, RolloutSamples
-from hybrid_lightning.cli_help import Section
-from hybrid_lightning.cli_parser import known_classes, type_of
-from hybrid_lightning.configurable import public_path
+from hybrid_lightning.cli.help import Section
+from hybrid_lightning.cli.parser import known_classes, type_of
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.policy import LanguageModule, PolicyModule
 from hybrid_lightning.sharding import FSDP2Strategy
+from hybrid_lightning.shared.configurable import public_path
+from hybrid_lightning.training import LanguageModule, PolicyModule
 
 REFERENCE = Path(__file__).parent / "reference"
 # Rooms of the package with public names, in the order of the two flows.
 ROOMS = (
-    "types", "data", "rollout", "rewards", "advantages", "losses", "adapters", "policy", "metrics", "sharding", "export",
-    "callbacks", "trainer", "process", "configurable", "errors",
+    "types", "data", "rollout", "rewards", "advantages", "losses", "adapters", "model", "training", "metrics", "sharding",
+    "export", "callbacks", "trainer", "process", "shared.configurable", "errors",
 )  # fmt: skip
 GENERATED = "<!-- Written by docs/generate.py from signatures and docstrings: change those and run it again. -->\n"
 

@@ -2,9 +2,9 @@ from hybrid_lightning.callbacks import HybridAdapterSetup as HybridAdapterSetup
 from hybrid_lightning.data import PromptDataModule as PromptDataModule
 from hybrid_lightning.losses import GRPOLoss as GRPOLoss
 from hybrid_lightning.losses import GSPOLoss as GSPOLoss
-from hybrid_lightning.policy import PolicyModule as PolicyModule
-from hybrid_lightning.policy import PreferenceModule as PreferenceModule
-from hybrid_lightning.policy import SupervisedModule as SupervisedModule
 from hybrid_lightning.rewards import FunctionReward as FunctionReward
 from hybrid_lightning.rollout import Sampler as Sampler
 from hybrid_lightning.trainer import Trainer as Trainer
+from hybrid_lightning.training import PolicyModule as PolicyModule
+from hybrid_lightning.training import PreferenceModule as PreferenceModule
+from hybrid_lightning.training import SupervisedModule as SupervisedModule

@@ -1,4 +1,4 @@
-"""`python -m hybrid_lightning`: prepares the process and its signals, runs the command line (`cli.py`), sets the exit code."""
+"""`python -m hybrid_lightning`: prepares the process and its signals, runs the command line (`cli/`), sets the exit code."""
 
 import atexit
 import gc
@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from hybrid_lightning.process import prepare_process
 from hybrid_lightning.sharding.starter import end_with_starter
-from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.shared.stopping import RunStopped, StopSignals
 
 _CLEAN_UP_S = 600.0  # time for a process to end, in which loggers may send pending data
 
@@ -51,7 +51,7 @@ def run() -> None:
     gc.disable()  # until a command runs: earlier objects stay alive, and trying to collect them took 2 of 11 seconds
     try:
         prepare_process()  # before torch is loaded
-        from hybrid_lightning.cli import main
+        from hybrid_lightning.cli.main import main
 
         main(signals=signals)
         status = 0

@@ -62,8 +62,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Rewards, counted_groups
 
 __all__ = [

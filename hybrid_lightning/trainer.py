@@ -38,12 +38,12 @@ from hybrid_lightning.memory import RunSettings, TrainerFlags, plan_memory
 from hybrid_lightning.memory.fitting import find_changes, room, taken, verdict, why_not_fitting
 from hybrid_lightning.memory.memory_table import gathers_note, memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import own_method, plan_method
-from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.reports.findings import Finding, cause, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
-from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.shared.quiet import quiet_libraries
+from hybrid_lightning.shared.stopping import StopSignals
 from hybrid_lightning.training.lightning_internals import attach, name_checkpoint
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule

@@ -14,9 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from tiny_runs import write_model, write_sums
 
-from hybrid_lightning import cli
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.callbacks import hybrid_adapter_setup
+from hybrid_lightning.cli import main as cli
 
 CONFIG = """
 model:

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import nullcontext
 
 from hybrid_lightning.environments import RunningEpisodes
-from hybrid_lightning.user_calls import LoopLostError, run_async
+from hybrid_lightning.shared.user_calls import LoopLostError, run_async
 
 
 class EnvironmentsInTurns:

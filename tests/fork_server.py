@@ -30,7 +30,7 @@ from hybrid_lightning.process import _SPINS
 
 _context = get_context("forkserver")
 # With what is imported only as a run needs it, and the helpers of tests.
-IMPORTED = ["hybrid_lightning.cli", "hybrid_lightning.adapters.apply", "hybrid_lightning.export"]
+IMPORTED = ["hybrid_lightning.cli.main", "hybrid_lightning.adapters.apply", "hybrid_lightning.export"]
 IMPORTED += ["hybrid_lightning.sharding.fsdp2", "torch.utils.serialization", "attrs"]
 IMPORTED += ["transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"]
 IMPORTED += ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.algorithms.ddp_comm_hooks"]

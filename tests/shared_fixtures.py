@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hybrid_lightning.adapters.plan_display import draw_heatmap
 from hybrid_lightning.callbacks import hybrid_adapter_setup
-from hybrid_lightning.engine.cpu import operators as calls
-from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.memory import settings
 from hybrid_lightning.model import precision
+from hybrid_lightning.runner.cpu import operators as calls
+from hybrid_lightning.runner.cpu.build import library
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,14 @@ def products_of_16_bits() -> Iterator[None]:
         for module in (precision, settings):
             patch.setattr(module, "why_no_halves", lambda: "")
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_seed_of_an_earlier_command() -> Iterator[None]:
+    """A command that runs in this process leaves its seed in the environment, and scripts without one would follow it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +99,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs what torch's compiler would get as it is, without machine code; gives the names of functions as they are traced."""
     from torch._inductor import compile_fx
 
-    from hybrid_lightning.engine import compiling
+    from hybrid_lightning.runner import compiling
 
     names: list[str] = []
     make = compiling._compile

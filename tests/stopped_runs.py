@@ -12,10 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hybrid_lightning.adapters import AdapterPlan, Scoring
 from hybrid_lightning.callbacks import RunSummary
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
-from hybrid_lightning.training import evaluation, generation
+from hybrid_lightning.training import PolicyModule, evaluation, generation
 from hybrid_lightning.training.loop import RLLoop
 
 # An epoch has three rollouts of two steps of two micro-batches; a validation comes after the fourth step, and one at the end.

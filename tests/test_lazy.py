@@ -7,9 +7,21 @@ from importlib import import_module
 import pytest
 
 import hybrid_lightning
-from hybrid_lightning.configurable import public_path
+from hybrid_lightning.shared.configurable import public_path
 
-ROOMS = ("adapters", "callbacks", "data", "engine", "environments", "metrics", "policy", "rewards", "rollout", "sharding")
+ROOMS = (
+    "adapters",
+    "callbacks",
+    "data",
+    "environments",
+    "metrics",
+    "model",
+    "rewards",
+    "rollout",
+    "runner",
+    "sharding",
+    "training",
+)
 
 
 def test_a_script_imports_its_ten_names_from_the_package():
@@ -19,7 +31,7 @@ def test_a_script_imports_its_ten_names_from_the_package():
     }
     assert set(hybrid_lightning.__all__) == expected <= set(dir(hybrid_lightning))
     paths = {public_path(getattr(hybrid_lightning, name)) for name in expected}
-    assert {"hybrid_lightning.losses.GSPOLoss", "hybrid_lightning.policy.PolicyModule"} <= paths, "files name the room"
+    assert {"hybrid_lightning.losses.GSPOLoss", "hybrid_lightning.training.PolicyModule"} <= paths, "files name the room"
     assert not paths & {f"hybrid_lightning.{name}" for name in expected}
 
 

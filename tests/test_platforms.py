@@ -57,7 +57,7 @@ from lightning.pytorch.trainer.connectors import signal_connector
 signal_connector._IS_WINDOWS = system == "win32"
 platform.system = lambda: {"darwin": "Darwin", "win32": "Windows"}[system]
 from hybrid_lightning.callbacks import hybrid_adapter_setup
-from hybrid_lightning.cli import main
+from hybrid_lightning.cli.main import main
 from matplotlib.figure import Figure
 hybrid_adapter_setup.draw_heatmap = lambda plan: Figure(figsize=(0.1, 0.1))
 for number, command in enumerate(commands):
@@ -103,8 +103,8 @@ def test_a_run_on_another_system(system, simulated):
     assert second == "exit 1\n" and "the sandbox needs Linux" in err
     assert "takes up to" in first if system == "darwin" else first == "exit 1\n" and "MathMatch needs Linux or macOS" in err
     assert "Verdict: " in trained and (folder / "runs" / "gspo" / "version_0" / "checkpoints" / "last.ckpt").is_file()
-    engine = "".join(line for line in err.splitlines() if line.startswith("engine: "))
-    assert f"compiled kernels need Linux, and this is {system}" in engine
+    runner = "".join(line for line in err.splitlines() if line.startswith("model runner: "))
+    assert f"compiled kernels need Linux, and this is {system}" in runner
 
 
 class OfMPS(Tensor):
@@ -137,7 +137,7 @@ def mps(monkeypatch):
 def test_a_device_without_float64_draws_the_tokens_of_a_cpu(options, mps):
     decoder = object.__new__(_Decoder)
     decoder.sampler, decoder.greedy = Sampler(**options), False
-    decoder.engine = SimpleNamespace(backend=SimpleNamespace(usable=lambda logits: False))
+    decoder.runner = SimpleNamespace(backend=SimpleNamespace(usable=lambda logits: False))
     logits, rows, chosen = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)), torch.arange(6), []
     for move in (lambda tensor: tensor, mps):
         decoder.generator = PromptDraws([Prompt(text="a", index=n) for n in range(2)], 3, seed=1)

@@ -78,7 +78,7 @@ def test_python_dash_m_prepares_its_process():
     """Before it imports anything else; the command line's place is taken by what prints this."""
     code = "import os, runpy, sys, types; loaded = lambda: 'torch' in sys.modules\n"
     code += "main = lambda signals: print('spins', os.environ['GOMP_SPINCOUNT'], loaded())\n"
-    code += "sys.modules['hybrid_lightning.cli'] = types.SimpleNamespace(main=main)\n"
+    code += "sys.modules['hybrid_lightning.cli.main'] = types.SimpleNamespace(main=main)\n"
     code += "runpy.run_module('hybrid_lightning', run_name='__main__')"
     assert f"spins {process._SPINS} False" in run(code)
 
@@ -90,7 +90,7 @@ def test_the_console_script_finds_files_of_the_working_folder_first(tmp_path):
         folder.mkdir()
         (folder / "tower.py").write_text(f"print('found in {folder.name}')\n")
     code = "import sys, types\nmain = lambda signals: __import__('tower')\n"
-    code += "sys.modules['hybrid_lightning.cli'] = types.SimpleNamespace(main=main)\n"
+    code += "sys.modules['hybrid_lightning.cli.main'] = types.SimpleNamespace(main=main)\n"
     script.write_text(code + "from hybrid_lightning.__main__ import run\nrun()\n")
     for options, said in (([], "found in work\n"), (["-P"], "")):  # with -P neither
         command = [sys.executable, *options, str(script)]
@@ -104,7 +104,7 @@ import atexit, sys, time, types
 from concurrent.futures import ThreadPoolExecutor
 from hybrid_lightning import __main__ as program
 program._CLEAN_UP_S = 0.2
-sys.modules["hybrid_lightning.cli"] = types.SimpleNamespace(main=lambda signals: ({left}, sys.exit(3)))
+sys.modules["hybrid_lightning.cli.main"] = types.SimpleNamespace(main=lambda signals: ({left}, sys.exit(3)))
 program.run()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -17,7 +17,7 @@ CHANNEL = re.compile(
 )
 # The sandbox manages a program's names where the program runs. It numbers objects that go over a pipe, and keeps them as long as
 # their numbers. A copy of a module has its parts.
-ALLOWED = {"sandbox.candidate", "sandbox.harness", "sandbox.wire", "engine.fused_lora"}
+ALLOWED = {"sandbox.candidate", "sandbox.harness", "sandbox.wire", "runner.fused_lora"}
 
 
 MAKES = re.compile(r"(.*\.)?([A-Z]\w*|cls|type\(self\)|copy|deepcopy|clone|new|__new__)")
@@ -29,8 +29,8 @@ GIVEN = {
     "callbacks.diagnosis": "pl_module.task.last_calibration",  # taken out, so that its completions are not kept
     "callbacks.graceful_stop": "pl_module.run.signals exception.explained",  # a run is stopped by this callback
     "callbacks.step_timer": "pl_module.run.clock",  # and timed by this one
-    "engine.prepacked": "layer.prepacked",  # for the time of a context, in layers of the engine
-    "model.policy": "backend.why_float32",  # the model decides about its precision, and the engine reports it
+    "runner.prepacked": "layer.prepacked",  # for the time of a context, in layers of the runner
+    "model.policy": "backend.why_float32",  # the model decides about its precision, and the runner reports it
     "rollout.sampler": "decoding.graphs",  # set once, before the first token
 }
 

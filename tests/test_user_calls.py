@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import pytest
 
-from hybrid_lightning import user_calls
-from hybrid_lightning.user_calls import CallThreads, run_async
+from hybrid_lightning.shared import user_calls
+from hybrid_lightning.shared.user_calls import CallThreads, run_async
 
 
 @pytest.mark.parametrize("when", ["before the function returns", "after it has returned"])

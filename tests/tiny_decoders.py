@@ -8,9 +8,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_models import SIZES, build_model
 
-from hybrid_lightning.engine import Backend, Engine, base_model, use_fused_modules
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.runner import Backend, ModelRunner, base_model, use_fused_modules
 from hybrid_lightning.types import Prompt
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,7 +57,7 @@ class OfAccelerator(Backend):
 
 
 def build(family, targets=ALL, **settings):
-    """The engine of a model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""
+    """The runner of a model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""
     model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
     full = {"modules_to_save": ["model.layers.0.self_attn.v_proj"]} if targets == SOME else {}
     adapter = LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full, **settings)
@@ -65,25 +65,25 @@ def build(family, targets=ALL, **settings):
 
 
 def fused(model, backend=None):
-    """The engine of a model, with fused layers."""
-    engine = Engine(model, backend)
-    use_fused_modules(model, engine.backend)
-    return engine
+    """The runner of a model, with fused layers."""
+    runner = ModelRunner(model, backend)
+    use_fused_modules(model, runner.backend)
+    return runner
 
 
-def sampled(engine, tokenizer, passes):
+def sampled(runner, tokenizer, passes):
     """Tokens and log-probabilities of rollouts, and whether each forward pass had a pass by plain calls."""
     prompts, ids = [Prompt(text=text) for text in TEXTS], [tokenizer(text).input_ids for text in TEXTS]
-    embedded = base_model(engine.model).get_input_embeddings()
-    hook = embedded.register_forward_hook(lambda *_: passes.append(engine._pass is not None))
+    embedded = base_model(runner.model).get_input_embeddings()
+    hook = embedded.register_forward_hook(lambda *_: passes.append(runner._pass is not None))
     try:
         request = SamplingRequest(prompts, ids, 4, torch.Generator().manual_seed(3))
-        rollouts = Sampler(max_new_tokens=12).sample(engine, tokenizer, request)
+        rollouts = Sampler(max_new_tokens=12).sample(runner, tokenizer, request)
     finally:
         hook.remove()
     return rollouts.sequences.completion_ids, rollouts.sampling_logprobs
 
 
-def has_pass(engine):
-    with torch.no_grad(), engine.sampling():
-        return engine._pass is not None
+def has_pass(runner):
+    with torch.no_grad(), runner.sampling():
+        return runner._pass is not None

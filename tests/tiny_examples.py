@@ -9,7 +9,7 @@ from tiny_runs import build_adapter, build_trainer
 
 from hybrid_lightning.data import DemonstrationFormat, FileSource, PreferenceFormat, PromptDataModule
 from hybrid_lightning.losses import DPOLoss
-from hybrid_lightning.policy import PreferenceModule, SupervisedModule
+from hybrid_lightning.training import PreferenceModule, SupervisedModule
 
 KINDS = {"supervised": (SupervisedModule, DemonstrationFormat), "preference": (PreferenceModule, PreferenceFormat)}
 

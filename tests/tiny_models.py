@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hybrid_lightning.engine import Engine
+from hybrid_lightning.runner import ModelRunner
 from hybrid_lightning.types import Sequences
 
 _CHARACTERS = "0123456789+-*= \nabcdefghijklmnopqrstuvwxyz#?"
@@ -85,9 +85,9 @@ def tokens_of(sequences: Sequences, row: int) -> tuple[list[int], list[int]]:
     return prompt[sequences.prompt_mask[row]].tolist(), completion[sequences.completion_mask[row]].tolist()
 
 
-_ENGINES: WeakKeyDictionary[torch.nn.Module, Engine] = WeakKeyDictionary()
+_RUNNERS: WeakKeyDictionary[torch.nn.Module, ModelRunner] = WeakKeyDictionary()
 
 
-def engine_of(model: torch.nn.Module) -> Engine:
-    """The engine of a model, the same at every call, so that it is tried once."""
-    return _ENGINES.setdefault(model, Engine(model))
+def runner_of(model: torch.nn.Module) -> ModelRunner:
+    """The runner of a model, the same at every call, so that it is tried once."""
+    return _RUNNERS.setdefault(model, ModelRunner(model))

@@ -16,11 +16,11 @@ from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.environments import Environment, Step
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.training import PolicyModule
 from hybrid_lightning.types import Rollout, Sequences
 
 

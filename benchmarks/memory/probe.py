@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.live_tensors import LiveTensors
 from benchmarks.processes import forget_peak, resident_bytes
 from benchmarks.training import gradient_bytes, optimizer_bytes, tensor_bytes
-from hybrid_lightning.engine import SharedPromptDecoding
+from hybrid_lightning.runner import SharedPromptDecoding
 
 
 class MemoryProbe(Callback):

@@ -26,12 +26,12 @@ from benchmarks.training import GivenPrompts, build_policy, quiet_trainer
 from benchmarks.workloads import Settings
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
-from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import DDP, FSDP2, RunSettings, Sharding, SingleDevice, TrainerFlags
 from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.model.loading import read_config, resolve_model
 from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.runner.backend import packs
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 _STRATEGIES = {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy}

@@ -27,11 +27,11 @@ from benchmarks.commands import check_at_least, command, entry
 from benchmarks.tables import table
 from hybrid_lightning.adapters import LoraSettings, apply_plan, find_candidates
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
-from hybrid_lightning.engine import AttentionCalls, Backend, Engine, base_model, compiling, decoding_of, token_logprobs
-from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.attention_hook import use_packing
-from hybrid_lightning.engine.decoder_layers import compiled_layers
-from hybrid_lightning.engine.engine import _Trial
+from hybrid_lightning.runner import AttentionCalls, Backend, ModelRunner, base_model, compiling, decoding_of, token_logprobs
+from hybrid_lightning.runner.attention import AttentionSettings
+from hybrid_lightning.runner.attention_hook import use_packing
+from hybrid_lightning.runner.decoder_layers import compiled_layers
+from hybrid_lightning.runner.model_runner import _Trial
 from hybrid_lightning.types import Sequences
 
 LAYERS, PROMPTS, SAMPLES, LENGTH = 28, 2, 4, 16
@@ -55,18 +55,18 @@ def no_gradients(*, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return [torch.zeros_like(tensor) for tensor in (query, key, value)]
 
 
-def build(share: float) -> Engine:
-    """The engine of a model with LoRA, in which a share of the modules is trained fully."""
+def build(share: float) -> ModelRunner:
+    """The runner of a model with LoRA, in which a share of the modules is trained fully."""
     torch.manual_seed(0)
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = Qwen3Config(**SIZES, **heads, num_hidden_layers=LAYERS, tie_word_embeddings=True)
     model = Qwen3ForCausalLM(config).requires_grad_(False).eval()
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
     backend = Backend()
-    engine = Engine(apply_plan(model, plan, False, backend), backend)
-    use_packing(base_model(engine.model))
-    engine._trial = _Trial(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
-    return engine
+    runner = ModelRunner(apply_plan(model, plan, False, backend), backend)
+    use_packing(base_model(runner.model))
+    runner._trial = _Trial(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
+    return runner
 
 
 def measure(share: float, steps: int) -> list[str]:
@@ -74,22 +74,22 @@ def measure(share: float, steps: int) -> list[str]:
     lengths.
     """
     compiling.CODES.clear()
-    engine, begin = build(share), time.perf_counter()
-    times = sample(engine, PROMPTS, steps)
-    update(engine, LENGTH)
+    runner, begin = build(share), time.perf_counter()
+    times = sample(runner, PROMPTS, steps)
+    update(runner, LENGTH)
     first, seconds = len(compiling.CODES), time.perf_counter() - begin - sum(times)
     with torch.inference_mode():
-        sample(engine, 1, 4)
-    update(engine, 2 * LENGTH - 3)
-    each = (f"{1e6 * passed / LAYERS:.0f}" for passed in (min(times), median(times), product_time(engine, steps)))
+        sample(runner, 1, 4)
+    update(runner, 2 * LENGTH - 3)
+    each = (f"{1e6 * passed / LAYERS:.0f}" for passed in (min(times), median(times), product_time(runner, steps)))
     return [*each, f"{first}", f"{seconds:.0f}", f"{len(compiling.CODES) - first}"]
 
 
-def sample(engine: Engine, prompts: int, steps: int) -> list[float]:
+def sample(runner: ModelRunner, prompts: int, steps: int) -> list[float]:
     """Processor seconds of each decoding step of all rows, after some discarded steps."""
     times, tokens = [], torch.full((prompts * SAMPLES,), 7)
-    with torch.no_grad(), engine.sampling(torch.float32):
-        decoding = decoding_of(engine, *rows_of(prompts, LENGTH), steps)
+    with torch.no_grad(), runner.sampling(torch.float32):
+        decoding = decoding_of(runner, *rows_of(prompts, LENGTH), steps)
         decoding.prefill(SAMPLES)
         for _ in range(steps):
             begin = time.process_time()
@@ -98,10 +98,10 @@ def sample(engine: Engine, prompts: int, steps: int) -> list[float]:
     return times[min(5, steps - 1) :]
 
 
-def product_time(engine: Engine, steps: int) -> float:
+def product_time(runner: ModelRunner, steps: int) -> float:
     """Processor seconds of the matrix products in a step's layers, without the time of the calls (products of 2 x 2)."""
-    with torch.no_grad(), engine.sampling(torch.float32):
-        layers, _ = engine._known_layers()
+    with torch.no_grad(), runner.sampling(torch.float32):
+        layers, _ = runner._known_layers()
         bodies = [body for layer in compiled_layers(layers, layers) or [] for body in (layer.before, layer.after)]
         matrices = [weight for body in bodies for weight in body.weights if weight.dim() == 2]
         found = []
@@ -113,10 +113,10 @@ def product_time(engine: Engine, steps: int) -> float:
     return found[0] - found[1]
 
 
-def update(engine: Engine, length: int) -> None:
+def update(runner: ModelRunner, length: int) -> None:
     """Forward and backward pass of all completions."""
     sequences = Sequences(*rows_of(PROMPTS * SAMPLES, length) * 2)
-    token_logprobs(engine, sequences, 1.0)[0].sum().backward()  # type: ignore[no-untyped-call]
+    token_logprobs(runner, sequences, 1.0)[0].sum().backward()  # type: ignore[no-untyped-call]
 
 
 def rows_of(count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ def main(checkout: str, given: Sequence[str] = ()) -> None:
     assert hybrid_lightning.__file__.startswith(checkout), hybrid_lightning.__file__
     from benchmarks.training import Gated
     from benchmarks.worker import Gate
-    from hybrid_lightning.cli import HybridLightningCLI
+    from hybrid_lightning.cli.main import HybridLightningCLI
 
     settings = Settings.from_arguments()
     name = settings.workload.name

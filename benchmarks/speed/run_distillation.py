@@ -18,7 +18,7 @@ def ours(settings: Settings) -> None:
     from benchmarks.training import Gated, build_adapter, build_policy, train
     from hybrid_lightning.advantages import NoAdvantage
     from hybrid_lightning.losses import DAPOLoss, ReverseKL
-    from hybrid_lightning.policy import ModelTeacher
+    from hybrid_lightning.training import ModelTeacher
 
     learned: dict[str, Any] = {"teacher": ModelTeacher(str(settings.folder)), "distillation": ReverseKL()}
     policy = build_policy(settings, loss=DAPOLoss(), advantage=NoAdvantage(), **learned)  # which is a mean over tokens, as TRL's

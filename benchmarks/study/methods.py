@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.study.policies import shape_of
-from hybrid_lightning.configurable import constructor_defaults
+from hybrid_lightning.shared.configurable import constructor_defaults
 from hybrid_lightning.training.policy_module import PolicyModule
 
 ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: an earlier rule; for SmolLM2 it equals the current one

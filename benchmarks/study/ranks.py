@@ -25,7 +25,7 @@ from benchmarks.commands import command, versions
 from benchmarks.study.pool import HERE
 from benchmarks.study.runner import QUIET, accuracies, arguments
 from benchmarks.tables import table
-from hybrid_lightning.cli import HybridLightningCLI
+from hybrid_lightning.cli.main import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
 
 TASK, OUT = HERE / "tasks" / "products.yaml", Path("results/ranks.jsonl")

@@ -18,7 +18,7 @@ from benchmarks.live_tensors import LiveTensors
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Job, Record
 from benchmarks.study.store import write
-from hybrid_lightning.cli import HybridLightningCLI
+from hybrid_lightning.cli.main import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
 
 # Nothing of a run is kept but its record and its log.

@@ -12,8 +12,8 @@ from my_reward import right  # in a file of its own, so that checkpoints can nam
 
 from hybrid_lightning import GSPOLoss, HybridAdapterSetup, PolicyModule, PromptDataModule, Sampler
 from hybrid_lightning.data import PlainFormat, RowsSource
-from hybrid_lightning.policy import LinearSchedule
 from hybrid_lightning.trainer import run_callbacks
+from hybrid_lightning.training import LinearSchedule
 
 
 class ShareWorked(lightning.Callback):

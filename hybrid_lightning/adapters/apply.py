@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, exact_names
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
+from hybrid_lightning.runner import Backend, use_fused_modules
 
 
 def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = True, backend: Backend | None = None) -> PeftModel:

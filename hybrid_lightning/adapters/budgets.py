@@ -18,8 +18,8 @@ from hybrid_lightning.adapters.gradients import GradientMode, matrices_of
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule, plain
 from hybrid_lightning.adapters.scorers import Scorer
-from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable, constructor_defaults, to_plain
 
 
 class Budget(Configurable, ABC):

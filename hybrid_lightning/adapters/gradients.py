@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singular_values
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 
 KRYLOV_FROM = 1024  # smallest min(m, n) for which block Lanczos is cheaper than computing all eigenvalues
 

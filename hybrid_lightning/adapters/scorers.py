@@ -25,7 +25,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hybrid_lightning.adapters.gradients import Gradient
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.shared.configurable import Configurable
 
 __all__ = ["GradientNorm", "PreconditionedTail", "Random", "Scorer", "TailEnergy", "TailFraction"]
 

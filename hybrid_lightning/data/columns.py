@@ -19,7 +19,7 @@ from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_
 from hybrid_lightning.data.tables import Table, has_image, to_text
 from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError, shorten
-from hybrid_lightning.user_code import compile_pattern
+from hybrid_lightning.shared.user_code import compile_pattern
 
 GSM8K_ANSWER = r"####\s*(.+)"
 

@@ -10,11 +10,11 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.formatting import PromptFormat
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Splits
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Prompt
 
 Encode = Callable[[Prompt], list[int]]

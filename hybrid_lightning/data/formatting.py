@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import Any
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.tables import read_table
 from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Prompt
 
 # Not Any: the command line would parse such text as YAML, and read "Add: 1" as a mapping.

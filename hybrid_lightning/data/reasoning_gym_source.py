@@ -5,7 +5,7 @@ from typing import Any
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError, DataError, one_line
-from hybrid_lightning.reasoning_gym_tasks import library
+from hybrid_lightning.shared.reasoning_gym_tasks import library
 
 
 class ReasoningGymSource(PromptSource):

@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.splitting import Row, Splits, without_overlap
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.shared.configurable import Configurable
 
 _SPLITS = ("train", "validation", "test")
 _OVERLAPS = {

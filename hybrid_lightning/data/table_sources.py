@@ -12,7 +12,7 @@ from huggingface_hub.file_download import repo_folder_name
 from hybrid_lightning.data.columns import TableSource, given_splits
 from hybrid_lightning.data.tables import Table, read_table
 from hybrid_lightning.errors import DataError, one_line, shorten
-from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
+from hybrid_lightning.shared.hub import HubRepository, hub_reachable, offline_if_unreachable
 
 
 class FileSource(TableSource):

@@ -19,6 +19,6 @@ trl_environment.py    TRL's environment classes
 games.py              guessing a number, several attempts at a problem
 """
 
-from hybrid_lightning.lazy import lazy_names
+from hybrid_lightning.shared.lazy import lazy_names
 
 __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar
 
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.shared.configurable import Configurable
 
 MAX_CALLS = 100  # per message: each JSON error takes time that grows with the text before it
 Schema = Mapping[str, Any]  # schema of a tool: {"type": "function", "function": {"name", "description", "parameters"}}

@@ -21,7 +21,7 @@ from math import inf
 from types import MethodType
 from typing import Any, ClassVar, Literal, Self
 
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Message, Prompt
 
 CUT_MARK = "... [cut]"  # after a truncated text

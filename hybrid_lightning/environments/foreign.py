@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError, one_line, shorten
+from hybrid_lightning.shared.user_code import load_function
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_code import load_function
 
 # Types of the blocks in multimodal messages and MCP results.
 _BLOCKS = {"text", "image", "image_url", "audio", "input_audio", "video", "video_url", "resource", "resource_link"}

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.reasoning_gym_tasks import made_again
+from hybrid_lightning.shared.reasoning_gym_tasks import made_again
+from hybrid_lightning.shared.user_code import compile_pattern
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_code import compile_pattern
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from hybrid_lightning.environments.calls import Call, MalformedCall, Schema, TemplateFormat, parsed_json
 from hybrid_lightning.errors import ConfigError, shorten
-from hybrid_lightning.user_code import compile_pattern
+from hybrid_lightning.shared.user_code import compile_pattern
 
 _NAME = r"[A-Za-z_][\w.-]*"
 _BRACKET = re.compile(r"[\[\]]")

@@ -20,10 +20,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.tool import Tool, ToolSchema
 from hybrid_lightning.errors import ConfigError, one_line
-from hybrid_lightning.user_calls import is_shared, run_async
+from hybrid_lightning.shared.configurable import Configurable
+from hybrid_lightning.shared.user_calls import is_shared, run_async
 
 _CONNECT_S = 60.0  # time for a server to start, which may include its download
 

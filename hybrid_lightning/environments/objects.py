@@ -11,8 +11,8 @@ import torch
 from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_reward, checked_step
 from hybrid_lightning.environments.environment import Environment
 from hybrid_lightning.errors import ConfigError, HybridLightningError
-from hybrid_lightning.user_calls import CallThreads, TookTooLongError, call
-from hybrid_lightning.user_code import describe_error
+from hybrid_lightning.shared.user_calls import CallThreads, TookTooLongError, call
+from hybrid_lightning.shared.user_code import describe_error
 
 CLOSE_S, CLOSE_AGAIN_S = 10.0, 0.1  # time limit of `close`, and after a `close` that took longer
 _CHECKS: dict[str, Callable[[Any], Any]] = {"start": checked_messages, "step": checked_step, "final_reward": checked_reward}

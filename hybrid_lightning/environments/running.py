@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Literal
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.environments.objects import Objects, random_states, restore_random_states, same_random_states
 from hybrid_lightning.environments.running_episode import Failure, RunningEpisode, Started, TimedOut
 from hybrid_lightning.environments.workers import Worker, workers_for
 from hybrid_lightning.errors import ConfigError, EpisodeError
+from hybrid_lightning.shared.configurable import Configurable
+from hybrid_lightning.shared.user_calls import LoopLostError, run_async
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_calls import LoopLostError, run_async
 
 logger = logging.getLogger(__name__)
 _BLOCKED_S = 2.0  # how long a busy machine may keep the event loop from running

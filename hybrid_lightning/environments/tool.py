@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.calls import Call, is_valid, parsed_json, schemas_of_arguments, typed_value, without_nullable
 from hybrid_lightning.errors import ConfigError, one_line, shorten
+from hybrid_lightning.shared.configurable import Configurable
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator  # slow to import

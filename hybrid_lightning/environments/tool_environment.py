@@ -15,10 +15,10 @@ from hybrid_lightning.environments.mcp_tools import McpTools, ServerLostError
 from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.environments.tool import Tool, ToolSchema, describe_tool
 from hybrid_lightning.errors import ConfigError, DataError, HybridLightningError, shorten
+from hybrid_lightning.shared.user_calls import TookTooLongError
+from hybrid_lightning.shared.user_calls import call as call_user
+from hybrid_lightning.shared.user_code import kind_and_text, load_function
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_calls import TookTooLongError
-from hybrid_lightning.user_calls import call as call_user
-from hybrid_lightning.user_code import kind_and_text, load_function
 
 _FAILED = ("unparsable", "unknown_tool", "arguments", "raised", "time", "cut")
 COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # keys of `Step.counts`

@@ -12,9 +12,9 @@ from hybrid_lightning.environments.foreign import as_messages, takes
 from hybrid_lightning.environments.objects import random_states, restore_random_states
 from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.user_calls import call
+from hybrid_lightning.shared.user_code import load_function
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_calls import call
-from hybrid_lightning.user_code import load_function
 
 
 class TRLEnvironment(ToolEnvironment):

@@ -34,8 +34,8 @@ from hybrid_lightning.environments.objects import (
     restore_random_states,
 )
 from hybrid_lightning.errors import ConfigError, EpisodeError, HybridLightningError, one_line
-from hybrid_lightning.user_calls import run_async
-from hybrid_lightning.user_code import describe_error
+from hybrid_lightning.shared.user_calls import run_async
+from hybrid_lightning.shared.user_code import describe_error
 
 _READY_S = 300.0  # time for a process to start and import its modules
 _COMMAND = (

@@ -28,11 +28,11 @@ from hybrid_lightning.rollout.interface import Begun, SamplingRequest
 from hybrid_lightning.rollout.playing import Surroundings
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
+from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.types import Completion, Message, Prompt, Rollout, Sequences
-from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine  # PEFT is slow to import
+    from hybrid_lightning.runner import ModelRunner  # PEFT is slow to import
 
 ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode.end`
 
@@ -122,7 +122,7 @@ class Episodes:
         self._idle = []
 
     def begin(
-        self, sampler: RolloutEngine, runner: "Engine", request: SamplingRequest, seeds: Sequence[int] = ()
+        self, sampler: RolloutEngine, runner: "ModelRunner", request: SamplingRequest, seeds: Sequence[int] = ()
     ) -> Begun[Rollout]:
         """Play G episodes of each prompt; see `RolloutEngine.play` for when.
 

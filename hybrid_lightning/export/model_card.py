@@ -19,13 +19,13 @@ from huggingface_hub.repocard import metadata_load
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
-from hybrid_lightning.configurable import as_call
 from hybrid_lightning.errors import ModelError
 from hybrid_lightning.export.trained import ExportForm, TrainedPolicy, Training
-from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.model.loading import read_config
 from hybrid_lightning.model.pretrained import Pretrained
+from hybrid_lightning.shared.configurable import as_call
+from hybrid_lightning.shared.hub import offline_if_unreachable
 from hybrid_lightning.training.optim import rate_of_full_modules
 
 _SHOWN_MODULES = 24  # most fully trained modules in the card; plan.json has all

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import ChatFormat
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.rollout.interface import PEFT_PREFIX
+from hybrid_lightning.shared.configurable import Configurable
 
 _FULL = f".modules_to_save.{ADAPTER}."
 

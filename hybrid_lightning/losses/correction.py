@@ -25,9 +25,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
+from hybrid_lightning.shared.configurable import Configurable
 
 
 class ImportanceCorrection(Configurable, ABC):

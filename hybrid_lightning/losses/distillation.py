@@ -16,8 +16,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 
 
 class Distillation(Configurable):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import LossInputs, LossOutput
 
 

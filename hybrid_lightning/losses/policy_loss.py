@@ -46,10 +46,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import largest, share
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import LossInputs, LossOutput
 
 

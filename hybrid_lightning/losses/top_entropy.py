@@ -24,8 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 
 
 class TopEntropyMask(Configurable):

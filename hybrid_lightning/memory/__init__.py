@@ -3,8 +3,8 @@
     config -> sizes of the model -> bytes of its passes -> peaks of the run's phases -> the largest peak
 
 The phases of a run are calibrating, scoring, generating, validating, updating, and the optimizer step. Weights, gradients and
-optimizer state follow from arithmetic. Activations follow from the closed form by which the engine sizes its passes
-(`engine/activations.py`).
+optimizer state follow from arithmetic. Activations follow from the closed form by which the model runner sizes its passes
+(`runner/activations.py`).
 """
 
 from hybrid_lightning.memory.peaks import MethodMemory, plan_memory

@@ -10,7 +10,6 @@ import torch
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
-from hybrid_lightning.engine import PassBytes, Rows
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes
 from hybrid_lightning.memory.strategies import Components, Moment
@@ -19,6 +18,7 @@ from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import WeightedEngine, check_length, model_context
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
+from hybrid_lightning.runner import PassBytes, Rows
 from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
 
@@ -132,7 +132,7 @@ class _PlannedRun:
     """A run, with everything that does not depend on the method."""
 
     def __init__(self, settings: RunSettings) -> None:
-        from hybrid_lightning.engine import PassMemory  # imports PEFT, which is slow
+        from hybrid_lightning.runner import PassMemory  # imports PEFT, which is slow
 
         self.settings, self.sharding, self.on_cpu = settings, settings.flags.sharding, settings.flags.on_cpu
         settings.schedule.check_split(settings.flags.accumulate_grad_batches, self.sharding.devices)

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from hybrid_lightning.adapters.budgets import Planning
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.engine import activation_bytes, tokens_of_pass, why_no_halves
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.losses import Divergence
 from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
@@ -23,6 +22,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
+from hybrid_lightning.runner import activation_bytes, tokens_of_pass, why_no_halves
 from hybrid_lightning.sharding.checks import check_optimizer
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.training.optim import Optimization

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from hybrid_lightning.adapters.candidates import candidate_shape, find_candidates, is_experts, without_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import Trained
 from hybrid_lightning.model.quantization import Quantization
+from hybrid_lightning.runner import Trained
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 FLOAT32_BYTES = 4

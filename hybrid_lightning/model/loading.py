@@ -41,7 +41,7 @@ from transformers import (
 
 from hybrid_lightning.assets import EMBEDDED, embedded_policy_path
 from hybrid_lightning.errors import ModelError, one_line
-from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
+from hybrid_lightning.shared.hub import HubRepository, hub_reachable, offline_if_unreachable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

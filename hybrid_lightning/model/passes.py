@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.engine import Predictions, accelerator_memory, compared_logprobs, default_token_budget, token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Divergence
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
+from hybrid_lightning.runner import Predictions, accelerator_memory, compared_logprobs, default_token_budget, token_logprobs
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.types import Sequences
 
@@ -74,13 +74,13 @@ class Passes:
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """One pass: log-probabilities with gradient and entropies of completions, [B, T] each."""
-        engine, temperature, gradient = self.policy.engine, self.temperature, self.entropy_gradient
-        return self.policy.weights.as_forward(lambda: token_logprobs(engine, sequences, temperature, gradient))
+        runner, temperature, gradient = self.policy.runner, self.temperature, self.entropy_gradient
+        return self.policy.weights.as_forward(lambda: token_logprobs(runner, sequences, temperature, gradient))
 
     def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> tuple[Tensor, ...]:
         """One pass like `logprobs`, with a divergence from a teacher's predictions of the tokens (see `compared_logprobs`)."""
         given = (sequences, teacher, divergence, self.temperature, self.entropy_gradient)
-        return self.policy.weights.as_forward(lambda: compared_logprobs(self.policy.engine, *given))
+        return self.policy.weights.as_forward(lambda: compared_logprobs(self.policy.runner, *given))
 
     def idle(self) -> Tensor:
         """The shortest pass, with a loss and a gradient of zero: for a rank without chunks while others still have some."""

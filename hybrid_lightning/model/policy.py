@@ -2,7 +2,7 @@
 
     Pretrained -> load -> adapt (plan) -> shard (FSDP2)
 
-Each arrow changes the model in it: the weights are read, an adapter is added, the weights are split over ranks. The engine and
+Each arrow changes the model in it: the weights are read, an adapter is added, the weights are split over ranks. The runner and
 `weights`, which define how to compute with the model, change with it.
 """
 
@@ -14,22 +14,22 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.engine import HALF, autocast_dtype
 from hybrid_lightning.errors import PlanError
 from hybrid_lightning.model.precision import autocast_of, checkpoint_gradients, evaluation_mode, why_float32, widen
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, quantize_base
-from hybrid_lightning.quiet import quiet_libraries
+from hybrid_lightning.runner import HALF, autocast_dtype
 from hybrid_lightning.sharding.weights import Weights, weights_of
+from hybrid_lightning.shared.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.runner import ModelRunner  # with PEFT, which is slow to import
 
 
 class Policy:
-    """A causal language model with its engine and tokenizer.
+    """A causal language model with its runner and tokenizer.
 
     Args:
         pretrained: Config, tokenizer and weights to start from.
@@ -60,7 +60,7 @@ class Policy:
         self.base_parameters = 0
         self._precision, self._on_model = precision, on_model
         self._model: nn.Module | None = None
-        self._engine: Engine | None = None
+        self._runner: ModelRunner | None = None
         self._base_digest: str | None = None
         self._device: torch.device | None = None
         self._has_chosen = False  # whether `choose_products` has chosen
@@ -81,13 +81,13 @@ class Policy:
         if self.is_loaded:
             return
         quiet_libraries()
-        from hybrid_lightning.engine import Engine  # here, since it imports PEFT, which takes a second
+        from hybrid_lightning.runner import ModelRunner  # here, since it imports PEFT, which takes a second
 
         loaded = self.pretrained.load()
-        self._engine = Engine(loaded)
+        self._runner = ModelRunner(loaded)
         self.base_parameters = sum(parameter.numel() for parameter in loaded.parameters())
         if self.gradient_checkpointing:
-            checkpoint_gradients(loaded, self._engine.backend)
+            checkpoint_gradients(loaded, self._runner.backend)
         self._model = loaded
         self._on_model(loaded)
 
@@ -98,17 +98,17 @@ class Policy:
         return cast(nn.Module, self._model)
 
     @property
-    def engine(self) -> "Engine":
-        """The engine that computes with the model."""
+    def runner(self) -> "ModelRunner":
+        """The runner that computes with the model."""
         self.load()
-        return cast("Engine", self._engine)
+        return cast("ModelRunner", self._runner)
 
     def set_model(self, model: nn.Module, is_copy: bool = False, device: torch.device | None = None) -> None:
         """Compute with another model from now on: the same model adapted or split, or a copy of it.
 
         If the model's weights may be on another device than the one that computes, give the computing device as well.
         """
-        self._engine = self.engine.of(model, is_copy)
+        self._runner = self.runner.of(model, is_copy)
         self._model, self.weights, self._device = model, weights_of(model), device
         self._on_model(model)
 
@@ -165,7 +165,7 @@ class Policy:
             quantize_base(self.model, self.quantization, plan.full_modules, device)
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
-        self.set_model(apply_plan(self.model, plan, keep_start_weights, self.engine.backend))
+        self.set_model(apply_plan(self.model, plan, keep_start_weights, self.runner.backend))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     def shard(self, split: Callable[[nn.Module], nn.Module], device: torch.device) -> None:
@@ -206,7 +206,7 @@ class Policy:
 
         This applies to a CPU without instructions for 16-bit products. It has to be determined before a model is split.
         """
-        backend = self.engine.backend
+        backend = self.runner.backend
         if device.type != "cpu":
             return False
         if not self._has_chosen:

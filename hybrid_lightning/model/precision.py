@@ -35,8 +35,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from hybrid_lightning.engine import HALF, Backend, accelerator_memory, why_no_halves
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.runner import HALF, Backend, accelerator_memory, why_no_halves
 from hybrid_lightning.sharding.ranks import world_size
 
 _MOST = 0.5  # share of the machine's memory that weights in float32 may take

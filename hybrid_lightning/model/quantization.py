@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, without_lora
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 
 _BLOCK = 64  # neighbouring weights that share a scale in NF4
 

@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from hybrid_lightning.engine import autocast_dtype
+from hybrid_lightning.runner import autocast_dtype
 
 
 class NF4Linear(Linear4bit):

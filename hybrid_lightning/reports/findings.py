@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.losses import functional as F
+from hybrid_lightning.shared.explain import EXPLAIN
 from hybrid_lightning.types import Rewards, Rollout, equal_groups
 
 SECTIONS = {  # finding -> its section of docs/troubleshooting.md; the first finding explains the later ones

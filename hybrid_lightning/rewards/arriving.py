@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import term_values
+from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import in_user_code
 
 
 class ArrivingRewards:

@@ -11,8 +11,8 @@ from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import extract_match
 from hybrid_lightning.sandbox.launch import Limits
 from hybrid_lightning.sandbox.programs import CallTests, StandardStreamTests, make_settings, run_programs
+from hybrid_lightning.shared.user_code import compile_pattern
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import compile_pattern
 
 logger = logging.getLogger(__name__)
 # Possessive quantifiers: without them the time for a long line would grow with the square of its length.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards.reward_function import DelegatingReward, RewardFunction
+from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
-from hybrid_lightning.user_code import in_user_code
 
 
 class EpisodeReturn(RewardFunction):

@@ -9,8 +9,8 @@ from hybrid_lightning.errors import HybridLightningError, JudgeError, RewardErro
 from hybrid_lightning.rewards.arriving import ArrivingRewards
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import name_completion, term_values, title
+from hybrid_lightning.shared.user_code import describe_error
 from hybrid_lightning.types import Prompt, Rewards
-from hybrid_lightning.user_code import describe_error
 
 
 def evaluate_reward(

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import name_completion
+from hybrid_lightning.shared.user_calls import await_all, run_async
+from hybrid_lightning.shared.user_code import describe_error, load_function
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import await_all, run_async
-from hybrid_lightning.user_code import describe_error, load_function
 
 logger = logging.getLogger(__name__)
 _KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}

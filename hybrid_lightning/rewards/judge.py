@@ -24,12 +24,12 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from hybrid_lightning.errors import ConfigError, DataError, JudgeError, one_line, shorten
-from hybrid_lightning.reply_cache import ReplyCache
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import after_thinking
+from hybrid_lightning.shared.reply_cache import ReplyCache
+from hybrid_lightning.shared.user_calls import await_all, run_async
+from hybrid_lightning.shared.user_code import compile_pattern
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import await_all, run_async
-from hybrid_lightning.user_code import compile_pattern
 
 if TYPE_CHECKING:
     import httpx

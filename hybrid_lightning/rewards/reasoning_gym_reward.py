@@ -6,11 +6,11 @@ from copy import deepcopy
 from typing import Any
 
 from hybrid_lightning.errors import RewardError
-from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.rewards.terms import name_completion
 from hybrid_lightning.rewards.text import AnswerReward
+from hybrid_lightning.shared.reasoning_gym_tasks import made_again
+from hybrid_lightning.shared.user_code import describe_error
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import describe_error
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Prompt
 
 

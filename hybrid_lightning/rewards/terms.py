@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hybrid_lightning.errors import HybridLightningError, RewardError, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.shared.user_calls import run_async
+from hybrid_lightning.shared.user_code import describe_error
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import run_async
-from hybrid_lightning.user_code import describe_error
 
 
 def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:

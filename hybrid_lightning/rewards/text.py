@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.shared.user_code import compile_pattern
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import compile_pattern
 
 
 class AnswerReward(RewardFunction):

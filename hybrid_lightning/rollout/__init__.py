@@ -13,6 +13,6 @@ loader.py             the train dataloader: draws prompts, requests rollouts, an
 batching.py           pads, splits, joins and saves rows
 """
 
-from hybrid_lightning.lazy import lazy_names
+from hybrid_lightning.shared.lazy import lazy_names
 
 __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.engine import begins_group
+from hybrid_lightning.runner import begins_group
 from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rewards, Rollout, Sequences
 
 

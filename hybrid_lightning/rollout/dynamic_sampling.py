@@ -33,8 +33,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Rewards, equal_groups
 
 

@@ -1,6 +1,6 @@
 """`RolloutFuture`: a rollout in progress, and `in_thread`: a call in a separate thread.
 
-    future = sampler.begin(engine, tokenizer, request)      begun: by servers or a thread, or not yet
+    future = engine.begin(runner, tokenizer, request)      begun: by servers or a thread, or not yet
     future = future.then(score)                             then processed, in the thread that requests the result
     future.result()
 

@@ -44,7 +44,7 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Begun
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.shared.stopping import RunStopped
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollout
 
 DrawPrompts = Callable[[int], Sequence[Prompt]]

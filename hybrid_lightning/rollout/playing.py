@@ -20,7 +20,7 @@ from typing import Any, Self
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import AskPolicy, MessageRequest, Playable, Sampled
-from hybrid_lightning.user_calls import Heartbeat, LoopLostError, begin_async, run_async
+from hybrid_lightning.shared.user_calls import Heartbeat, LoopLostError, begin_async, run_async
 
 _END_S = 10.0  # time for episodes to end after they were cancelled
 
@@ -54,13 +54,18 @@ class _Tasks:
     def __len__(self) -> int:
         return len(self._episodes)
 
-    def begin(self, on_end: Callable[[], None]) -> None:
-        """Begin the coroutines that have not begun; `on_end` is called after the end of each."""
+    def begin(self, on_end: Callable[[], None]) -> object:
+        """Begin the coroutines that have not begun; `on_end` is called after the end of each. See `are_on` for the result."""
         self._ended = on_end
         for number, episode in self._episodes.items():
             if number not in self._tasks:
                 task = self._tasks[number] = asyncio.create_task(episode.play(self._ask))
                 task.add_done_callback(partial(self._end, number))
+        return self._tasks
+
+    def are_on(self, begun: object) -> bool:
+        """Whether the episodes still are on the event loop on which `begin` gave this."""
+        return self._tasks is begun
 
     def _end(self, number: int, task: asyncio.Task[None]) -> None:
         if self._tasks.get(number) is not task:
@@ -207,13 +212,14 @@ class AtOnce:
 
     async def _all(self) -> None:
         self._ended = asyncio.Event()
+        begun = self._tasks.begin(self._look)
         try:
-            self._tasks.begin(self._look)
             self._look()
             await self._ended.wait()
         finally:
-            await self._tasks.cancel()
-            await self._around.finish()
+            if self._tasks.are_on(begun):  # else this is thrown away with its event loop, and episodes continue on another
+                await self._tasks.cancel()
+                await self._around.finish()
         if self._tasks.failure is not None:
             raise self._tasks.failure
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.future import RolloutFuture
@@ -38,10 +37,11 @@ from hybrid_lightning.rollout.interface import (
 )
 from hybrid_lightning.rollout.playing import NOTHING, Rounds, Surroundings
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Completion, Rollout, Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.runner import ModelRunner  # with PEFT, which is slow to import
 
 
 class RolloutEngine(Configurable, ABC):
@@ -129,7 +129,7 @@ class RolloutEngine(Configurable, ABC):
         """Raise ConfigError if a prompt with its longest completion, None for `max_new_tokens`, exceeds the `context`."""
         check_length(prompt_tokens, new_tokens or self.max_new_tokens, *self.context(config))
 
-    def checked_limits(self, runner: "Engine", request: SamplingRequest) -> Sequence[int]:
+    def checked_limits(self, runner: "ModelRunner", request: SamplingRequest) -> Sequence[int]:
         """Most new tokens of each completion, [B]; ConfigError if there is no room for them."""
         config, samples = getattr(runner.model, "config", None), request.samples_per_prompt
         limits = [self.max_new_tokens] * (samples * len(request.prompt_ids)) if request.limits is None else request.limits
@@ -163,7 +163,7 @@ class RolloutEngine(Configurable, ABC):
     @abstractmethod
     def play(
         self,
-        runner: "Engine",
+        runner: "ModelRunner",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
         episodes: Sequence[Playable],
@@ -240,18 +240,18 @@ class BatchEngine(RolloutEngine):
     """An engine in this process. It samples batches: whenever all live episodes of a rollout wait for the policy."""
 
     @abstractmethod
-    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
+    def sample(self, runner: "ModelRunner", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request; returns B = P * G sequences, on the model's device. See `play`."""
 
     def session(
-        self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
+        self, runner: "ModelRunner", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
     ) -> "Session":
         """Begin a rollout's episodes (see `play`)."""
         return Session(self, runner, tokenizer, request, capacity)
 
     def play(
         self,
-        runner: "Engine",
+        runner: "ModelRunner",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
         episodes: Sequence[Playable],
@@ -337,7 +337,7 @@ class Session:
     def __init__(
         self,
         engine: BatchEngine,
-        runner: "Engine",
+        runner: "ModelRunner",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
         capacity: int | None,

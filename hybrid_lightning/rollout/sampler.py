@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.interface import Draws, MessageRequest, Sampled, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import BatchEngine, Session, messages_of
+from hybrid_lightning.runner import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.runner import ModelRunner  # with PEFT, which is slow to import
 
 _BLOCK = 256  # tokens of the vocabulary that `draw_tokens` adds up together
 _ONE = 2.0**40  # the whole number that stands for 1
@@ -62,14 +62,14 @@ class Sampler(BatchEngine):
         self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
-    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
+    def sample(self, runner: "ModelRunner", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request with the model's own passes."""
         limits, decoder = self.checked_limits(runner, request), _Decoder(self, runner, tokenizer, request)
         decoded = decoder.decode(decoder.read(request, max(limits)), request.draws, limits)
         return self.rollout(tokenizer, request, *decoded)
 
     def session(
-        self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
+        self, runner: "ModelRunner", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None
     ) -> Session:
         """Begin a rollout's episodes. Keys and values are kept between turns if the model's decoding supports that."""
         return (Session if capacity is None else _ContinuedSession)(self, runner, tokenizer, request, capacity)
@@ -118,11 +118,13 @@ class _Decoder:
     decoding: Decoding
     generator: Draws
 
-    def __init__(self, sampler: Sampler, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> None:
-        self.sampler, self.engine, self.greedy, self.on_token = sampler, engine, request.greedy, request.on_token
+    def __init__(
+        self, sampler: Sampler, runner: "ModelRunner", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest
+    ) -> None:
+        self.sampler, self.runner, self.greedy, self.on_token = sampler, runner, request.greedy, request.on_token
         self.on_ended = sampler.listener(tokenizer, request)  # called for sequences that end early
         stops = request.stops or sampler.stops(tokenizer)
-        self.device = next(engine.model.parameters()).device
+        self.device = next(runner.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = pad_token(tokenizer)
 
@@ -135,22 +137,22 @@ class _Decoder:
         return partial(self._prefill, ids, mask, request.samples_per_prompt, capacity, keeps_rows)
 
     def _prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool) -> Tensor:
-        self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
+        self.decoding = decoding = decoding_of(self.runner, ids, mask, capacity, keeps_rows)
         wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
         reason = self._why_no_graphs() if wanted else ""
         if reason and self.sampler.cuda_graphs is True:
             raise ConfigError(f"sampler.cuda_graphs=true: {reason}; set it to auto")
         if reason:
-            self.engine.graphs.warn_once(reason)
+            self.runner.graphs.warn_once(reason)
         elif wanted and isinstance(decoding, SegmentDecoding):
-            decoding.graphs = self.engine.graphs
+            decoding.graphs = self.runner.graphs
         return decoding.prefill(samples)
 
     def _why_no_graphs(self) -> str:
         if not isinstance(self.decoding, SegmentDecoding):
-            reason = self.engine.passes().get("attention by segments", "a CPU has no CUDA graphs")
+            reason = self.runner.passes().get("attention by segments", "a CPU has no CUDA graphs")
             return reason or "a sliding window of this model hides tokens of prompts"
-        decoder: Any = base_model(self.engine.model).get_decoder()
+        decoder: Any = base_model(self.runner.model).get_decoder()
         kinds = str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", ""))  # of all layers, or by their types
         depends = any(kind in kinds for kind in ("dynamic", "longrope"))
         return "this model's RoPE depends on the positions, which the host has to read at each token" if depends else ""
@@ -170,7 +172,7 @@ class _Decoder:
             Tokens [B, T], their mask [B, T] bool, log-probabilities [B, T], and whether a stop token or string ended each
             sequence, [B] bool.
         """
-        graphs, self.generator = self.engine.graphs, generator
+        graphs, self.generator = self.runner.graphs, generator
         batch, most = len(limits), max(limits)
         limit = None  # of each sequence, if limits differ
         if min(limits) < most:
@@ -223,8 +225,8 @@ class _Decoder:
             return token.to(logits.device), logprob.to(logits.device)
         sampler = self.sampler
         if not self.greedy and sampler.keeps_all_tokens:
-            if self.engine.backend.usable(logits):
-                return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
+            if self.runner.backend.usable(logits):
+                return self.runner.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
             if logits.device.type != "cpu":
                 return draw_by_integers(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if sampler.temperature == 1 else logits.float() / sampler.temperature

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.errors import CalibrationError, CheckpointError
-from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.shared.stopping import RunStopped, StopSignals
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 
-from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.shared.stopping import StopSignals
 
 _STARTER = "HYBRID_LIGHTNING_STARTER"  # environment variable with the id of the process that starts the other ranks
 _EVERY_S = 0.5  # seconds between two checks of the starter

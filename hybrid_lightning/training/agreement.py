@@ -22,14 +22,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from hybrid_lightning.engine import autocast_dtype, token_logprobs
 from hybrid_lightning.errors import RolloutError
-from hybrid_lightning.explain import EXPLAIN
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
 from hybrid_lightning.rollout.rollout_engine import WeightedEngine
+from hybrid_lightning.runner import autocast_dtype, token_logprobs
+from hybrid_lightning.shared.explain import EXPLAIN
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Sequences
 
@@ -162,5 +162,5 @@ class Agreement:
         first = pad_left([ids[:1] for ids in self._ids], 0, policy.device)
         rows = Sequences(*first, *pad_right([ids[1:] for ids in self._ids], 0, policy.device))
         with policy.inference():
-            logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.engine, rows, 1.0))
+            logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.runner, rows, 1.0))
         return logprobs[rows.sampled_mask].cpu()

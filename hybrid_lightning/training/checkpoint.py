@@ -55,12 +55,12 @@ def save_policy(
     if optimizers:
         states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
         checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
-    engine = policy.engine
+    runner = policy.runner
     checkpoint[CHECKPOINT_KEY] = {
         **new_state(policy.plan, policy.base_digest),
         "quantization": _quantization_name(policy),
         "keep_start_weights": policy.keep_start_weights,
-        "passes": engine.passes() if engine.is_prepared else {},
+        "passes": runner.passes() if runner.is_prepared else {},
         **passes.state(policy.device),
     }
 

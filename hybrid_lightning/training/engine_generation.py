@@ -17,12 +17,12 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from hybrid_lightning.engine import autocast_dtype
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.interface import Begun, Draws, PolicyWeights, SamplingRequest, ServedModel
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, WeightedEngine
+from hybrid_lightning.runner import autocast_dtype
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.generation import Generation, Listen, OwnGeneration
@@ -74,7 +74,7 @@ class EngineGeneration(Generation):
             self._agreement.begin(lambda: map(self._fixed_tokens, prompts[:SEQUENCES]))
         with self.run.interruptible(), self.policy.inference():
             request, seeds = self._prepared(request, listen)
-            begun = self.player.begin(sampler, self.policy.engine, request, seeds)
+            begun = self.player.begin(sampler, self.policy.runner, request, seeds)
         if sampler.is_remote:
             self._under_way = [*self._still_under_way(), begun]
         if self._compares:

@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 
-from hybrid_lightning.engine import autocast_dtype
 from hybrid_lightning.episodes.episodes import Episodes, has_failed
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.policy import Policy
@@ -22,6 +21,7 @@ from hybrid_lightning.rewards.reward_function import sum_counts
 from hybrid_lightning.rollout.interface import Begun, Draws, SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import task_seeds
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.runner import autocast_dtype
 from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Completion, Message, Prompt, Rollout
@@ -275,8 +275,8 @@ class OwnGeneration(Generation):
 
         def play() -> Begun[Rollout]:
             # A signal may interrupt this, since no other rank waits for this one in the meantime.
-            with self.run.interruptible(), policy.engine.sampling(autocast_dtype(policy.device)):
-                return self.player.begin(self.sampler, policy.engine, request, seeds)
+            with self.run.interruptible(), policy.runner.sampling(autocast_dtype(policy.device)):
+                return self.player.begin(self.sampler, policy.runner, request, seeds)
 
         with policy.inference():
             begun = policy.weights.gathered(play)

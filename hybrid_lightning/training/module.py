@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.configurable import Configurable, describe_arguments
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.model.policy import Policy
@@ -44,6 +43,7 @@ from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import trained_names
+from hybrid_lightning.shared.configurable import Configurable, describe_arguments
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.checkpoint import (
     CHECKPOINT_KEY,
@@ -103,7 +103,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         schedule: Learning rate schedule; None for `ConstantSchedule()`.
 
     Attributes:
-        policy: The model with its engine and tokenizer.
+        policy: The model with its runner and tokenizer.
         task: The kind of training, with its data and loss.
         run: The run that the module is part of, as the task sees it.
         optimization: Optimizer, rates and schedule.
@@ -231,7 +231,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.policy.load()
         self.check_settings()
         self._checked = ()  # the next run may be another Trainer's
-        self.policy.engine.report()
+        self.policy.runner.report()
 
     def check_settings(self) -> None:
         """Check the settings of the run once: before the modules are scored, or when this module is set up.
@@ -294,7 +294,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         if run.device is not None:
             self.task.passes.restore(saved, run.device)
         if run.stage == "fit":
-            self.policy.engine.continues(saved.get("passes", {}))
+            self.policy.runner.continues(saved.get("passes", {}))
             self.task.generation.agreed.update(saved.get("agreed", {}))
             for state in checkpoint.get("optimizer_states", []):
                 state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimization.optimizer, self.rates)

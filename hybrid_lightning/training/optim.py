@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError, one_line
+from hybrid_lightning.shared.configurable import Configurable
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 

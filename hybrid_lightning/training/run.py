@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects, sum_over_ranks
-from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.shared.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.step_times import PhaseClock
 
 

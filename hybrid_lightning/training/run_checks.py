@@ -10,18 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from hybrid_lightning.configurable import lost_paths
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import PolicyLoss, SampledReverseKL
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import WeightedEngine
+from hybrid_lightning.shared.configurable import lost_paths
+from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.options import RLOptions
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Rollout, Sequences
-from hybrid_lightning.user_code import in_user_code
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Distillation
 from hybrid_lightning.model.passes import Passes
-from hybrid_lightning.reply_cache import ReplyCache
 from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.vllm.server_checks import check_tokenizer
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+from hybrid_lightning.shared.reply_cache import ReplyCache
 from hybrid_lightning.training.teachers import Interruptible, Teacher
 from hybrid_lightning.types import Sequences
 

@@ -21,7 +21,7 @@ from hybrid_lightning.adapters.gradients import matrices_of
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
-from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.shared.stopping import StopSignals
 from hybrid_lightning.training.task import Task
 
 Result = TypeVar("Result")
@@ -31,11 +31,11 @@ _PURPOSE = "score the modules"
 @contextmanager
 def split_copy(task: Task, strategy: FSDP2Strategy) -> Iterator[nn.Module]:
     """Context for all ranks in which a task's policy computes with a split copy of its model, which is not adapted yet."""
-    from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
+    from hybrid_lightning.runner import use_fused_layers  # PEFT is slow to import
 
     policy = task.policy
     policy.choose_products(strategy.root_device)
-    whole, backend = policy.model, policy.engine.backend
+    whole, backend = policy.model, policy.runner.backend
     split = _same_weights(whole, backend)
     use_fused_layers(split, backend)  # as in training, since scoring's passes are as large
     with task.run.signals.deferred():

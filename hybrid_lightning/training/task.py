@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.rollout.batching import minibatch
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
+from hybrid_lightning.runner import base_model
+from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run_checks import warn_if_lost, warn_of_differences
 from hybrid_lightning.training.step import OptimizerStep
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
-from hybrid_lightning.user_code import in_user_code
 
 
 class Task(RolloutSource, ABC):
@@ -94,7 +94,7 @@ class Task(RolloutSource, ABC):
         """Test which fast passes a freshly split model supports. Done now, since all ranks must take these passes together."""
         policy = self.policy
         with policy.inference():
-            policy.weights.as_forward(policy.engine.prepare)
+            policy.weights.as_forward(policy.runner.prepare)
 
     def new_step(self) -> OptimizerStep:
         """A new `OptimizerStep` for an epoch, which takes one optimizer step after another."""

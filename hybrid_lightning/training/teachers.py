@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.template import fill_template, template_fields
-from hybrid_lightning.engine import Predictions, predictions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Distillation
 from hybrid_lightning.model.passes import Passes
@@ -29,6 +27,8 @@ from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.rollout_engine import model_context
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.runner import Predictions, predictions
+from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.training.generation import Generation, OwnGeneration
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Prompt, Rollout, Sequences
@@ -93,7 +93,7 @@ class Teacher(Configurable, ABC):
         """Predictions of the K sampled tokens of a chunk of a micro-batch, without gradient."""
         policy = self.passes(student).policy
         with self.context(student), policy.inference():
-            states, logits = predictions(policy.engine, sequences)
+            states, logits = predictions(policy.runner, sequences)
 
         def within(some: Tensor) -> Tensor:
             with self.context(student), policy.inference():

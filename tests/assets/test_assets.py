@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import engine_of, tokens_of
+from tiny_models import runner_of, tokens_of
 from tiny_runs import build_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -115,7 +115,7 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works_as_it
         prompts = [Prompt(text=row.question.replace("=", cue), answer=row.answer) for row in rows]
         ids = [tokenizer(prompt.text).input_ids for prompt in prompts]
         request = SamplingRequest(prompts, ids, greedy=True)
-        rollouts = Sampler(max_new_tokens=20).sample(engine_of(model), tokenizer, request)
+        rollouts = Sampler(max_new_tokens=20).sample(runner_of(model), tokenizer, request)
         accuracy[name, cue] = sum(reward(rollouts.completions, prompts)) / len(prompts)
     assert accuracy["embedded", "="] < 0.5
     assert accuracy["embedded", ":"] > 0.6

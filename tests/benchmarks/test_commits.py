@@ -10,7 +10,7 @@ import yaml
 from benchmarks.commands import ROOT
 from benchmarks.speed import commits, run_config
 from benchmarks.workloads import Settings
-from hybrid_lightning.cli import HybridLightningCLI
+from hybrid_lightning.cli.main import HybridLightningCLI
 
 
 def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, capsys):

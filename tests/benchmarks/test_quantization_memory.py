@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_runs import fit, write_wide_model
 
-from hybrid_lightning.policy import NF4
+from hybrid_lightning.model import NF4
 
 pytest.importorskip("bitsandbytes")
 

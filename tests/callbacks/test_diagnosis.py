@@ -11,7 +11,7 @@ from cli_runs import assert_refused, done, run
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.callbacks import Diagnosis
-from hybrid_lightning.policy import CosineSchedule
+from hybrid_lightning.training import CosineSchedule
 
 GSPO = Path(__file__).parents[2] / "configs" / "gspo.yaml"
 NO_GRADIENT = "nothing was learned: no step had a gradient, since every completion earned 0"

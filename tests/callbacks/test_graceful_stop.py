@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from long_cases import long_but
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
-from hybrid_lightning import cli
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.callbacks import GracefulStop, RunFolder
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
+from hybrid_lightning.cli import main as cli
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles

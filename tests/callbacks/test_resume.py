@@ -19,11 +19,11 @@ from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fi
 from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Change, Resume, changes_of, check_changes
 from hybrid_lightning.callbacks.run_settings import flatten_settings
-from hybrid_lightning.configurable import constructor_defaults, public_path
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
-from hybrid_lightning.policy import CosineSchedule, PolicyModule
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.shared.configurable import constructor_defaults, public_path
+from hybrid_lightning.training import CosineSchedule, PolicyModule
 from hybrid_lightning.training.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 
 # ---- which changes are refused
@@ -143,7 +143,7 @@ APPLIED = {
     "model.lr_full": 1e-6,
     "model.lr_lora": 1e-5,
     "model.optimizer.betas": [0.8, 0.9],
-    "model.schedule": "hybrid_lightning.policy.CosineSchedule",
+    "model.schedule": "hybrid_lightning.training.CosineSchedule",
     "model.loss.kl_coef": 0.02,
     "model.reward.bonus": 0.5,
     "model.eval_samples": 3,

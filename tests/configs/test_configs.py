@@ -13,7 +13,7 @@ from cli_runs import command, parse
 
 from benchmarks.memory import plan_qwen3
 from hybrid_lightning.assets import EMBEDDED
-from hybrid_lightning.engine import engine
+from hybrid_lightning.runner import engine
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "evaluate")  # which trains nothing

@@ -325,7 +325,7 @@ def test_processes_end_where_their_parent_is_killed():
 import os, signal
 from hybrid_lightning.environments import EpisodeLimits, GuessNumber, RunningEpisodes
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import run_async
+from hybrid_lightning.shared.user_calls import run_async
 episodes = RunningEpisodes(GuessNumber(), EpisodeLimits(workers=1))
 run_async(episodes.start(0, Prompt(text="Go"), 1))
 print(episodes._workers[0]._popen.pid, flush=True)

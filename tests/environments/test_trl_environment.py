@@ -11,8 +11,8 @@ from transformers.utils import get_json_schema
 
 from hybrid_lightning.environments import EpisodeLimits, HermesCalls, TRLEnvironment
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.shared.user_code import load_function
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import load_function
 
 
 class Counter:

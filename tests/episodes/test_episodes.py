@@ -21,9 +21,9 @@ from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisode
 from hybrid_lightning.episodes.episodes import episode_metrics
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import DynamicSampling, sampler
 from hybrid_lightning.rollout.rng import PromptDraws, evaluation_draws
+from hybrid_lightning.training import PolicyModule
 from hybrid_lightning.training.sampled_groups import rollout_metrics
 from hybrid_lightning.types import Prompt, Sequences
 

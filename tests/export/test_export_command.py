@@ -12,7 +12,7 @@ from rounding import assert_same_logits
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.model import pretrained
-from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.training import PolicyModule
 
 TRAINING_SETTINGS = ["--trainer.precision=16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
 

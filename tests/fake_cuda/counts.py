@@ -42,7 +42,6 @@ from hybrid_lightning.adapters import (
     find_candidates,
 )
 from hybrid_lightning.callbacks import HybridAdapterSetup
-from hybrid_lightning.engine import Backend, SegmentDecoding, token_logprobs
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.memory import RunSettings, TrainerFlags, fitting, peaks
 from hybrid_lightning.memory.peaks import plan_method
@@ -53,6 +52,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import _Decoder
 from hybrid_lightning.rollout.vllm.transfer import Update
+from hybrid_lightning.runner import Backend, SegmentDecoding, token_logprobs
 from hybrid_lightning.sharding.weights import Weights
 from hybrid_lightning.training.calibration import training_losses
 from hybrid_lightning.training.step import OptimizerStep
@@ -141,7 +141,7 @@ def work(begin, end):
 
 def found(known, fake, **more):
     known_of = {"copies": known.copies, "atomics": known.counts.atomics, "too long": known.too_long, "logits": known.logits}
-    return {**known_of, "passes": fake.engine.passes(), **more}
+    return {**known_of, "passes": fake.runner.passes(), **more}
 
 
 def steps(share, sizes=SIZES, most=10**6):
@@ -214,7 +214,7 @@ def scoring(mode):
     fake.model.requires_grad_(False)
     with without_compiler(), counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         batch, rows = PolicyBatch(sequences, *numbers), slice(0, len(sequences))
-        losses = training_losses("reward", batch, rows, [rows], GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0))
+        losses = training_losses("reward", batch, rows, [rows], GSPOLoss(), lambda rows: token_logprobs(fake.runner, rows, 1.0))
         counted.known.places.clear()
         phases.begin()
         Scoring(fake.model, candidates, losses, TailEnergy(), 16, mode).collect_gradients(lambda seen: None)
@@ -264,10 +264,10 @@ def rollout(share, tokens=48, **options):
         mock.patch.object(SegmentDecoding, "attend_to_kept", attending),
         counted,
         torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
-        fake.engine.sampling(torch.bfloat16),
+        fake.runner.sampling(torch.bfloat16),
         suppress(EnoughError),
     ):
-        sampler.sample(fake.engine, tokenizer, request)
+        sampler.sample(fake.runner, tokenizer, request)
     alive, waits, counts = zip(*seen, strict=True)
     # Token, running rows, and their own keys; a graph's cost is that of the step that was recorded.
     looked_at = {"plain": (8, 32, 7), "replayed": (20, 32, 8), "fewer rows": (36, 24, 35), "fewer, replayed": (46, 24, 39)}

@@ -33,9 +33,9 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.memory import plan_qwen3
 from hybrid_lightning.adapters import LoraSettings
-from hybrid_lightning.engine import compiling, fused_layers, segments
-from hybrid_lightning.engine.decoder_layers import compiled_layers
 from hybrid_lightning.rollout import sampler
+from hybrid_lightning.runner import compiling, fused_layers, segments
+from hybrid_lightning.runner.decoder_layers import compiled_layers
 
 CONFIG, ROWS, RANK = plan_qwen3.config("Qwen3-0.6B"), 256, 16
 CUBINS = set()  # of the function that is compiled
@@ -143,8 +143,8 @@ def main(capability):
                 return fake.fake(torch.empty(sizes, dtype=dtype, device="meta"))
 
             hidden, heads, groups, size, inner = 1024, 16, 8, 128, 3072
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half), fake.engine.sampling(dtype):
-                layers = fake.engine._known_layers()[0]
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half), fake.runner.sampling(dtype):
+                layers = fake.runner._known_layers()[0]
                 for number, layer in enumerate(compiled_layers(layers, layers)):
                     rows = [part(ROWS, hidden), *(part(ROWS, size) for _ in range(2)), part(ROWS, dtype=torch.long)]
                     rows += [part(4096, groups, size) for _ in range(2)]

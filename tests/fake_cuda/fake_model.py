@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.engine import Backend, Engine, compiling, decoder_layers, use_fused_layers
 from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.runner import Backend, ModelRunner, compiling, decoder_layers, use_fused_layers
 
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 _EXACT = multiplies_to_floats()  # now: a plain tensor is wanted
@@ -81,12 +81,12 @@ class FakeModel:
 
     def __init__(self, model, backend):
         self.device, self.mode = torch.device("cuda:0"), FakeTensorMode()
-        self.model, self.engine = model, Engine(model, backend)
+        self.model, self.runner = model, ModelRunner(model, backend)
         self._exact = next(model.parameters()).device.type != "meta"
         self._fake_weights()
         half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        with without_compiler(), self.counted(), half, torch.no_grad(), self.engine.sampling(torch.bfloat16):
-            self.passes = self.engine.passes()
+        with without_compiler(), self.counted(), half, torch.no_grad(), self.runner.sampling(torch.bfloat16):
+            self.passes = self.runner.passes()
 
     def counted(self):
         return Counted(self, self._exact)

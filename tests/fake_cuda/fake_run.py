@@ -7,8 +7,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import Constant
 
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.training import PolicyModule
 
 
 class _Device(SingleDeviceStrategy):
@@ -28,7 +28,7 @@ def policy_of(fake, most):
     """A run's module with GSPO and a KL term, whose passes take that many tokens; None for as many as fit."""
     module = PolicyModule(GSPOLoss(kl_coef=0.01), Constant(), dtype="bfloat16", max_tokens_per_micro_batch=most)
     policy = module.policy
-    policy._model, policy._engine, policy._base_digest, policy.plan = fake.model, fake.engine, "fake", fake.plan
+    policy._model, policy._runner, policy._base_digest, policy.plan = fake.model, fake.runner, "fake", fake.plan
     policy._on_model(fake.model)
     return module
 

@@ -30,11 +30,11 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, find_candidates
 from hybrid_lightning.adapters.budgets import plan_of_budget
-from hybrid_lightning.engine import use_fused_modules
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import MessageRequest, SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.runner import use_fused_modules
 from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
 
 TEXTS, SAMPLES, CAPACITY, STOPS = ("12+3=", "what is 7 plus 15?\n", "9="), 5, 70, (2, 7)
@@ -105,8 +105,8 @@ def sampled(model, fake):
     request = SamplingRequest(PROMPTS, (), SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), stops=Stops(STOPS, None))
     half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
     contexts = [list(ids) for ids in IDS for _ in range(SAMPLES)]
-    with without_compiler(), fake.counted() as counted, half, fake.engine.sampling(torch.bfloat16):
-        session = Sampler(CAPACITY, temperature=0.8).session(fake.engine, TOKENIZER, request, CAPACITY)
+    with without_compiler(), fake.counted() as counted, half, fake.runner.sampling(torch.bfloat16):
+        session = Sampler(CAPACITY, temperature=0.8).session(fake.runner, TOKENIZER, request, CAPACITY)
         asked = zip(contexts, LIMITS, strict=True)
         first = session.sample([MessageRequest(row, 0, *each) for row, each in enumerate(asked)])
         own = [first[row].ids + added for row, added in zip(AGAIN, ADDED, strict=True)]
@@ -116,7 +116,7 @@ def sampled(model, fake):
         replayed = counted.known.replayed
         request = SamplingRequest(PROMPTS, IDS, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 4), stops=Stops(STOPS, None))
         sampler = Sampler(40, temperature=0.7, top_k=25, top_p=0.9, min_p=0.02)
-        some = sampler.sample(fake.engine, TOKENIZER, request)
+        some = sampler.sample(fake.runner, TOKENIZER, request)
     first, second = ([(each.ids, each.logprobs, each.completion.finished) for each in turn] for turn in (first, second))
     draws = PromptDraws(PROMPTS, SAMPLES, 3)
     with torch.no_grad():

@@ -23,16 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_lightning.adapters import PreconditionedTail, Random, find_candidates
 from hybrid_lightning.adapters.candidates import without_lora
-from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_module, write_policy
 from hybrid_lightning.memory import RunSettings, TrainerFlags
 from hybrid_lightning.memory.fitting import verdict
 from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.model import NF4
 from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.model.pretrained import meta_model
-from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.runner import token_logprobs
+from hybrid_lightning.training import PolicyModule
 from hybrid_lightning.types import Prompt
 
 ROWS = [*FAMILIES, *(name for name in WRAPPERS if name != "mistral3")]
@@ -120,7 +121,7 @@ def scored(family: str) -> str:
 
 def packed(family: str) -> str:
     """Whether sequences are packed."""
-    return "padded" if hybrid(family).policy.engine.passes()["packed training"] else "packed"
+    return "padded" if hybrid(family).policy.runner.passes()["packed training"] else "packed"
 
 
 def agreement(family: str) -> str:
@@ -131,8 +132,8 @@ def agreement(family: str) -> str:
         [Prompt(text=text) for text in texts], [tokenizer(text).input_ids for text in texts], 3, torch.Generator().manual_seed(3)
     )
     with module.policy.inference():
-        rollouts = Sampler(max_new_tokens=12).sample(module.policy.engine, tokenizer, request)
-        trained, _ = token_logprobs(module.policy.engine, rollouts.sequences, 1.0)
+        rollouts = Sampler(max_new_tokens=12).sample(module.policy.runner, tokenizer, request)
+        trained, _ = token_logprobs(module.policy.runner, rollouts.sequences, 1.0)
         sequences, model = rollouts.sequences, _plain(family)
         # Both passes round each sum; merging LoRA rounds each weight once more.
         bound = LOGITS * spread(2 * additions_of(model, 18)) if family not in WRAPPERS else 1e-4

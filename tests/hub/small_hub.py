@@ -24,7 +24,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from hybrid_lightning.hub import hub_answers
+from hybrid_lightning.shared.hub import hub_answers
 
 httpx: Any = sys.modules[type(_http.default_client_factory()).__module__.partition(".")[0]]  # in newer versions httpx2
 MEMBER, STRANGER, REVOKED = "hf_member", "hf_stranger", "hf_revoked"  # tokens: admitted to gated repositories, not, known no more

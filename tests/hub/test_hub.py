@@ -18,8 +18,8 @@ from long_cases import long_but
 from small_hub import MEMBER, REVOKED, STRANGER, Hub, filled_hub
 
 from hybrid_lightning.adapters import AdapterPlan
-from hybrid_lightning.hub import hub_answers
 from hybrid_lightning.model import loading
+from hybrid_lightning.shared.hub import hub_answers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = [

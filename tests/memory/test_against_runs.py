@@ -6,10 +6,10 @@ from long_cases import long_but
 from tiny_memory import Case
 from tiny_models import build_model, build_tokenizer
 
-from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import JensenShannon
 from hybrid_lightning.memory.peaks import plan_method
-from hybrid_lightning.policy import ModelTeacher
+from hybrid_lightning.runner.backend import packs
+from hybrid_lightning.training import ModelTeacher
 
 SEVERAL = {"minibatches_per_rollout": 2, "max_tokens_per_micro_batch": 300}
 CASES = {

@@ -17,7 +17,7 @@ from hybrid_lightning.memory import FSDP2, Components, MethodMemory, TrainerFlag
 from hybrid_lightning.memory import settings as settings_module
 from hybrid_lightning.memory.fitting import why_not_fitting
 from hybrid_lightning.memory.peaks import CONTEXT_BYTES, engine_share, plan_method
-from hybrid_lightning.policy import NF4
+from hybrid_lightning.model import NF4
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.sharding import FSDP2Strategy

@@ -11,13 +11,13 @@ from tiny_models import FAMILIES, VOCABULARY, build_model
 
 from benchmarks.live_tensors import LiveTensors
 from benchmarks.memory import plan_qwen3
-from hybrid_lightning.engine import Backend, Engine, TokenSizes, default_token_budget, tokens_of_pass, use_fused_layers
-from hybrid_lightning.engine.activations import Rows
-from hybrid_lightning.engine.pass_memory import PassMemory
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.memory_table import memory_notes
 from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.runner import Backend, ModelRunner, TokenSizes, default_token_budget, tokens_of_pass, use_fused_layers
+from hybrid_lightning.runner.activations import Rows
+from hybrid_lightning.runner.pass_memory import PassMemory
 from hybrid_lightning.types import Sequences
 
 SETTINGS = Case(more={"prompts_per_rollout": 4}).settings()
@@ -99,15 +99,15 @@ def test_a_padded_pass_reads_prompts_once_and_keeps_no_more_than_the_bound(famil
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.requires_grad_(True)
-    engine = Engine(model)
-    engine.prepare()
+    runner = ModelRunner(model)
+    runner.prepare()
     prompts, completions = (torch.randint(3, VOCABULARY, (8, length)) for length in (100, 24))
     prompts = prompts[:2].repeat_interleave(4, dim=0)
     sequences = Sequences(prompts, torch.ones_like(prompts).bool(), completions, torch.ones_like(completions).bool())
     with LiveTensors() as live:
         live.count(model.parameters())
         begin = live.bytes
-        hidden = engine.predicting(sequences)
+        hidden = runner.predicting(sequences)
         counted = live.bytes - begin
         del hidden
     passes = PassMemory(meta_model(config, torch.float32), 4, on_cpu=True)

@@ -9,8 +9,8 @@ from benchmarks.training import tensor_bytes
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, apply_plan, find_candidates
 from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.memory.sizes import measure_sizes
+from hybrid_lightning.model import NF4
 from hybrid_lightning.model.quantization import quantize_base
-from hybrid_lightning.policy import NF4
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 LORA, MIXED = LoraSettings(rank=4), {"mlp": 3, "attention": 0}

@@ -12,8 +12,8 @@ from hybrid_lightning.adapters import AdapterPlan, ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings, TrainerFlags
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.training import PolicyModule
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.model import NF4
 from hybrid_lightning.model.current_weights import CurrentWeights
-from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
 from hybrid_lightning.rollout.rollout_engine import Session, WeightedEngine

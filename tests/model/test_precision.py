@@ -9,7 +9,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny_runs import build_adapter, build_data, build_policy, fit
 
 from hybrid_lightning.adapters import Random, Scoring, TailEnergy
-from hybrid_lightning.engine import Engine
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.memory import RunSettings, TrainerFlags
@@ -17,6 +16,7 @@ from hybrid_lightning.memory import settings as memory_settings
 from hybrid_lightning.model import precision as precision_module
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.precision import check_precision
+from hybrid_lightning.runner import ModelRunner
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import Prompt
 
@@ -90,7 +90,7 @@ WHY = "this processor has no instructions for bfloat16"
 @pytest.fixture
 def old_processor(monkeypatch):
     """Notes how products are computed on one: whether in 16 bits by autocast, and the dtype that sampling got."""
-    computed, logprobs, sampling = set(), Passes.logprobs, Engine.sampling
+    computed, logprobs, sampling = set(), Passes.logprobs, ModelRunner.sampling
 
     def noted(passes, sequences):
         computed.add(torch.is_autocast_enabled("cpu"))
@@ -101,7 +101,7 @@ def old_processor(monkeypatch):
         return sampling(engine, dtype)
 
     monkeypatch.setattr(Passes, "logprobs", noted)
-    monkeypatch.setattr(Engine, "sampling", sampled)
+    monkeypatch.setattr(ModelRunner, "sampling", sampled)
     for module in (precision_module, memory_settings):
         monkeypatch.setattr(module, "why_no_halves", lambda: WHY)
     return computed
@@ -119,7 +119,7 @@ def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_
     assert all(step["sampling/logp_difference/mean"] < 1e-5 for step in log.metrics)
     other, _, path = mixed
     assert module.policy.base_digest == other.policy.base_digest, "checkpoints and plans of other processors fit"
-    assert f"16-bit matrix products off: {WHY}" in module.policy.engine.description()
+    assert f"16-bit matrix products off: {WHY}" in module.policy.runner.description()
     with pytest.warns(UserWarning, match=r"this one continues \(16-bit matrix products off: this processor"):
         run(model, sums, tmp_path, ckpt=path, max_steps=4)
     # The same weights and tokens in 16 bits and in float32, without a Trainer.
@@ -129,7 +129,7 @@ def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_
         monkeypatch.setattr(precision_module, "why_no_halves", lambda why=why: why)
         alone = PolicyModule.load_from_checkpoint(path)
         found.append(alone.task.passes.measure([sequences])[0][0])
-        assert ("16-bit matrix products" in alone.policy.engine.description()) == bool(why)
+        assert ("16-bit matrix products" in alone.policy.runner.description()) == bool(why)
     assert 0 < (found[0] - found[1]).abs().max() < 0.1
 
 

@@ -162,7 +162,7 @@ def test_it_trains_resumes_bit_for_bit_by_no_other_quantization_and_is_exported_
     expected = expected.eval()(IDS).logits
     policy = policy_of_checkpoint(tmp_path / "step=4.ckpt")
     merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
-    assert "hybrid_lightning.policy.NF4" in (tmp_path / "merged" / "README.md").read_text()
+    assert "hybrid_lightning.model.NF4" in (tmp_path / "merged" / "README.md").read_text()
     adapter = AutoModelForCausalLM.from_pretrained(wide)
     adapter = PeftModel.from_pretrained(adapter, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))
     for exported in (merged, adapter):

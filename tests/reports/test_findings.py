@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_lightning.explain import sections
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import (
     SECTIONS,
@@ -20,6 +19,7 @@ from hybrid_lightning.reports.findings import (
     of_gradient,
     of_rollout,
 )
+from hybrid_lightning.shared.explain import sections
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollout, Sequences
 
 LIMITS = {"model.sampler.max_new_tokens": 6}

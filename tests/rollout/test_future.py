@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.shared.stopping import RunStopped
 
 
 def test_the_thread_that_asks_computes_once_what_a_thread_has_begun():

@@ -10,7 +10,7 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.batching import minibatch
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.shared.stopping import RunStopped
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rewards, Rollout, Sequences
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, SIZES, build_model, build_tokenizer, engine_of, plain_logprobs, tokens_of
+from tiny_models import FAMILIES, SIZES, build_model, build_tokenizer, plain_logprobs, runner_of, tokens_of
 from transformers import AutoModelForCausalLM, MinPLogitsWarper, Qwen3_5TextConfig, TopPLogitsWarper
 
 from hybrid_lightning.errors import ConfigError
@@ -17,7 +17,7 @@ TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=")
 def sample(model, tokenizer, samples=3, seed=0, texts=TEXTS, greedy=False, **settings):
     prompts, ids = [Prompt(text=text, index=i) for i, text in enumerate(texts)], [tokenizer(text).input_ids for text in texts]
     request = SamplingRequest(prompts, ids, samples, torch.Generator().manual_seed(seed), greedy)
-    return Sampler(**{"max_new_tokens": 12, **settings}).sample(engine_of(model), tokenizer, request)
+    return Sampler(**{"max_new_tokens": 12, **settings}).sample(runner_of(model), tokenizer, request)
 
 
 def assert_plain_logprobs(model, rollouts, temperature=1.0):

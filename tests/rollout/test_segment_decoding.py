@@ -11,41 +11,41 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from engine.test_logprobs import build_sequences
-from engine.test_packing import build_sequences as build_many
 from fake_cuda.fake_gpu import counter
 from long_cases import long_but
+from runner.test_logprobs import build_sequences
+from runner.test_packing import build_sequences as build_many
 from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine import Backend, Engine, compiling, decoder, decoding_of, segment_decoding, step_graphs
-from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler as sampling
 from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler, draw_by_integers, draw_tokens
+from hybrid_lightning.runner import Backend, ModelRunner, compiling, decoder, decoding_of, segment_decoding, step_graphs
+from hybrid_lightning.runner.logprobs import token_logprobs
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "1+")
 PROMPTS = [Prompt(text=text, index=place) for place, text in enumerate(TEXTS)]
 
 
-def sample(engine, tokenizer, length=24, samples=5, **settings):
+def sample(runner, tokenizer, length=24, samples=5, **settings):
     ids = [tokenizer(text).input_ids for text in TEXTS]
     request = SamplingRequest(PROMPTS, ids, samples, PromptDraws(PROMPTS, samples, 3))
-    return Sampler(max_new_tokens=length, **settings).sample(engine, tokenizer, request)
+    return Sampler(max_new_tokens=length, **settings).sample(runner, tokenizer, request)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "adapted and fused"])
 def test_all_families_sample_alike(tokenizer, family):
     """Rows end early, at one of two characters, so that slots are given up again and again."""
 
-    def engine(backend):
-        return Engine(build_model(family), backend) if family in FAMILIES else fused(build_adapted("llama").model, backend)
+    def runner(backend):
+        return ModelRunner(build_model(family), backend) if family in FAMILIES else fused(build_adapted("llama").model, backend)
 
-    shared, segments = (sample(engine(backend), tokenizer, stop=["7", "3"]) for backend in (Backend(), OfAccelerator()))
+    shared, segments = (sample(runner(backend), tokenizer, stop=["7", "3"]) for backend in (Backend(), OfAccelerator()))
     assert torch.equal(shared.sequences.completion_ids, segments.sequences.completion_ids)
     assert torch.equal(shared.finished, segments.finished) and shared.completions == segments.completions
     lengths = segments.sequences.completion_mask.sum(1)
@@ -55,10 +55,10 @@ def test_all_families_sample_alike(tokenizer, family):
 
 def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
     """The inputs of a step's graph have the same addresses at every token, until rows are given up."""
-    engine = Engine(build_model("llama"), OfAccelerator())
+    runner = ModelRunner(build_model("llama"), OfAccelerator())
     ids, mask = torch.randint(3, 30, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
-    with torch.no_grad(), engine.sampling():
-        decoding = decoding_of(engine, ids, mask, 8)
+    with torch.no_grad(), runner.sampling():
+        decoding = decoding_of(runner, ids, mask, 8)
         decoding.prefill(3)
         places = []
         for step in range(6):
@@ -74,8 +74,8 @@ def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
 
 def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every=4):
     """The number of running rows is known late, and still no completion differs."""
-    engine = Engine(build_model("llama"), OfAccelerator())
-    expected = sample(engine, tokenizer, 40)
+    runner = ModelRunner(build_model("llama"), OfAccelerator())
+    expected = sample(runner, tokenizer, 40)
     monkeypatch.setattr(torch, "Event", Mock())
     made = sampling._Running.__init__
 
@@ -87,7 +87,7 @@ def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every=4):
     waits, waiting = [], counter()
     for length in (72, 40):
         with waiting() as counted:
-            found = sample(engine, tokenizer, length)
+            found = sample(runner, tokenizer, length)
         waits.append(len(counted.counts.syncs))
     assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
     assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
@@ -120,23 +120,23 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
     for module in (decoder, compiling):
         monkeypatch.setattr(module, "why_not_compiled", lambda device: "")
     monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
-    engine = fused(build_adapted("qwen3").model, OfAccelerator())
+    runner = fused(build_adapted("qwen3").model, OfAccelerator())
 
     def count(frame, event, argument):
         if event in ("call", "c_call") and frame.f_code.co_filename.startswith(ours):
             calls[event] += 1
 
-    with engine.sampling():
-        found = sample(engine, tokenizer, stop=["7", "3"])
+    with runner.sampling():
+        found = sample(runner, tokenizer, stop=["7", "3"])
         plain, note = Sampler.sample, lambda *_: seen.append(Counter(calls))
         monkeypatch.setattr(Sampler, "sample", lambda self, *given: plain(self, *given[:2], replace(given[2], on_token=note)))
         sys.setprofile(count)
         try:
-            sample(engine, tokenizer, 12)
+            sample(runner, tokenizer, 12)
         finally:
             sys.setprofile(None)
     assert traced.count("before_attention") == traced.count("after_attention") == 1, "the same code for all numbers of rows"
-    assert not engine._fast.why_not_compiled
+    assert not runner._fast.why_not_compiled
     assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
     assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
     tokens = [after - before for before, after in pairwise(seen)]
@@ -146,11 +146,11 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
 def test_two_rollouts_of_unequal_rows_and_their_updates_compile_each_function_once(tokenizer, monkeypatch, traced):
     for module in (decoder, compiling):
         monkeypatch.setattr(module, "why_not_compiled", lambda device: "")
-    engine, made = fused(build_adapted("qwen3").model, OfAccelerator()), []
+    runner, made = fused(build_adapted("qwen3").model, OfAccelerator()), []
     for samples, length, sequences in ((5, 24, build_sequences("shared")), (3, 17, build_many())):
-        with engine.sampling():
-            sample(engine, tokenizer, length, samples, stop=["7", "3"])
-        token_logprobs(engine, sequences, 1.0)[0].sum().backward()
+        with runner.sampling():
+            sample(runner, tokenizer, length, samples, stop=["7", "3"])
+        token_logprobs(runner, sequences, 1.0)[0].sum().backward()
         made.append(Counter(traced))
     assert made[0] and made[1] == made[0]
 
@@ -220,14 +220,14 @@ class Recording:
 
 def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
     """A graph for each number of rows that lasts, all in one stream and one pool."""
-    recording, engine = Recording(monkeypatch), Engine(build_model("llama"), OfAccelerator())
-    plain, replayed = (sample(engine, tokenizer, 80, stop=["77"], cuda_graphs=on) for on in (False, True))
+    recording, runner = Recording(monkeypatch), ModelRunner(build_model("llama"), OfAccelerator())
+    plain, replayed = (sample(runner, tokenizer, 80, stop=["77"], cuda_graphs=on) for on in (False, True))
     assert torch.equal(plain.sequences.completion_ids, replayed.sequences.completion_ids)
     assert torch.allclose(plain.sampling_logprobs, replayed.sampling_logprobs, atol=1e-5, rtol=0)
     stages = Counter(int((plain.sequences.completion_mask.sum(1) > token).sum()) for token in range(80))
     lasting = sum(tokens > segment_decoding._LASTING for tokens in stages.values())
     assert recording.notes == ["recorded"] * lasting and 1 < lasting < len(stages) / 4
-    assert engine.graphs.passed and not recording.allocating
+    assert runner.graphs.passed and not recording.allocating
 
 
 @pytest.mark.parametrize(
@@ -244,18 +244,18 @@ def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
 )
 def test_graphs_are_given_up_and_leave_nothing_behind(tokenizer, monkeypatch, caplog, how, reason):
     """`auto`, as on a GPU: plain steps give the same completions, one line is printed, and torch is as it was."""
-    engine = Engine(build_model("llama"), OfAccelerator())
-    plain = sample(engine, tokenizer, 60, stop=["77"])
-    assert not engine.graphs.why_not, "auto makes none on a CPU"
+    runner = ModelRunner(build_model("llama"), OfAccelerator())
+    plain = sample(runner, tokenizer, 60, stop=["77"])
+    assert not runner.graphs.why_not, "auto makes none on a CPU"
     recording = Recording(monkeypatch, **how)
     monkeypatch.setattr(sampling, "_replays", lambda device: True)
-    found = [sample(engine, tokenizer, 60, stop=["77"]) for _ in range(2)]
+    found = [sample(runner, tokenizer, 60, stop=["77"]) for _ in range(2)]
     assert all(torch.equal(part.sequences.completion_ids, plain.sequences.completion_ids) for part in found)
-    assert caplog.text.count("sampled without CUDA graphs") == 1 and reason in engine.graphs.why_not
+    assert caplog.text.count("sampled without CUDA graphs") == 1 and reason in runner.graphs.why_not
     assert recording.streams == recording.allocating == [] and recording.notes.count("recorded") == 1
     assert ("released" in recording.notes) == ("end" in how.get("fails", ())), "where torch has not"
     with pytest.raises(ConfigError, match=f"sampler.cuda_graphs=true: {reason}"):
-        sample(engine, tokenizer, cuda_graphs=True)
+        sample(runner, tokenizer, cuda_graphs=True)
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -271,12 +271,12 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 )
 def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeypatch, caplog, family, kind, why):
     model = build_model("llama", rope_parameters=DYNAMIC) if family == "dynamic" else build_adapted(family).model
-    engine = Engine(model, kind())
-    engine.prepare()
-    monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if why != "a CPU" else {})
+    runner = ModelRunner(model, kind())
+    runner.prepare()
+    monkeypatch.setattr(ModelRunner, "passes", lambda self: {"attention by segments": ""} if why != "a CPU" else {})
     with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {why}.*; set it to auto"):
-        sample(engine, tokenizer, cuda_graphs=True)
+        sample(runner, tokenizer, cuda_graphs=True)
     monkeypatch.setattr(sampling, "_replays", lambda device: True)
     for _ in range(2):
-        sample(engine, tokenizer)
-    assert caplog.text.count(f"for few rows: {why}") == 1 and not engine.graphs.passed
+        sample(runner, tokenizer)
+    assert caplog.text.count(f"for few rows: {why}") == 1 and not runner.graphs.passed

@@ -123,7 +123,7 @@ def train(
         "prompts": log.prompts,
         "rows": log.runs,
         "global_step": trainer.global_step,
-        "why_slow_decoding": module.policy.engine.passes()["fast decoding"] if log.steps else "",
+        "why_slow_decoding": module.policy.runner.passes()["fast decoding"] if log.steps else "",
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "held": next((callback.held for callback in callbacks if hasattr(callback, "held")), None),
     }

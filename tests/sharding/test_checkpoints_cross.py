@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from hybrid_lightning.callbacks import PolicyExport
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.sharding.sharded_folder import read_folder
+from hybrid_lightning.training import PolicyModule
 
 # Two minibatches of a rollout: after one optimizer step one is left, and then comes a second rollout.
 ARGUMENTS = {"policy": ADAM, "accumulate_grad_batches": 2}

@@ -14,10 +14,10 @@ from hybrid_lightning.adapters import TailEnergy
 from hybrid_lightning.advantages import BatchStdAdvantage, NoAdvantage
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, ReverseKL, TokenTruncation, TopEntropyMask
-from hybrid_lightning.policy import ModelTeacher, SelfTeacher
-from hybrid_lightning.reply_cache import ReplyCache
 from hybrid_lightning.rewards import JudgeReward, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling
+from hybrid_lightning.shared.reply_cache import ReplyCache
+from hybrid_lightning.training import ModelTeacher, SelfTeacher
 
 
 class Sizes(Callback):

@@ -9,7 +9,7 @@ from runs_of_tests import ADAM, STRATEGIES, Only, assert_same_run
 from tiny_runs import write_sums, write_wide_model
 
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
-from hybrid_lightning.policy import NF4
+from hybrid_lightning.model import NF4
 
 # Clipped far away: at GSPO's own range rounding decides which sequences are clipped, and gradient norms of a second pass over a
 # rollout differ by a half.

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hybrid_lightning.adapters import PreconditionedTail, Scorer, SketchedGradients, TailEnergy
 from hybrid_lightning.errors import CalibrationError, RewardError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.sharding import FSDP2Strategy
+from hybrid_lightning.training import PolicyModule
 
 
 class Broken(Scorer):

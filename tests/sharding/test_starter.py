@@ -5,7 +5,7 @@ import os
 import pytest
 
 from hybrid_lightning.sharding import starter
-from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.shared.stopping import StopSignals
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -17,7 +17,7 @@ from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards import JudgeReward
-from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.shared.stopping import StopSignals
 from hybrid_lightning.training.loop import RLLoop
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"

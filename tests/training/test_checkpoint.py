@@ -14,9 +14,9 @@ from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
-from hybrid_lightning.policy import LinearSchedule, PolicyModule
 from hybrid_lightning.rewards import FormatReward, WeightedSum
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training import LinearSchedule, PolicyModule
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 from hybrid_lightning.types import Prompt
 

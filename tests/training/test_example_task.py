@@ -13,7 +13,7 @@ from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer
 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.policy import ExampleModule
+from hybrid_lightning.training import ExampleModule
 from hybrid_lightning.training.example_task import ExampleTask
 from hybrid_lightning.types import Prompt
 

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback
 from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trained
 
-from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.environments import EpisodeLimits, running
 from hybrid_lightning.environments.objects import Objects
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
@@ -19,6 +18,7 @@ from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Session, WeightedEngine
+from hybrid_lightning.runner import token_logprobs
 from hybrid_lightning.types import Prompt
 
 
@@ -242,7 +242,7 @@ def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(weights[name])
-            logprobs.append([token_logprobs(module.policy.engine, batch.sequences, 1.0)[0] for batch in log.batches])
+            logprobs.append([token_logprobs(module.policy.runner, batch.sequences, 1.0)[0] for batch in log.batches])
     for number, batch in enumerate(log.batches):
         sampled, step = batch.sequences.sampled_mask, batch.sequences.weights_step
         expected = torch.zeros_like(batch.sampling_logprobs)

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.training import PolicyModule
 from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.types import Prompt
 

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning import losses
 from hybrid_lightning.advantages import LeaveOneOutAdvantage, PerRewardAdvantage
-from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
 from hybrid_lightning.rollout.rollout_engine import WeightedEngine
+from hybrid_lightning.runner.cpu import operators as calls
 from hybrid_lightning.training import module
 from hybrid_lightning.training.run_checks import warn_of_differences
 

@@ -10,7 +10,7 @@ from tiny_runs import OftenDone, build_policy, check, fit, trained, write_model
 
 from hybrid_lightning import losses
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.policy import ModelTeacher, ServerTeacher
+from hybrid_lightning.training import ModelTeacher, ServerTeacher
 
 MODEL, TOKENIZER = build_model("llama", seed=5, std=0.1), build_tokenizer()
 

@@ -26,12 +26,12 @@ from tiny_runs import (
 from hybrid_lightning import losses
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.advantages import GroupAdvantage, NoAdvantage
-from hybrid_lightning.engine import Backend
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy import ModelTeacher, SelfTeacher
 from hybrid_lightning.rollout import DynamicSampling
 from hybrid_lightning.rollout.batching import pad_left
+from hybrid_lightning.runner import Backend
+from hybrid_lightning.training import ModelTeacher, SelfTeacher
 from hybrid_lightning.types import Prompt
 
 TEMPERATURE, HINT = 0.9, "{prompt}{answer}#"

@@ -17,10 +17,10 @@ from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import SampledReverseKL
-from hybrid_lightning.policy import PolicyModule, ServerTeacher
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import WeightedEngine
+from hybrid_lightning.training import PolicyModule, ServerTeacher
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")

@@ -20,8 +20,8 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.export import AdapterFolder, MergedModel
 from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, peft_weights
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
+from hybrid_lightning.model import NF4
 from hybrid_lightning.model.current_weights import CurrentWeights
-from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.vllm import in_process

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
 from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.plan import model_digest
-from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.runner import token_logprobs
+from hybrid_lightning.training import PolicyModule
 
 # Sizes that vLLM's gated delta nets have on a CPU.
 DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
@@ -120,7 +120,7 @@ def own_logprobs(policy: PolicyModule, rollouts, temperature: float | None = Non
     """Log-probabilities of completions by the policy's own forward pass, [B, T]."""
     with policy.policy.inference():
         return token_logprobs(
-            policy.policy.engine, rollouts.sequences, temperature or policy.task.generation.sampler.temperature
+            policy.policy.runner, rollouts.sequences, temperature or policy.task.generation.sampler.temperature
         )[0]
 
 

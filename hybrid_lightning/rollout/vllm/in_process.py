@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.engine import TokenSizes
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.rollout.batching import pad_right, pad_token
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, SamplingRequest, ServedModel
@@ -36,10 +35,11 @@ from hybrid_lightning.rollout.vllm.completing import (
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
+from hybrid_lightning.runner import TokenSizes
 from hybrid_lightning.types import Rollout
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine
+    from hybrid_lightning.runner import ModelRunner
 
 _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights do not have to leave it
@@ -272,7 +272,7 @@ class VLLMSampler(VLLMEngine, BatchEngine):
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
     @torch.no_grad()
-    def sample(self, runner: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
+    def sample(self, runner: "ModelRunner", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollout:
         """Complete every prompt of a request. `on_token` is called from time to time, not after every token."""
         assert self.version is not None, "the engine has to receive weights first"
         limits, samples, draws = self.checked_limits(runner, request), request.samples_per_prompt, prompt_draws(request)

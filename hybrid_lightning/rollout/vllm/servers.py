@@ -50,7 +50,7 @@ from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import REQUEST, GlooTransfer, NcclTransfer, Transfer, Update, local_address
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine
+    from hybrid_lightning.runner import ModelRunner
 
 _UPDATING = "updating"  # label of a server that is receiving weights
 # Seconds for a server to report its weights, and for a server that could not be updated.
@@ -379,7 +379,7 @@ class VLLMServerSampler(VLLMEngine):
 
     def play(
         self,
-        runner: "Engine",
+        runner: "ModelRunner",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
         episodes: Sequence[Playable],
@@ -449,7 +449,7 @@ class Asking:
         self,
         sampler: VLLMServerSampler,
         dispatch: Dispatch,
-        runner: "Engine",
+        runner: "ModelRunner",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
         capacity: int | None,

@@ -1,0 +1,13 @@
+from hybrid_lightning.training.example_module import ExampleModule as ExampleModule
+from hybrid_lightning.training.example_module import PreferenceModule as PreferenceModule
+from hybrid_lightning.training.example_module import SupervisedModule as SupervisedModule
+from hybrid_lightning.training.module import LanguageModule as LanguageModule
+from hybrid_lightning.training.optim import ConstantSchedule as ConstantSchedule
+from hybrid_lightning.training.optim import CosineSchedule as CosineSchedule
+from hybrid_lightning.training.optim import LearningRateSchedule as LearningRateSchedule
+from hybrid_lightning.training.optim import LinearSchedule as LinearSchedule
+from hybrid_lightning.training.policy_module import PolicyModule as PolicyModule
+from hybrid_lightning.training.server_teacher import ServerTeacher as ServerTeacher
+from hybrid_lightning.training.teachers import ModelTeacher as ModelTeacher
+from hybrid_lightning.training.teachers import SelfTeacher as SelfTeacher
+from hybrid_lightning.training.teachers import Teacher as Teacher

@@ -13,7 +13,7 @@ from cli_runs import command, parse
 
 from benchmarks.memory import plan_qwen3
 from hybrid_lightning.assets import EMBEDDED
-from hybrid_lightning.runner import engine
+from hybrid_lightning.runner import model_runner
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "evaluate")  # which trains nothing
@@ -70,7 +70,7 @@ def test_it_trains(path, tiny, here, monkeypatch):
         (here / "rows.jsonl").write_text("\n".join(map(json.dumps, STAND_INS[path.stem])))
         arguments.append("--data.source.train=rows.jsonl")
     said = []
-    monkeypatch.setattr(engine, "rank_zero_info", said.append)
+    monkeypatch.setattr(model_runner, "rank_zero_info", said.append)
     command([*arguments, *small(config)], monkeypatch)
     assert "decoding" not in said[-1] and "FlashAttention" not in said[-1]
     (folder,) = (here / "runs" / path.stem).iterdir()

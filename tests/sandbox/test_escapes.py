@@ -130,7 +130,10 @@ def test_each_way_holds_without_root():
         pytest.skip("needs setpriv, and a Python of the system in /usr/bin")
     with folder_below(namespaces.TEMPORARY) as folder:  # which, other than pytest's folders, others may enter
         for part in (
-            *(f"hybrid_lightning/{name}" for name in ("__init__.py", "__init__.pyi", "lazy.py", "errors.py", "sandbox")),
+            *(
+                f"hybrid_lightning/{name}"
+                for name in ("__init__.py", "__init__.pyi", "shared", "types.py", "errors.py", "sandbox")
+            ),
             "tests/sandbox",
         ):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy

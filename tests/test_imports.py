@@ -156,3 +156,10 @@ def test_no_imports_go_in_a_circle():
         for name in FILES
     }
     TopologicalSorter(arrows).prepare()  # the error names the circle
+
+
+def test_futures_are_made_by_what_works_elsewhere():
+    """By the loader's queue and by engines; a server is asked in a thread. Others only pass on what an engine has begun."""
+    found = {name.removeprefix(f"{PACKAGE}.") for name in FILES if f"{PACKAGE}.rollout.future" in imports_of(name)}
+    servers = {"rollout.vllm.dispatch", "rollout.vllm.servers", "rollout.vllm.transfer", "training.server_teacher"}
+    assert found == {"rollout.interface", "rollout.loader", "rollout.playing", "rollout.rollout_engine"} | servers

@@ -4,6 +4,9 @@ With masks, computed once more here, over two passes of two minibatches of two m
 or two. `tests/losses` and `tests/test_advantages.py` show the equations of the other losses and of advantages.
 """
 
+import os
+import traceback
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -13,6 +16,8 @@ from tiny_runs import Failing, Interrupted, Rewritten, StartsWithDigit, fit
 from hybrid_lightning import losses
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage, PerRewardAdvantage
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.sampler import _Decoder
 
 LONGEST, MINIBATCHES, MICRO_BATCHES = 6, 2, 2
 ENTROPY, KL, TEMPERATURE = 0.05, 0.05, 0.9
@@ -179,3 +184,18 @@ def test_gradients_follow_the_equation(model, sums, tmp_path, loss, term, weight
     assert by_equation.steps >= 4, "of six; the last two belong to a second rollout, and all may be clipped in some"
     assert bool(by_equation.several) == (kind is Rewritten)
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"
+
+
+def test_few_calls_lie_between_the_loader_and_the_decoding_of_a_plain_rollout(model, sums, tmp_path, monkeypatch):
+    """Of this package, and the engine's own call is one of them."""
+    decode, ways = _Decoder.decode, []
+
+    def decoded(decoder, *given):
+        frames = [frame for frame in traceback.extract_stack() if f"{os.sep}hybrid_lightning{os.sep}" in frame.filename]
+        (begin,) = (place for place, frame in enumerate(frames) if frame.name == "__iter__" and "loader" in frame.filename)
+        ways.append([frame.name for frame in frames[begin + 1 :]])
+        return decode(decoder, *given)
+
+    monkeypatch.setattr(_Decoder, "decode", decoded)
+    fit(model, sums, tmp_path, policy={"sampler": Sampler(6)}, max_steps=1)
+    assert ways and all(len(way) <= 10 for way in ways), ways

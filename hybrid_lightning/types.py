@@ -330,7 +330,7 @@ class LossInputs(_TensorContainer):
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
     advantages: Tensor  # [B] float32; or [B, T], one for each token (see `PolicyLoss.takes_token_advantages`)
     sampled_mask: Tensor  # [B, T] bool, True on tokens to learn from; values at other tokens are undefined
-    old_logprobs: Tensor | None = None  # [B, T] under the policy that sampled; None: exactly on-policy, `logprobs.detach()`
+    old_logprobs: Tensor | None = None  # [B, T] before the rollout's first step, or the sampler's; None: `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
     sampling_logprobs: Tensor | None = None  # [B, T] as the sampler computed them; None: `old_logprobs`
     num_sequences: float | None = None  # episodes in the optimizer step, over micro-batches and ranks; None: only these

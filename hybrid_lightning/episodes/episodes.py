@@ -196,7 +196,7 @@ def token_advantages(rollout: Rollout) -> Tensor | None:
         return None
     lengths = torch.zeros(len(rollout.completions), advantages.shape[2], dtype=torch.long)
     for number, completion in enumerate(rollout.completions):
-        assert completion.episode is not None, "made by `play`"
+        assert completion.episode is not None, "made by `LiveEpisode.completion`"
         own = completion.episode.lengths
         lengths[number, : len(own)] = torch.tensor(own)
     result = advantages.new_zeros(sampled.shape)
@@ -246,7 +246,7 @@ def episode_records(rollout: Rollout, greedy: bool = False) -> list[dict[str, An
     for number, completion in enumerate(rollout.completions):
         place = divmod(number, rollout.group_size)
         episode, prompt = completion.episode, rollout.prompts[place[0]]
-        assert episode is not None, "made by `play`"
+        assert episode is not None, "made by `LiveEpisode.completion`"
         row = rollout.first_row(number)
         real = sequences.completion_mask[row]
         records.append(

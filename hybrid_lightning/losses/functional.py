@@ -2,8 +2,8 @@
 
 Axes: B sequences, T completion tokens (right-padded). Throughout:
 
-- `logprobs`, `old_logprobs`, `ref_logprobs`, [B, T]: log pi(token) under the policy being trained, the policy that sampled, and
-  the reference policy.
+- `logprobs`, `old_logprobs`, `ref_logprobs`, [B, T]: log pi(token) under the policy being trained, the policy before the
+  rollout's first step (or that sampled, see `RLLoop.add_logprobs`), and the reference policy.
 - `mask`, [B, T] bool: True on sampled tokens. Values outside it (padding, and text that an environment added within a completion)
   may be inf, nan or garbage, and contribute neither values nor gradients: `torch.where` replaces them before the arithmetic,
   since a product of 0 and inf is nan.

@@ -1,6 +1,6 @@
 """`RolloutFuture`: a rollout in progress, and `in_thread`: a call in a separate thread.
 
-    future = engine.begin(runner, tokenizer, request)      begun: by servers or a thread, or not yet
+    future = loop.sample(prompts, generator)               begun: by servers, or sampled already in this process
     future = future.then(score)                             then processed, in the thread that requests the result
     future.result()
 
@@ -26,7 +26,7 @@ class RolloutFuture(Generic[_T]):
     """A rollout in progress: like a `concurrent.futures.Future`, but the thread that requests the result computes the last part.
 
     The first part may run elsewhere, on servers or in another thread; `wait` waits for it. `result` computes the rest, once. An
-    engine in this process has no first part: it computes everything when `result` is called.
+    engine in this process has sampled before it gives one: only what was added by `then` is left.
 
     If waiting or computing fails, the work in progress is cancelled, and the next `result` raises the same exception. A requested
     stop of the run is also raised as an exception.

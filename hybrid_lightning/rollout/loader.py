@@ -3,8 +3,8 @@
 Axes: P prompts per rollout over all ranks, G episodes per prompt. A minibatch and a micro-batch consist of whole episodes,
 however many rows these have.
 
-The dataloader generates completions, so that `training_step` is a pure loss under Lightning's automatic optimisation, and every
-Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
+The dataloader generates completions, so that `training_step` has only the loss, under Lightning's automatic optimisation, and
+every Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
 
     epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches.
 
@@ -100,7 +100,7 @@ class RolloutSource(Protocol):
 
     @abstractmethod
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Compute what must be known about the micro-batches of one optimizer step before the step begins.
+        """Compute what must be known about the micro-batches of an optimizer step before the rollout's first step.
 
         Adds `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed). All
         ranks call it together.
@@ -372,6 +372,7 @@ class RolloutLoader:
                 start, prompts = self._position, self._cursor.draw(self.schedule.prompts_per_rollout)
                 begun = self.source.begin(prompts, self.generator, self._cursor.draw if self.shuffle else None)
                 self._rollouts += 1
+                # `finish` runs when the result is requested: for an engine in this process at once, for another in its turn.
                 self._ahead.append(_Ahead(start, begun.then(partial(self.source.finish, number=start.rollouts))))
                 if not self.source.plays_elsewhere:
                     self._ahead[-1].minibatches.result()

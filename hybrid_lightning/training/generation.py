@@ -1,6 +1,6 @@
 """`Generation`: completions of a policy, and their rewards. There are two kinds:
 
-Generation          the policy samples itself: completions are made when they are requested
+OwnGeneration       the policy samples itself: completions are made when they are requested
 EngineGeneration    an engine with a copy of the policy's weights makes them, perhaps elsewhere (`engine_generation.py`)
 """
 

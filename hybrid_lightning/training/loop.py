@@ -2,13 +2,13 @@
 
     prompts             `RolloutLoader` draws them and calls `begin`, perhaps some rollouts ahead of training
     sample, score       G episodes of each prompt, and their rewards; slow rewards begin while others are still sampled
-    credit, advantages  rewards relative to their group, over all ranks: the loader calls `finish` in its turn
+    credit, advantages  rewards relative to their group, over all ranks: the loader calls `finish`
     teacher             adds to the advantages, or prepares what it adds to the loss
-    micro-batches       rows of each optimizer step, with its denominators
-    log-probabilities   of the policy before a step and of the start policy: the loader calls `add_logprobs`
-    loss                `OptimizerStep` calls `chunk_loss`, and runs the backward pass
+    minibatches         rows of each optimizer step, with its denominators
+    log-probabilities   of the policy before the rollout's first step, and of the start policy: the loader calls `add_logprobs`
+    loss                `OptimizerStep` calls `chunk_loss`; the backward pass follows, and Lightning calls the optimizer
 
-A `Rollout` is enriched on its way to `PolicyBatch`es; `rl_task.py` has the options and the parts without an order.
+A `Rollout` is enriched on its way to `PolicyBatch`es. `rl_task.py` has what an algorithm chooses; `rollout/loader.py` iterates.
 
 Axes: P prompts, G episodes per prompt, B rows, T completion tokens.
 """
@@ -40,7 +40,7 @@ class RLLoop(RLTask):
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> Begun[Rollout]:
         """Begin to complete prompts; with dynamic sampling, until enough groups teach something."""
-        self.teaching.begin()
+        self.teaching.free_memory()
         begun, rule = self.sample(prompts, generator), self.options.dynamic_sampling
         if rule is None:
             return begun
@@ -64,9 +64,10 @@ class RLLoop(RLTask):
             with self.phase("reward"):
                 return generation.score(rollout, arriving)
 
+        # An engine in this process has sampled by now; the rest waits until the loader asks for the result.
         return begun.within(lambda: self.phase("generate")).then(score, on_cancel=arriving.cancel)
 
-    # ---- credit -> advantages -> teacher -> micro-batches
+    # ---- credit -> advantages -> teacher -> minibatches
 
     def finish(self, rollout: Rollout, number: int) -> list[PolicyBatch]:
         """The minibatches of a scored rollout. The metrics cover all completions, even those that are not trained on."""
@@ -99,16 +100,18 @@ class RLLoop(RLTask):
         with self.phase("logprobs"):
             sequences = [batch.sequences for batch in batches]
             measured = self.passes.measure(sequences, current, reference, self.run.interruptible)
-        filled = [
-            replace(batch, old_logprobs=batch.old_logprobs if of_sampler else None if on_policy else old, ref_logprobs=start)
-            for batch, (old, _, start) in zip(batches, measured, strict=True)
-        ]
+        filled = []
+        for batch, (old, _, start) in zip(batches, measured, strict=True):
+            if not of_sampler:  # exactly on-policy, the loss takes those of its own pass
+                batch = replace(batch, old_logprobs=None if on_policy else old)
+            filled.append(replace(batch, ref_logprobs=start))
         return filled if mask is None else mask_tokens(filled, [entropy for _, entropy, _ in measured], mask)
 
     # ---- loss
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares of the optimizer step's loss and metrics."""
+        # The policy's forward pass, and with a divergence the teacher's.
         logprobs, entropy, divergence, measured = self.teaching.predict(chunk)
         difference, weights = compare_with_sampler(chunk, logprobs, self.options.correction, self.old_of_sampler)
         inputs = chunk.loss_inputs(

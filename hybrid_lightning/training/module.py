@@ -1,6 +1,6 @@
 """`LanguageModule`: Lightning's hooks. The tasks know neither a LightningModule nor a Trainer.
 
-    LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
+    LanguageModule <- PolicyModule                        RLLoop: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
                                     <- PreferenceModule   pairs of completions, one preferred
 

@@ -1,10 +1,10 @@
-"""`Task`: a kind of training, without Lightning: on a policy's own rollouts (`rl_task.py`), or on examples (`example_task.py`).
+"""`Task`: a kind of training, without Lightning: on a policy's own rollouts (`loop.py`), or on examples (`example_task.py`).
 
 The parts of an optimizer step; a subclass implements the methods marked with * (see `RolloutSource` for the first three):
 
     RolloutLoader                    the train dataloader
       begin *, finish *              completions of a batch of prompts, their advantages, and the rows of each optimizer step
-      add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
+      add_logprobs *                 log-probabilities of the policy before the rollout's first step, and of the start policy
     OptimizerStep                    splits a micro-batch into chunks that fit into memory
       chunk_loss *                   loss of a chunk
 

@@ -43,7 +43,7 @@ class Teaching:
             self.listen, self.needs_start_policy, self.shown_metrics = teacher.listen, teacher.needs_start_policy, ("teacher/kl",)
             self.needs_all_rows = self.distillation.of_distributions
 
-    def begin(self) -> None:
+    def free_memory(self) -> None:
         """Free memory on the device for sampling."""
         if self.teacher is not None:
             self.teacher.release()

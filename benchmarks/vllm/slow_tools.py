@@ -1,7 +1,7 @@
 """Episodes on two vLLM servers, whose tools are slow in one episode of eight: `python -m benchmarks.vllm.slow_tools`.
 
-An episode has four turns, and the slow ones wait before each answer. The embedded policy for episodes trains for some rollouts of
-32 episodes. Each episode writes when it began and ended, so the time of a rollout is known whatever else its step does.
+An episode has four turns, and the slow ones wait before each answer. A small policy with random weights trains for some rollouts
+of 32 episodes. Each episode writes when it began and ended, so the time of a rollout is known whatever else its step does.
 """
 
 import asyncio
@@ -54,12 +54,25 @@ def build_parser() -> Any:
     return parser
 
 
+def write_policy(folder: Path) -> None:
+    """The embedded policy for episodes with heads that vLLM has on a CPU, and random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    embedded = embedded_policy_path("embedded:episodes")
+    config = AutoConfig.from_pretrained(embedded)
+    config.head_dim, config.max_position_embeddings = 32, 128
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(folder)
+
+
 def train(urls: list[str], folder: Path, wait_s: float, rounds: int, seed: int) -> list[tuple[float, float]]:
     """(seconds of the rollout, seconds of its slowest episode) of each rollout but the first."""
     log = folder / "episodes.jsonl"
     options = {
         "--seed_everything": seed,
+        "--model.model": folder / "policy",
         "--model.sampler.urls": json.dumps(urls),
+        "--model.sampler.stop": json.dumps(list("0123456789")),  # messages that end, so that episodes go on
         "--model.environment": "benchmarks.vllm.slow_tools.SlowTool",
         "--model.environment.log": log,
         "--model.environment.wait_s": wait_s,
@@ -88,7 +101,9 @@ def train(urls: list[str], folder: Path, wait_s: float, rounds: int, seed: int) 
 
 def run(arguments: Any) -> None:
     """Start the servers, train, and print the table."""
-    folder, policy = Path(tempfile.mkdtemp()), embedded_policy_path("embedded:episodes")
+    folder = Path(tempfile.mkdtemp())
+    policy = folder / "policy"
+    write_policy(policy)
     with ExitStack() as stack:
         servers = [
             stack.enter_context(serving(policy, "float32", "cpu", 1, None, folder / f"server{number}.log")) for number in range(2)

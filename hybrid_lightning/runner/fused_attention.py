@@ -158,7 +158,7 @@ def _small_layer(module: Any) -> nn.Module:
     if hasattr(module.config, "sliding_window"):
         small.config.sliding_window = module.config.sliding_window
     small.layer_idx, small.head_dim, small.num_key_value_groups = 0, 8, 2
-    for name in ("scaling", "attention_dropout", "is_causal", *_MORE_SETTINGS):
+    for name in ("scaling", "attention_dropout", "is_causal", "_kernel_funcs", *_MORE_SETTINGS):
         if hasattr(module, name):
             setattr(small, name, getattr(module, name))
     for name in _HEAD_NORMS if hasattr(module, "q_norm") else ():

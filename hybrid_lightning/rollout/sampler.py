@@ -195,8 +195,10 @@ class _Decoder:
             alive = counter.after(step, running)
             if self.on_ended is not None and alive < known:
                 known, ended = alive, torch.ones_like(reported).index_fill_(0, rows[running], False)
-                for row in (ended & ~reported).nonzero().flatten().tolist():
-                    self.on_ended(row, tokens[row, : lengths[row]].tolist(), not cut[row])
+                new = (ended & ~reported).nonzero().flatten()
+                of_all = new.tolist(), tokens[new, : step + 1].tolist(), lengths[new].tolist(), cut[new].tolist()
+                for row, ids, length, full in zip(*of_all, strict=True):
+                    self.on_ended(row, ids[:length], not full)
                 reported = ended
             if self.on_token is not None:
                 self.on_token(alive, step + 1)

@@ -171,8 +171,10 @@ def _of_logits(
     """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32; the same numbers as `_Projected`."""
     if backend.usable(logits) and not entropy_gradient:
         return _OfLogits.apply(logits, tokens, temperature)
-    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logprobs = logits.log_softmax(dim=-1)
+    del logits
     wanted = entropy_gradient and torch.is_grad_enabled()
-    with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):
+    with torch.set_grad_enabled(wanted), torch.autocast(tokens.device.type, enabled=False):
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
     return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy

@@ -52,7 +52,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import _Decoder
 from hybrid_lightning.rollout.vllm.transfer import Update
-from hybrid_lightning.runner import Backend, SegmentDecoding, token_logprobs
+from hybrid_lightning.runner import Backend, SegmentDecoding, logprobs, pass_memory, token_logprobs
 from hybrid_lightning.sharding.weights import Weights
 from hybrid_lightning.training.calibration import training_losses
 from hybrid_lightning.training.step import OptimizerStep
@@ -144,10 +144,10 @@ def found(known, fake, **more):
     return {**known_of, "passes": fake.runner.passes(), **more}
 
 
-def steps(share, sizes=SIZES, most=10**6):
+def steps(share, sizes=SIZES, most=10**6, **loss):
     """Two optimizer steps of GSPO with a KL term and clipping, after the passes that it needs beforehand."""
     fake = model(share)
-    counted, module = fake.counted(), policy_of(fake, most)
+    counted, module = fake.counted(), policy_of(fake, most, **loss)
     known, sequences = counted.known, rows_of(counted.known, *sizes)
     rows = len(sequences)
     numbers = [fake.fake(torch.zeros(size)) for size in ((rows,), sequences.completion_ids.shape)]
@@ -155,25 +155,29 @@ def steps(share, sizes=SIZES, most=10**6):
     with without_compiler(), counted:
         batch = PolicyBatch(sequences, *numbers, None, None, *2 * (float(rows), float(rows * sizes[-1])))
         phases.begin()
+        module.task.add_logprobs([batch], True)
+        phases.end("on-policy")
+        known.places.clear()
         (batch,) = module.task.add_logprobs([batch], False)
         phases.end("log-probabilities")
         before = dict(known.places)
         fit(module, fake, batch, 2, second)
     least = ideal(fake, sizes)
     flops = {"forward": least.forward(), "backward": least.backward(), "optimizer step": 0}
+    flops["on-policy"] = least.forward(False, adapter=False)
     flops["log-probabilities"] = least.forward(False) + least.forward(False, adapter=False)
     return found(known, fake, before=before, waits=second.waits, phases=phases.found, least=flops)
 
 
-def planned_steps(share, sizes=SIZES):
+def planned_steps(share, sizes=SIZES, **loss):
     """The same, beside the plan of its peaks."""
-    settings, largest = settings_of(share, sizes), peaks._largest
+    settings, largest = dataclasses.replace(settings_of(share, sizes), entropy_gradient=bool(loss)), peaks._largest
     with mock.patch.object(peaks, "_largest", side_effect=largest) as calls:
         planned = plan_method(settings).peaks
     (_, forward, backward), passes = calls.call_args.args  # what is held at these moments, and what the pass takes
     plan = {"forward": forward.total + passes.activations + passes.logits, "backward": backward.total + passes.backward}
     plan |= {"optimizer step": planned["optimizer step"].total, "log-probabilities": planned["updating"].total}
-    done = steps(share, sizes)
+    done = steps(share, sizes, **loss)
     return {**done, "of plan": {name: done["phases"][name]["peak"] / size for name, size in plan.items()}}
 
 
@@ -193,16 +197,32 @@ def planted():
         return planned_steps(0)
 
 
-def on_a_card(gib):
+def wide():
+    """Steps whose window hides no token."""
+    windows = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}
+    windows["layer_types"] = ["sliding_attention"] * LAYERS
+    with mock.patch.dict(globals(), CONFIG=Qwen3Config(**{**CONFIG.to_dict(), **windows})):
+        return planned_steps(0)
+
+
+def unplain():
+    """Steps with an output layer that is more than a product."""
+    patches = [mock.patch.object(module, "plain_projection", lambda _: None) for module in (logprobs, pass_memory)]
+    with patches[0], patches[1]:
+        return planned_steps(0)
+
+
+def on_a_card(gib, share=0):
     """Steps on a small card, with the changes of their plan with which they fit it."""
-    settings = settings_of(0, MANY, card=int(gib * 2**30))
+    settings = settings_of(share, MANY, card=int(gib * 2**30))
     changes, plan = fitting.find_changes(settings, needs_reference=True)
-    most = next((change.settings["max_tokens_per_micro_batch"] for change in changes), None)
+    most = next((change.settings.get("max_tokens_per_micro_batch") for change in changes), None)
     with mock.patch.object(device.properties, "total_memory", settings.flags.device_bytes):
-        done = steps(0, MANY, most)
+        done = steps(share, MANY, most)
     peak, room = max(phase["peak"] for phase in done["phases"].values()), fitting.room(settings)
     named = [change.overrides.partition("=")[0] for change in changes]
-    return {"changes": named, "of room": peak / room, "of plan": {"card": peak / plan.peak_bytes}}
+    numbers = done["waits"]["_local_scalar_dense in step.micro_batch"]  # which the host reads of a micro-batch
+    return {"changes": named, "numbers": numbers, "of room": peak / room, "of plan": {"card": peak / plan.peak_bytes}}
 
 
 def scoring(mode):
@@ -257,7 +277,8 @@ def rollout(share, tokens=48, **options):
     prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
     limits = [21 if row % 4 == 1 else COMPLETION for row in range(PROMPTS * SAMPLES)]
     sampler, draws = Sampler(COMPLETION, **options), PromptDraws(prompts, SAMPLES, 0)
-    request = SamplingRequest(prompts, [[3] * PROMPT] * PROMPTS, SAMPLES, draws, limits=limits, on_token=look)
+    listeners = {"on_token": look, "on_tokens": lambda *_: None}
+    request = SamplingRequest(prompts, [[3] * PROMPT] * PROMPTS, SAMPLES, draws, limits=limits, **listeners)
     with (
         without_compiler(),
         mock.patch.object(_Decoder, "_choose", chosen),
@@ -282,6 +303,7 @@ def rollout(share, tokens=48, **options):
     plan = plan_method(dataclasses.replace(settings_of(share), sampler=sampler)).peaks["generating"]
     plan = dataclasses.replace(plan, gradients=0, optimizer=0).total  # which there are none of yet
     of_run = {"before": waits[0], "waits": more, "alive": dict(Numbers(alive)), "replayed": known.replayed, "layer": of_layer}
+    of_run["pools"] = known.pools
     return found(known, fake, **of_run, phases=phases, least=flops, **{"of plan": {"rollout": counted.live.peak / plan}})
 
 
@@ -309,7 +331,6 @@ def sent(share):
     servers = Servers(SimpleNamespace(give=given.append))
     with counted:
         weights = CurrentWeights(fake.model, Weights(), "base", 0, True)
-        counted.known.places.clear()
         phases.begin()
         servers._send(Update(weights.shapes(True), torch.bfloat16, True), weights.stream(True), served)
         phases.end("sent")
@@ -328,13 +349,18 @@ def main():
         "steps of a hybrid": lambda: planned_steps(0.1),
         "steps of one long row": lambda: planned_steps(0, ONE_LONG),
         "planted steps": planted,
+        "steps with an entropy bonus": lambda: planned_steps(0, entropy_coef=0.01),
+        "steps of an unplain output": unplain,
         "scoring": lambda: scoring(ExactGradients()),
         "sketches": lambda: scoring(SketchedGradients()),
         "rollout": lambda: rollout(0),
         "rollout by top-p": lambda: rollout(0.1, top_p=0.9),
+        "rollout by top-k": lambda: rollout(0, top_k=50),
         "weights": lambda: sent(0.1),
         "card of 6 GiB": lambda: on_a_card(6),
         "card of 5 GiB": lambda: on_a_card(5),
+        "full on a card of 7 GiB": lambda: on_a_card(7, 1.0),
+        "steps in a wide window": wide,
     }
     counts = {name: run() for name, run in runs.items() if name in sys.argv[2:] or len(sys.argv) == 2}
     counts["most logits"] = Backend().most_logits(torch.device("cuda")) // CONFIG.vocab_size

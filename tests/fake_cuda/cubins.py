@@ -120,6 +120,7 @@ def code_of(function, arguments, axes):
         "kernels": sum(".run(" in line for line in lines),
         "products": sum("extern_kernels." in line for line in lines),
         "others": [line for line in lines if "torch.ops." in line or "aten." in line],
+        "roundings": source.count(".to(tl.bfloat16)"),
         "looks": sum("copy_if_misaligned(" in line for line in lines),
     }
 

@@ -81,5 +81,6 @@ def stand_in(torch):
     for place, name in ((torch.cuda, "synchronize"), (torch.accelerator, "synchronize"), (torch.cuda, "empty_cache")):
         setattr(place, name, lambda device=None, name=name: tell("waits", name))
     torch.cuda.current_stream = torch.cuda.default_stream = torch.accelerator.current_stream = Stream
-    torch.cuda.CUDAGraph, torch.cuda.graph_pool_handle = Graph, lambda: "pool"
+    torch.cuda.CUDAGraph = Graph
+    torch.cuda.graph_pool_handle = lambda: tell("makes_pool") or "pool"
     torch.cuda.Stream, torch.cuda.stream = Stream, stream

@@ -129,6 +129,8 @@ def counter():
             if name in backward and not torch.are_deterministic_algorithms_enabled():
                 self.counts.atomics.append(name)
             result = self.run(function, args, kwargs)
+            if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+                self.counts.kernels += (name in backward) * 3 + (name in allocating and name.count("empty"))  # which are filled
             if function.namespace == "prim" or _is_view(function) or name in allocating:
                 return result
             if not self.is_on_device((args, kwargs, result)):

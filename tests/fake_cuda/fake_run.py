@@ -24,9 +24,9 @@ class _Device(SingleDeviceStrategy):
         pass
 
 
-def policy_of(fake, most):
+def policy_of(fake, most, **loss):
     """A run's module with GSPO and a KL term, whose passes take that many tokens; None for as many as fit."""
-    module = PolicyModule(GSPOLoss(kl_coef=0.01), Constant(), dtype="bfloat16", max_tokens_per_micro_batch=most)
+    module = PolicyModule(GSPOLoss(kl_coef=0.01, **loss), Constant(), dtype="bfloat16", max_tokens_per_micro_batch=most)
     policy = module.policy
     policy._model, policy._runner, policy._base_digest, policy.plan = fake.model, fake.runner, "fake", fake.plan
     policy._on_model(fake.model)

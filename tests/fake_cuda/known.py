@@ -55,7 +55,7 @@ class Known(counter()):
     def __init__(self, fake, exact=False):
         super().__init__()
         self.fake, self.exact, self.places, self.copies, self.logits = fake, exact, Numbers(), Numbers(), 0
-        self.replayed = 0  # graphs
+        self.replayed = self.pools = 0  # graphs, and the memories they are recorded in
         parameters = [part for part in fake.model.parameters() if part.dim() > 1 and not part.requires_grad]
         self._frozen = {part.untyped_storage()._cdata: part.numel() for part in parameters}
         self._vocabulary = fake.model.config.vocab_size
@@ -210,6 +210,9 @@ class Known(counter()):
         self._arrived = max(self._arrived, self._events[event])
 
     # ---- graphs
+
+    def makes_pool(self):
+        self.pools += 1
 
     def begins(self, graph):
         self._graph, graph.recorded, graph.before = graph, Recorded(), replace(self.counts)

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import fake_gpu
 
@@ -31,6 +32,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, find_candidates
 from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import MessageRequest, SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -112,8 +114,9 @@ def sampled(model, fake):
         own = [first[row].ids + added for row, added in zip(AGAIN, ADDED, strict=True)]
         later = [contexts[row] + more for row, more in zip(AGAIN, own, strict=True)]
         limits = [CAPACITY - len(more) for more in own]
+        counted.known.too_long = 0
         second = session.sample([MessageRequest(row, 1, *each) for row, *each in zip(AGAIN, later, limits, strict=True)])
-        replayed = counted.known.replayed
+        replayed, too_long = counted.known.replayed, counted.known.too_long
         request = SamplingRequest(PROMPTS, IDS, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 4), stops=Stops(STOPS, None))
         sampler = Sampler(40, temperature=0.7, top_k=25, top_p=0.9, min_p=0.02)
         some = sampler.sample(fake.runner, TOKENIZER, request)
@@ -121,7 +124,7 @@ def sampled(model, fake):
     draws = PromptDraws(PROMPTS, SAMPLES, 3)
     with torch.no_grad():
         tokens, logprobs = drawn(model, contexts, draws, LIMITS, 0.8)
-        found = {"first": differences(first, tokens, logprobs), "replayed": replayed}
+        found = {"first": differences(first, tokens, logprobs), "replayed": replayed, "too long": too_long}
         found["second"] = differences(second, *drawn(model, later, draws.of_turns(AGAIN, [1] * len(AGAIN)), limits, 0.8))
         filters = TopKLogitsWarper(25), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)
         draws = PromptDraws(PROMPTS, SAMPLES, 4)
@@ -152,7 +155,10 @@ def trained(model, fake, tokens):
     with without_compiler(), counted:
         batch = PolicyBatch(Sequences(*map(put, parts)), put(advantages), put(of_sampler), None, None, *sums, *sums)
         passes = len(module.task.passes.chunks(batch.sequences))
-        (batch,) = module.task.add_logprobs([batch], False)
+        with mock.patch.object(Passes, "logprobs", autospec=True, side_effect=Passes.logprobs) as calls:
+            (batch,) = module.task.add_logprobs([batch], False)
+        rows_of_passes = [len(call.args[1]) for call in calls.call_args_list]
+        alike = rows_of_passes == 2 * [part.stop - part.start for part in module.task.passes.chunks(batch.sequences)]
         fit(module, fake, batch, 1, gradients)
 
     def logprobs():
@@ -175,7 +181,8 @@ def trained(model, fake, tokens):
     of_gradients = max(float((part - gradients.found[name]).norm() / part.norm()) for name, part in expected.items())
     before = [(real(batch.old_logprobs), policy), (real(batch.ref_logprobs), start)]
     of_logprobs = max(float((one - other).abs().max()) for one, other in before)
-    return {"gradients": of_gradients, "loss": abs(gradients.loss - float(loss)), "logprobs": of_logprobs, "passes": passes}
+    of_loss = abs(gradients.loss - float(loss))
+    return {"gradients": of_gradients, "loss": of_loss, "logprobs": of_logprobs, "passes": passes, "alike": alike}
 
 
 def main():

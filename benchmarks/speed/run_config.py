@@ -35,7 +35,11 @@ def main(checkout: str, given: Sequence[str] = ()) -> None:
     assert hybrid_lightning.__file__.startswith(checkout), hybrid_lightning.__file__
     from benchmarks.training import Gated
     from benchmarks.worker import Gate
-    from hybrid_lightning.cli.main import HybridLightningCLI
+
+    try:
+        from hybrid_lightning.cli.main import HybridLightningCLI
+    except ModuleNotFoundError:  # a checkout from before the room `cli`
+        from hybrid_lightning.cli import HybridLightningCLI
 
     settings = Settings.from_arguments()
     name = settings.workload.name

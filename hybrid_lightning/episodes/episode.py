@@ -95,7 +95,7 @@ class LiveEpisode:
     logprobs: list[float] = field(default_factory=list)  # 0 for added tokens
     steps: list[int] = field(default_factory=list)  # step of the weights that sampled last, per token; empty if all are the same
     last: Sequence[int] = ()  # tokens of the policy's last message
-    texts: list[str] = field(default_factory=list)  # texts of the policy's messages
+    said: list[Completion] = field(default_factory=list)  # the policy's messages
     lengths: list[int] = field(default_factory=list)  # lengths of the policy's messages in tokens
     rewards: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -113,7 +113,7 @@ class LiveEpisode:
             self._take(await environments.start(self.number, self.group.prompt, self.group.seed))
         while not self.end:
             assert self.group.ids is not None
-            asked = MessageRequest(self.number, len(self.texts), [*self.group.ids, *self.ids], self._room)
+            asked = MessageRequest(self.number, len(self.said), [*self.group.ids, *self.ids], self._room)
             self._add_message(await ask(asked))
             if environments is not None and not self.end:
                 self.calling = "step"
@@ -143,7 +143,7 @@ class LiveEpisode:
     def _add_message(self, message: Sampled) -> None:
         """Add a message of the policy."""
         completion = message.completion
-        if not self.texts:
+        if not self.said:
             self.thinking = completion.thinking
         self.last, self.opened = message.ids, completion.thinking
         self.lengths.append(len(message.ids))
@@ -152,14 +152,14 @@ class LiveEpisode:
         self.steps += message.steps
         self.sampled += [True] * len(message.ids)
         self.end = "tokens" if not completion.finished else "answered" if self.rules.environments is None else ""
-        self.texts.append(str(completion))
+        self.said.append(completion)
         self.messages.append({"role": "assistant", "content": str(completion)})
 
     def _last_message(self) -> Message:
         """The last message of the policy, for the environment (see `Environment.step`)."""
         rules = self.rules
         ids = self.last[:-1] if self.last and self.last[-1] in rules.writer.turns.stop_ids else self.last
-        raw = self.texts[-1]
+        raw = str(self.said[-1])
         if not rules.writer.special_ids.isdisjoint(ids):  # without special tokens the text is the same, and decoding takes time
             raw = str(rules.writer.pretrained.tokenizer.decode(list(ids)))
             for stop in rules.stop:
@@ -184,13 +184,13 @@ class LiveEpisode:
         elif isinstance(answer, Step):
             self._add_step(answer)
         elif kind == "final reward" and answer:
-            self.rewards += [0.0] * (len(self.texts) - len(self.rewards))
+            self.rewards += [0.0] * (len(self.said) - len(self.rewards))
             self.rewards[-1] += answer
 
     def _add_step(self, answer: Step) -> None:
         self.rewards.append(answer.reward)
         self.counts.update(answer.counts)
-        if answer.over or len(self.texts) == self.rules.limits.max_turns:
+        if answer.over or len(self.said) == self.rules.limits.max_turns:
             self.end = answer.end if answer.over else "turns"
             self.messages += answer.messages
             return
@@ -228,9 +228,9 @@ class LiveEpisode:
 
     def completion(self) -> Completion:
         """The policy's messages, for rewards and logs."""
-        ended = self.end in ("answered", "over")
         if self.rules.environments is None:
-            return Completion(self.texts[0], sum(self.sampled), ended, self.thinking)
+            return self.said[0]
+        ended = self.end in ("answered", "over")
         rewards, lengths = tuple(self.rewards), tuple(self.lengths)
-        episode = Episode(tuple(self.messages), len(self.texts), self.end, rewards, dict(self.counts), lengths)
-        return Completion("\n".join(self.texts), sum(self.sampled), ended, self.thinking, episode)
+        episode = Episode(tuple(self.messages), len(self.said), self.end, rewards, dict(self.counts), lengths)
+        return Completion("\n".join(self.said), sum(self.sampled), ended, self.thinking, episode)

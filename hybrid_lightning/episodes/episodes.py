@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, RunningEpisodes
 from hybrid_lightning.episodes.episode import Group, LiveEpisode, Rules
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, shorten
 from hybrid_lightning.model.pretrained import Pretrained
-from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token, pad_values
 from hybrid_lightning.rollout.interface import Begun, SamplingRequest
-from hybrid_lightning.rollout.playing import Surroundings
+from hybrid_lightning.rollout.playing import NOTHING, Surroundings
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.shared.user_code import in_user_code
@@ -143,7 +142,7 @@ class Episodes:
             if on_tokens is not None:
                 on_tokens(episode.number, episode.ids)
 
-        environments, around, capacity, samples = None, Surroundings(), None, request.samples_per_prompt
+        environments, around, capacity, samples = None, NOTHING, None, request.samples_per_prompt
         groups = (
             [Group(prompt, seed=seed) for prompt, seed in zip(request.prompts, seeds, strict=True)]
             if seeds
@@ -169,19 +168,18 @@ class Episodes:
         return Surroundings(environments.blocked_s, None if self.limits.workers else environments.process_kept, finish)
 
     def _rollout(self, request: SamplingRequest, episodes: Sequence[LiveEpisode], device: torch.device) -> Rollout:
-        def padded(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-            return pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True).to(device)
-
         pad, samples = pad_token(self.pretrained.tokenizer), request.samples_per_prompt
         # Of a group in which all environments failed, only the prompt is known.
         ids = [each.group.ids or self.encode(each.group.prompt) for each in episodes[::samples]]
         prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
         completion_ids, completion_mask = pad_right([each.ids for each in episodes], pad, device)
-        steps = padded([each.steps for each in episodes], torch.long) if any(each.steps for each in episodes) else None
-        sampled = padded([each.sampled for each in episodes], torch.bool)
+        steps = None
+        if any(each.steps for each in episodes):
+            steps = pad_values([each.steps for each in episodes], 0, torch.long, device)
+        sampled = pad_values([each.sampled for each in episodes], False, torch.bool, device)
+        logprobs = pad_values([each.logprobs for each in episodes], 0.0, torch.float32, device)
         sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
         completions = tuple(each.completion() for each in episodes)
-        logprobs = padded([each.logprobs for each in episodes], torch.float32)
         return Rollout(tuple(request.prompts), completions, sequences, logprobs)
 
 

@@ -34,10 +34,16 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Pad rows on the right. Returns ids [B, T] int64 and the mask [B, T] bool, True on real tokens."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    ids = pad_values(rows, pad_id, torch.long, device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device)[None] < lengths[:, None]
+    return ids, torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]
+
+
+def pad_values(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Rows of unequal lengths as one tensor [B, longest], filled up on the right."""
+    width = max(len(row) for row in rows)
+    # All at once: a tensor for each row takes five times as long.
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype, device=device)
 
 
 def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) -> list[slice]:

@@ -2,19 +2,21 @@
 
     Rounds    in this process: when every live episode waits for the policy or has ended, all their requests in one batch,
               ordered by episode. So batches, and with them the bits, do not depend on the clock.
+    Alone     like it, for episodes that wait for nothing but the policy
     AtOnce    elsewhere: each request when it comes. A slow environment holds up its own episode alone.
 
 The coroutines run on the event loop of `user_calls`, on which `async` environments run, too. If one of them blocks the loop, all
-episodes continue on another loop from where they waited.
+episodes continue on another loop from where they waited. Those of `Alone` need no event loop: the calling thread runs them.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from types import coroutine
 from typing import Any, Self
 
 from hybrid_lightning.errors import RolloutError
@@ -154,6 +156,46 @@ class Rounds:
     async def _finish(self) -> None:
         await self._tasks.cancel()
         await self._around.finish()
+
+
+class Alone:
+    """Plays episodes in this process that wait for nothing but the policy, in the calling thread: used like `Rounds`.
+
+    An event loop would take as long for a rollout of short completions as decoding one of their tokens.
+    """
+
+    def __init__(self, episodes: Sequence[Playable]) -> None:
+        self._asked: list[MessageRequest] = []
+        self._live: list[Coroutine[Any, Any, None]] = [episode.play(self._ask) for episode in episodes]
+
+    def advance(self, messages: Sequence[Sampled] = ()) -> list[MessageRequest]:
+        """See `Rounds.advance`."""
+        live, self._live, self._asked = self._live, [], []
+        answers: Sequence[Sampled | None] = messages or [None] * len(live)
+        for episode, message in zip(live, answers, strict=True):
+            try:
+                episode.send(message)
+            except StopIteration:
+                continue
+            self._live.append(episode)
+        return self._asked
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End what is left of the episodes."""
+        for episode in self._live:
+            episode.close()
+
+    async def _ask(self, request: MessageRequest) -> Sampled:
+        self._asked.append(request)
+        return await _sent()
+
+
+@coroutine
+def _sent() -> Generator[None, Sampled, Sampled]:
+    return (yield)
 
 
 class AtOnce:

@@ -35,7 +35,7 @@ from hybrid_lightning.rollout.interface import (
     Stops,
     WeightsVersion,
 )
-from hybrid_lightning.rollout.playing import NOTHING, Rounds, Surroundings
+from hybrid_lightning.rollout.playing import NOTHING, Alone, Rounds, Surroundings
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.shared.configurable import Configurable
 from hybrid_lightning.types import Completion, Rollout, Sequences
@@ -260,7 +260,7 @@ class BatchEngine(RolloutEngine):
     ) -> Begun[None]:
         """See `RolloutEngine`."""
         session, messages = self.session(runner, tokenizer, request, capacity), list[Sampled]()
-        with Rounds(episodes, around) as rounds:
+        with Alone(episodes) if around is NOTHING else Rounds(episodes, around) as rounds:
             while asked := rounds.advance(messages):
                 messages = session.sample(asked)
         return RolloutFuture.of(None)

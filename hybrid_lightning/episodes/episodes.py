@@ -173,10 +173,11 @@ class Episodes:
         ids = [each.group.ids or self.encode(each.group.prompt) for each in episodes[::samples]]
         prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
         completion_ids, completion_mask = pad_right([each.ids for each in episodes], pad, device)
-        steps = None
+        steps, sampled = None, completion_mask
         if any(each.steps for each in episodes):
             steps = pad_values([each.steps for each in episodes], 0, torch.long, device)
-        sampled = pad_values([each.sampled for each in episodes], False, torch.bool, device)
+        if self.environment is not None:
+            sampled = pad_values([each.sampled for each in episodes], False, torch.bool, device)
         logprobs = pad_values([each.logprobs for each in episodes], 0.0, torch.float32, device)
         sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
         completions = tuple(each.completion() for each in episodes)

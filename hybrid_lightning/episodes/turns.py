@@ -23,7 +23,7 @@ Plain-text prompts have no chat template; `turn_template` formats the messages t
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ TURN_TEMPLATE = "\n{content}\n"
 # Tokens with which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4, GLM.
 _CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>", "<|observation|>")
 # How to write a message with a role that the template does not know. The policy must see that no person wrote it.
+_KNOWN, _SHORT = 1024, 256  # texts whose tokens are kept, and characters of the longest of them
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
 T = TypeVar("T")
 
@@ -78,6 +79,8 @@ class TurnEncoder:
         self._turn_template = turn_template
         self._trial = TemplateTrial(encoder, self.tools)
         self._sampled_ends: dict[str, int] = {}  # role of the first new message -> see `_sampled_end`
+        # Episodes of a prompt often get the same short answers, and a tokenizer's call takes as long as one of a tool.
+        self._known = lru_cache(_KNOWN)(encoder.tokenize)
 
     # ---- before the run
 
@@ -282,7 +285,7 @@ class TurnEncoder:
 
     def _tokenize(self, text: str, mark: str = "") -> list[int]:
         try:
-            return self._encoder.tokenize(text, mark)
+            return list((self._known if len(text) <= _SHORT else self._encoder.tokenize)(text, mark))
         except Exception as error:  # tokenizers without an "unknown" token raise no specific class
             begin = text.replace(mark, "")[:60]
             raise DataError(

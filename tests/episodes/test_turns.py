@@ -91,6 +91,14 @@ def test_an_episode_decodes_to_the_rendering_of_its_conversation(name, end, sett
     holds()
 
 
+def test_the_same_answer_gives_a_list_of_its_own_each_time():
+    turns = turns_of("qwen2_5")
+    once, twice = (turns.added(ASKED, [{"role": "user", "content": "42"}], []) for _ in range(2))
+    before = list(twice)
+    once.clear()
+    assert twice == before == turns.added(ASKED, [{"role": "user", "content": "42"}], []) != []
+
+
 def test_only_that_part_of_an_end_is_added_which_was_not_sampled():
     turns, new = turns_of("llama3_1", tools=True), [{"role": "tool", "content": "3"}]
     token = turns._encoder.tokenizer.convert_tokens_to_ids

@@ -1,6 +1,8 @@
 import torch
-from tiny_runs import fit
+from peft import PeftModel
+from tiny_runs import build_adapter, fit
 
+from hybrid_lightning.adapters.scorers import PreconditionedTail
 from hybrid_lightning.model import passes
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 
@@ -24,3 +26,13 @@ def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(
         assert resumed.token_budget() == taken, "an option goes before"
         assert bool(resumed.state(policy.device)) == bool(memory and not given), "a CPU and an option keep none"
     assert len(said) == 1 and "this device has 40 GiB" in said[0]
+
+
+def test_the_tokens_of_a_pass_of_scoring_are_not_those_of_training(model, sums, tmp_path, monkeypatch):
+    """While modules are scored there is neither an adapter nor an optimizer, so a pass has more memory."""
+    asked = []
+    monkeypatch.setattr(
+        passes, "default_token_budget", lambda model, device, beside: asked.append(isinstance(model, PeftModel)) or 12
+    )
+    fit(model, sums, tmp_path, build_adapter(scorer=PreconditionedTail()), max_steps=1)
+    assert asked == [False, True]

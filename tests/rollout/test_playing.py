@@ -5,13 +5,14 @@ import gc
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import pytest
 
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.interface import MessageRequest, Sampled
-from hybrid_lightning.rollout.playing import AtOnce, Rounds, Surroundings
+from hybrid_lightning.rollout.playing import Alone, AtOnce, Rounds, Surroundings
 from hybrid_lightning.types import Completion
 
 
@@ -67,6 +68,35 @@ def test_a_round_has_the_requests_of_all_live_episodes_in_their_order():
     play_in_rounds(episodes, sample)
     assert rounds == [[(0, 0), (1, 0), (2, 0), (3, 0)], [(1, 1), (2, 1), (3, 1)], [(1, 2), (3, 2)]]
     assert [len(episode.heard) for episode in episodes] == [1, 3, 2, 3]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_environments_the_calling_thread_plays_and_ends_all_of_them(fails):
+    heard, ended, rounds, messages = [], [], [], []
+
+    class Waits:
+        def __init__(self, number):
+            self.number = number
+
+        async def play(self, ask):
+            try:
+                for turn in range(1 + self.number):
+                    assert threading.current_thread() is threading.main_thread()
+                    heard.append((await ask(MessageRequest(self.number, turn, [], 4))).ids)
+                    assert not (fails and turn == 1), "the board is gone"
+            finally:
+                ended.append(self.number)
+
+    with (
+        pytest.raises(AssertionError, match="the board is gone") if fails else nullcontext(),
+        Alone([*map(Waits, range(3))]) as all_,
+    ):
+        while asked := all_.advance(messages):
+            rounds.append([(request.episode, request.number) for request in asked])
+            messages = list(map(message, asked))
+    assert rounds == [[(0, 0), (1, 0), (2, 0)], [(1, 1), (2, 1)], [(2, 2)]][: 2 if fails else 3]
+    assert [tuple(ids) for ids in heard] == [place for of_round in rounds for place in of_round][: 4 if fails else None]
+    assert sorted(ended) == [0, 1, 2]
 
 
 def finished(log):

@@ -176,7 +176,7 @@ class Episodes:
         steps, sampled = None, completion_mask
         if any(each.steps for each in episodes):
             steps = pad_values([each.steps for each in episodes], 0, torch.long, device)
-        if self.environment is not None:
+        if not all(all(each.sampled) for each in episodes):
             sampled = pad_values([each.sampled for each in episodes], False, torch.bool, device)
         logprobs = pad_values([each.logprobs for each in episodes], 0.0, torch.float32, device)
         sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)

@@ -39,11 +39,12 @@ _PLACES = {
     *(f"model.sampler.{name}" for name in ("urls", "address", "timeout", "give_up_after")),
     *(f"model.sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len", "sleep", "engine_args")),
     *(f"model.episodes.{name}" for name in ("workers", "step_timeout_s", "max_failed_share")),
+    *(f"model.agent.{name}" for name in ("concurrency", "timeout_s", "host", "port")),
 }
 # What accuracies depend on besides the policy: accuracies measured with another value are not comparable.
 _MEASURED_BY = (
     *("validation prompts", "trainer.limit_val_batches", "model.reward", "model.sampler", "model.eval_samples"),
-    *("model.environment", "model.episodes", "model.turn_template", "model.chat_template", "model.chat_template_kwargs"),
+    *("model.environment", "model.agent", "model.episodes", "model.turn_template", "model.chat_template", "model.chat_template_kwargs"),
 )
 _RATE_OF_FULL = "model.lr_full"
 _OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect: each group of weights has its own learning rate

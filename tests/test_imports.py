@@ -15,7 +15,7 @@ ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
 GROUND = {"types", "errors", "shared"}
 LEAVES = {
-    *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
+    *("agents", "data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "runner"),
 }
 POLICY = {"model", "episodes", "training"}
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": GROUND | {"runner"},
     "rewards": GROUND | {"sandbox"},
     "environments": GROUND | {"sandbox"},
+    "agents": GROUND | {"environments"},
     "model": GROUND | LEAVES,
     "episodes": GROUND | LEAVES | {"model"},
     "training": GROUND | LEAVES | {"model", "episodes", "process"},

@@ -64,7 +64,7 @@ from hybrid_lightning.training.example_module import (
 )
 from hybrid_lightning.training.module import LanguageModule
 
-for _room in ("data", "environments", "rewards"):  # as above
+for _room in ("agents", "data", "environments", "rewards"):  # as above
     load_names(f"hybrid_lightning.{_room}")
 
 _PACKAGE = Path(__file__).parents[1]

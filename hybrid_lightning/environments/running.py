@@ -5,8 +5,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from math import inf
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from hybrid_lightning.shared.user_calls import LoopLostError, run_async
 from hybrid_lightning.types import Message, Prompt
 
 logger = logging.getLogger(__name__)
-_BLOCKED_S = 2.0  # how long a busy machine may keep the event loop from running
+BLOCKED_S = 2.0  # how long a busy machine may keep the event loop from running
 _HOPELESS = 8  # if the first answers of a rollout are all late, the others will be late, too
 _Answer = Started | Step | TimedOut | float
 
@@ -67,6 +67,74 @@ class EpisodeLimits(Configurable):
         self.too_long, self.max_failed_share, self.workers = too_long, max_failed_share, workers
 
 
+class Faults:
+    """The episodes of a rollout that are left out, and the calls that took too long; ends the run if there are too many.
+
+    Args:
+        limits: Limits of the episodes.
+        name: What fails: environment or agent.
+        timeout: Option with the time limit of a call.
+        hopeless: Whether the run also ends if the first eight episodes are all left out.
+    """
+
+    def __init__(
+        self, limits: EpisodeLimits, name: str = "environment", timeout: str = "episodes.step_timeout_s", hopeless: bool = False
+    ) -> None:
+        self._limits, self._name, self._timeout, self._hopeless = limits, name, timeout, hopeless
+        self.begin(0)
+
+    def begin(self, count: int) -> None:
+        """Begin a rollout of this many episodes."""
+        self._count, self._failures = count, list[Failure]()
+        self._answered = Counter[str]()  # answered calls, by kind
+        self._late = Counter[str]()  # calls that took too long
+
+    def note(self, kind: str, answer: Any) -> None:
+        """Note the answer to a call.
+
+        Raises:
+            EpisodeError: If too many calls took too long, or too many episodes have failed.
+        """
+        self._answered[kind] += 1
+        if isinstance(answer, TimedOut) or (isinstance(answer, Failure) and answer.late):
+            self._late[kind] += 1
+            if self._late[kind] == self._answered[kind] == _HOPELESS:
+                raise EpisodeError(
+                    f"the first {_HOPELESS} calls for a {kind} in a rollout all took too long, the last one: {answer.reason}; "
+                    f"fix the {self._name}, or raise {self._timeout}"
+                )
+        if isinstance(answer, Failure):
+            self._failures.append(answer)
+            many = len(self._failures) > self._limits.max_failed_share * self._count
+            if many or (self._hopeless and len(self._failures) == self._answered[kind] == _HOPELESS):
+                more = f", more than episodes.max_failed_share={self._limits.max_failed_share:g}" if many else ", the first ones"
+                remedy = ", or raise the share" if many else ""
+                raise EpisodeError(
+                    f"the {self._name} failed in {len(self._failures)} of {self._count} episodes{more}: "
+                    f"{self._failures[0].reason}; fix the {self._name}{remedy}"
+                )
+
+
+@contextmanager
+def process_kept(on_change: Callable[[], object]) -> Iterator[None]:
+    """Restore the states of the global generators and the working folder, which training and the user's code share.
+
+    Used while the main thread waits for code in this process; `on_change` is called if it has drawn random numbers. A rollout
+    ahead of training cannot do this, since the main thread continues in the meantime.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, folder = random_states(), os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        if not same_random_states(before, random_states()):
+            restore_random_states(before)
+            on_change()
+
+
 class RunningEpisodes:
     """The environments of the episodes of a rollout; its methods are awaited on the event loop of `user_calls`.
 
@@ -108,22 +176,18 @@ class RunningEpisodes:
         self._workers = workers_for(environment, limits.workers, *told) if limits.workers else []
         self._places: Sequence[Objects | Worker] = self._workers or [Objects(environment, *told)]
         self._episodes: dict[int, RunningEpisode] = {}  # episodes that have not ended
-        self._count = 0  # episodes in the rollout
-        self._failures: list[Failure] = []
-        self._answered: Counter[str] = Counter()  # answered starts, steps and final rewards of the rollout
-        self._late: Counter[str] = Counter()  # calls that took too long
+        self._faults = Faults(limits)
         self._warned: set[str] = set()
 
     @property
     def blocked_s(self) -> float:
         """Longest time in seconds for which code may block the event loop. Processes have their own loops."""
-        return inf if self._workers else max(_BLOCKED_S, self.limits.step_timeout_s)
+        return inf if self._workers else max(BLOCKED_S, self.limits.step_timeout_s)
 
     def begin(self, count: int) -> None:
         """Begin a rollout of this many episodes, after `finish` of the one before."""
         assert not self._episodes, "the rollout before has been finished"
-        self._count, self._failures = count, []
-        self._answered, self._late = Counter(), Counter()
+        self._faults.begin(count)
 
     async def start(self, number: int, prompt: Prompt, seed: int) -> Started:
         """Begin an episode, with a seed in [0, 2^31) that is the same for all episodes of a group.
@@ -196,50 +260,25 @@ class RunningEpisodes:
         return answer
 
     def _note(self, kind: str, number: int, answer: _Answer) -> None:
-        self._answered[kind] += 1
         if isinstance(answer, (Failure, TimedOut)):
             self._warn_close([self._episodes.pop(number)])
         if isinstance(answer, TimedOut) or (isinstance(answer, Failure) and answer.late):
             background = "such a call continues in the background; with episodes.workers its process is ended"
             self._warn("time", f"{answer.reason}; {background}" if not self._workers else answer.reason)
-            self._late[kind] += 1
-            if self._late[kind] == self._answered[kind] == _HOPELESS:
-                raise EpisodeError(
-                    f"the first {_HOPELESS} calls for a {kind} in a rollout all took too long, the last one: {answer.reason}; "
-                    "fix the environment, or raise episodes.step_timeout_s"
-                )
-        if isinstance(answer, Failure):
-            self._failures.append(answer)
-            if len(self._failures) > self.limits.max_failed_share * self._count:
-                raise EpisodeError(
-                    f"the environment failed in {len(self._failures)} of {self._count} episodes, more than "
-                    f"episodes.max_failed_share={self.limits.max_failed_share:g}: {self._failures[0].reason}; fix the "
-                    "environment, or raise the share"
-                )
+        self._faults.note(kind, answer)
 
-    @contextmanager
-    def process_kept(self) -> Iterator[None]:
-        """Restore the states of the global generators and the working folder, which training and environments share.
-
-        Used while the main thread waits for environments of this process. A rollout ahead of training cannot do this, since the
-        main thread continues in the meantime.
-        """
-        if self._workers or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before, folder = random_states(), os.getcwd()
-        try:
-            yield
-        finally:
-            os.chdir(folder)
-            if not same_random_states(before, random_states()):
-                restore_random_states(before)
-                self._warn(
-                    "global generators",
-                    f"{type(self.environment).__name__} draws from the global random generators of Python, NumPy or torch, which "
-                    "all episodes share, so its seed does not make it repeatable; set episodes.workers: in processes, each "
-                    "episode has its own generator states",
-                )
+    def process_kept(self) -> AbstractContextManager[None]:
+        """See `process_kept`; environments in other processes change nothing here."""
+        if self._workers:
+            return nullcontext()
+        return process_kept(
+            lambda: self._warn(
+                "global generators",
+                f"{type(self.environment).__name__} draws from the global random generators of Python, NumPy or torch, which "
+                "all episodes share, so its seed does not make it repeatable; set episodes.workers: in processes, each "
+                "episode has its own generator states",
+            )
+        )
 
     def _warn_close(self, episodes: Iterable[RunningEpisode]) -> None:
         for fault in filter(None, (episode.close_fault for episode in episodes)):

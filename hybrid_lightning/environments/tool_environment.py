@@ -131,7 +131,7 @@ class ToolEnvironment(Environment):
     async def step(self, message: Message) -> Step:
         """Run the calls in the policy's message."""
         counts = dict.fromkeys(COUNTS, 0.0)
-        text = _after_thought(message.get("raw", message["content"]))
+        text = after_thought(message.get("raw", message["content"]))
         calls = self.call_format.parse(text, self._described()) if self._functions else []
         if not calls:
             return Step((), 0.0, True, "answered", counts)
@@ -199,7 +199,7 @@ class ToolEnvironment(Environment):
         return "", value
 
 
-def _after_thought(text: str) -> str:
+def after_thought(text: str) -> str:
     """A message without its leading thought; empty if the thought is not closed, since calls in a thought do not count."""
     begin, opened, rest = text.partition("<think>")
     return rest.partition("</think>")[2] if opened and not begin.strip() else text

@@ -8,7 +8,7 @@ A completion without environment is an episode with one request. Its tokens are 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.episodes.turns import TurnEncoder
@@ -34,6 +34,16 @@ class Writer(Protocol):
     @property
     def cut_mark(self) -> str:
         """What is written after a cut text."""
+
+
+class EpisodeRow(NamedTuple):
+    """A row of an episode as tokens."""
+
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]  # of the completion
+    sampled: Sequence[bool]  # which of them the policy sampled
+    logprobs: Sequence[float]  # 0 for others
+    steps: Sequence[int]  # step of the weights that sampled last, per token; empty if all are the same
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,15 @@ class LiveEpisode:
             ids = turns.added(prompt, messages, self.last)
         self.counts["cut_answers"] += 1
         return list(messages), ids
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt of its group."""
+        return self.group.prompt
+
+    def rows(self, prompt_ids: Callable[[], Sequence[int]]) -> list[EpisodeRow]:
+        """The episode as a row of tokens; `prompt_ids` gives its prompt if no episode of its group has begun."""
+        return [EpisodeRow(self.group.ids or prompt_ids(), self.ids, self.sampled, self.logprobs, self.steps)]
 
     def _fail(self) -> None:
         """Leave the whole episode out of training."""

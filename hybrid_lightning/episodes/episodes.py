@@ -7,32 +7,42 @@ Episodes are independent of each other (`episode.py`); the rollout engine decide
 Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
-from itertools import takewhile
+from functools import cached_property, partial
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from hybrid_lightning.agents import Agent
+from hybrid_lightning.agents.agent import HERE
+from hybrid_lightning.agents.endpoint import Endpoint
 from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, RunningEpisodes
+from hybrid_lightning.environments.running import BLOCKED_S, Faults, process_kept
+from hybrid_lightning.episodes.agent_episode import AgentEpisode, AgentRules, Conversations
 from hybrid_lightning.episodes.episode import Group, LiveEpisode, Rules
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, shorten
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token, pad_values
-from hybrid_lightning.rollout.interface import Begun, SamplingRequest
+from hybrid_lightning.rollout.interface import Begun, Sampled, SamplingRequest
 from hybrid_lightning.rollout.playing import NOTHING, Surroundings
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
+from hybrid_lightning.shared.user_calls import CallThreads
 from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.types import Completion, Message, Prompt, Rollout, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.runner import ModelRunner  # PEFT is slow to import
 
+logger = logging.getLogger(__name__)
 ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode.end`
 
 
@@ -40,14 +50,16 @@ class Episodes:
     """Plays the episodes of a policy.
 
     Args:
-        environment: The object in the config; each episode gets its own. None if an episode is a single message.
-        limits: Limits of episodes with an environment; None for `EpisodeLimits()`.
+        environment: The object in the config; each episode gets its own. None without one.
+        limits: Limits of episodes with an environment or an agent; None for `EpisodeLimits()`.
         pretrained: The policy's tokenizer and templates.
         turn_template: How to write messages after a plain-text prompt; None for the default.
         turn_rewards: Whether the reward of each turn counts by itself (see `Environment.turn_rewards`).
+        agent: Plays the episodes in place of an environment. With neither, an episode is a single message.
+        needs_number: Whether nothing but the agent gives a reward.
 
     Raises:
-        ConfigError: If there are options of episodes without an environment.
+        ConfigError: If there are options of episodes without an environment or an agent, or if there are both.
     """
 
     def __init__(
@@ -57,19 +69,39 @@ class Episodes:
         pretrained: Pretrained,
         turn_template: str | None = None,
         turn_rewards: bool = False,
+        agent: Agent | None = None,
+        needs_number: bool = False,
     ) -> None:
+        if environment is not None and agent is not None:
+            raise ConfigError("model.agent and model.environment are both set; an episode is played by one of them, so remove one")
         for name, value in (("episodes", limits), ("turn_template", turn_template)):
-            if environment is None and value is not None:
-                raise ConfigError(f"model.{name} needs model.environment, which is not set; set it, or remove model.{name}")
+            if environment is None and agent is None and value is not None:
+                raise ConfigError(
+                    f"model.{name} needs model.environment or model.agent, and neither is set; set one, or remove model.{name}"
+                )
+        self.agent, self._needs_number = agent, needs_number
+        self._endpoint: Endpoint | None = None
+        self._warned: set[str] = set()
         self.environment, self.limits, self.pretrained = environment, limits or EpisodeLimits(), pretrained
         self._turn_template, self._turn_rewards = turn_template, turn_rewards
         self._idle: list[RunningEpisodes] = []  # of rollouts that have ended
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether an episode has several messages of the policy, with an environment or an agent."""
+        return self.environment is not None or self.agent is not None
+
+    @property
+    def player(self) -> str:
+        """Name of the environment or the agent, for messages."""
+        return self.agent.name if self.agent is not None else type(self.environment).__name__
+
     @cached_property
     def turns(self) -> TurnEncoder:
         """Encoder of the messages that environments add."""
-        assert self.environment is not None
         pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
+        if self.environment is None:
+            return TurnEncoder(pretrained.encoder, pretrained.stop_ids, **given)
         with in_user_code(self.environment, "prepare"):
             self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
         with in_user_code(self.environment, "tools"):
@@ -99,13 +131,19 @@ class Episodes:
     @cached_property
     def _elsewhere(self) -> "Episodes":
         """A copy with its own tokenizer, for the event loop while this process continues."""
-        options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards
-        return Episodes(self.environment, self.limits if self.environment else None, *options)
+        options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, self.agent
+        return Episodes(self.environment, self.limits if self.has_turns else None, *options)
 
     @property
     def stop_ids(self) -> Sequence[int]:
         """Tokens that end a message."""
-        return self.pretrained.stop_ids if self.environment is None else self.turns.stop_ids
+        return self.turns.stop_ids if self.has_turns else self.pretrained.stop_ids
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        """Writes and reads the conversations of agents."""
+        assert self.agent is not None
+        return Conversations(self.pretrained, self.agent.call_format, self._turn_template, self.special_ids)
 
     def encode(self, prompt: Prompt, begun: Sequence[Message] = ()) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages.
@@ -119,6 +157,29 @@ class Episodes:
         for environments in self._idle:  # others end with this process
             environments.close()
         self._idle = []
+        if self._endpoint is not None:
+            self._endpoint.stop()
+            self._endpoint = None
+
+    def check_agent(self) -> str:
+        """Make sure, before time is spent on a run, that the agent can be started; a line about it for the start of the run."""
+        agent, endpoint = self.agent, self.endpoint
+        assert agent is not None
+        agent.check()
+        _ = self.conversations.call_format
+        where = endpoint.base_url
+        if agent.host not in (HERE, "localhost", "::1"):
+            where += f", open to whoever reaches {agent.host} port {endpoint.port} and has the key of an episode, without encryption"
+        repeats = "a run repeats itself to the bit if the agent does"
+        return f"Agent {agent.name}: {agent.concurrency} at once, served at {where}; {repeats}"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint of this process."""
+        assert self.agent is not None
+        if self._endpoint is None:
+            self._endpoint = Endpoint(self.agent, int(rank_zero_only.rank or 0))
+        return self._endpoint
 
     def begin(
         self, sampler: RolloutEngine, runner: "ModelRunner", request: SamplingRequest, seeds: Sequence[int] = ()
@@ -135,6 +196,9 @@ class Episodes:
             RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
         """
         on_completion, on_tokens = request.on_completion, request.on_tokens
+
+        if self.agent is not None:
+            return self._begin_agents(self.agent, sampler, runner, request)
 
         def tell(episode: LiveEpisode, completion: Completion) -> None:
             if on_completion is not None:
@@ -160,6 +224,57 @@ class Episodes:
         begun = sampler.play(runner, own.pretrained.tokenizer, request, list(rules.episodes), capacity, around)
         return begun.then(lambda _: self._rollout(request, rules.episodes, next(runner.model.parameters()).device))
 
+    def _begin_agents(
+        self, agent: Agent, sampler: RolloutEngine, runner: "ModelRunner", request: SamplingRequest
+    ) -> Begun[Rollout]:
+        config, own = getattr(runner.model, "config", None), self._elsewhere
+        on_completion, request = request.on_completion, replace(request, on_completion=None, on_tokens=None)
+        faults, threads = Faults(self.limits, "agent", "agent.timeout_s", hopeless=True), CallThreads()
+        faults.begin(len(request.prompts) * request.samples_per_prompt)
+
+        def warn(kind: str, text: str) -> None:
+            if kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning("%s", text)
+
+        def tell(episode: AgentEpisode, completion: Completion) -> None:
+            if on_completion is not None:
+                on_completion(episode.number, completion)
+
+        def version(message: Sampled) -> str:
+            return f"step-{message.steps[-1]}" if message.steps else str(getattr(sampler, "version", None) or "policy")
+
+        rules = AgentRules(
+            agent=agent,
+            endpoint=self.endpoint,
+            conversations=own.conversations,
+            limits=self.limits,
+            faults=faults,
+            max_new_tokens=sampler.max_new_tokens,
+            context=sampler.context(config)[0],
+            stop=sampler.stop,
+            needs_number=self._needs_number,
+            version=version,
+            on_end=tell,
+            warn=warn,
+            threads=threads,
+        )
+        episodes = [
+            AgentEpisode(place * request.samples_per_prompt + sample, prompt, _row_of(prompt), rules)
+            for place, prompt in enumerate(request.prompts)
+            for sample in range(request.samples_per_prompt)
+        ]
+
+        async def finish() -> None:
+            threads.close()
+
+        drew = f"the agent {agent.name} draws from the global random generators of Python, NumPy or torch, which all agents share"
+        kept = None if sampler.is_remote else partial(process_kept, lambda: warn("global generators", f"{drew}; give it its own"))
+        around = Surroundings(max(BLOCKED_S, agent.timeout_s), kept, finish, agent.concurrency)
+        tokenizer = own.pretrained.tokenizer if sampler.is_remote else self.pretrained.tokenizer
+        begun = sampler.play(runner, tokenizer, request, episodes, self.limits.max_tokens, around)
+        return begun.then(lambda _: self._rollout(request, episodes, next(runner.model.parameters()).device))
+
     def _around(self, environments: RunningEpisodes) -> Surroundings:
         async def finish() -> None:
             await environments.finish()
@@ -167,21 +282,36 @@ class Episodes:
 
         return Surroundings(environments.blocked_s, None if self.limits.workers else environments.process_kept, finish)
 
-    def _rollout(self, request: SamplingRequest, episodes: Sequence[LiveEpisode], device: torch.device) -> Rollout:
-        pad, samples = pad_token(self.pretrained.tokenizer), request.samples_per_prompt
-        # Of a group in which all environments failed, only the prompt is known.
-        ids = [each.group.ids or self.encode(each.group.prompt) for each in episodes[::samples]]
-        prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
-        completion_ids, completion_mask = pad_right([each.ids for each in episodes], pad, device)
+    def _rollout(
+        self, request: SamplingRequest, episodes: Sequence[LiveEpisode] | Sequence[AgentEpisode], device: torch.device
+    ) -> Rollout:
+        pad = pad_token(self.pretrained.tokenizer)
+        of_each = [each.rows(partial(self.encode, each.prompt)) for each in episodes]
+        rows = [row for own in of_each for row in own]
+        prompts = [(ids, len(list(same))) for ids, same in groupby(row.prompt_ids for row in rows)]  # neighbours share theirs
+        repeats = torch.tensor([count for _, count in prompts], device=device)
+        padded = pad_left([ids for ids, _ in prompts], pad, device)
+        prompt_ids, prompt_mask = (part.repeat_interleave(repeats, dim=0) for part in padded)
+        completion_ids, completion_mask = pad_right([row.ids for row in rows], pad, device)
         steps, sampled = None, completion_mask
-        if any(each.steps for each in episodes):
-            steps = pad_values([each.steps for each in episodes], 0, torch.long, device)
-        if not all(all(each.sampled) for each in episodes):
-            sampled = pad_values([each.sampled for each in episodes], False, torch.bool, device)
-        logprobs = pad_values([each.logprobs for each in episodes], 0.0, torch.float32, device)
+        if any(row.steps for row in rows):
+            steps = pad_values([row.steps for row in rows], 0, torch.long, device)
+        if not all(all(row.sampled) for row in rows):
+            sampled = pad_values([row.sampled for row in rows], False, torch.bool, device)
+        logprobs = pad_values([row.logprobs for row in rows], 0.0, torch.float32, device)
         sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
         completions = tuple(each.completion() for each in episodes)
-        return Rollout(tuple(request.prompts), completions, sequences, logprobs)
+        rollout = Rollout(tuple(request.prompts), completions, sequences, logprobs)
+        if len(rows) == len(episodes):
+            return rollout
+        counts = torch.tensor([len(own) for own in of_each], device=device)
+        return replace(rollout, episode_of_row=torch.arange(len(episodes), device=device).repeat_interleave(counts))
+
+
+def _row_of(prompt: Prompt) -> dict[str, Any]:
+    """What an agent gets of a prompt."""
+    asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
+    return {**deepcopy(prompt.columns), "prompt": asked, "answer": prompt.answer}
 
 
 def token_advantages(rollout: Rollout) -> Tensor | None:

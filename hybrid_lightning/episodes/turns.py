@@ -154,6 +154,37 @@ class TurnEncoder:
             prompt = replace(prompt, messages=tuple(dict(message) for message in shown))
         return self._encoder.encode(prompt, self._tools_of(prompt), mark), whole
 
+    def whole(self, messages: Sequence[Message], described: str = "") -> tuple[list[int], Prompt]:
+        """Tokens of a conversation of other people's making up to the policy's opening, and its beginning as a prompt.
+
+        No special token in it ends a turn. `described` is a system text in front, for a template that does not show tools.
+        Without a chat template, the first user message is the prompt as it stands; the others follow by `turn_template`, and an
+        answer of the policy as its own text and end.
+
+        Raises:
+            ConfigError: If the chat template rejects the messages.
+            DataError: If the tokenizer cannot encode them.
+        """
+        if self._encoder.has_template:
+            shown, mark = self._cut(self._with_system(list(messages), described))
+            prompt = Prompt(messages=tuple(dict(message) for message in self._joined(shown)))
+            return self._encoder.encode(prompt, self.tools, mark), prompt
+        begin = list(takewhile(lambda message: message["role"] != "assistant", messages))
+        place = next((n for n, message in enumerate(begin) if message["role"] == "user"), 0)
+        text, mark = self._cut(str(begin[place]["content"]) if begin else "")
+        prompt = Prompt(text=text)
+        before, after = ([*begin[:place]], [*begin[place + 1 :]])
+        ids = self._encoder.tokenize("".join(map(self._write, before)), add_special_tokens=True) if before else []
+        ids += self._encoder.encode(prompt, mark=mark) if not before else self._tokenize(text, mark)
+        ids += self.added(prompt, after, ()) if after else []
+        for message in messages[len(begin) :]:
+            if message["role"] == "assistant":
+                text, mark = self._cut(str(message["content"]))
+                ids += [*self._tokenize(text, mark), self._given_stops[0]]
+            else:
+                ids += self.added(prompt, [message], ())
+        return ids, prompt
+
     def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int]) -> list[int]:
         """Tokens after a turn of the policy: the rest of the turn's end, the new messages and the next opening.
 

@@ -39,6 +39,7 @@ class SamplingRequest:
     draws: Draws = None  # source of random numbers
     greedy: bool = False  # take the most probable token instead of sampling; G must then be 1
     stops: Stops | None = None  # from `RolloutEngine.stops`; None makes it for this request
+    stop: tuple[str, ...] = ()  # strings that end these completions, besides the engine's own
     limits: Sequence[int] | None = None  # most new tokens of each completion, [B]; None: `max_new_tokens`
     # Called after every token with (sequences still running, tokens decoded), for progress bars. An exception from it ends the
     # sampling.
@@ -56,9 +57,14 @@ class MessageRequest(NamedTuple):  # one of thousands in a rollout: a frozen dat
     """What an episode asks the policy for: its next message."""
 
     episode: int  # number of the episode in its rollout, of B = P * G in prompt-major order
-    number: int  # number of the request in its episode, from 0
+    # Which message of the episode, for its random numbers: the number of the message, from 0, in the episode's only or first
+    # row; in further rows a name.
+    number: int | str
     ids: Sequence[int]  # all tokens before the message: the prompt, earlier messages, and what was added to them
     limit: int  # most tokens of the message
+    row: int = 0  # which row of the episode the message continues
+    stop: tuple[str, ...] = ()  # strings that end the message, besides the engine's own
+    capacity: int | None = None  # most tokens of the row after its prompt; None: as for all episodes (see `RolloutEngine.play`)
 
 
 class Sampled(NamedTuple):

@@ -25,6 +25,7 @@ from hybrid_lightning.rollout.interface import AskPolicy, MessageRequest, Playab
 from hybrid_lightning.shared.user_calls import Heartbeat, LoopLostError, begin_async, run_async
 
 _END_S = 10.0  # time for episodes to end after they were cancelled
+_TURNS = 50  # of the event loop, in which a program in this process passes a request on
 
 
 async def _nothing() -> None:
@@ -39,6 +40,7 @@ class Surroundings:
     # Context in which code of episodes runs in this process; None if none does.
     within: Callable[[], AbstractContextManager[Any]] | None = None
     finish: Callable[[], Awaitable[None]] = _nothing  # awaited after the last episode, also after a failure
+    concurrency: int | None = None  # most episodes that are played at once; None: all, each of which asks once at a time
 
 
 NOTHING = Surroundings()
@@ -47,11 +49,13 @@ NOTHING = Surroundings()
 class _Tasks:
     """The coroutines of live episodes, on the event loop."""
 
-    def __init__(self, episodes: Sequence[Playable], ask: AskPolicy) -> None:
+    def __init__(self, episodes: Sequence[Playable], ask: AskPolicy, concurrency: int | None) -> None:
         self._episodes, self._ask = {episode.number: episode for episode in episodes}, ask
-        self._tasks: dict[int, asyncio.Task[None]] = {}  # by episode
+        self._concurrency = len(episodes) if concurrency is None else concurrency
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # of the episodes that have begun, by episode
         self.failure: BaseException | None = None  # the first one
         self._ended: Callable[[], None] = lambda: None
+        self._is_ending = False
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -59,11 +63,21 @@ class _Tasks:
     def begin(self, on_end: Callable[[], None]) -> object:
         """Begin the coroutines that have not begun; `on_end` is called after the end of each. See `are_on` for the result."""
         self._ended = on_end
+        self._begin_more()
+        return self._tasks
+
+    def _begin_more(self) -> None:
+        if len(self._tasks) == min(self._concurrency, len(self._episodes)):
+            return
         for number, episode in self._episodes.items():
-            if number not in self._tasks:
+            if number not in self._tasks and len(self._tasks) < self._concurrency:
                 task = self._tasks[number] = asyncio.create_task(episode.play(self._ask))
                 task.add_done_callback(partial(self._end, number))
-        return self._tasks
+
+    @property
+    def begun(self) -> int:
+        """Number of live episodes that have begun."""
+        return len(self._tasks)
 
     def are_on(self, begun: object) -> bool:
         """Whether the episodes still are on the event loop on which `begin` gave this."""
@@ -75,6 +89,8 @@ class _Tasks:
         del self._tasks[number], self._episodes[number]
         if not task.cancelled() and task.exception() is not None:
             self.failure = self.failure or task.exception()
+        if self.failure is None and not self._is_ending:
+            self._begin_more()
         self._ended()
 
     def relocate(self) -> None:
@@ -84,6 +100,7 @@ class _Tasks:
 
     async def cancel(self) -> None:
         """End the coroutines."""
+        self._is_ending = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -103,8 +120,9 @@ class Rounds:
     """
 
     def __init__(self, episodes: Sequence[Playable], around: Surroundings) -> None:
-        self._tasks, self._around, self._within = _Tasks(episodes, self._ask), around, around.within or nullcontext
-        self._waiting: dict[int, tuple[MessageRequest, asyncio.Future[Sampled]]] = {}  # by episode
+        self._tasks = _Tasks(episodes, self._ask, around.concurrency)
+        self._around, self._within = around, around.within or nullcontext
+        self._waiting: dict[asyncio.Future[Sampled], MessageRequest] = {}
         self._answers: list[asyncio.Future[Sampled]] = []  # of the last round
         self._settled: asyncio.Event | None = None  # set when all live episodes wait, or one has failed
 
@@ -112,21 +130,22 @@ class Rounds:
         """Give the episodes the messages that they asked for, and continue until all live ones wait for the policy again.
 
         Returns:
-            Their requests, ordered by episode; none after the last episode. The first exception of an episode is raised.
+            Their requests, ordered by episode, and of one episode by their tokens; none after the last episode. The first
+            exception of an episode is raised.
         """
+        waiting: list[tuple[asyncio.Future[Sampled], MessageRequest]] = []
         while len(self._tasks):
             try:
                 with self._within():
-                    run_async(self._continue(messages), self._around.blocked_s)
+                    waiting = run_async(self._continue(messages), self._around.blocked_s)
                 break
             except LoopLostError:
                 self._tasks.relocate()
                 self._waiting, self._answers, messages = {}, [], ()
         if self._tasks.failure is not None:
             raise self._tasks.failure
-        waiting = [self._waiting[number] for number in sorted(self._waiting)]
-        self._waiting, self._answers = {}, [answer for _, answer in waiting]
-        return [request for request, _ in waiting]
+        self._answers = [answer for answer, _ in waiting]
+        return [request for _, request in waiting]
 
     def __enter__(self) -> Self:
         return self
@@ -138,19 +157,45 @@ class Rounds:
 
     async def _ask(self, request: MessageRequest) -> Sampled:
         answer: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
-        self._waiting[request.episode] = request, answer
+        self._waiting[answer] = request
         self._look()
-        return await answer
+        try:
+            return await answer
+        finally:
+            if self._waiting.pop(answer, None) is not None:  # the episode has given up
+                self._look()
 
-    async def _continue(self, messages: Sequence[Sampled]) -> None:
+    async def _continue(self, messages: Sequence[Sampled]) -> list[tuple[asyncio.Future[Sampled], MessageRequest]]:
         self._settled = asyncio.Event()
         for answer, message in zip(self._answers, messages, strict=True):
-            answer.set_result(message)
+            if not answer.done():  # the episode has given up
+                answer.set_result(message)
         self._tasks.begin(self._look)
-        await self._settled.wait()
+        while True:
+            self._look()
+            await self._settled.wait()
+            if self._around.concurrency is not None:  # episodes may ask several times at once, and give up
+                count = -1
+                while count != len(self._waiting):
+                    count = len(self._waiting)
+                    for _ in range(_TURNS):
+                        await asyncio.sleep(0)
+            if self._has_settled:
+                break
+            self._settled.clear()
+        waiting = sorted(self._waiting.items(), key=lambda entry: (entry[1].episode, entry[1].row, *entry[1].ids))
+        self._waiting = {}
+        return waiting
+
+    @property
+    def _has_settled(self) -> bool:
+        if self._tasks.failure is not None or not len(self._tasks):
+            return True
+        return len({request.episode for request in self._waiting.values()}) == self._tasks.begun
 
     def _look(self) -> None:
-        if self._settled is not None and (len(self._waiting) == len(self._tasks) or self._tasks.failure is not None):
+        may_have = len(self._waiting) >= self._tasks.begun or self._tasks.failure is not None
+        if self._settled is not None and may_have and self._has_settled:
             self._settled.set()
 
     async def _finish(self) -> None:
@@ -211,7 +256,7 @@ class AtOnce:
     def __init__(
         self, episodes: Sequence[Playable], ask: AskPolicy, around: Surroundings, on_end: Callable[[], object] = lambda: None
     ) -> None:
-        self._tasks, self._around, self._on_end = _Tasks(episodes, ask), around, on_end
+        self._tasks, self._around, self._on_end = _Tasks(episodes, ask, around.concurrency), around, on_end
         self._work: Future[None] = Future()  # done after the last episode, on whichever event loop it ended
         self._run: Future[None] | None = None  # on the current event loop
         self._heartbeat: Heartbeat | None = None

@@ -35,8 +35,9 @@ class PromptDraws:
         self._prompts, self._seed, self._names = prompts, seed, names
         digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
         self.seeds = [int.from_bytes(digest) >> 1 for digest in digests]  # one per prompt, below 2^63
-        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self._generators = [(torch.Generator().manual_seed(seed), samples_per_prompt) for seed in self.seeds]
         self._samples = samples_per_prompt
+        self._chosen: Tensor | None = None  # which of the generators' numbers belong to the completions; None: all, in order
         self._block = torch.empty(0)
         self._next = 0  # the first step after the block
 
@@ -51,32 +52,54 @@ class PromptDraws:
             [R, 1] float64 on the device of `rows`.
         """
         if step == self._next:
-            size = (self._samples, _STEPS)
-            parts = [torch.rand(size, dtype=torch.float64, generator=generator) for generator in self._generators]
-            block = torch.cat(parts)
+            parts = [
+                torch.rand((samples, _STEPS), dtype=torch.float64, generator=generator) for generator, samples in self._generators
+            ]
+            block = torch.cat(parts) if self._chosen is None else torch.cat(parts)[self._chosen]
             if rows.device.type == "cuda":  # from pinned memory, so that the host need not wait for the device
                 block = block.pin_memory()
             self._block, self._next = block.to(rows.device, non_blocking=True), self._next + _STEPS
         return self._block[rows, step - self._next + _STEPS, None]
 
-    def of_turns(self, rows: Sequence[int], turns: Sequence[int]) -> "PromptDraws":
-        """The draws for later messages of some episodes, from one generator for each message.
+    def of_turns(self, rows: Sequence[int], turns: Sequence[int | str]) -> "PromptDraws":
+        """New draws for messages of some episodes, from one generator for each message.
 
-        Numbers depend only on the prompt, the sample, the turn and the seed, and not on which other episodes continue.
+        Numbers depend only on the prompt, the sample, the turn and the seed, and not on which other episodes ask for messages.
 
         Args:
             rows: Numbers of R of the P * G completions.
-            turns: Number of the next message of each, from 1; message 0, the first, uses these draws themselves.
+            turns: Number of the next message of each, or its name. Message 0, the first, has the numbers that these draws give.
 
         Returns:
             Draws of R prompts with one sample each.
         """
-        assert all(turn > 0 for turn in turns)
         places = [divmod(row, self._samples) for row in rows]
-        names = [f"{self._names[place]}/{sample} turn {turn}" for (place, sample), turn in zip(places, turns, strict=True)]
-        return PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
+        names = [
+            f"{self._names[place]}/{sample} turn {turn}" if turn else self._names[place]
+            for (place, sample), turn in zip(places, turns, strict=True)
+        ]
+        draws = PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
+        if not all(turns):
+            draws._share(self._samples, [(place, None if turn else sample) for (place, sample), turn in zip(places, turns, strict=True)])
+        return draws
 
-    def seed_of(self, row: int, turn: int) -> int:
+    def of_prompts(self, places: Sequence[int]) -> "PromptDraws":
+        """New draws for the first messages of some of the prompts."""
+        return PromptDraws([self._prompts[n] for n in places], self._samples, self._seed, [self._names[n] for n in places])
+
+    def _share(self, samples: int, places: Sequence[tuple[int, int | None]]) -> None:
+        """Give first messages, which have a sample beside their prompt's place, the numbers of one generator per prompt."""
+        generators, chosen, begins, count = [], [], dict[int, int](), 0
+        for row, ((place, sample), (generator, _)) in enumerate(zip(places, self._generators, strict=True)):
+            if sample is None or place not in begins:
+                generators.append((generator, 1 if sample is None else samples))
+                begins |= {} if sample is None else {place: count}
+                count += generators[-1][1]
+            chosen.append(count - 1 if sample is None else begins[place] + sample)
+            self.seeds[row] += sample or 0
+        self._generators, self._chosen = generators, torch.tensor(chosen)
+
+    def seed_of(self, row: int, turn: int | str) -> int:
         """A seed below 2^63 for message `turn`, from 0, of one of the P * G completions, for engines that draw by themselves.
 
         The first messages of a prompt have successive seeds, as vLLM gives them to the completions of one request.

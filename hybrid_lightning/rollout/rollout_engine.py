@@ -12,7 +12,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -91,19 +91,24 @@ class RolloutEngine(Configurable, ABC):
         self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
         self.top_p, self.top_k, self.min_p = top_p, top_k, min_p
 
-    def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
+    def stops(
+        self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None, more: Sequence[str] = ()
+    ) -> Stops:
         """Make the conditions that end a completion: stop strings and these tokens; None: the tokenizer's end-of-sequence token.
+
+        The stop strings are the engine's own and `more`.
 
         This is slow with stop strings, so callers that sample often make them once.
 
         Raises:
             ConfigError: If stop strings cannot be found in the text that this tokenizer decodes.
         """
+        texts = [*self.stop, *more]
         try:
-            strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
+            strings = StopStringCriteria(tokenizer, texts) if texts else None
         except Exception as error:  # of the tokenizers library, which has no class of its own
             raise ConfigError(
-                f"sampler.stop={list(self.stop)} does not work with this model's tokenizer ({error}); set it to [], and let a "
+                f"sampler.stop={texts} does not work with this model's tokenizer ({error}); set it to [], and let a "
                 "stop token end completions"
             ) from error
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), strings)
@@ -150,7 +155,7 @@ class RolloutEngine(Configurable, ABC):
                 on_tokens(row, tokens)
             if on_completion is not None:
                 context = [request.prompt_ids[row // request.samples_per_prompt]]
-                on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
+                on_completion(row, self.completions(tokenizer, context, [tokens], [finished], request.stop)[0])
 
         return ended
 
@@ -212,7 +217,7 @@ class RolloutEngine(Configurable, ABC):
         padded = pad_left(request.prompt_ids, pad_token(tokenizer), tokens.device)
         prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in padded)
         rows = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-        completions = self.completions(tokenizer, request.prompt_ids, rows, finished.tolist())
+        completions = self.completions(tokenizer, request.prompt_ids, rows, finished.tolist(), request.stop)
         sequences = Sequences(prompt_ids, prompt_mask, tokens, mask, weights_step)
         return Rollout(tuple(request.prompts), completions, sequences, logprobs)
 
@@ -222,11 +227,15 @@ class RolloutEngine(Configurable, ABC):
         prompt_ids: Sequence[Sequence[int]],
         tokens: Sequence[Sequence[int]],
         finished: Sequence[bool],
+        more: Sequence[str] = (),
     ) -> tuple[Completion, ...]:
-        """Decode B = P * G completions, the G of a prompt side by side, including the token or string that ended them, if any."""
+        """Decode B = P * G completions, the G of a prompt side by side, including the token or string that ended them, if any.
+
+        A text ends before the first of the engine's stop strings and `more`.
+        """
         decoded = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
-        # Up to the first stop string in it.
-        texts = [text[: min((text.index(stop) for stop in self.stop if stop in text), default=None)] for text in decoded]
+        stops = (*self.stop, *more)
+        texts = [text[: min((text.index(stop) for stop in stops if stop in text), default=None)] for text in decoded]
         samples = len(tokens) // max(1, len(prompt_ids))
         # Prompts that end in <think>, as chat templates of some reasoning models do.
         begun = [str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>") for ids in prompt_ids]
@@ -259,10 +268,17 @@ class BatchEngine(RolloutEngine):
         around: Surroundings = NOTHING,
     ) -> Begun[None]:
         """See `RolloutEngine`."""
-        session, messages = self.session(runner, tokenizer, request, capacity), list[Sampled]()
+        sessions, messages = {(): self.session(runner, tokenizer, request, capacity)}, list[Sampled]()
         with Alone(episodes) if around is NOTHING else Rounds(episodes, around) as rounds:
             while asked := rounds.advance(messages):
-                messages = session.sample(asked)
+                found: dict[int, Sampled] = {}  # by place in `asked`
+                for stop in dict.fromkeys(each.stop for each in asked):
+                    if stop not in sessions:
+                        stops = self.stops(tokenizer, None if request.stops is None else request.stops.ids, stop)
+                        sessions[stop] = self.session(runner, tokenizer, replace(request, stop=stop, stops=stops), capacity)
+                    places = [place for place, each in enumerate(asked) if each.stop == stop]
+                    found |= zip(places, sessions[stop].sample([asked[place] for place in places]), strict=True)
+                messages = [found[place] for place in range(len(asked))]
         return RolloutFuture.of(None)
 
 
@@ -346,37 +362,45 @@ class Session:
         self._request = replace(request, stops=request.stops or engine.stops(tokenizer))
 
     def sample(self, asked: Sequence[MessageRequest]) -> list[Sampled]:
-        """The messages that some episodes ask for, one each, in the order of `asked`, which is by episode.
+        """The messages that some episodes ask for, in the order of `asked`, which is by episode.
 
         Raises:
             ConfigError: If a prompt with an episode of this capacity exceeds the positions of the model or of the engine.
         """
-        first, later = [each for each in asked if not each.number], [each for each in asked if each.number]
-        found: dict[int, Sampled] = {}
-        if first:
-            rollout = self._engine.sample(self._runner, self._tokenizer, self._request_first(first))
-            found |= messages_of(rollout, first, [each.episode for each in first])
-        if later:
-            rollout = self._engine.sample(self._runner, self._tokenizer, self._request_later(later))
-            found |= messages_of(rollout, later, range(len(later)))
-        return [found[each.episode] for each in asked]
+        request, rows = self._request_for(asked)
+        return messages_of(self._engine.sample(self._runner, self._tokenizer, request), rows)
 
-    def _request_first(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
-        """The first messages, G of each prompt; an episode that asks for none gets one token, which nobody sees."""
-        begun, samples = self._request, self._request.samples_per_prompt
-        ids = {each.episode // samples: each.ids for each in asked}
-        limits = [1] * (len(begun.prompts) * samples)
+    def _request_for(self, asked: Sequence[MessageRequest]) -> tuple[SamplingRequest, list[int]]:
+        """The request of a batch that answers these, and the row of each answer in it.
+
+        First messages after the prompts of their groups share the pass over their prompt.
+        """
+        samples, config, ids = self._request.samples_per_prompt, getattr(self._runner.model, "config", None), {}
         for each in asked:
-            assert ids[each.episode // samples] == each.ids, "the episodes of a group begin with the same tokens"
-            limits[each.episode] = each.limit
-        config = getattr(self._runner.model, "config", None)
-        for tokens in ids.values() if self._capacity is not None else ():
-            self._engine.check_prompt(config, len(tokens), self._capacity)
-        prompt_ids = [ids.get(number, asked[0].ids) for number in range(len(begun.prompts))]
-        return replace(begun, prompt_ids=prompt_ids, limits=limits)
+            if not each.number and self._capacity is not None:
+                self._engine.check_prompt(config, len(each.ids), each.capacity or self._capacity)
+        if all(not each.number and ids.setdefault(each.episode // samples, each.ids) == each.ids for each in asked):
+            if 2 * len(asked) >= len(ids) * samples:
+                return self._request_first(asked, ids)
+        return self._request_alone(asked), list(range(len(asked)))
 
-    def _request_later(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
-        """Later messages, one of each episode, after prompts of their own."""
+    def _request_first(
+        self, asked: Sequence[MessageRequest], ids: Mapping[int, Sequence[int]]
+    ) -> tuple[SamplingRequest, list[int]]:
+        """The first messages, G of each prompt; an episode that asks for none gets one token, which nobody sees."""
+        begun, samples, places = self._request, self._request.samples_per_prompt, sorted(ids)
+        rows = [places.index(each.episode // samples) * samples + each.episode % samples for each in asked]
+        limits = [1] * (len(places) * samples)
+        for row, each in zip(rows, asked, strict=True):
+            limits[row] = each.limit
+        draws = begun.draws
+        if isinstance(draws, PromptDraws):
+            draws = draws.of_prompts(places)
+        prompts = [begun.prompts[place] for place in places]
+        return replace(begun, prompts=prompts, prompt_ids=[ids[place] for place in places], limits=limits, draws=draws), rows
+
+    def _request_alone(self, asked: Sequence[MessageRequest]) -> SamplingRequest:
+        """Messages after tokens of their own."""
         begun, draws = self._request, self._request.draws
         if isinstance(draws, PromptDraws):
             draws = draws.of_turns([each.episode for each in asked], [each.number for each in asked])
@@ -392,17 +416,14 @@ class Session:
         )
 
 
-def messages_of(rollout: Rollout, asked: Sequence[MessageRequest], rows: Sequence[int]) -> dict[int, Sampled]:
-    """Episode -> its message, from the rows of a batch that answer the requests."""
+def messages_of(rollout: Rollout, rows: Sequence[int]) -> list[Sampled]:
+    """The messages in these rows of a batch."""
     sequences = rollout.sequences
     lengths, ids = sequences.completion_mask.sum(dim=1).tolist(), sequences.completion_ids.tolist()
     logprobs = rollout.sampling_logprobs.tolist()
     steps = [[] for _ in ids] if sequences.weights_step is None else sequences.weights_step.tolist()
-    found = {}
-    for each, row in zip(asked, rows, strict=True):
-        end = slice(lengths[row])
-        found[each.episode] = Sampled(ids[row][end], logprobs[row][end], steps[row][end], rollout.completions[row])
-    return found
+    ends = [slice(length) for length in lengths]
+    return [Sampled(ids[n][ends[n]], logprobs[n][ends[n]], steps[n][ends[n]], rollout.completions[n]) for n in rows]
 
 
 def model_context(config: Any) -> tuple[float, str]:

@@ -12,7 +12,8 @@ V tokens of the vocabulary.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,41 +76,59 @@ class Sampler(BatchEngine):
         return (Session if capacity is None else _ContinuedSession)(self, runner, tokenizer, request, capacity)
 
 
+class _KeptRow(NamedTuple):
+    """A row of an episode whose keys and values are kept."""
+
+    place: int  # row of the decoder
+    prompt: int  # tokens of its prompt there
+    ids: list[int]  # all of its tokens; all but the last one have been read
+
+
 class _ContinuedSession(Session):
     """Continues from the existing keys and values, if the model's decoding supports that."""
 
-    _decoder: "_Decoder"
-    _prompts: list[int]  # tokens of each prompt
-    _cached: dict[int, list[int]]  # tokens of each episode whose keys and values are kept, and the last one sampled
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._decoder: _Decoder | None = None
+        self._kept: dict[tuple[int, int], _KeptRow] = {}  # by episode and row
 
     @torch.no_grad()
     def sample(self, asked: Sequence[MessageRequest]) -> list[Sampled]:
         """See `Session`."""
         assert isinstance(self._engine, Sampler) and self._capacity is not None
-        if not asked[0].number:
-            request, rows = self._request_first(asked), [each.episode for each in asked]
-            limits = self._engine.checked_limits(self._runner, request)
-            self._prompts, self._cached = [len(ids) for ids in request.prompt_ids], {}
-            self._decoder = _Decoder(self._engine, self._runner, self._tokenizer, request)
-            begin = self._decoder.read(request, self._capacity, keeps_rows=True)
-        elif self._decoder.decoding.can_extend and all(self._continues(each) for each in asked):
-            request, limits = self._request_later(asked), [each.limit for each in asked]
-            rows = list(range(len(asked)))
-            prompts = [self._prompts[each.episode // self._request.samples_per_prompt] for each in asked]
-            # The last token that was sampled has not been read.
-            kept = [len(self._cached[each.episode]) - prompt - 1 for each, prompt in zip(asked, prompts, strict=True)]
-            added = [list(each.ids[prompt + read :]) for each, prompt, read in zip(asked, prompts, kept, strict=True)]
-            begin = partial(self._decoder.decoding.extend, [each.episode for each in asked], kept, added)
-        else:
-            return super().sample(asked)
-        rollout = self._engine.rollout(self._tokenizer, request, *self._decoder.decode(begin, request.draws, limits))
-        found = messages_of(rollout, asked, rows)
-        self._cached |= {each.episode: [*each.ids, *found[each.episode].ids] for each in asked}
-        return [found[each.episode] for each in asked]
+        engine = self._engine
+        kept = [self._kept.get((each.episode, each.row)) for each in asked]
+        if all(found is not None and each.ids[: len(found.ids)] == found.ids for each, found in zip(asked, kept, strict=True)):
+            assert self._decoder is not None, "which has these rows"
+            if not self._decoder.decoding.can_extend:
+                return super().sample(asked)
+            return self._extend(self._decoder, asked, cast(list[_KeptRow], kept))
+        self._decoder = None  # before its successor takes memory
+        request, rows = self._request_for(asked)
+        limits = engine.checked_limits(self._runner, request)
+        self._decoder = decoder = _Decoder(engine, self._runner, self._tokenizer, request)
+        begin = decoder.read(request, self._capacity, keeps_rows=True)
+        rollout = engine.rollout(self._tokenizer, request, *decoder.decode(begin, request.draws, limits))
+        found = messages_of(rollout, rows)
+        self._kept = {
+            (each.episode, each.row): _KeptRow(row, len(each.ids), [*each.ids, *message.ids])
+            for each, row, message in zip(asked, rows, found, strict=True)
+        }
+        return found
 
-    def _continues(self, asked: MessageRequest) -> bool:
-        cached = self._cached[asked.episode]
-        return asked.ids[: len(cached)] == cached
+    def _extend(self, decoder: "_Decoder", asked: Sequence[MessageRequest], kept: Sequence[_KeptRow]) -> list[Sampled]:
+        order = sorted(range(len(asked)), key=lambda number: kept[number].place)
+        asked, kept = [asked[number] for number in order], [kept[number] for number in order]
+        request, limits = self._request_alone(asked), [each.limit for each in asked]
+        # The last token that was sampled has not been read.
+        read = [len(row.ids) - row.prompt - 1 for row in kept]
+        added = [list(each.ids[row.prompt + count :]) for each, row, count in zip(asked, kept, read, strict=True)]
+        begin = partial(decoder.decoding.extend, [row.place for row in kept], read, added)
+        rollout = self._engine.rollout(self._tokenizer, request, *decoder.decode(begin, request.draws, limits))
+        found = messages_of(rollout, range(len(asked)))
+        for each, row, message in zip(asked, kept, found, strict=True):
+            self._kept[each.episode, each.row] = row._replace(ids=[*each.ids, *message.ids])
+        return [message for _, message in sorted(zip(order, found, strict=True), key=itemgetter(0))]
 
 
 class _Decoder:
@@ -123,7 +142,7 @@ class _Decoder:
     ) -> None:
         self.sampler, self.runner, self.greedy, self.on_token = sampler, runner, request.greedy, request.on_token
         self.on_ended = sampler.listener(tokenizer, request)  # called for sequences that end early
-        stops = request.stops or sampler.stops(tokenizer)
+        stops = request.stops or sampler.stops(tokenizer, None, request.stop)
         self.device = next(runner.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = pad_token(tokenizer)

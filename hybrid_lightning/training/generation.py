@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from hybrid_lightning.episodes.episodes import Episodes, has_failed
 from hybrid_lightning.errors import ConfigError
@@ -54,7 +55,7 @@ class Generation(ABC):
     ) -> None:
         self.policy, self.sampler, self.run = policy, sampler, run
         self.player = episodes or Episodes(None, None, policy.pretrained)
-        self.episodes = None if self.player.environment is None else self.player
+        self.episodes = self.player if self.player.has_turns else None
         self.reward = None if reward is None else as_reward(reward)
         self._seed = seed
 
@@ -223,6 +224,11 @@ class Generation(ABC):
             ConfigError: If a prompt with its longest completion is too long for the model, or for the engine.
         """
         limit, name = self.sampler.context(self.policy.pretrained.config)
+        if self.player.agent is not None:  # which may ask for anything; a request that is too long is refused
+            for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
+                self.encode(prompt)
+            rank_zero_info(self.player.check_agent())
+            return
         self.check_lengths(prompts, math.inf if self.reward is None else limit, name)  # without a reward nothing is completed
         if self.episodes is not None and self.episodes.environment is not None:
             self.episodes.turns.check(prompts, self.episodes.environment.added_roles())

@@ -26,6 +26,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
 
+from hybrid_lightning.agents.agent import as_agent
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
@@ -145,6 +146,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
             given = dict(self.hparams)
             if given.get("reward") is not None:
                 given["reward"] = as_reward(given["reward"])
+            if given.get("agent") is not None:
+                given["agent"] = as_agent(given["agent"])
             plain = describe_arguments(given)
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
@@ -312,6 +315,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         load: Callable[..., Self] = super().load_from_checkpoint
         if callable(given := options.get("reward")) or isinstance(given, (list, tuple)):
             options["reward"] = as_reward(given)
+        if options.get("agent") is not None:
+            options["agent"] = as_agent(options["agent"])
         try:
             return load(as_one_file(checkpoint_path), *arguments, **options)
         except (ValueError, ArgumentError) as error:

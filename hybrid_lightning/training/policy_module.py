@@ -3,12 +3,13 @@
 from typing import Any, Literal
 
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
+from hybrid_lightning.agents.agent import AnyAgent, as_agent
 from hybrid_lightning.environments import Environment, EpisodeLimits
 from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.rewards import EpisodeReturn
-from hybrid_lightning.rewards.combined import AnyReward
+from hybrid_lightning.rewards.combined import AnyReward, as_reward
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.training.engine_generation import generation_of
@@ -30,12 +31,14 @@ class PolicyModule(LanguageModule):
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
         reward: Scores completions. In Python also a function (see `FunctionReward`), or a list of rewards and functions, which
-            are added up. With an environment, None stands for `EpisodeReturn()`: the environment's own rewards.
+            are added up. With an environment or an agent, None stands for `EpisodeReturn()`: the rewards that these give.
         environment: The environment that the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None
             if a completion is a single message.
+        agent: A program that talks to the policy over an OpenAI-compatible endpoint, in place of an environment: `FunctionAgent`
+            or `CommandAgent`. In Python also a function of a row and a client.
         episodes: Limits of an episode, and how environments run; None for `EpisodeLimits()`. Each message of the policy has at
             most `sampler.max_new_tokens`.
-        turn_template: How to write an environment's message after a plain-text prompt, with `{content}` in place of its text.
+        turn_template: How to write a message of an environment or an agent after a plain-text prompt, with `{content}` in place of its text.
             Chat prompts use the chat template instead.
         advantage: Advantage estimator; None for `GroupAdvantage()`.
         credit: Reward that determines the advantage of an episode's tokens: `episode` for its whole reward, `turn` for the
@@ -77,6 +80,7 @@ class PolicyModule(LanguageModule):
         reward: AnyReward | None = None,
         *,
         environment: Environment | None = None,
+        agent: AnyAgent | None = None,
         episodes: EpisodeLimits | None = None,
         turn_template: str | None = None,
         advantage: AdvantageEstimator | None = None,
@@ -108,8 +112,13 @@ class PolicyModule(LanguageModule):
 
         def make_task(parts: TaskParts) -> RLLoop:
             sampler, seed = parts.sampler, parts.seed
-            played = Episodes(environment, episodes, parts.policy.pretrained, turn_template, credit == "turn")
-            scored_by = EpisodeReturn() if reward is None and environment is not None else reward
+            has_turns = environment is not None or agent is not None
+            scored_by = EpisodeReturn() if reward is None and has_turns else reward
+            playing, needs_number = None if agent is None else as_agent(agent), False
+            if playing is not None and scored_by is not None:
+                needs_number = any(isinstance(term, EpisodeReturn) for term, _ in as_reward(scored_by).terms())
+            how = parts.policy.pretrained, turn_template, credit == "turn", playing, needs_number
+            played = Episodes(environment, episodes, *how)
             generation = generation_of(parts.policy, sampler, scored_by, parts.run, seed, played, rollouts_ahead=rollouts_ahead)
             beside = teacher.held_bytes if teacher is not None else lambda passes: 0
             passes = Passes(

@@ -28,6 +28,8 @@ _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 def check_options(options: RLOptions, generation: Generation, loss: PolicyLoss) -> None:
     """Raise ConfigError if environment or loss do not work with these options, whatever the run."""
+    if options.credit == "turn" and generation.player.agent is not None:
+        raise ConfigError("model.credit=turn needs an environment's rewards of turns, which an agent has not; set credit=episode")
     if options.credit == "turn" and generation.episodes is None:
         raise ConfigError("model.credit=turn needs model.environment, which is not set; set it, or set credit=episode")
     of_tokens = options.teacher is not None and not (options.distillation or SampledReverseKL()).of_distributions
@@ -84,7 +86,8 @@ def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | N
             f"with model.dynamic_sampling and {type(sampler).__name__}, the number of prompts in a rollout is known only when it "
             "is complete; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
-    if sampler.is_remote and generation.episodes is not None and not generation.episodes.limits.workers:
+    played = generation.episodes
+    if sampler.is_remote and played is not None and played.environment is not None and not played.limits.workers:
         yield (
             "environments run during training, and may change global state such as random generators; set "
             "model.episodes.workers to 1 or more to run them in their own processes"
@@ -117,7 +120,7 @@ def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:
         return ""
     assert generation.episodes is not None, "which have a return"
     return (
-        f"{type(generation.episodes.environment).__name__} gives rewards, but model.reward ignores them; add EpisodeReturn to "
+        f"{generation.episodes.player} gives rewards, but model.reward ignores them; add EpisodeReturn to "
         "it, or leave model.reward out to train only on them"
     )
 

@@ -67,7 +67,9 @@ class VLLMEngine(WeightedEngine):
         if self.sends_adapter:
             check_lora(trains_fully, use_dora, ranks, experts)
 
-    def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
+    def stops(
+        self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None, more: Sequence[str] = ()
+    ) -> Stops:
         """The tokens that end a completion; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 
@@ -75,8 +77,13 @@ class VLLMEngine(WeightedEngine):
         """Copies, such as Lightning's copies of hyper-parameters, have the same arguments, but neither engine nor connections."""
         return partial(type(self), **self._init_args), ()
 
-    def parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool, limit: int) -> dict[str, Any]:
-        """Arguments of vLLM's `SamplingParams` for completions of a prompt of at most `limit` tokens."""
+    def parameters(
+        self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool, limit: int, more: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Arguments of vLLM's `SamplingParams` for completions of a prompt of at most `limit` tokens.
+
+        They end before the engine's stop strings and `more`.
+        """
         return {
             "n": samples,
             "seed": 0 if greedy else seed % _SEEDS,
@@ -85,11 +92,11 @@ class VLLMEngine(WeightedEngine):
             "top_p": 1.0 if greedy else self.top_p,
             "top_k": 0 if greedy else self.top_k,
             "min_p": 0.0 if greedy else self.min_p,
-            "stop": list(self.stop),
+            "stop": [*self.stop, *more],
             "stop_token_ids": list(stop_ids),
             "ignore_eos": True,  # the policy's stop tokens apply, whatever the engine's files contain
             "logprobs": 0,  # only for the sampled token
-            "detokenize": bool(self.stop),
+            "detokenize": bool(self.stop or more),
         }
 
 

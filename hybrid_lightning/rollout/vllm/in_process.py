@@ -279,7 +279,9 @@ class VLLMSampler(VLLMEngine, BatchEngine):
         stop_ids, vocabulary = (request.stops or self.stops(tokenizer)).ids, vocabulary_of(runner)
         listener = self.listener(tokenizer, request)
         arguments = [
-            self.parameters(stop_ids, samples, draws.seed_of(row, 0), request.greedy, max(limits[row : row + samples]))
+            self.parameters(
+                stop_ids, samples, draws.seed_of(row, 0), request.greedy, max(limits[row : row + samples]), request.stop
+            )
             for row in range(0, len(limits), samples)
         ]
 

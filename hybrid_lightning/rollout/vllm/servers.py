@@ -463,11 +463,11 @@ class Asking:
     async def ask(self, asked: MessageRequest) -> Sampled:
         """Ask for a message."""
         if not asked.number:
-            self._sampler.check_prompt(self._config, len(asked.ids), self._capacity)
+            self._sampler.check_prompt(self._config, len(asked.ids), asked.capacity or self._capacity)
         answer = await (self._alone(asked) if self._capacity is not None else self._with_others(asked))
         check_answer(answer, self._vocabulary)
-        completion = self._sampler.completions(self._tokenizer, [asked.ids], [answer.tokens], [answer.finished])[0]
-        return Sampled(list(answer.tokens), list(answer.logprobs), steps_of(answer), completion)
+        decoded = self._sampler.completions(self._tokenizer, [asked.ids], [answer.tokens], [answer.finished], asked.stop)
+        return Sampled(list(answer.tokens), list(answer.logprobs), steps_of(answer), decoded[0])
 
     async def _alone(self, asked: MessageRequest) -> Answer:
         return (await self._answers(asked, 1))[0]
@@ -486,5 +486,5 @@ class Asking:
 
     async def _answers(self, asked: MessageRequest, samples: int) -> list[Answer]:
         seed = self._draws.seed_of(asked.episode, asked.number)
-        parameters = self._sampler.parameters(self._stop_ids, samples, seed, self._greedy, asked.limit)
+        parameters = self._sampler.parameters(self._stop_ids, samples, seed, self._greedy, asked.limit, asked.stop)
         return await asyncio.wrap_future(self._dispatch.submit(asked.ids, parameters))

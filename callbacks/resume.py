@@ -44,7 +44,8 @@ _PLACES = {
 # What accuracies depend on besides the policy: accuracies measured with another value are not comparable.
 _MEASURED_BY = (
     *("validation prompts", "trainer.limit_val_batches", "model.reward", "model.sampler", "model.eval_samples"),
-    *("model.environment", "model.agent", "model.episodes", "model.turn_template", "model.chat_template", "model.chat_template_kwargs"),
+    *("model.environment", "model.agent", "model.episodes"),
+    *("model.turn_template", "model.chat_template", "model.chat_template_kwargs"),
 )
 _RATE_OF_FULL = "model.lr_full"
 _OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect: each group of weights has its own learning rate

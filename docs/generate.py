@@ -33,8 +33,8 @@ from hybrid_lightning.training import LanguageModule, PolicyModule
 REFERENCE = Path(__file__).parent / "reference"
 # Rooms of the package with public names, in the order of the two flows.
 ROOMS = (
-    "types", "data", "rollout", "rewards", "advantages", "losses", "adapters", "model", "training", "metrics", "sharding",
-    "export", "callbacks", "trainer", "process", "shared.configurable", "errors",
+    "types", "data", "agents", "rollout", "rewards", "advantages", "losses", "adapters", "model", "training", "metrics",
+    "sharding", "export", "callbacks", "trainer", "process", "shared.configurable", "errors",
 )  # fmt: skip
 GENERATED = "<!-- Written by docs/generate.py from signatures and docstrings: change those and run it again. -->\n"
 

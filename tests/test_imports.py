@@ -15,7 +15,19 @@ ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
 GROUND = {"types", "errors", "shared"}
 LEAVES = {
-    *("agents", "data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
+    *(
+        "agents",
+        "data",
+        "environments",
+        "rollout",
+        "rewards",
+        "advantages",
+        "losses",
+        "adapters",
+        "metrics",
+        "assets",
+        "sharding",
+    ),
     *("sandbox", "runner"),
 }
 POLICY = {"model", "episodes", "training"}

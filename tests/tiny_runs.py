@@ -51,7 +51,7 @@ class Constant(RewardFunction):
 class OftenDone(Sampler):
     """Every fourth token ends a completion, so that some of few tokens end and some do not, whatever is drawn."""
 
-    def stops(self, tokenizer, ids=None):
+    def stops(self, tokenizer, ids=None, more=()):
         return Stops(tuple(range(2, VOCABULARY, 4)), None)
 
 

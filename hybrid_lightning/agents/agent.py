@@ -25,6 +25,7 @@ from hybrid_lightning.shared.user_code import load_function
 
 HERE = "127.0.0.1"
 _TAIL = 65_536  # bytes of a command's output that are kept, from its end
+_LOOK_S = 0.05  # interval of looks whether a command has ended
 _END_S = 1.0  # time for a command's output to be read after its end
 
 
@@ -44,7 +45,7 @@ class Agent(Configurable, ABC):
     """Base class of agents.
 
     Args:
-        concurrency: Most agents that run at once. Fewer take less memory; an agent that runs alone has its messages sampled alone.
+        concurrency: Most agents that run at once. In this process their messages are sampled together, so few make it slow.
         timeout_s: Longest time in seconds that an agent may take, without the time in which it waits for the policy.
         host: Address on which the endpoint listens. With 127.0.0.1, programs on this machine alone reach it. Others, such as
             containers, need another address; whoever reaches it then needs a key, but the connection is not encrypted.
@@ -247,12 +248,13 @@ class CommandAgent(Agent):
                 await process.stdin.drain()
             with suppress(BrokenPipeError, ConnectionResetError):
                 process.stdin.close()
-            status = await process.wait()
+            # `process.wait` also waits for the output's end, which processes that it leaves behind may hold open.
+            while process.returncode is None and not all(task.done() for task in reading):
+                await asyncio.wait([task for task in reading if not task.done()], timeout=_LOOK_S)
+            status = await process.wait() if process.returncode is None else process.returncode
         finally:
             with suppress(ProcessLookupError, PermissionError):  # all have ended
                 os.killpg(process.pid, signal.SIGKILL)
-            if process.returncode is None:
-                await process.wait()
             await asyncio.wait(reading, timeout=_END_S)
             for task in reading:
                 task.cancel()
@@ -289,7 +291,8 @@ def result_of(value: Any, needs_number: bool) -> AgentResult:
     Raises:
         OddAnswerError: If it is something else.
     """
-    reward, parts = value, {}
+    reward: Any = value
+    parts: Any = {}
     if isinstance(value, Mapping):
         reward, parts = value.get("reward"), value.get("parts") or {}
         if "reward" not in value or not isinstance(parts, Mapping):
@@ -317,5 +320,3 @@ def as_agent(given: "AnyAgent") -> Agent:
     if not callable(given) or isinstance(given, type):
         raise ConfigError(f"agent={shorten(given)}; give a function of a row and a client, FunctionAgent or CommandAgent")
     return FunctionAgent(given)
-
-

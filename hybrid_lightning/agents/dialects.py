@@ -166,7 +166,7 @@ def _stop(value: Any, name: str = "stop") -> tuple[str, ...]:
 
 
 # Options that would change the distribution that is trained on, each with the value that changes nothing.
-_CHANGING = {
+_CHANGING: dict[str, Any] = {
     **{"temperature": None, "top_p": None, "top_k": None, "min_p": None, "frequency_penalty": 0, "presence_penalty": 0},
     **{"repetition_penalty": 1, "logit_bias": {}, "seed": None, "best_of": 1},
 }
@@ -416,8 +416,8 @@ class Messages(Dialect):
 
     def error(self, refused: RefusedError) -> dict[str, Any]:
         """See `Dialect`."""
-        kinds = {401: "authentication_error", 413: "request_too_large"}
-        return {"type": "error", "error": {"type": kinds.get(refused.status, "invalid_request_error"), "message": refused.message}}
+        kind = {401: "authentication_error", 413: "request_too_large"}.get(refused.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": refused.message}}
 
 
 DIALECTS: dict[str, Dialect] = {

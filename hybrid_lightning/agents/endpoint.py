@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MAX_BODY = 16 * 2**20  # bytes of a request
 _IN_PROCESS = "in-process"  # in place of a client's address
+# Arguments of a client's request that need nothing of HTTP.
+_SIMPLE = {"model", "messages", "tools", "tool_choice", "stop", "max_tokens", "max_completion_tokens", "n", "logprobs"} | {
+    *("temperature", "top_p", "seed", "response_format", "frequency_penalty", "presence_penalty", "parallel_tool_calls")
+}
 _IDLE_S = 3_600  # seconds for which a connection is kept: training may take long between two requests
 _REMEDIES = {
     **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), "set model.sampler.{name} for all messages"),
@@ -104,6 +108,7 @@ class Endpoint:
 
     def stop(self) -> None:
         """End it."""
+
         async def stop() -> None:
             if self._client is not None:
                 with suppress(Exception):
@@ -165,7 +170,37 @@ class Endpoint:
             self._client = openai.AsyncOpenAI(
                 base_url=self.base_url, api_key=key, timeout=None, http_client=library.AsyncClient(transport=transport)
             )
-        return self._client.with_options(api_key=key)
+        client = self._client.with_options(api_key=key)
+        completions = client.chat.completions
+        completions.create = self._shortcut(key, completions.create)
+        return client
+
+    def _shortcut(self, key: str, create: Any) -> Any:
+        """A client's `chat.completions.create` for simple requests, without the package's way through HTTP.
+
+        That way takes half a millisecond: for short messages, longer than sampling them.
+        """
+        import openai
+        from openai.types.chat import ChatCompletion
+
+        dialect, url = DIALECTS["/v1/chat/completions"], f"{self.base_url}/chat/completions"
+
+        async def direct(**given: Any) -> Any:
+            if not _SIMPLE.issuperset(given):
+                return await create(**given)
+            body = {name: _plain(value) for name, value in given.items() if not isinstance(value, (openai.Omit, openai.NotGiven))}
+            try:
+                asked, answer = await self._answered({"x-api-key": key}, dialect, body)
+            except RefusedError as refused:
+                kinds = {400: openai.BadRequestError, 503: openai.InternalServerError}
+                error, library = dialect.error(refused), __import__(type(self._client._client).__module__.partition(".")[0])
+                response = library.Response(refused.status, json=error, request=library.Request("POST", url))
+                raise kinds.get(refused.status, openai.APIStatusError)(
+                    f"Error code: {refused.status} - {error}", response=response, body=error["error"]
+                ) from None
+            return ChatCompletion.model_validate(dialect.write(asked, answer))
+
+        return direct
 
     # ---- requests
 
@@ -196,20 +231,8 @@ class Endpoint:
 
         async def answer(request: "Request") -> "Response":
             try:
-                episode, tasks = self._episode(request.headers)
-                asked = dialect.read(await _body(request))
-                self._warn_of(asked)
-                task = asyncio.create_task(episode.complete(asked))
-                tasks.add(task)
-                try:
-                    found = await _unless_gone(request, task)
-                except asyncio.CancelledError:
-                    if not task.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                        raise
-                    raise RefusedError("the episode of this key has ended", 410, "episode_ended") from None
-                finally:
-                    tasks.discard(task)
-                    task.cancel()
+                self._episode(request.headers)  # before its body is read
+                asked, found = await self._answered(request.headers, dialect, await _body(request), request)
             except RefusedError as refused:
                 return self._refusal(dialect, refused)
             except RecursionError:
@@ -219,6 +242,25 @@ class Endpoint:
             return JSONResponse(dialect.write(asked, found))
 
         return answer
+
+    async def _answered(
+        self, headers: Mapping[str, str], dialect: Dialect, body: Mapping[str, Any], request: "Request | None" = None
+    ) -> tuple[ChatRequest, ChatAnswer]:
+        """A body as a request, and its answer; a request over a socket ends with its connection."""
+        episode, tasks = self._episode(headers)
+        asked = dialect.read(body)
+        self._warn_of(asked)
+        task = asyncio.create_task(episode.complete(asked))
+        tasks.add(task)
+        try:
+            return asked, await (task if request is None else _unless_gone(request, task))
+        except asyncio.CancelledError:
+            if not task.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            raise RefusedError("the episode of this key has ended", 410, "episode_ended") from None
+        finally:
+            tasks.discard(task)
+            task.cancel()
 
     def _refusal(self, dialect: Dialect, refused: RefusedError) -> "Response":
         from starlette.responses import JSONResponse
@@ -237,17 +279,27 @@ class Endpoint:
                 )
 
 
+def _plain(value: Any) -> Any:
+    """An argument of a client as JSON has it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
+
+
 async def _body(request: "Request") -> Mapping[str, Any]:
     """A request's body, a JSON object of at most `MAX_BODY` bytes."""
-    parts, size = [], int(request.headers.get("content-length") or 0) if request.headers.get("content-length", "0").isdigit() else 0
-    if size <= MAX_BODY:
-        size = 0
+    parts, left, told = [], MAX_BODY, request.headers.get("content-length", "0")
+    if told.isdigit() and int(told) <= MAX_BODY:
         async for part in request.stream():
-            size += len(part)
-            if size > MAX_BODY:
-                break
             parts.append(part)
-    if size > MAX_BODY:
+            left -= len(part)
+            if left < 0:
+                break
+    elif told.isdigit():
+        left = -1
+    if left < 0:
         raise RefusedError(f"the request has more than {MAX_BODY // 2**20} MiB; send less", 413, "request_too_large")
     try:
         body = json.loads(b"".join(parts))

@@ -138,7 +138,7 @@ class _Row:
     asked: int = 0  # number of its last request in the episode
 
 
-class _Place(NamedTuple):
+class _Continuation(NamedTuple):
     """Where a request continues."""
 
     row: _Row
@@ -246,7 +246,8 @@ class AgentEpisode:
         elif error is not None and (not limits or self._refused > _REFUSED):
             failure = Failure(f"{where} raised {describe_error(error)}")
         elif not self.said:
-            failure = Failure(f"{where} got no message of the policy; ask at row['base_url'] with row['api_key'], or by the client")
+            asking = "ask by the client, or at row['base_url'] with row['api_key']"
+            failure = Failure(f"{where} got no message of the policy; {asking}")
         else:
             try:
                 # An agent that ended at a limit of the episode has not solved its row.
@@ -310,14 +311,15 @@ class AgentEpisode:
         elif not self._open:
             self._since = time.monotonic()
 
-    def _checked(self, asked: ChatRequest) -> tuple[_Place, int]:
+    def _checked(self, asked: ChatRequest) -> tuple[_Continuation, int]:
         """Where a request continues, and the most tokens of its message; RefusedError if there is no room."""
         rules, limits = self.rules, self.rules.limits
         if not asked.messages:
             raise RefusedError("messages is empty; give at least one message")
         if len(self.said) + self._open >= limits.max_turns:
             self._limit = self._limit or "turns"
-            raise RefusedError(f"the episode has had its {limits.max_turns} messages (model.episodes.max_turns)", 400, "episode_turns")
+            had = f"the episode has had its {limits.max_turns} messages (model.episodes.max_turns)"
+            raise RefusedError(had, 400, "episode_turns")
         try:
             place = self._place(asked)
         except (ConfigError, DataError) as error:
@@ -337,7 +339,7 @@ class AgentEpisode:
             )
         return place, int(min(room, rules.max_new_tokens, asked.max_tokens or inf))
 
-    def _place(self, asked: ChatRequest) -> _Place:
+    def _place(self, asked: ChatRequest) -> _Continuation:
         messages, tools = asked.messages, json.dumps(asked.tools)
         found: tuple[int, int, _Row] | None = None  # messages and tokens that it shares with a row, up to an answer
         for row in self.lines:
@@ -358,16 +360,16 @@ class AgentEpisode:
                     pass  # a template that writes earlier turns in another way when messages follow
                 else:
                     if tokens == len(row.ids) and not row.is_busy:
-                        return _Place(row, tokens, context)
+                        return _Continuation(row, tokens, context)
                     begin = [*row.prompt_ids, *sampled, *context]
-                    return _Place(self._new(asked, tools, row.encoder, row.prompt, begin), 0, [], True)
+                    return _Continuation(self._new(asked, tools, row.encoder, row.prompt, begin), 0, [], True)
         encoder = self.rules.conversations.encoder(tools)
         ids, prompt = encoder.whole(self._written(messages), self.rules.conversations.described(asked.tools))
         if rewritten:
             for row in reversed(self.lines):
                 if row.tools == tools and row.ends and not row.is_busy and (place := _continued(row, ids)) is not None:
                     return place
-        return _Place(self._new(asked, tools, encoder, prompt, ids), 0, [], rewritten)
+        return _Continuation(self._new(asked, tools, encoder, prompt, ids), 0, [], rewritten)
 
     def _new(self, asked: ChatRequest, tools: str, encoder: TurnEncoder, prompt: Prompt, ids: list[int]) -> _Row:
         name = ""
@@ -405,7 +407,7 @@ class AgentEpisode:
         texts = [json.dumps({"name": call.name, "arguments": call.arguments}) for call in calls]
         return {"role": message["role"], "content": "\n".join(filter(None, [message["content"], *texts]))}
 
-    def _take(self, asked: ChatRequest, place: _Place, message: Sampled, number: int) -> ChatAnswer:
+    def _take(self, asked: ChatRequest, place: _Continuation, message: Sampled, number: int) -> ChatAnswer:
         """Add a message of the policy to its row, and make the answer."""
         rules, row, completion = self.rules, place.row, message.completion
         self._forks += place.rewritten and not row.ends
@@ -485,14 +487,15 @@ class AgentEpisode:
         return Completion("\n".join(self.said), sampled, ended, thinking, episode)
 
 
-def _continued(row: _Row, ids: list[int]) -> _Place | None:
+def _continued(row: _Row, ids: list[int]) -> _Continuation | None:
     """A row that these tokens continue, apart from a short difference at its end; None if they do not."""
     full, begin = [*row.prompt_ids, *row.ids], len(row.prompt_ids)
-    common = next((place for place, (one, other) in enumerate(zip(full, ids, strict=False)) if one != other), min(len(full), len(ids)))
+    pairs = enumerate(zip(full, ids, strict=False))
+    common = next((place for place, (one, other) in pairs if one != other), min(len(full), len(ids)))
     missing = len(full) - common
     if common < begin or len(ids) <= common or missing > _SHORT or 2 * missing >= row.last:
         return None
-    return _Place(row, common - begin, ids[common:], True)
+    return _Continuation(row, common - begin, ids[common:], True)
 
 
 def _same_messages(some: Sequence[Message], others: Sequence[Message]) -> bool:

@@ -73,7 +73,9 @@ class Episodes:
         needs_number: bool = False,
     ) -> None:
         if environment is not None and agent is not None:
-            raise ConfigError("model.agent and model.environment are both set; an episode is played by one of them, so remove one")
+            raise ConfigError(
+                "model.agent and model.environment are both set; an episode is played by one of them, so remove one"
+            )
         for name, value in (("episodes", limits), ("turn_template", turn_template)):
             if environment is None and agent is None and value is not None:
                 raise ConfigError(
@@ -169,7 +171,9 @@ class Episodes:
         _ = self.conversations.call_format
         where = endpoint.base_url
         if agent.host not in (HERE, "localhost", "::1"):
-            where += f", open to whoever reaches {agent.host} port {endpoint.port} and has the key of an episode, without encryption"
+            where += (
+                f", open to whoever reaches {agent.host} port {endpoint.port} and has the key of an episode, without encryption"
+            )
         repeats = "a run repeats itself to the bit if the agent does"
         return f"Agent {agent.name}: {agent.concurrency} at once, served at {where}; {repeats}"
 
@@ -308,6 +312,17 @@ class Episodes:
         return replace(rollout, episode_of_row=torch.arange(len(episodes), device=device).repeat_interleave(counts))
 
 
+def _row_record(rollout: Rollout, row: int) -> dict[str, list[Any]]:
+    sequences = rollout.sequences
+    real = sequences.completion_mask[row]
+    return {
+        "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
+        "completion_ids": sequences.completion_ids[row][real].tolist(),
+        "sampled": sequences.sampled_mask[row][real].tolist(),
+        "logprobs": rollout.sampling_logprobs[row][real].tolist(),
+    }
+
+
 def _row_of(prompt: Prompt) -> dict[str, Any]:
     """What an agent gets of a prompt."""
     asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
@@ -371,13 +386,11 @@ def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
 
 def episode_records(rollout: Rollout, greedy: bool = False) -> list[dict[str, Any]]:
     """One record per episode, ready for JSON; in greedy records, one per prompt, `sample` is None."""
-    sequences, rewards, records = rollout.sequences, rollout.scored, []
+    rewards, records = rollout.scored, list[dict[str, Any]]()
     for number, completion in enumerate(rollout.completions):
         place = divmod(number, rollout.group_size)
         episode, prompt = completion.episode, rollout.prompts[place[0]]
         assert episode is not None, "made by `LiveEpisode.completion`"
-        row = rollout.first_row(number)
-        real = sequences.completion_mask[row]
         records.append(
             {
                 "set": prompt.set_name,
@@ -391,11 +404,10 @@ def episode_records(rollout: Rollout, greedy: bool = False) -> list[dict[str, An
                 "reward": float(rewards.total[place]),
                 "reward_parts": {name: float(part[place]) for name, part in rewards.parts.items()},
                 "correct": rewards.right(*place),
-                "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
-                "completion_ids": sequences.completion_ids[row][real].tolist(),
-                "sampled": sequences.sampled_mask[row][real].tolist(),
-                "logprobs": rollout.sampling_logprobs[row][real].tolist(),
+                **_row_record(rollout, rollout.first_row(number)),
                 "columns": prompt.columns,
             }
         )
+        if more := range(rollout.first_row(number) + 1, rollout.first_row(number + 1)):
+            records[-1]["more_rows"] = [_row_record(rollout, other) for other in more]
     return records

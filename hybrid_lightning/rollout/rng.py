@@ -80,7 +80,9 @@ class PromptDraws:
         ]
         draws = PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
         if not all(turns):
-            draws._share(self._samples, [(place, None if turn else sample) for (place, sample), turn in zip(places, turns, strict=True)])
+            draws._share(
+                self._samples, [(place, None if turn else sample) for (place, sample), turn in zip(places, turns, strict=True)]
+            )
         return draws
 
     def of_prompts(self, places: Sequence[int]) -> "PromptDraws":

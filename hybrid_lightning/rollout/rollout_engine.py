@@ -91,9 +91,7 @@ class RolloutEngine(Configurable, ABC):
         self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
         self.top_p, self.top_k, self.min_p = top_p, top_k, min_p
 
-    def stops(
-        self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None, more: Sequence[str] = ()
-    ) -> Stops:
+    def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None, more: Sequence[str] = ()) -> Stops:
         """Make the conditions that end a completion: stop strings and these tokens; None: the tokenizer's end-of-sequence token.
 
         The stop strings are the engine's own and `more`.

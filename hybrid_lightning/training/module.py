@@ -26,8 +26,8 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.agents.agent import as_agent
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.agents.agent import as_agent
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.model.policy import Policy

@@ -38,8 +38,8 @@ class PolicyModule(LanguageModule):
             or `CommandAgent`. In Python also a function of a row and a client.
         episodes: Limits of an episode, and how environments run; None for `EpisodeLimits()`. Each message of the policy has at
             most `sampler.max_new_tokens`.
-        turn_template: How to write a message of an environment or an agent after a plain-text prompt, with `{content}` in place of its text.
-            Chat prompts use the chat template instead.
+        turn_template: How to write a message of an environment or an agent after a plain-text prompt, with `{content}` in place
+            of its text. Chat prompts use the chat template instead.
         advantage: Advantage estimator; None for `GroupAdvantage()`.
         credit: Reward that determines the advantage of an episode's tokens: `episode` for its whole reward, `turn` for the
             rewards of the token's own turn and later turns (see the head of `hybrid_lightning.advantages`).

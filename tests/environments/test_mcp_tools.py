@@ -176,7 +176,7 @@ def test_a_server_gets_its_key_from_the_environment_and_one_that_refuses_costs_t
 
 
 def test_a_server_is_there_again_after_another_tool_has_blocked_the_event_loop(play, monkeypatch):
-    monkeypatch.setattr(running, "_BLOCKED_S", 0.3)
+    monkeypatch.setattr(running, "BLOCKED_S", 0.3)
     free = threading.Event()
 
     async def block() -> str:

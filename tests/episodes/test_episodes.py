@@ -339,7 +339,7 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
         ({"credit": "turn"}, r"credit=turn needs model\.environment, which is not set; set it, or set cr"),
         (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage per sequence, but model\.credit=turn .*GSPOTokenLoss"),
         ({**by_turn(GRPOLoss()), "credit": "turns"}, r"model\.credit='turns'; give episode or turn"),
-        ({"turn_template": "{content}"}, r"model\.turn_template needs model\.environment, which is not set"),
+        ({"turn_template": "{content}"}, r"model\.turn_template needs model\.environment or model\.agent, and neither is set"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model, options, message):

@@ -82,7 +82,7 @@ def test_how_a_step_is_split_changes_nothing_but_the_forward_passes(model, sums,
 class NeverDone(Sampler):
     """No token ends a completion."""
 
-    def stops(self, tokenizer, ids=None):
+    def stops(self, tokenizer, ids=None, more=()):
         return Stops((10_000,), None)
 
 

@@ -67,9 +67,7 @@ class VLLMEngine(WeightedEngine):
         if self.sends_adapter:
             check_lora(trains_fully, use_dora, ranks, experts)
 
-    def stops(
-        self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None, more: Sequence[str] = ()
-    ) -> Stops:
+    def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None, more: Sequence[str] = ()) -> Stops:
         """The tokens that end a completion; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 

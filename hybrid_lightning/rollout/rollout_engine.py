@@ -377,9 +377,9 @@ class Session:
         for each in asked:
             if not each.number and self._capacity is not None:
                 self._engine.check_prompt(config, len(each.ids), each.capacity or self._capacity)
-        if all(not each.number and ids.setdefault(each.episode // samples, each.ids) == each.ids for each in asked):
-            if 2 * len(asked) >= len(ids) * samples:
-                return self._request_first(asked, ids)
+        begins = all(not each.number and ids.setdefault(each.episode // samples, each.ids) == each.ids for each in asked)
+        if begins and 2 * len(asked) >= len(ids) * samples:
+            return self._request_first(asked, ids)
         return self._request_alone(asked), list(range(len(asked)))
 
     def _request_first(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import httpx
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_models import plain_logprobs, tokens_of
-from tiny_runs import Log, OftenDone, build_policy, fit, trained
+from test_calibration import calibrate, mean_gradient
+from tiny_models import build_model, plain_logprobs, tokens_of
+from tiny_runs import OftenDone, build_policy, fit, trained
 
 from hybrid_lightning.agents import CommandAgent, FunctionAgent
 from hybrid_lightning.environments import Environment, EpisodeLimits, Step
 from hybrid_lightning.episodes.episodes import episode_metrics, has_failed
 from hybrid_lightning.errors import ConfigError, EpisodeError, RolloutError
-from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -112,7 +114,7 @@ def test_a_rewritten_history_and_requests_side_by_side_are_rows_with_the_probabi
     assert metrics["episodes/trained_share"] == 1
     texts = set()
     for row in range(len(rollout.sequences)):
-        prompt, ids = tokens_of(rollout.sequences, row)
+        _, ids = tokens_of(rollout.sequences, row)
         sampled = rollout.sequences.sampled_mask[row, : len(ids)]
         true = plain_logprobs(policy.model, rollout.sequences, row)
         expected = torch.where(sampled, true, 0.0)
@@ -152,7 +154,7 @@ def test_a_fault_is_named_and_counted_and_never_a_reward_of_0(play, caplog, name
 
 
 def test_a_run_whose_first_agents_all_fail_stops_whatever_share_may(play):
-    with pytest.raises(EpisodeError, match="failed in 8 of 10 episodes, the first ones: .* the board is gone"):
+    with pytest.raises(EpisodeError, match=r"failed in 8 of 10 episodes, the first ones: .* the board is gone"):
         play(agents.raises, samples=5)
 
 
@@ -320,18 +322,30 @@ def test_training_on_the_rows_of_agents_resumes_to_the_same_bits(model, sums, tm
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_the_loss_of_an_episode_with_forks_is_that_of_one_sequence_whatever_its_rows(model, sums, tmp_path):
-    """By a loop in float64: the mean over episodes of the mean over their sampled tokens, in whichever row."""
-    log = Log()
-    policy = arguments(agents.rewrites, minibatches_per_rollout=1)
-    fit(model, sums, tmp_path, log, policy=policy, loss=GRPOLoss(), max_steps=1)
-    (batch,) = log.batches
-    rollout = batch.rollout
-    assert len(rollout.sequences) == 4 * len(rollout.completions)
-    advantages, expected = rollout.advantages.flatten().double(), 0.0
-    for number in range(len(rollout.completions)):
-        rows = (rollout.episode_of_row == number).nonzero().flatten().tolist()
-        tokens = sum(int(rollout.sequences.sampled_mask[row].sum()) for row in rows)
-        terms = [-advantages[number] for row in rows for _ in range(int(rollout.sequences.sampled_mask[row].sum()))]
-        expected += sum(float(term) for term in terms) / tokens / len(rollout.completions)
-    assert log.losses[0] == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("loss", [GRPOLoss(), DAPOLoss()], ids=["by episode", "by token"])
+def test_the_loss_of_an_episode_with_forks_is_that_of_one_sequence_whatever_its_rows(model, sums, loss):
+    """By a loop in float64 over the rows: a mean over episodes of means over their tokens, or a mean over all tokens."""
+    policy, rollouts, losses = calibrate(model, sums, **arguments(agents.rewrites, loss=loss, minibatches_per_rollout=1))
+    base = build_model("llama", std=0.1).requires_grad_(True).double()
+    sampled, episodes = rollouts.sequences.sampled_mask, rollouts.episode_of_row.tolist()
+    rewards = torch.tensor([completion.episode.rewards[-1] for completion in rollouts.completions]).double().view(-1, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
+    total, tokens = torch.zeros((), dtype=torch.float64), Counter[int]()
+    for row, episode in enumerate(episodes):
+        tokens[episode] += int(sampled[row].sum())
+    for row, episode in enumerate(episodes):
+        logprobs = plain_logprobs(base, rollouts.sequences, row)
+        own = logprobs[sampled[row, : len(logprobs)]].sum()
+        weight = tokens[episode] * len(advantages) if isinstance(loss, GRPOLoss) else sum(tokens.values())
+        total = total - advantages[episode] * own / weight
+    assert len(episodes) == 4 * len(advantages) and any(advantages)
+    expected = build_model("llama", std=0.1).requires_grad_(True)
+    total.backward()
+    for one, other in zip(expected.parameters(), base.parameters(), strict=True):
+        one.grad = None if other.grad is None else other.grad.float()
+    gradient = mean_gradient(policy, losses)
+    scale = max(float(p.grad.abs().max()) for p in expected.parameters() if p.grad is not None)
+    assert scale > 1e-3
+    for name, p in expected.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradient[name], p.grad, atol=1e-5 * scale, rtol=1e-4, msg=name)

@@ -74,9 +74,8 @@ class Conversations:
         return self._given_format or choose_format(self._pretrained.encoder.template_text)
 
     def _encoder(self, tools: str) -> TurnEncoder:
-        given = {} if self._template is None else {"turn_template": self._template}
         shown = json.loads(tools) if self.shows_tools else []
-        return TurnEncoder(self._pretrained.encoder, self._pretrained.stop_ids, shown, **given)
+        return TurnEncoder(self._pretrained.encoder, self._pretrained.stop_ids, shown, self._template)
 
     def described(self, tools: Sequence[dict[str, Any]]) -> str:
         """A text that describes tools, where the template does not show them."""
@@ -382,7 +381,7 @@ class AgentEpisode:
 
     def _written(self, messages: Sequence[Message], start: int = 0) -> list[Message]:
         """Messages from a number on, as the template gets them."""
-        shows, written = self.rules.conversations.shows_tools, []
+        shows, written = self.rules.conversations.shows_tools, list[Message]()
         names = {call.id: call.name for message in messages for call in message.get("calls", ())}
         for message in messages[start:]:
             shown: dict[str, Any] = {"role": message["role"], "content": message["content"]}
@@ -449,7 +448,7 @@ class AgentEpisode:
         """The calls in a message, each with an id."""
         if not asked.tools or not asked.calls:
             return []
-        schemas, found = {tool["function"]["name"]: ToolSchema(tool) for tool in asked.tools}, []
+        schemas, found = {tool["function"]["name"]: ToolSchema(tool) for tool in asked.tools}, list[ToolCall]()
         for call in self.rules.conversations.call_format.parse(text, asked.tools):
             if not isinstance(call, Call):
                 self.counts["malformed_calls"] += 1

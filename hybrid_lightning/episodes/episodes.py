@@ -17,7 +17,6 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from hybrid_lightning.agents import Agent
@@ -34,7 +33,7 @@ from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token, pa
 from hybrid_lightning.rollout.interface import Begun, Sampled, SamplingRequest
 from hybrid_lightning.rollout.playing import NOTHING, Surroundings
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
-from hybrid_lightning.sharding.ranks import gather_objects
+from hybrid_lightning.sharding.ranks import gather_objects, rank
 from hybrid_lightning.shared.user_calls import CallThreads
 from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.types import Completion, Message, Prompt, Rollout, Sequences
@@ -101,9 +100,9 @@ class Episodes:
     @cached_property
     def turns(self) -> TurnEncoder:
         """Encoder of the messages that environments add."""
-        pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
+        pretrained = self.pretrained
         if self.environment is None:
-            return TurnEncoder(pretrained.encoder, pretrained.stop_ids, **given)
+            return TurnEncoder(pretrained.encoder, pretrained.stop_ids, turn_template=self._turn_template)
         with in_user_code(self.environment, "prepare"):
             self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
         with in_user_code(self.environment, "tools"):
@@ -111,7 +110,7 @@ class Episodes:
         if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
             name = type(self.environment).__name__
             raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
-        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, tools_of=self._tools_of, **given)
+        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, self._turn_template, self._tools_of)
 
     def _tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
         assert self.environment is not None
@@ -182,7 +181,7 @@ class Episodes:
         """The endpoint of this process."""
         assert self.agent is not None
         if self._endpoint is None:
-            self._endpoint = Endpoint(self.agent, int(rank_zero_only.rank or 0))
+            self._endpoint = Endpoint(self.agent, rank())
         return self._endpoint
 
     def begin(
@@ -272,8 +271,11 @@ class Episodes:
         async def finish() -> None:
             threads.close()
 
-        drew = f"the agent {agent.name} draws from the global random generators of Python, NumPy or torch, which all agents share"
-        kept = None if sampler.is_remote else partial(process_kept, lambda: warn("global generators", f"{drew}; give it its own"))
+        drew = (
+            f"the agent {agent.name}, or a package that it uses, draws from the global random generators of Python, NumPy or torch, "
+            "which all agents share; if what it asks depends on them, give it its own"
+        )
+        kept = None if sampler.is_remote else partial(process_kept, lambda: warn("global generators", drew))
         around = Surroundings(max(BLOCKED_S, agent.timeout_s), kept, finish, agent.concurrency)
         tokenizer = own.pretrained.tokenizer if sampler.is_remote else self.pretrained.tokenizer
         begun = sampler.play(runner, tokenizer, request, episodes, self.limits.max_tokens, around)

@@ -52,7 +52,8 @@ class TurnEncoder:
         stop_ids: Tokens that end a completion.
         tools: JSON schemas of the tools that the policy may call.
         tools_of: Returns the schemas of the tools for a prompt; None for all tools.
-        turn_template: How to write a message after a plain-text prompt: text with `{content}` and, optionally, `{role}`.
+        turn_template: How to write a message after a plain-text prompt: text with `{content}` and, optionally, `{role}`;
+            None for the default.
 
     Raises:
         ConfigError: If `turn_template` has other fields, or no `{content}`.
@@ -63,9 +64,10 @@ class TurnEncoder:
         encoder: PromptEncoder,
         stop_ids: Sequence[int],
         tools: Sequence[dict[str, Any]] = (),
-        turn_template: str = TURN_TEMPLATE,
+        turn_template: str | None = None,
         tools_of: Callable[[Prompt], Sequence[dict[str, Any]]] | None = None,
     ) -> None:
+        turn_template = TURN_TEMPLATE if turn_template is None else turn_template
         used = template_fields("model.turn_template", turn_template)
         if "content" not in used or set(used) - {"content", "role"}:
             raise ConfigError(

@@ -266,7 +266,8 @@ class BatchEngine(RolloutEngine):
         around: Surroundings = NOTHING,
     ) -> Begun[None]:
         """See `RolloutEngine`."""
-        sessions, messages = {(): self.session(runner, tokenizer, request, capacity)}, list[Sampled]()
+        sessions: dict[tuple[str, ...], Session] = {(): self.session(runner, tokenizer, request, capacity)}
+        messages: list[Sampled] = []
         with Alone(episodes) if around is NOTHING else Rounds(episodes, around) as rounds:
             while asked := rounds.advance(messages):
                 found: dict[int, Sampled] = {}  # by place in `asked`
@@ -373,7 +374,8 @@ class Session:
 
         First messages after the prompts of their groups share the pass over their prompt.
         """
-        samples, config, ids = self._request.samples_per_prompt, getattr(self._runner.model, "config", None), {}
+        samples, config = self._request.samples_per_prompt, getattr(self._runner.model, "config", None)
+        ids = dict[int, Sequence[int]]()  # by prompt
         for each in asked:
             if not each.number and self._capacity is not None:
                 self._engine.check_prompt(config, len(each.ids), each.capacity or self._capacity)

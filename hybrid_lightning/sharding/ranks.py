@@ -22,6 +22,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks; a value can be anything that can be pickled, with tensors on the CPU."""
     values: list[Any] = [None] * world_size()
@@ -39,7 +44,7 @@ def first_rank_does(function: Callable[[], None]) -> None:
     """
     failure: list[str | None] = [None]
     cause: Exception | None = None
-    if world_size() == 1 or dist.get_rank() == 0:
+    if rank() == 0:
         try:
             function()
         except Exception as error:

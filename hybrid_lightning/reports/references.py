@@ -110,7 +110,7 @@ def reference_rewards(
     """
     some = [prompt for prompt in _spread(prompts, count) if prompt.completions or (prompt.answer or "").strip()]
     if generation.episodes is not None:
-        return References("not applicable: the reward of an episode depends on its environment")
+        return References("not applicable: the reward of an episode depends on its environment or agent")
     if not some:
         return References("not applicable: the data has no reference answers (answer_column)")
     state = capture_random_state()

@@ -34,7 +34,7 @@ def scored_again(generation: Generation, rollout: Rollout) -> tuple[str, list[Fi
     """
     terms = [term for term in generation.reward_terms() if not isinstance(term, EpisodeReturn)]
     if not terms:
-        return "not applicable: the environment's own rewards would need other episodes", []
+        return "not applicable: rewards of an environment or an agent would need other episodes", []
     rows = [row for row, completion in enumerate(rollout.completions) if not has_failed(completion)]
     if not rows:
         return "no completion counts", []

@@ -20,7 +20,7 @@ from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
 
 
 class EpisodeReturn(RewardFunction):
-    """The sum of the environment's rewards in the turns of an episode; an episode with a return of 1 is solved.
+    """The sum of the environment's rewards in the turns of an episode, or what its agent returned; 1 means solved.
 
     Example:
         >>> episode = Episode(messages=(), turns=2, end="over", rewards=(0.25, 0.75))
@@ -150,5 +150,7 @@ def _after_first(first: Tensor, values: Tensor) -> Tensor:
 def _episode(completion: str) -> Episode:
     episode = getattr(completion, "episode", None)
     if not isinstance(episode, Episode):
-        raise RewardError("the reward scores episodes, and a completion is not one; set model.environment, or use another reward")
+        raise RewardError(
+            "the reward scores episodes, and a completion is not one; set model.environment or model.agent, or use another reward"
+        )
     return episode

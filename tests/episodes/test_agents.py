@@ -1,6 +1,8 @@
 """Agents of the user's: their conversations as rows of tokens, their faults, their endpoint; with a tiny policy."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,16 +14,17 @@ import agents_of_tests as agents
 import httpx
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from test_calibration import calibrate, mean_gradient
 from tiny_models import build_model, plain_logprobs, tokens_of
 from tiny_runs import OftenDone, build_policy, fit, trained
 
 from hybrid_lightning.agents import CommandAgent, FunctionAgent
+from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.environments import Environment, EpisodeLimits, Step
+from hybrid_lightning.episodes.agent_episode import AgentEpisode
 from hybrid_lightning.episodes.episodes import episode_metrics, has_failed
 from hybrid_lightning.errors import ConfigError, EpisodeError, RolloutError
-from hybrid_lightning.losses import DAPOLoss, GRPOLoss
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -226,6 +229,21 @@ def test_what_is_wrong_with_a_request_is_said_in_openais_form(play):
     assert (ended.status_code, ended.json()["error"]["code"]) == (410, "episode_ended")
 
 
+def test_a_text_that_ends_one_request_ends_no_other(play):
+    async def asks(row, client):
+        stop = {"stop": ends} if row["index"] else {}
+        answer = await client.chat.completions.create(**agents.ASKED, **stop)
+        found[row["index"]].append(answer.choices[0].message.content)
+        return 1.0
+
+    found, ends = {0: [], 1: []}, list("aeiou05rg=")
+    _, rollout = play(asks, samples=16, max_new_tokens=12)
+    assert not any(set(text) & {*ends} for text in found[1]) and any(set(text) & {*ends} for text in found[0])
+    assert [str(c) for c in rollout.completions[16:]] == found[1]
+    lasts = {rollout.completions[16 + number].num_tokens - len(text) for number, text in enumerate(found[1])}
+    assert lasts == {1}, "the token that ended a message is one of its tokens"
+
+
 def test_what_would_change_the_distribution_is_answered_and_said_once(play, caplog):
     async def asks(row, client):
         for _ in range(2):
@@ -310,15 +328,35 @@ def arguments(agent, **options):
     return {**common, "agent": agent, "episodes": limits, **options}
 
 
-@pytest.mark.parametrize("agent", [agents.rewrites, CommandAgent([*PROGRAM, "talk"])], ids=["function", "command"])
-def test_training_on_the_rows_of_agents_resumes_to_the_same_bits(model, sums, tmp_path, agent):
-    def run(folder, ckpt=None):
-        saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-        policy = arguments(agent)
-        return trained(fit(model, sums, folder, saves, policy=policy, max_steps=4, enable_checkpointing=True, ckpt=ckpt))
+STOPPED = {"rewrites": agents.rewrites, "talk": agents.talk, "command": CommandAgent([*PROGRAM, "talk"])}
 
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", tmp_path / "whole/step=1.ckpt")  # between two minibatches of a rollout
+
+@pytest.mark.parametrize(("name", "ahead"), [("rewrites", 0), ("talk", 1), ("command", 0)])
+def test_a_run_that_is_stopped_within_an_agents_episode_resumes_to_the_same_bits(model, sums, tmp_path, monkeypatch, name, ahead):
+    def run(folder, ckpt=None, at=0):
+        began, complete = Counter[str](), AgentEpisode.complete
+
+        async def counted(episode, asked):
+            began["requests"] += 1
+            if began["requests"] == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return await complete(episode, asked)
+
+        policy = arguments(STOPPED[name], rollouts_ahead=ahead, correction=TokenTruncation() if ahead else None)
+        flags = {"max_steps": 4, "enable_checkpointing": True, "ckpt": ckpt}
+        with monkeypatch.context() as patch:
+            patch.setattr(AgentEpisode, "complete", counted)
+            try:
+                return trained(fit(model, sums, folder, GracefulStop(), policy=policy, **flags)), began["requests"]
+            except SystemExit:
+                (stopped,) = folder.rglob("stopped.ckpt")
+                return stopped, began["requests"]
+
+    whole, requests = run(tmp_path / "whole")
+    # In the second rollout, when some agents have answers and others wait for theirs.
+    stopped, made = run(tmp_path / "stopped", at=3 * requests // 4)
+    assert stopped.name == "stopped.ckpt" and made < requests
+    resumed, _ = run(tmp_path / "resumed", stopped)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 

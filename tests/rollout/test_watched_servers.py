@@ -23,6 +23,21 @@ EPISODES = {
     "turn_template": "{content}",
     "reward": None,
 }
+VERSIONS = []
+
+
+async def talks(row, client):
+    """The conversation of `Talk` as an agent."""
+    messages = [{"role": "user", "content": row["prompt"]}]
+    for _ in range(2):
+        answer = await client.chat.completions.create(model="policy", messages=messages)
+        VERSIONS.append(answer.system_fingerprint)
+        text = answer.choices[0].message.content
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"n{len(text)}"}]
+    return len(text) / 10
+
+
+AGENT = {**EPISODES, "environment": None, "agent": talks}
 
 
 class After(Callback):
@@ -134,9 +149,11 @@ def at_request(server, number, action):
             (2, "hangs", "(completes for|takes the policy's weights .tried for)", 2, {}),  # both wait, for one time
             (0, "dies", "completes for", 0, {}),  # in the calibration
             (0, "dies", "completes for", 2, EPISODES),
+            (1, "dies", "completes for", 2, AGENT),
         ],
         0,
         5,
+        6,
     ),
 )
 def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
@@ -160,9 +177,11 @@ def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
     assert 2 <= len(lines) < 11 and not any("answers again" in line for line in caplog.messages)
 
 
-@pytest.mark.parametrize(("ahead", "policy"), [(0, {}), (1, {}), (0, EPISODES)])
+@pytest.mark.parametrize(("ahead", "policy"), [(0, {}), (1, {}), (0, EPISODES), (1, AGENT)])
 def test_a_server_that_is_started_again_in_the_middle_of_a_rollout_completes_it(train, start, ahead, policy):
     server, log = start(seeded=True), Log()
     at_request(server, 20, server.restart)
     train(server, callbacks=[log], rollouts_ahead=ahead, **policy)
     assert len(log.metrics) == 4 and "model.embed_tokens.weight" in server.updates[0], "all weights"
+    if "agent" in policy:
+        assert {"step-0", "step-1"} <= set(VERSIONS), "each answer names the weights that sampled it"

@@ -25,6 +25,7 @@ from hybrid_lightning.episodes.agent_episode import AgentEpisode
 from hybrid_lightning.episodes.episodes import episode_metrics, has_failed
 from hybrid_lightning.errors import ConfigError, EpisodeError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -56,13 +57,13 @@ class Talk(Environment):
 def play(model):
     policies = []
 
-    def run(agent, *, samples=3, prompts=PROMPTS, environment=None, max_new_tokens=5, greedy=False, **limits):
+    def run(agent, *, samples=3, prompts=PROMPTS, environment=None, max_new_tokens=5, greedy=False, kind=OftenDone, **limits):
         options = {"environment": environment} if environment else {"agent": agent}
         policy = build_policy(
             model,
             reward=None,
             turn_template="{content}",
-            sampler=OftenDone(max_new_tokens),
+            sampler=kind(max_new_tokens),
             episodes=EpisodeLimits(**{"max_tokens": 60, "max_failed_share": 1.0, **limits}),
             **options,
         )
@@ -237,11 +238,11 @@ def test_a_text_that_ends_one_request_ends_no_other(play):
         return 1.0
 
     found, ends = {0: [], 1: []}, list("aeiou05rg=")
-    _, rollout = play(asks, samples=16, max_new_tokens=12)
+    _, rollout = play(asks, samples=16, max_new_tokens=12, kind=Sampler)
     assert not any(set(text) & {*ends} for text in found[1]) and any(set(text) & {*ends} for text in found[0])
     assert [str(c) for c in rollout.completions[16:]] == found[1]
-    lasts = {rollout.completions[16 + number].num_tokens - len(text) for number, text in enumerate(found[1])}
-    assert lasts == {1}, "the token that ended a message is one of its tokens"
+    more = [c.num_tokens - len(c) for c in rollout.completions[16:] if c.finished]
+    assert more and set(more) == {1}, "the token that ended a message is one of its tokens"
 
 
 def test_what_would_change_the_distribution_is_answered_and_said_once(play, caplog):

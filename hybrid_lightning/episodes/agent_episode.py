@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from math import inf
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ class Conversations:
     def _encoder(self, tools: str) -> TurnEncoder:
         shown = json.loads(tools) if self.shows_tools else []
         return TurnEncoder(self._pretrained.encoder, self._pretrained.stop_ids, shown, self._template)
+
+    @cached_property
+    def longest(self) -> int:
+        """Most characters of a token."""
+        return max(len(token) for token in self._pretrained.tokenizer.get_vocab())
 
     def described(self, tools: Sequence[dict[str, Any]]) -> str:
         """A text that describes tools, where the template does not show them."""
@@ -322,6 +327,11 @@ class AgentEpisode:
             self._limit = self._limit or "turns"
             had = f"the episode has had its {limits.max_turns} messages (model.episodes.max_turns)"
             raise RefusedError(had, 400, "episode_turns")
+        most = rules.context * rules.conversations.longest
+        if sum(len(message["content"]) for message in asked.messages) > most:  # tokenizing it would take long
+            self._limit = self._limit or "tokens"
+            too_long = f"the conversation is longer than {rules.context:g} tokens, which is what the policy takes"
+            raise RefusedError(too_long, 400, "context_length_exceeded")
         try:
             place = self._place(asked)
         except (ConfigError, DataError) as error:

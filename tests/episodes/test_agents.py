@@ -208,6 +208,7 @@ def test_what_is_wrong_with_a_request_is_said_in_openais_form(play):
             path=post(asked, "/embeddings"),
             stop=post({**asked, "stop": [""]}),
             long=post({"messages": [{"role": "user", "content": "1" * 500}]}),
+            huge=post({"messages": [{"role": "user", "content": "1" * (15 * 2**20)}]}),
             good=post({**asked, "temperature": 0.1, "tool_choice": "required", "logprobs": True, "max_tokens": 2}),
         )
         found["row"], found["models"] = row, httpx.get(f"{row['base_url']}/models", headers={"X-Api-Key": row["api_key"]})
@@ -220,7 +221,7 @@ def test_what_is_wrong_with_a_request_is_said_in_openais_form(play):
     assert {name: code for name, (code, _) in said.items()} == {name: codes.get(name, 400) for name in said}
     for name, (code, body) in said.items():
         assert code == 200 or (body["error"]["message"] and body["error"]["type"] == "invalid_request_error"), name
-    assert said["long"][1]["error"]["code"] == "context_length_exceeded"
+    assert {said[name][1]["error"]["code"] for name in ("long", "huge")} == {"context_length_exceeded"}
     assert rollout.completions[0].episode.end == "tokens"
     choice = said["good"][1]["choices"][0]
     tokens = choice["logprobs"]["content"]

@@ -19,7 +19,13 @@ from pages import ALL_PAGES, PAGES, README, ROOT
 from hybrid_lightning.rollout.vllm import BACKEND
 
 PARTS = ("loss", "reward", "scorer", "source", "callback")
-FILES = {"function": "my_reward.py", "tool": "my_tools.py", "environment": "my_environment.py", "own_reward": "my_score.py"}
+FILES = {
+    "function": "my_reward.py",
+    "tool": "my_tools.py",
+    "environment": "my_environment.py",
+    "agent": "my_agent.py",
+    "own_reward": "my_score.py",
+}
 FILES |= {name: f"{name}.yaml" for name in ("yaml", "own_part_yaml", "mcp", "sets")} | {"own_data_yaml": "mine.yaml"}
 SMALL = ["--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"]
 SMALL += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--checkpoint.monitor=null"]
@@ -51,7 +57,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in ("mine", "my_environment"):
+    for name in ("mine", "my_environment", "my_agent"):
         sys.modules.pop(name, None)
 
 
@@ -127,7 +133,7 @@ def test_commands_of_benchmarks_are_there_with_their_options(page):
 
 # Parts of one entry train together, each by the options of its own command.
 OWN = [("mine.", PARTS, 10), ("my_reward.py:", ("function",), 10), ("my_tools.py:", ("tool",), 20)]
-OWN += [("my_environment.", ("environment",), 20)]
+OWN += [("my_environment.", ("environment",), 20), ("my_agent.py:", ("agent",), 12)]
 
 
 @pytest.mark.parametrize(("file", "names", "most"), OWN, ids=lambda value: value if isinstance(value, str) else None)
@@ -280,7 +286,7 @@ def test_the_examples_have_the_numbers_of_their_own_page():
         dict(re.findall(r"^\| \[\w+\]\((?:examples/)?(\w+)/README\.md\) \| [^|]* \| ([^|]*) \|", text, re.MULTILINE))
         for text in (README, (ROOT / "examples" / "README.md").read_text())
     )
-    assert len(here) == 7 and here == there
+    assert len(here) == 8 and here == there
 
 
 def test_badges_show_what_the_project_has():

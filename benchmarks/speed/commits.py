@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     choices, default = [*WORKLOADS, *SHIPPED], ["main", "tiny"]
     parser.add_argument("--workload", nargs="+", default=default, choices=choices, help="or a config (default: %(default)s)")
     parser.add_argument("--before-options", nargs="+", default=[], metavar="NAME=VALUE", help="of configs in the other checkout")
+    parser.add_argument("--now-options", nargs="+", default=[], metavar="NAME=VALUE", help="of configs in this checkout")
     parser.add_argument("before", type=Path, help="the other checkout, or this one")
     return parser
 
@@ -66,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="commits_") as logs:
         for made, code in ((WORKLOADS, _WORKER), (SHIPPED, _SHIPPED_WORKER)):
             workloads = [made[name] for name in names if name in made]
-            options = {"before": [f"--{option}" for option in arguments.before_options], "now": []}
+            given = {"before": arguments.before_options, "now": arguments.now_options}
+            options = {side: [f"--{option}" for option in of_side] for side, of_side in given.items()}
             workers = {
                 side: ("-c", code.format(checkout=str(place), worker=run_config.__file__, options=options[side]))
                 for side, place in checkouts.items()

@@ -226,7 +226,6 @@ class Generation(ABC):
         if self.player.agent is not None:  # which may ask for anything; a request that is too long is refused
             for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
                 self.encode(prompt)
-            self.player.check_agent(self.sampler.is_remote)
             return
         self.check_lengths(prompts, math.inf if self.reward is None else limit, name)  # without a reward nothing is completed
         if self.episodes is not None and self.episodes.environment is not None:

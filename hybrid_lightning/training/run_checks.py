@@ -21,6 +21,7 @@ from hybrid_lightning.shared.user_code import in_user_code
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.options import RLOptions
 from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.teachers import SelfTeacher
 from hybrid_lightning.types import Rollout, Sequences
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
@@ -32,6 +33,11 @@ def check_options(options: RLOptions, generation: Generation, loss: PolicyLoss) 
         raise ConfigError("model.credit=turn needs an environment's rewards of turns, which an agent has not; set credit=episode")
     if options.credit == "turn" and generation.episodes is None:
         raise ConfigError("model.credit=turn needs model.environment, which is not set; set it, or set credit=episode")
+    if generation.player.agent is not None and isinstance(options.teacher, SelfTeacher) and options.teacher.template is not None:
+        raise ConfigError(
+            "model.teacher.context changes the prompts that the teacher sees, but an agent writes what it asks; leave the "
+            "context out, or use an environment"
+        )
     of_tokens = options.teacher is not None and not (options.distillation or SampledReverseKL()).of_distributions
     if options.credit == "turn" or of_tokens:
         loss.check_token_advantages()
@@ -40,8 +46,12 @@ def check_options(options: RLOptions, generation: Generation, loss: PolicyLoss) 
 def check_rl(options: RLOptions, schedule: RolloutSchedule, generation: Generation, loss: PolicyLoss) -> None:
     """Raise ConfigError if settings of a reinforcement learning run do not work together, and warn of doubtful ones."""
     run, sampler, advantage, correction = generation.run, generation.sampler, options.advantage, options.correction
+    if generation.player.agent is not None:
+        generation.player.check_agent(sampler.is_remote)
     if generation.reward is None and run.stage in ("fit", "predict"):  # the other stages measure without one
-        raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
+        raise ConfigError(
+            "model.reward is missing; give a reward, such as MathMatch, or an environment or agent that gives rewards"
+        )
     if correction is not None and isinstance(sampler, WeightedEngine) and not sampler.keeps_all_tokens:
         raise ConfigError(
             f"model.correction={type(correction).__name__} compares probabilities over all tokens, but {type(sampler).__name__} "

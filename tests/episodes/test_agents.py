@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,15 +19,17 @@ from test_calibration import calibrate, mean_gradient
 from tiny_models import build_model, plain_logprobs, tokens_of
 from tiny_runs import OftenDone, build_policy, fit, trained
 
-from hybrid_lightning.agents import CommandAgent, FunctionAgent
+from hybrid_lightning.agents import CommandAgent, FunctionAgent, endpoint
+from hybrid_lightning.agents.endpoint import Endpoint
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.environments import Environment, EpisodeLimits, Step
 from hybrid_lightning.episodes.agent_episode import AgentEpisode
-from hybrid_lightning.episodes.episodes import episode_metrics, has_failed
+from hybrid_lightning.episodes.episodes import episode_metrics, episode_records, has_failed
 from hybrid_lightning.errors import ConfigError, EpisodeError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.training import SelfTeacher
 from hybrid_lightning.types import Prompt
 
 pytest.importorskip("starlette")
@@ -116,6 +119,9 @@ def test_a_rewritten_history_and_requests_side_by_side_are_rows_with_the_probabi
     metrics = episode_metrics(rollout.completions)
     assert (metrics["episodes/rows"], metrics["episodes/forks"], metrics["episodes/turns"]) == (4, 3, 5)
     assert metrics["episodes/trained_share"] == 1
+    records = episode_records(policy.task.generation.score(rollout))
+    assert all(len(record["more_rows"]) == 3 and record["counts"]["rows"] == 4 for record in records)
+    assert records[0]["more_rows"][2]["completion_ids"] == tokens_of(rollout.sequences, 3)[1]
     texts = set()
     for row in range(len(rollout.sequences)):
         _, ids = tokens_of(rollout.sequences, row)
@@ -322,6 +328,41 @@ def test_settings_that_cannot_work_are_refused(model):
         CommandAgent("no-such-program --now").check()
     with pytest.raises(ConfigError, match=r"model.credit=turn needs an environment's rewards"):
         build_policy(model, agent=agents.talk, credit="turn")
+    with pytest.raises(ConfigError, match=r"model.teacher.context changes the prompts"):
+        build_policy(model, agent=agents.talk, teacher=SelfTeacher("{prompt} = {answer}"))
+
+
+def test_what_is_not_installed_is_named_or_done_without(play, monkeypatch):
+    seen = []
+
+    def asks(row, client):
+        seen.append(client)
+        return agents.talk_in_thread(row, client)
+
+    monkeypatch.setattr(endpoint, "find_spec", lambda name: None if name == "openai" else name)
+    play(asks, samples=1)
+    assert seen == [None, None]
+    monkeypatch.setattr(endpoint, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs starlette and uvicorn; run pip install 'hybrid-lightning\[agents\]'"):
+        play(asks)
+
+
+def test_where_the_endpoint_listens_is_said_once_and_a_port_that_is_taken_is_refused(model, sums, tmp_path, caplog):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"agent.host='127.0.0.1' with port {port}: Address already in use"):
+            Endpoint(FunctionAgent(agents.talk, port=port))
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        for agent in (FunctionAgent(agents.talk, host="0.0.0.0", port=port), agents.talk_in_thread):
+            fit(model, sums, tmp_path, policy=arguments(agent, minibatches_per_rollout=1), max_steps=1)
+    lines = [line for line in caplog.messages if line.startswith("Agent talk")]
+    assert lines[0] == (
+        f"Agent talk: 256 at once, served at http://127.0.0.1:{port}/v1, open to whoever reaches 0.0.0.0 port {port} and has the "
+        "key of an episode, without encryption; a run repeats itself to the bit if the agent does"
+    )
+    assert len(lines) == 2 and lines[1].endswith("if the agent does and waits for each message before it asks for another")
 
 
 def arguments(agent, **options):

@@ -46,6 +46,7 @@ class ChatRequest:
     logprobs: bool = False
     model: str = "policy"
     ignored: tuple[str, ...] = ()  # options that would change the distribution
+    stream_usage: bool = False  # whether a stream ends with the numbers of tokens
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class ChatCompletions(Dialect):
             if not isinstance(function, Mapping):
                 raise RefusedError(f"tools has {shorten(entry, 80)}; only functions can be called")
             tools.append(_tool(function.get("name"), function.get("description"), function.get("parameters")))
-        choice, form = body.get("tool_choice"), body.get("response_format")
+        choice, form, streams = body.get("tool_choice"), body.get("response_format"), body.get("stream_options")
         formatted = isinstance(form, Mapping) and form.get("type") != "text"
         return ChatRequest(
             messages,
@@ -207,6 +208,7 @@ class ChatCompletions(Dialect):
             body.get("logprobs") is True,
             str(body.get("model") or "policy"),
             _ignored(body, choice not in (None, "auto", "none"), formatted),
+            isinstance(streams, Mapping) and streams.get("include_usage") is True,
         )
 
     def write(self, asked: ChatRequest, answer: ChatAnswer) -> dict[str, Any]:
@@ -226,7 +228,8 @@ class ChatCompletions(Dialect):
         for number, (part, reason) in enumerate(((delta, None), ({}, answer.finish))):
             logprobs = None if number else _logprobs(asked, answer)
             yield "", {**head, "choices": [{"index": 0, "delta": part, "finish_reason": reason, "logprobs": logprobs}]}
-        yield "", {**head, "choices": [], "usage": _usage(answer)}
+        if asked.stream_usage:  # many clients read the first choice of every event
+            yield "", {**head, "choices": [], "usage": _usage(answer)}
         yield "", "[DONE]"
 
     def _head(self, asked: ChatRequest, answer: ChatAnswer, kind: str) -> dict[str, Any]:

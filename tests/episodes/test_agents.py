@@ -292,7 +292,15 @@ KINDS = {
     "chat stream": (
         "/chat/completions",
         {"messages": [{"role": "user", "content": "12"}], "stream": True},
-        lambda answer: "".join(c["delta"].get("content") or "" for e in events(answer) for c in e["choices"]),
+        lambda answer: "".join(e["choices"][0]["delta"].get("content") or "" for e in events(answer)),
+    ),
+    "chat stream with usage": (
+        "/chat/completions",
+        {"messages": [{"role": "user", "content": "12"}], "stream": True, "stream_options": {"include_usage": True}},
+        lambda answer: (
+            "".join(c["delta"].get("content") or "" for e in events(answer) for c in e["choices"])
+            * (events(answer)[-1]["usage"]["prompt_tokens"] == 2)
+        ),
     ),
     "responses": (
         "/responses",

@@ -202,7 +202,7 @@ def trl_loss(loss_type: str, scale_rewards: str = "group", **settings: Any) -> L
     """
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    sequence = loss_type == "gspo"
+    sequence = loss_type in ("gspo", "luspo")
     clip = {"epsilon_low": 3e-4, "epsilon_high": 4e-4} if sequence else {"epsilon_low": 0.2, "epsilon_high": 0.2}
     if loss_type == "cispo":
         clip["epsilon_high"] = 5.0
@@ -214,6 +214,10 @@ def trl_loss(loss_type: str, scale_rewards: str = "group", **settings: Any) -> L
         def gather(value: Any) -> Any:
             return value
 
+        @staticmethod
+        def reduce(value: Any, reduction: str) -> Any:
+            return value
+
     def loss(step: Step) -> Tensor:
         rewards = step.rewards
         advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -221,14 +225,16 @@ def trl_loss(loss_type: str, scale_rewards: str = "group", **settings: Any) -> L
             advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
         elif scale_rewards == "batch":
             advantages = advantages / (rewards.std() + 1e-4)
+        vespo = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
         temperature = {f"sapo_temperature_{sign}": step.rewards.new_tensor(t) for sign, t in (("pos", 1.0), ("neg", 1.05))}
         trainer = SimpleNamespace(
+            get_gamma_weights=GRPOTrainer.get_gamma_weights,
             _get_per_token_logps_and_entropies=lambda *a, **k: (step.logprobs, torch.zeros_like(step.logprobs), None),
-            args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1, **temperature),
+            args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1, **temperature, **vespo),
             model=SimpleNamespace(training=True),
             accelerator=Accelerator,
             current_gradient_accumulation_steps=1,
-            loss_type="grpo" if sequence else loss_type,
+            loss_type="grpo" if loss_type == "gspo" else loss_type,
             importance_sampling_level="sequence" if sequence else "token",
             max_completion_length=step.longest,
             entropy_coef=0.0,

@@ -18,10 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 END = "."
-STEP = 0.15  # nats by which a sampled token's log-probability changes in a step of training, root mean square
+STEP = 0.15  # nats by which a sampled token's log-probability changes in a step of training, root mean square: enough to be bounded
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class Policy:
         chances = self.logprobs(parameters).sum(dim=-1).exp() * ~self.language.failed
         return ((chances * self.language.rewards).sum(dim=1) / chances.sum(dim=1)).mean()
 
-    def trained(self, parameters: Tensor, steps: int) -> Tensor:
+    def trained(self, parameters: Tensor, steps: int, size: float = STEP) -> Tensor:
         """The parameters after some steps of training (before, if negative): half along the true gradient, half at random.
 
-        The length of a step is such that log-probabilities change by `STEP`.
+        The length of a step is such that log-probabilities change by `size` nats, root mean square.
         """
         sign = 1 if steps > 0 else -1
         for _ in range(abs(steps)):
@@ -180,7 +180,7 @@ class Policy:
             low, high = 0.0, 100.0
             for _ in range(60):  # bisection
                 middle = (low + high) / 2
-                low, high = (middle, high) if self._moved(parameters, sign * middle * step) < STEP else (low, middle)
+                low, high = (middle, high) if self._moved(parameters, sign * middle * step) < size else (low, middle)
             parameters = parameters + sign * low * step
         return parameters
 
@@ -191,7 +191,7 @@ class Policy:
 
 
 class Transformer(Policy):
-    """A Llama of one layer and width 8, whose parameters all prompts and beginnings share."""
+    """A GPT-2 of one layer and width 8, whose parameters all prompts and beginnings share (others compute norms in float32)."""
 
     def __init__(self, language: Language, seed: int = 0) -> None:
         self.language = language
@@ -199,17 +199,8 @@ class Transformer(Policy):
         tokens = len(language.letters) + language.prompts
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            config = LlamaConfig(
-                vocab_size=tokens,
-                hidden_size=8,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                initializer_range=0.5,
-                attn_implementation="eager",
-            )
-            self.model = LlamaForCausalLM(config).double().eval()
+            shape = GPT2Config(vocab_size=tokens, n_positions=8, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5, attn_implementation="eager")
+            self.model = GPT2LMHeadModel(shape).double().eval()
         self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self.start = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
         rows = [[len(language.letters) + prompt, *map(language.letters.index, state)] for prompt in range(language.prompts) for state in language.states]

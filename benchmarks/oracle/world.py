@@ -177,15 +177,17 @@ class Policy:
         for _ in range(abs(steps)):
             directions = [self.gradient(parameters), self._draw(len(parameters))]
             step = sum(direction / direction.norm() for direction in directions)
-            low, high = 0.0, 100.0
-            for _ in range(60):  # bisection
+            before, low, high = self.logprobs(parameters), 0.0, 100.0
+            for _ in range(40):  # bisection
                 middle = (low + high) / 2
-                low, high = (middle, high) if self._moved(parameters, sign * middle * step) < size else (low, middle)
+                moved = self._moved(before, parameters + sign * middle * step)
+                low, high = (middle, high) if moved < size else (low, middle)
             parameters = parameters + sign * low * step
         return parameters
 
-    def _moved(self, parameters: Tensor, step: Tensor) -> float:
-        before, after = self.logprobs(parameters), self.logprobs(parameters + step)
+    @torch.no_grad()
+    def _moved(self, before: Tensor, parameters: Tensor) -> float:
+        after = self.logprobs(parameters)
         chances = before.sum(dim=-1, keepdim=True).exp() * self.language.mask
         return float(((after - before) ** 2 * chances).sum() / chances.sum()) ** 0.5
 
@@ -199,7 +201,17 @@ class Transformer(Policy):
         tokens = len(language.letters) + language.prompts
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            shape = GPT2Config(vocab_size=tokens, n_positions=8, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5, attn_implementation="eager")
+            shape = GPT2Config(
+                vocab_size=tokens,
+                n_positions=8,
+                n_embd=8,
+                n_layer=1,
+                n_head=2,
+                initializer_range=0.5,
+                attn_implementation="eager",
+                bos_token_id=None,
+                eos_token_id=None,
+            )
             self.model = GPT2LMHeadModel(shape).double().eval()
         self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self.start = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])

@@ -179,13 +179,12 @@ def draw(found: Sequence[Line], out: Path) -> None:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     names = {"policy": "logits", "rewards": "graded", "lag": 0, "step": "first", "correction": "none", "samples": 4}
-    shown = ADVANTAGES[:-1]
-    values = [[lines.one(loss=loss, advantage=of, **names).estimate.angle for of in shown] for loss in LOSSES]
+    values = [[lines.one(loss=loss, advantage=of, **names).estimate.angle for of in ADVANTAGES] for loss in LOSSES]
     left.imshow(values, cmap="YlOrRd", vmin=0, vmax=30, aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             left.text(x, y, _round(value), ha="center", va="center", fontsize=8)
-    left.set_xticks(range(len(shown)), ["group mean", "leave one out", "group std", "batch std", "REINF.++", "per reward"], rotation=30)
+    left.set_xticks(range(len(ADVANTAGES)), ["group mean", "leave one out", "group std", "batch std", "REINF.++", "per reward"], rotation=30)
     left.set_yticks(range(len(LOSSES)), list(LOSSES))
     left.set_title("on-policy, graded rewards: angle of bias (degrees)", fontsize=10)
     colours = ("#222222", "#1f6fb2", "#4aa3df", "#d1495b", "#e09f3e")

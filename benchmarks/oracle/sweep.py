@@ -19,7 +19,7 @@ from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
 LOSSES: dict[str, Callable[[], PolicyLoss]] = {
     name: getattr(losses, f"{name}Loss") for name in ("GRPO", "DAPO", "DrGRPO", "BNPO", "GSPO", "GSPOToken", "CISPO", "SAPO", "DPPO")
 }
-ADVANTAGES = ("GroupMean", "LeaveOneOut", "Group", "BatchStd", "ReinforcePlusPlus", "PerReward", "No")
+ADVANTAGES = ("GroupMean", "LeaveOneOut", "Group", "BatchStd", "ReinforcePlusPlus", "PerReward")
 CORRECTIONS = ("none", "TokenTruncation", "TokenMask", "SequenceTruncation", "SequenceMask")
 OPTIONS: dict[str, Callable[[], PolicyLoss]] = {
     "GRPO, dual clip 3": lambda: losses.GRPOLoss(dual_clip=3.0),

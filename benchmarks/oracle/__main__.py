@@ -1,7 +1,8 @@
 """Compares what every loss and advantage gives on average with the true gradient, exactly: `python -m benchmarks.oracle`.
 
 Writes `oracle.csv` with every estimator in every situation, `oracle.png`, and `oracle.md`: the page in `results/` with new tables.
-A loss of your own is put under it by `--loss FILE.py:FUNCTION`, and only its lines are printed.
+A loss of your own is put under it by `--loss FILE.py:FUNCTION`, and only its lines are printed:
+docs/how-to/prove-an-estimator.md.
 """
 
 from hybrid_lightning.process import prepare_process
@@ -17,6 +18,7 @@ from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command
 from benchmarks.oracle.estimators import LossFunction
 from benchmarks.oracle.page import any_lines, as_csv, draw, filled, tables
 from benchmarks.oracle.sweep import TRL_TYPES, everything, of_file
+from hybrid_lightning.losses import PolicyLoss
 
 PAGE = ROOT / "results/oracle.md"
 
@@ -24,13 +26,13 @@ PAGE = ROOT / "results/oracle.md"
 def build_parser() -> argparse.ArgumentParser:
     parser = command("oracle", __doc__, out=Path("runs/oracle"))
     parser.add_argument("--processes", type=int, default=CORES, help="side by side, of one thread each (default: %(default)s)")
-    parser.add_argument("--loss", metavar="FILE.py:FUNCTION", help="a function of a Step (benchmarks/oracle/estimators.py), alone")
+    parser.add_argument("--loss", metavar="FILE.py:FUNCTION", help="a function of a Step, or a PolicyLoss: only this one, on the screen")
     parser.add_argument("--samples", type=int, default=3, help="completions of a prompt, with --loss (default: %(default)s)")
     return parser
 
 
-def load(place: str) -> LossFunction:
-    """The function that `FILE.py:FUNCTION` names."""
+def load(place: str) -> LossFunction | PolicyLoss:
+    """The function that `FILE.py:FUNCTION` names, or an instance of its class."""
     file, _, name = place.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
         raise UsageError(f"--loss {place}: there is no such file; give FILE.py:FUNCTION")
@@ -42,6 +44,8 @@ def load(place: str) -> LossFunction:
     if not callable(found):
         defined = ", ".join(key for key, value in vars(module).items() if getattr(value, "__module__", "") == "loss") or "nothing"
         raise UsageError(f"--loss {place}: {file} has no function {name}; it defines {defined}")
+    if isinstance(found, type) and issubclass(found, PolicyLoss):
+        return found()
     function: LossFunction = found
     return function
 

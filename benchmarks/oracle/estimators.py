@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commands import UsageError
 from benchmarks.oracle.world import Language, Rollouts
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.losses import DrGRPOLoss, ImportanceCorrection, PolicyLoss
@@ -68,7 +69,11 @@ class Probabilities:
 
 
 def of_function(loss: LossFunction, language: Language, rollouts: Rollouts, given: Probabilities) -> Tensor:
-    """Gradients of a loss by the log-probability of each token, [M, P, G, T]: one call for every rollout."""
+    """Gradients of a loss by the log-probability of each token, [M, P, G, T]: one call for every rollout.
+
+    Raises:
+        UsageError: If the function returns anything but a tensor of one number with a gradient.
+    """
     found = []
     prompts = torch.arange(language.prompts)[:, None]
     for chosen in rollouts.chosen:
@@ -76,7 +81,9 @@ def of_function(loss: LossFunction, language: Language, rollouts: Rollouts, give
         rows[0] = rows[0].clone().requires_grad_()
         flat = chosen.flatten()
         value = loss(Step(*rows, language.mask[flat], language.rewards[prompts, chosen], language.cut[flat], language.longest))
-        (gradient,) = torch.autograd.grad(value, rows[0], allow_unused=True)
+        if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+            raise UsageError("a loss must return a tensor of one number that was made from step.logprobs; add up what it returns")
+        (gradient,) = torch.autograd.grad(value.sum(), rows[0], allow_unused=True)
         found.append(torch.zeros_like(rows[0]) if gradient is None else gradient)
     return torch.stack(found).view(*rollouts.chosen.shape, -1)
 

@@ -25,7 +25,7 @@ def angle(line: Line) -> str:
 
 def worth(line: Line) -> str:
     """Fresh completions."""
-    return "0" if is_nothing(line) else f"{line.worth:.1f}"
+    return "0" if is_nothing(line) else f"{line.worth:.1f}".replace("-0.0", "0.0")
 
 
 def both(line: Line) -> str:
@@ -163,12 +163,12 @@ def filled(page: str, made: dict[str, str]) -> str:
 
 
 def as_csv(lines: Sequence[Line]) -> str:
-    """All lines, six digits of each number."""
+    """All lines, four digits of each number."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(lines[0].values()), lineterminator="\n")
     writer.writeheader()
     for line in lines:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in line.values().items()})
+        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in line.values().items()})
     return out.getvalue()
 
 

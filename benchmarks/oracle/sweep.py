@@ -125,10 +125,11 @@ class Situation:
         names = {"correction": "none", "cut": "counted", **self.names, **names}
         return Line(**names, lag=lag, step=step, estimate=estimate, worth=estimate.progress / self._fresh[step])
 
-    def own(self, loss: str, rows: Rows, lag: int, step: str, correction: str = "none", **names: Any) -> Line:
-        """A line of this package."""
+    def own(self, loss: str | PolicyLoss, rows: Rows, lag: int, step: str, correction: str = "none", **names: Any) -> Line:
+        """A line of this package, or of another class of loss."""
         made = None if correction == "none" else _correction(correction)
-        of_tokens = of_own_path(rows, {**LOSSES, **OPTIONS}[loss](), self.given(lag, step), made, ahead=lag > 0)
+        used, loss = ({**LOSSES, **OPTIONS}[loss](), loss) if isinstance(loss, str) else (loss, type(loss).__name__)
+        of_tokens = of_own_path(rows, used, self.given(lag, step), made, ahead=lag > 0)
         return self.line(of_tokens, lag, step, loss=loss, correction=correction, **names)
 
     def other(self, function: LossFunction, lag: int, step: str, **names: Any) -> Line:
@@ -204,14 +205,17 @@ def of_trl(loss_type: str) -> list[Line]:
     return found
 
 
-def of_file(function: LossFunction, name: str, samples: int) -> Iterator[Line]:
+def of_file(loss: LossFunction | PolicyLoss, name: str, samples: int) -> Iterator[Line]:
     """A loss of a user, beside the one without bias."""
     for policy, rewards in (("logits", "binary"), ("logits", "graded"), ("transformer", "binary")):
         here = Situation(policy, rewards, samples=samples)
         rows = Rows.of(here.language, here.rollouts, _advantage("LeaveOneOut"))
         for lag, step in ((0, "first"), (0, "later"), (4, "first")):
             yield here.own("DrGRPO", rows, lag, step, advantage="LeaveOneOut")
-            yield here.other(function, lag, step, loss=name, advantage="")
+            if isinstance(loss, PolicyLoss):
+                yield here.own(loss, rows, lag, step, advantage="LeaveOneOut")
+            else:
+                yield here.other(loss, lag, step, loss=name, advantage="")
 
 
 def everything(processes: int, trl: bool, tell: Callable[[str], None]) -> list[Line]:

@@ -257,6 +257,15 @@ def test_a_loss_from_a_file(tmp_path, capsys):
     on_policy = [cells for cells in lines if cells[3] == "lag 0, first"]
     assert len(lines) == 9 and len(on_policy) == 3 and all(cells[4:6] == ["0", "1"] for cells in on_policy)
     assert all(float(cells[4]) > 1 for cells in lines if cells not in on_policy)
-    for place, expected in ((f"{file}:los", "has no function los; it defines loss"), ("mine:loss", "give FILE.py:FUNCTION")):
+    file.write_text(f"from hybrid_lightning.losses import DrGRPOLoss\nclass Mine(DrGRPOLoss): ...\n{file.read_text()}    return step.mask\n")
+    assert command.main(["--loss", f"{file}:Mine", "--samples", "2"]) == 0
+    found = [line.split(" | ")[3:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(found) == 18 and found[::2] == found[1::2]
+    file.write_text(file.read_text().replace("    return -(", "    -("))
+    for place, expected in (
+        (f"{file}:loss", "a loss must return a tensor of one number"),
+        (f"{file}:los", "has no function los; it defines Mine, loss"),
+        ("mine:loss", "give FILE.py:FUNCTION"),
+    ):
         assert command.main(["--loss", place]) == 2 and expected in capsys.readouterr().err
     assert Probabilities(*[torch.zeros(1)] * 3).on_policy

@@ -1,13 +1,9 @@
 """Compares what every loss and advantage gives on average with the true gradient, exactly: `python -m benchmarks.oracle`.
 
-Writes `oracle.csv` with every estimator in every situation, `oracle.png`, and `oracle.md`: the page in `results/` with new tables.
+Writes `oracle.csv` (every estimator in every situation), `oracle.png`, and `oracle.md`, the page in `results/` with new tables.
 A loss of your own is put under it by `--loss FILE.py:FUNCTION`, and only its lines are printed:
 docs/how-to/prove-an-estimator.md.
 """
-
-from hybrid_lightning.process import prepare_process
-
-prepare_process()  # as `python -m hybrid_lightning` does
 
 import argparse
 import sys
@@ -26,7 +22,9 @@ PAGE = ROOT / "results/oracle.md"
 def build_parser() -> argparse.ArgumentParser:
     parser = command("oracle", __doc__, out=Path("runs/oracle"))
     parser.add_argument("--processes", type=int, default=CORES, help="side by side, of one thread each (default: %(default)s)")
-    parser.add_argument("--loss", metavar="FILE.py:FUNCTION", help="a function of a Step, or a PolicyLoss: only this one, on the screen")
+    parser.add_argument(
+        "--loss", metavar="FILE.py:FUNCTION", help="a function of a Step, or a PolicyLoss: only this one, on the screen"
+    )
     parser.add_argument("--samples", type=int, default=3, help="completions of a prompt, with --loss (default: %(default)s)")
     return parser
 
@@ -60,7 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     trl = find_spec("trl") is not None
     if not trl:
-        tell(f"TRL is not installed, so its {len(TRL_TYPES)} loss types are left out; install it with: pip install 'trl>=1.16,<2'")
+        tell(
+            f"TRL is not installed, so its {len(TRL_TYPES)} loss types are left out; install it with: pip install 'trl>=1.16,<2'"
+        )
     lines = everything(arguments.processes, trl, tell)
     (arguments.out / "oracle.csv").write_text(as_csv(lines))
     draw(lines, arguments.out / "oracle.png")

@@ -93,7 +93,9 @@ def _sizes(lines: Lines) -> str:
     cells = []
     for loss in LOSSES:
         names = {"policy": "logits", "rewards": "binary", "loss": loss, "advantage": "Group", "samples": 4}
-        found = [lines.one(lag=lag, step=step, correction=of, size=size, **names) for lag, step, of in situations for size in SIZES]
+        found = [
+            lines.one(lag=lag, step=step, correction=of, size=size, **names) for lag, step, of in situations for size in SIZES
+        ]
         cells.append([loss, *map(both, found)])
     return table(header, cells)
 
@@ -110,7 +112,9 @@ def _options(lines: Lines) -> str:
 def _uncounted(lines: Lines) -> str:
     cases = (("binary", "masked"), ("graded", "masked"), ("failures", "counted"))
     names = {"policy": "logits", "advantage": "LeaveOneOut", "lag": 0, "step": "first", "correction": "none"}
-    cells = [[loss, *(both(lines.one(loss=loss, rewards=rewards, cut=cut, **names)) for rewards, cut in cases)] for loss in LOSSES]
+    cells = [
+        [loss, *(both(lines.one(loss=loss, rewards=rewards, cut=cut, **names)) for rewards, cut in cases)] for loss in LOSSES
+    ]
     return table(["loss", "cut left out, binary", "cut left out, graded", "an episode fails, binary"], cells)
 
 
@@ -184,7 +188,9 @@ def draw(found: Sequence[Line], out: Path) -> None:
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             left.text(x, y, _round(value), ha="center", va="center", fontsize=8)
-    left.set_xticks(range(len(ADVANTAGES)), ["group mean", "leave one out", "group std", "batch std", "REINF.++", "per reward"], rotation=30)
+    left.set_xticks(
+        range(len(ADVANTAGES)), ["group mean", "leave one out", "group std", "batch std", "REINF.++", "per reward"], rotation=30
+    )
     left.set_yticks(range(len(LOSSES)), list(LOSSES))
     left.set_title("on-policy, graded rewards: angle of bias (degrees)", fontsize=10)
     colours = ("#222222", "#1f6fb2", "#4aa3df", "#d1495b", "#e09f3e")
@@ -193,7 +199,14 @@ def draw(found: Sequence[Line], out: Path) -> None:
         (right, lambda line: line.worth, "the same: worth in fresh completions"),
     ):
         for correction, colour in zip(CORRECTIONS, colours, strict=True):
-            of = {"policy": "logits", "rewards": "binary", "loss": "DrGRPO", "advantage": "LeaveOneOut", "step": "first", "samples": 4}
+            of = {
+                "policy": "logits",
+                "rewards": "binary",
+                "loss": "DrGRPO",
+                "advantage": "LeaveOneOut",
+                "step": "first",
+                "samples": 4,
+            }
             points = [value(lines.one(lag=lag, correction=correction if lag else "none", **of)) for lag in LAGS]
             axes.plot(LAGS, points, "o-", color=colour, label=correction, markersize=4, linewidth=1.4)
         axes.set(xlabel="steps between sampler and policy", xticks=LAGS)

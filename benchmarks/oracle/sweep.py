@@ -1,4 +1,4 @@
-"""What is computed: every loss, advantage, correction, lag and step of the package, with the settings of each as lines of a table."""
+"""What is computed: every loss, advantage, correction, lag and step of the package, each as a line of a table."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +17,8 @@ from hybrid_lightning import advantages, losses
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
 
 LOSSES: dict[str, Callable[[], PolicyLoss]] = {
-    name: getattr(losses, f"{name}Loss") for name in ("GRPO", "DAPO", "DrGRPO", "BNPO", "GSPO", "GSPOToken", "CISPO", "SAPO", "DPPO")
+    name: getattr(losses, f"{name}Loss")
+    for name in ("GRPO", "DAPO", "DrGRPO", "BNPO", "GSPO", "GSPOToken", "CISPO", "SAPO", "DPPO")
 }
 ADVANTAGES = ("GroupMean", "LeaveOneOut", "Group", "BatchStd", "ReinforcePlusPlus", "PerReward")
 CORRECTIONS = ("none", "TokenTruncation", "TokenMask", "SequenceTruncation", "SequenceMask")
@@ -184,7 +185,12 @@ def of_seeds_and_sizes() -> list[Line]:
         here = Situation("logits", "binary", seed=seed, size=size)
         rows = Rows.of(here.language, here.rollouts, _advantage("Group"))
         for loss in LOSSES:
-            for lag, step, of in ((0, "first", "none"), (0, "later", "none"), (4, "first", "none"), (4, "first", "TokenTruncation")):
+            for lag, step, of in (
+                (0, "first", "none"),
+                (0, "later", "none"),
+                (4, "first", "none"),
+                (4, "first", "TokenTruncation"),
+            ):
                 found.append(here.own(loss, rows, lag, step, of, advantage="Group"))
     return found
 
@@ -200,7 +206,13 @@ def of_trl(loss_type: str) -> list[Line]:
     """A loss type of TRL, three completions in a group."""
     here = Situation("logits", "graded", samples=3)
     found = []
-    for scale, lag, step in (("none", 0, "first"), ("group", 0, "first"), ("batch", 0, "first"), ("group", 0, "later"), ("group", 4, "first")):
+    for scale, lag, step in (
+        ("none", 0, "first"),
+        ("group", 0, "first"),
+        ("batch", 0, "first"),
+        ("group", 0, "later"),
+        ("group", 4, "first"),
+    ):
         found.append(here.other(trl_loss(loss_type, scale), lag, step, loss=f"TRL {loss_type}", advantage=scale))
     return found
 
@@ -221,8 +233,14 @@ def of_file(loss: LossFunction | PolicyLoss, name: str, samples: int) -> Iterato
 def everything(processes: int, trl: bool, tell: Callable[[str], None]) -> list[Line]:
     """All lines of the page, by several processes of one thread."""
     small = ("logits", "transformer")
-    work: list[Callable[[], list[Line]]] = [of_wide, *([partial(of_trl, name) for name in TRL_TYPES] if trl else []), of_seeds_and_sizes]
-    work += [partial(of_package, *which) for which in ((p, r, a) for p in small for r in ("binary", "graded") for a in ADVANTAGES)]
+    work: list[Callable[[], list[Line]]] = [
+        of_wide,
+        *([partial(of_trl, name) for name in TRL_TYPES] if trl else []),
+        of_seeds_and_sizes,
+    ]
+    work += [
+        partial(of_package, *which) for which in ((p, r, a) for p in small for r in ("binary", "graded") for a in ADVANTAGES)
+    ]
     work += [partial(of, policy) for of in (of_options, of_uncounted) for policy in small]
     found: list[Line] = []
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:

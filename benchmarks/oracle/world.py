@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel
 
 END = "."
-STEP = 0.15  # nats by which a sampled token's log-probability changes in a step of training, root mean square: enough to be bounded
+STEP = 0.15  # nats by which a step of training changes log-probabilities, root mean square: far enough to be bounded
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class Language:
     def state_of_token(self) -> Tensor:
         """[N, T] int64: the state in which each token is chosen; 0 for padding."""
         places = range(self.longest)
-        return torch.tensor([[self.states.index(text[:place]) if place < len(text) else 0 for place in places] for text in self.texts])
+        return torch.tensor(
+            [[self.states.index(text[:place]) if place < len(text) else 0 for place in places] for text in self.texts]
+        )
 
 
 def answers(graded: bool = False, failures: bool = False) -> Language:
@@ -215,7 +217,11 @@ class Transformer(Policy):
             self.model = GPT2LMHeadModel(shape).double().eval()
         self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self.start = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
-        rows = [[len(language.letters) + prompt, *map(language.letters.index, state)] for prompt in range(language.prompts) for state in language.states]
+        rows = [
+            [len(language.letters) + prompt, *map(language.letters.index, state)]
+            for prompt in range(language.prompts)
+            for state in language.states
+        ]
         width = max(map(len, rows))
         self._last = torch.tensor([len(row) - 1 for row in rows])
         self._rows = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # a causal model does not see what follows
@@ -223,7 +229,9 @@ class Transformer(Policy):
     def logits(self, parameters: Tensor) -> Tensor:
         """[P, states, letters]."""
         sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parameters.split(sizes), strict=True)}
+        parts = {
+            name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parameters.split(sizes), strict=True)
+        }
         logits = functional_call(self.model, parts, (self._rows,)).logits[torch.arange(len(self._rows)), self._last]
         return logits[:, : len(self.language.letters)].view(self.language.prompts, len(self.language.states), -1)
 

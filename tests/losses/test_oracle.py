@@ -64,7 +64,9 @@ def formula_advantages(name, language, chosen):
     total = torch.zeros_like(rewards)
     for part, values in language.parts.items():
         of_part = values[of_prompt, chosen]
-        total = total + language.weights[part] * (of_part - of_part.mean(dim=2, keepdim=True)) / (of_part.std(dim=2, keepdim=True) + eps)
+        total = total + language.weights[part] * (of_part - of_part.mean(dim=2, keepdim=True)) / (
+            of_part.std(dim=2, keepdim=True) + eps
+        )
     return total / (total.reshape(flat).std(dim=1) + eps)[:, None, None]
 
 
@@ -132,7 +134,10 @@ def test_an_advantage_is_its_formula(advantage):
     for rewards in ("binary", "graded"):
         here = situation(rewards)
         torch.testing.assert_close(
-            own(here, losses.DrGRPOLoss(), advantage), formula(here, "DrGRPO", advantage, "none", 0, "first"), rtol=1e-9, atol=1e-12
+            own(here, losses.DrGRPOLoss(), advantage),
+            formula(here, "DrGRPO", advantage, "none", 0, "first"),
+            rtol=1e-9,
+            atol=1e-12,
         )
 
 
@@ -149,7 +154,7 @@ def test_leave_one_out_is_unbiased_and_the_group_mean_short_by_a_factor(policy, 
 
 
 def test_division_by_the_deviation_weighs_prompts_by_their_difficulty():
-    """With rewards of 0 and 1 the mean gradient of a prompt is its true one times a factor that depends on its success rate alone."""
+    """With rewards of 0 and 1 the mean gradient of a prompt is its true one times a factor of its success rate."""
     here = situation("binary", samples=SAMPLES)
     found, logprobs = own(here, losses.DrGRPOLoss(), "Group"), here.past[0]
     rates = (logprobs.sum(dim=2).exp() * here.language.rewards).sum(dim=1)
@@ -257,7 +262,9 @@ def test_a_loss_from_a_file(tmp_path, capsys):
     on_policy = [cells for cells in lines if cells[3] == "lag 0, first"]
     assert len(lines) == 9 and len(on_policy) == 3 and all(cells[4:6] == ["0", "1"] for cells in on_policy)
     assert all(float(cells[4]) > 1 for cells in lines if cells not in on_policy)
-    file.write_text(f"from hybrid_lightning.losses import DrGRPOLoss\nclass Mine(DrGRPOLoss): ...\n{file.read_text()}    return step.mask\n")
+    file.write_text(
+        f"from hybrid_lightning.losses import DrGRPOLoss\nclass Mine(DrGRPOLoss): ...\n{file.read_text()}    return step.mask\n"
+    )
     assert command.main(["--loss", f"{file}:Mine", "--samples", "2"]) == 0
     found = [line.split(" | ")[3:] for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(found) == 18 and found[::2] == found[1::2]

@@ -76,4 +76,4 @@ def test_every_command_has_a_parser_of_its_name(name, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", [name, "--help"])
         module.main()
-    assert stop.value.code == 0 and f"usage: python -m {name} " in capsys.readouterr().out
+    assert stop.value.code == 0 and f"usage: python -m {name.removesuffix('.__main__')} " in capsys.readouterr().out

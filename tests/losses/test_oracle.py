@@ -6,6 +6,8 @@ makes them differ.
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from benchmarks.oracle.world import Estimate, Rollouts, answers, mean_gradient
 from hybrid_lightning import losses
 
 STEPS = ("first", "later")
+PAGE = Path(__file__).parents[2] / "docs/how-to/prove-an-estimator.md"
 
 
 def situation(rewards="graded", policy="logits", samples=2, cache={}):  # noqa: B006
@@ -250,13 +253,9 @@ def test_trl_gives_the_same(loss_type):
 
 
 def test_a_loss_from_a_file(tmp_path, capsys):
+    (code,) = re.findall(r"^<!-- run: estimator -->\n```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     file = tmp_path / "mine.py"
-    file.write_text(
-        "def loss(step):\n"
-        "    rewards = step.rewards\n"
-        "    others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)\n"
-        "    return -((rewards - others).flatten()[:, None] * step.logprobs).sum() / len(step.mask)\n"
-    )
+    file.write_text(code)
     assert command.main(["--loss", f"{file}:loss", "--samples", "2"]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| loss |" in line][1:]
     on_policy = [cells for cells in lines if cells[3] == "lag 0, first"]
@@ -268,7 +267,7 @@ def test_a_loss_from_a_file(tmp_path, capsys):
     assert command.main(["--loss", f"{file}:Mine", "--samples", "2"]) == 0
     found = [line.split(" | ")[3:] for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(found) == 18 and found[::2] == found[1::2]
-    file.write_text(file.read_text().replace("    return -(", "    -("))
+    file.write_text(file.read_text().replace("    return -of", "    -of"))
     for place, expected in (
         (f"{file}:loss", "a loss must return a tensor of one number"),
         (f"{file}:los", "has no function los; it defines Mine, loss"),

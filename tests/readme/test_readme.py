@@ -236,9 +236,17 @@ def test_every_python_and_yaml_block_is_run():
     marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
     there = sum(len(pages.blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
     assert marked == there - 1, "all but the reference's, which its test reads"
-    assert pages.examples().keys() == {*PARTS, *FILES, "python", "rows", "own_data", "adaptable", "served", "text_part"}, (
-        "each needs a test here"
-    )
+    assert pages.examples().keys() == {
+        *PARTS,
+        *FILES,
+        "python",
+        "rows",
+        "own_data",
+        "adaptable",
+        "served",
+        "text_part",
+        "estimator",
+    }, "each needs a test here"
 
 
 # ---- paths and links
